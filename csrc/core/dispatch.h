@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The CPU levels compiled in and the one in force; each family keeps one table of kernels per level.
+#ifndef FASTOPS_CORE_DISPATCH_H
+#define FASTOPS_CORE_DISPATCH_H
+
+#include <atomic>
+#include <cstddef>
+
+namespace fastops {
+
+#if defined(__x86_64__)
+inline constexpr const char* kLevelNames[] = {"v2", "v3", "v4"};
+#elif defined(__aarch64__)
+inline constexpr const char* kLevelNames[] = {"neon"};
+#else
+#error "fastops is written for x86-64 and aarch64"
+#endif
+inline constexpr int kLevels = sizeof(kLevelNames) / sizeof(kLevelNames[0]);
+
+// Index into kLevelNames of the level in force.
+int active_level() noexcept;
+
+// A family declares its level functions with these and picks by `select(...)[active_level()]`.
+#if defined(__x86_64__)
+#define FASTOPS_FOR_EACH_LEVEL(X) X(v2) X(v3) X(v4)
+#else
+#define FASTOPS_FOR_EACH_LEVEL(X) X(neon)
+#endif
+
+}  // namespace fastops
+#endif

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The thread pool: blocks of work by atomic tickets; the split is the caller's and never depends on the thread count.
+#ifndef FASTOPS_CORE_PARALLEL_H
+#define FASTOPS_CORE_PARALLEL_H
+
+#include <cstddef>
+
+#include "fastops/fastops.h"
+
+namespace fastops {
+
+// The largest `worker` index a body sees is below this; size per-worker workspaces by worker_count().
+inline constexpr unsigned kMaxThreads = 1024;
+
+// Runs body(context, block, worker) once for every block < blocks. Serial (worker 0, blocks in order) when one thread
+// is set, when called from inside a body, when the pool is busy, or when work_ns (an estimate of the whole) is small.
+// The calling thread works too. Polls between blocks on the calling thread; FASTOPS_INTERRUPTED once the poll says so
+// (blocks under way end first, others are not begun). A thread that cannot be started only makes it slower.
+using Body = void (*)(void* context, std::size_t block, unsigned worker) noexcept;
+fastops_status parallel_run(std::size_t blocks, Body body, void* context, double work_ns, fastops_poll poll) noexcept;
+
+// How many distinct `worker` values a parallel_run begun now could use (>= 1).
+unsigned worker_count() noexcept;
+
+// A callable object in place of body and context: f(block, worker).
+template <class F>
+fastops_status parallel_run(std::size_t blocks, F&& f, double work_ns, fastops_poll poll) noexcept {
+  auto* target = &f;
+  return parallel_run(
+      blocks, [](void* c, std::size_t block, unsigned worker) noexcept { (*static_cast<decltype(target)>(c))(block, worker); },
+      const_cast<void*>(static_cast<const void*>(target)), work_ns, poll);
+}
+
+}  // namespace fastops
+#endif

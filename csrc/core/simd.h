@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Lane types of this level's native width, by GCC and Clang vector extensions; intrinsics stand here and nowhere else.
+// Compiled once per level: everything lies in that level's namespace, so that no linker can mix levels.
+#ifndef FASTOPS_CORE_SIMD_H
+#define FASTOPS_CORE_SIMD_H
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#ifndef FASTOPS_LEVEL
+#error "FASTOPS_LEVEL names the level's namespace"
+#endif
+
+#define FASTOPS_INLINE inline __attribute__((always_inline))
+
+namespace fastops::FASTOPS_LEVEL {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define FASTOPS_AVX512 1
+inline constexpr std::size_t kBytes = 64;
+#elif defined(__AVX2__)
+#define FASTOPS_AVX2 1
+inline constexpr std::size_t kBytes = 32;
+#else
+inline constexpr std::size_t kBytes = 16;
+#endif
+
+namespace simd {
+
+template <class T, std::size_t Bytes = kBytes>
+struct LaneType {
+  typedef T type __attribute__((vector_size(Bytes)));
+};
+template <class T>
+using lanes = typename LaneType<T>::type;
+
+using f32 = lanes<float>;
+using f64 = lanes<double>;
+using i32 = lanes<std::int32_t>;
+using u32 = lanes<std::uint32_t>;
+using i64 = lanes<std::int64_t>;
+using u64 = lanes<std::uint64_t>;
+using u16 = lanes<std::uint16_t>;
+using u8 = lanes<std::uint8_t>;
+// As many 16-bit elements as f32 has lanes.
+using half_u16 = LaneType<std::uint16_t, kBytes / 2>::type;
+
+template <class V>
+inline constexpr std::size_t kLanes = sizeof(V) / sizeof(V{}[0]);
+
+template <class V, class T>
+FASTOPS_INLINE V load(const T* p) {
+  static_assert(sizeof(V{}[0]) == sizeof(T));
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V, class T>
+FASTOPS_INLINE void store(T* p, V v) {
+  static_assert(sizeof(V{}[0]) == sizeof(T));
+  std::memcpy(p, &v, sizeof v);
+}
+template <class V, class T>
+FASTOPS_INLINE V splat(T x) {
+  return x - V{};
+}
+template <class To, class From>
+FASTOPS_INLINE To bits(From v) {
+  static_assert(sizeof(To) == sizeof(From));
+  To r;
+  std::memcpy(&r, &v, sizeof r);
+  return r;
+}
+template <class M, class V>
+FASTOPS_INLINE V select(M mask, V yes, V no) {
+  return mask ? yes : no;
+}
+
+// The first n < lanes elements; the rest is `fill`. Nothing past p + n is read.
+template <class V, class T>
+FASTOPS_INLINE V load_first(const T* p, std::size_t n, T fill) {
+  alignas(sizeof(V)) T t[kLanes<V>];
+  for (std::size_t i = 0; i < kLanes<V>; ++i) t[i] = fill;
+  std::memcpy(t, p, n * sizeof(T));
+  return load<V>(t);
+}
+template <class V, class T>
+FASTOPS_INLINE void store_first(T* p, V v, std::size_t n) {
+  alignas(sizeof(V)) T t[kLanes<V>];
+  store(t, v);
+  std::memcpy(p, t, n * sizeof(T));
+}
+
+// a * b + c, rounded once wherever the level has FMA (all but v2).
+FASTOPS_INLINE f32 fma(f32 a, f32 b, f32 c) {
+#if defined(FASTOPS_AVX512)
+  return (f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(FASTOPS_AVX2)
+  return (f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (f32)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+FASTOPS_INLINE f64 fma(f64 a, f64 b, f64 c) {
+#if defined(FASTOPS_AVX512)
+  return (f64)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(FASTOPS_AVX2)
+  return (f64)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+  return (f64)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+// True where any lane of a comparison's result is set.
+template <class M>
+FASTOPS_INLINE bool any(M mask) {
+#if defined(FASTOPS_AVX512)
+  if constexpr (sizeof(mask[0]) == 4)
+    return _mm512_movepi32_mask((__m512i)mask) != 0;
+  else
+    return _mm512_movepi64_mask((__m512i)mask) != 0;
+#elif defined(FASTOPS_AVX2)
+  return _mm256_movemask_epi8((__m256i)mask) != 0;
+#elif defined(__x86_64__)
+  return _mm_movemask_epi8((__m128i)mask) != 0;
+#else
+  return vmaxvq_u32((uint32x4_t)mask) != 0;
+#endif
+}
+
+// Store past the caches; p is aligned to kBytes. stream_fence() before other threads may read.
+FASTOPS_INLINE void stream(float* p, f32 v) {
+#if defined(FASTOPS_AVX512)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(FASTOPS_AVX2)
+  _mm256_stream_ps(p, (__m256)v);
+#elif defined(__x86_64__)
+  _mm_stream_ps(p, (__m128)v);
+#else
+  store(p, v);
+#endif
+}
+FASTOPS_INLINE void stream(double* p, f64 v) { stream(reinterpret_cast<float*>(p), bits<f32>(v)); }
+FASTOPS_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// table[index] for a table of 16 entries; index lanes in 0 .. 15.
+FASTOPS_INLINE i32 lookup16(const std::int32_t* table, i32 index) {
+#if defined(FASTOPS_AVX512)
+  return (i32)_mm512_permutexvar_epi32((__m512i)index, _mm512_loadu_si512(table));
+#elif defined(FASTOPS_AVX2)
+  const __m256i low = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i*)table), (__m256i)index);
+  const __m256i high = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i*)(table + 8)), (__m256i)index);
+  return select(index > 7, (i32)high, (i32)low);
+#else
+  i32 r;
+  for (std::size_t i = 0; i < kLanes<i32>; ++i) r[i] = table[index[i]];
+  return r;
+#endif
+}
+
+}  // namespace simd
+
+// Subnormal operands and results are zero in this thread while the object lives. The work belongs in a noinline
+// function called inside its scope: compilers move arithmetic across a write of the control register.
+class FlushSubnormals {
+ public:
+#if defined(__x86_64__)
+  FlushSubnormals() noexcept : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040u); }
+  ~FlushSubnormals() { _mm_setcsr((saved_ & ~0x3fu) | (_mm_getcsr() & 0x3fu)); }
+
+ private:
+  unsigned saved_;
+#else
+  FlushSubnormals() noexcept {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
+    __asm__ volatile("msr fpcr, %0" : : "r"(saved_ | (std::uint64_t{1} << 24)));
+  }
+  ~FlushSubnormals() { __asm__ volatile("msr fpcr, %0" : : "r"(saved_)); }
+
+ private:
+  std::uint64_t saved_;
+#endif
+  FlushSubnormals(const FlushSubnormals&) = delete;
+  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+};
+
+}  // namespace fastops::FASTOPS_LEVEL
+#endif

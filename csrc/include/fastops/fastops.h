@@ -1,0 +1,174 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+/* The C interface of libfastops: plain structs and functions, no exception crosses it. */
+#ifndef FASTOPS_FASTOPS_H
+#define FASTOPS_FASTOPS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(FASTOPS_STATIC)
+#define FASTOPS_API
+#else
+#define FASTOPS_API __attribute__((visibility("default")))
+#endif
+
+#define FASTOPS_ABI_VERSION 1
+
+#ifdef __cplusplus
+#define FASTOPS_NOEXCEPT noexcept
+extern "C" {
+#else
+#define FASTOPS_NOEXCEPT
+#endif
+
+typedef enum fastops_status {
+  FASTOPS_OK = 0,
+  FASTOPS_NO_MEMORY = 1,
+  FASTOPS_INTERRUPTED = 2,
+  FASTOPS_INVALID = 3,
+  FASTOPS_UNSUPPORTED_TARGET = 4
+} fastops_status;
+
+typedef enum fastops_dtype {
+  FASTOPS_F16 = 0,
+  FASTOPS_BF16 = 1,
+  FASTOPS_F32 = 2,
+  FASTOPS_F64 = 3,
+  FASTOPS_I8 = 4,
+  FASTOPS_U8 = 5,
+  FASTOPS_I16 = 6,
+  FASTOPS_U16 = 7,
+  FASTOPS_I32 = 8,
+  FASTOPS_U32 = 9,
+  FASTOPS_I64 = 10,
+  FASTOPS_U64 = 11
+} fastops_dtype;
+
+/* Called about every 20 ms by the calling thread during long work; a nonzero answer ends the work with
+   FASTOPS_INTERRUPTED. A null function is never called. */
+typedef struct fastops_poll {
+  int (*function)(void* context);
+  void* context;
+} fastops_poll;
+
+/* ---- library ---- */
+FASTOPS_API int fastops_abi_version(void) FASTOPS_NOEXCEPT;
+/* Names of the levels compiled in, lowest first; null past the end. */
+FASTOPS_API const char* fastops_compiled_target(int index) FASTOPS_NOEXCEPT;
+/* 1 where this CPU and operating system run the level, 0 where not, -1 for an unknown name. */
+FASTOPS_API int fastops_target_runs(const char* name) FASTOPS_NOEXCEPT;
+FASTOPS_API const char* fastops_get_target(void) FASTOPS_NOEXCEPT;
+/* Process-wide. FASTOPS_INVALID: unknown name; FASTOPS_UNSUPPORTED_TARGET: this CPU lacks it. */
+FASTOPS_API fastops_status fastops_set_target(const char* name) FASTOPS_NOEXCEPT;
+FASTOPS_API unsigned fastops_get_num_threads(void) FASTOPS_NOEXCEPT;
+/* 1 .. 1024; FASTOPS_INVALID otherwise. */
+FASTOPS_API fastops_status fastops_set_num_threads(unsigned count) FASTOPS_NOEXCEPT;
+/* min(affinity mask, cgroup quota), at least 1. */
+FASTOPS_API unsigned fastops_default_num_threads(void) FASTOPS_NOEXCEPT;
+
+/* ---- Mitchell arithmetic ---- */
+typedef enum fastops_mitchell_op {
+  FASTOPS_MUL = 0,
+  FASTOPS_DIV = 1,
+  FASTOPS_SQUARE = 2,
+  FASTOPS_RECIPROCAL = 3,
+  FASTOPS_SQRT = 4,
+  FASTOPS_RSQRT = 5,
+  FASTOPS_LOG2 = 6,
+  FASTOPS_EXP2 = 7
+} fastops_mitchell_op;
+
+typedef enum fastops_mitchell_form {
+  FASTOPS_FORM_LOG = 0,      /* 1 + x + y with the carry into the exponent (Mitchell 1962) */
+  FASTOPS_FORM_EQUATION = 1, /* 1 + x + y + c without carry (L-Mul's equation) */
+  FASTOPS_FORM_ITERATIVE = 2 /* Babic's basic blocks */
+} fastops_mitchell_form;
+
+typedef enum fastops_gradient {
+  FASTOPS_GRADIENT_EXACT = 0,
+  FASTOPS_GRADIENT_STE = 1,
+  FASTOPS_GRADIENT_MIMIC = 2
+} fastops_gradient;
+
+typedef struct fastops_mitchell_params {
+  int32_t form;          /* fastops_mitchell_form */
+  int32_t flush;         /* 1: subnormal operands and results are signed zeros */
+  int32_t corrections;   /* FORM_ITERATIVE: correction blocks, 0 .. 3 */
+  int32_t mantissa_bits; /* operands cut to so many mantissa bits; 0 keeps all */
+  int32_t segments;      /* 0, 2, 4, 8 or 16 */
+  double c;              /* log-domain constant, rounded once per dtype to rint(c 2^M) */
+  double table[256];     /* segments x segments constants in place of c, row = first operand; unary: `segments` */
+} fastops_mitchell_params;
+
+/* Constants of one operation, rounded for every dtype. Immutable; threads may share it. */
+typedef struct fastops_mitchell fastops_mitchell;
+FASTOPS_API fastops_status fastops_mitchell_create(const fastops_mitchell_params* params,
+                                                   fastops_mitchell** result) FASTOPS_NOEXCEPT;
+FASTOPS_API void fastops_mitchell_destroy(fastops_mitchell* m) FASTOPS_NOEXCEPT;
+
+/* out[i] = op(a[i], b[i]), strides in bytes; unary operations ignore b. Integers: FASTOPS_MUL and FASTOPS_SQUARE
+   only, results of twice the width (64-bit: the same width, modulo 2^64). `out` may equal an operand exactly. */
+FASTOPS_API fastops_status fastops_mitchell_apply(const fastops_mitchell* m, fastops_mitchell_op op,
+                                                  fastops_dtype dtype, const void* a, ptrdiff_t stride_a,
+                                                  const void* b, ptrdiff_t stride_b, void* out, ptrdiff_t stride_out,
+                                                  size_t n) FASTOPS_NOEXCEPT;
+
+/* Shape and strides (in elements) shared by the matrices of a batch. */
+typedef struct fastops_matrix {
+  size_t rows, cols;
+  ptrdiff_t row_stride, col_stride;
+} fastops_matrix;
+
+/* out[i] = a[i] b[i] for i < batch; dtype F16, BF16, F32 or F64. m == NULL multiplies exactly. */
+FASTOPS_API fastops_status fastops_mitchell_matmul(const fastops_mitchell* m, fastops_dtype dtype, size_t batch,
+                                                   const void* const* a, fastops_matrix shape_a, const void* const* b,
+                                                   fastops_matrix shape_b, void* const* out, fastops_matrix shape_out,
+                                                   fastops_poll poll) FASTOPS_NOEXCEPT;
+
+/* da[i] (rows of a) from dy[i]: the gradient of fastops_mitchell_matmul in its first operand. */
+FASTOPS_API fastops_status fastops_mitchell_matmul_grad_a(const fastops_mitchell* m, fastops_gradient mode,
+                                                          fastops_dtype dtype, size_t batch, const void* const* a,
+                                                          fastops_matrix shape_a, const void* const* b,
+                                                          fastops_matrix shape_b, const void* const* dy,
+                                                          fastops_matrix shape_dy, void* const* da,
+                                                          fastops_matrix shape_da, fastops_poll poll) FASTOPS_NOEXCEPT;
+/* db[i] likewise, the gradient in the second operand. */
+FASTOPS_API fastops_status fastops_mitchell_matmul_grad_b(const fastops_mitchell* m, fastops_gradient mode,
+                                                          fastops_dtype dtype, size_t batch, const void* const* a,
+                                                          fastops_matrix shape_a, const void* const* b,
+                                                          fastops_matrix shape_b, const void* const* dy,
+                                                          fastops_matrix shape_dy, void* const* db,
+                                                          fastops_matrix shape_db, fastops_poll poll) FASTOPS_NOEXCEPT;
+
+/* Two-dimensional convolution (cross-correlation), all arrays C-contiguous. */
+typedef struct fastops_conv2d {
+  size_t batch, channels, height, width;    /* x (batch, channels, height, width) */
+  size_t filters, kernel_height, kernel_width; /* w (filters, channels / groups, kernel_height, kernel_width) */
+  size_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups;
+} fastops_conv2d;
+FASTOPS_API fastops_status fastops_mitchell_conv2d(const fastops_mitchell* m, fastops_dtype dtype,
+                                                   const fastops_conv2d* shape, const void* x, const void* w,
+                                                   void* out, fastops_poll poll) FASTOPS_NOEXCEPT;
+/* dx and dw like x and w; either may be null. */
+FASTOPS_API fastops_status fastops_mitchell_conv2d_grad(const fastops_mitchell* m, fastops_gradient mode,
+                                                        fastops_dtype dtype, const fastops_conv2d* shape,
+                                                        const void* x, const void* w, const void* dy, void* dx,
+                                                        void* dw, fastops_poll poll) FASTOPS_NOEXCEPT;
+
+/* out = sum over k of table[a][b], 256 x 256 int32 (or int64 with wide_table) entries indexed by raw bytes;
+   out int32 (wide == 0; the caller has ruled overflow out) or int64, C-contiguous; a, b strides in elements. */
+FASTOPS_API fastops_status fastops_lut_matmul(size_t batch, const uint8_t* const* a, fastops_matrix shape_a,
+                                              const uint8_t* const* b, fastops_matrix shape_b, const void* table,
+                                              int wide_table, void* const* out, int wide_out,
+                                              fastops_poll poll) FASTOPS_NOEXCEPT;
+
+/* da[i], db[i] from dy[i], contiguous, op FASTOPS_MUL or FASTOPS_DIV, dtype F16, BF16, F32 or F64. */
+FASTOPS_API fastops_status fastops_mitchell_grad(const fastops_mitchell* m, fastops_mitchell_op op,
+                                                 fastops_gradient mode, fastops_dtype dtype, const void* a,
+                                                 const void* b, const void* dy, void* da, void* db,
+                                                 size_t n) FASTOPS_NOEXCEPT;
+
+#ifdef __cplusplus
+}
+#endif
+#endif
