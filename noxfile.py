@@ -1,0 +1,86 @@
+#!/usr/bin/env -S uv run --script
+# SPDX-License-Identifier: BSD-3-Clause
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["nox>=2025.10.14"]
+# ///
+"""Developer tasks: ``nox -s lint tests``; ``nox -l`` lists them all."""
+
+import os
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.10.14"
+nox.options.default_venv_backend = "uv|virtualenv"
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+ROOT = Path(__file__).resolve().parent
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, types, stubs, spelling and the repository's own form."""
+    session.install(".[test]", *nox.project.dependency_groups(PROJECT, "lint"))
+    session.run("bash", "tools/lint.sh", external=True)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The test suite; arguments go to pytest."""
+    session.install(".[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """pytest-benchmark over the cases of ``fastops bench``; arguments go to pytest."""
+    session.install(".[test]")
+    session.run("pytest", "bench", "--benchmark-group-by=group", *session.posargs)
+
+
+@nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """The site, warnings as errors, into docs/_build/html."""
+    session.install(".[docs]")
+    session.run("python", "tools/check_docstrings.py")
+    session.run("sphinx-build", "-n", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html", *session.posargs)
+
+
+@nox.session(default=False)
+def sanitize(session: nox.Session) -> None:
+    """The suite over the native backend under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    session.install("--config-settings=cmake.define.FASTOPS_SANITIZE=ON", ".[test]")
+    session.run("bash", "tools/run_sanitized.sh", *session.posargs, external=True)
+
+
+@nox.session(default=False)
+def aarch64(session: nox.Session) -> None:
+    """The kernels cross-compiled for aarch64, their native tests run under qemu-user."""
+    session.install("cmake>=3.25", "ninja")
+    build = Path(session.create_tmp()) / "aarch64"
+    session.run(
+        "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DFASTOPS_PYTHON=OFF", "-DFASTOPS_BUILD_TESTS=ON",
+        f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'cmake/aarch64-linux-gnu.cmake'}",
+    )  # fmt: skip
+    session.run("cmake", "--build", str(build))
+    session.run("ctest", "--test-dir", str(build), "--output-on-failure")
+
+
+@nox.session(default=False)
+def nightly(session: nox.Session) -> None:
+    """What takes too long for every change: exhaustive pairs, the suite under the sanitizers, the distribution files."""
+    session.install(".[test]", "build", "check-wheel-contents")
+    session.run("pytest", "-m", "nightly", "--timeout=7200", *session.posargs)
+    out = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(out, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(out))
+    session.run("check-wheel-contents", *map(str, out.glob("*.whl")))
+    session.notify("sanitize")
+    if os.environ.get("FASTOPS_NIGHTLY_QEMU", "1") != "0":
+        session.notify("aarch64")
+
+
+if __name__ == "__main__":
+    nox.main()
