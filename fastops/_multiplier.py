@@ -177,7 +177,7 @@ class Multiplier:
 
     @property
     def subnormals(self) -> str:
-        """"keep" or "flush"."""
+        """ "keep" or "flush"."""
         return self._subnormals
 
     @property
@@ -482,7 +482,9 @@ class Multiplier:
 _FIELDS: Final = ("compensation", "segments", "mantissa_bits", "subnormals", "corrections")
 
 
-def _rebuild(compensation: str | float, segments: Any, mantissa_bits: Any, subnormals: str, corrections: Any) -> Multiplier:
+def _rebuild(
+    compensation: str | float, segments: Any, mantissa_bits: Any, subnormals: str, corrections: Any
+) -> Multiplier:
     return Multiplier(
         compensation, segments=segments, mantissa_bits=mantissa_bits, subnormals=subnormals, corrections=corrections
     )
@@ -519,7 +521,9 @@ def segment_table(op: str, segments: int) -> tuple[float, ...]:
     low = np.full((1, 1, 1), 0.0)
     if op in ("mul", "div"):
         # Cells (row, column) x outer nodes of the first mantissa: along the second one the logarithm is start + slope * y.
-        outer, outer_weight = (0.5 * (v + s) for v, s in zip(np.polynomial.legendre.leggauss(16), (1.0, 0.0), strict=True))
+        outer, outer_weight = (
+            0.5 * (v + s) for v, s in zip(np.polynomial.legendre.leggauss(16), (1.0, 0.0), strict=True)
+        )
         x = (edges[:, None, None] + outer / segments).repeat(segments, axis=1).reshape(segments**2, -1, 1)
         low = np.tile(edges, segments).reshape(-1, 1, 1)
         slope = 1.0 if op == "mul" else -1.0
@@ -541,7 +545,9 @@ def segment_table(op: str, segments: int) -> tuple[float, ...]:
 
     def slope_of_error(c: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         at = np.clip((kinks - start - c[:, None, None]) / slope, low, high)
-        cuts = np.sort(np.concatenate([np.broadcast_to(v, (*at.shape[:2], 1)) for v in (low, high)] + [at], axis=2), axis=2)
+        cuts = np.sort(
+            np.concatenate([np.broadcast_to(v, (*at.shape[:2], 1)) for v in (low, high)] + [at], axis=2), axis=2
+        )
         width = np.diff(cuts, axis=2)[..., None]
         v = cuts[..., :-1, None] + width * inner
         log = start[..., None] + slope * v + c[:, None, None, None]
