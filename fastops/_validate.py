@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Checks of arguments, and the one place where the texts of their errors are made.
+
+Every message reads "<argument> must be <what was wanted>, got <what came>", stays under 200 characters and never prints the
+contents of an array.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+try:
+    from ml_dtypes import bfloat16 as _bfloat16
+except ImportError:
+    _bfloat16 = None
+
+AnyArray = NDArray[Any]
+
+FLOAT_DTYPES: tuple[np.dtype[Any], ...] = tuple(
+    np.dtype(t) for t in (np.float16, _bfloat16, np.float32, np.float64) if t is not None
+)
+FLOAT_NAMES = "float16, bfloat16, float32 or float64"
+GRADIENT_MODES = ("exact", "ste", "mimic")
+MAX_THREADS = 1024
+
+# A product of sizes above this cannot be an array on a 64-bit machine.
+_MAX_BYTES = 2**63 - 1
+_MAX_TEXT = 60
+
+
+class Text(str):
+    """What came, already put in words."""
+
+
+def describe(value: object) -> str:
+    """A short text for what came: type, shape and dtype of an array, never its contents."""
+    if isinstance(value, Text):
+        return value
+    if isinstance(value, np.ndarray):
+        return f"an array of shape {_clip(str(value.shape))} and dtype {value.dtype}"
+    if isinstance(value, (str, bytes, int, float, complex, np.generic)) or value is None:
+        return _clip(repr(value))
+    if isinstance(value, tuple) and all(isinstance(item, (int, float)) for item in value):
+        return _clip(repr(value))
+    return f"an object of type {_clip(type(value).__name__)}"
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 3] + "..."
+
+
+def wrong_type(name: str, wanted: str, got: object) -> TypeError:
+    """The TypeError for an argument of the wrong type or dtype."""
+    return TypeError(f"{name} must be {wanted}, got {describe(got)}")
+
+
+def wrong_value(name: str, wanted: str, got: object) -> ValueError:
+    """The ValueError for an argument of the wrong shape or value."""
+    return ValueError(f"{name} must be {wanted}, got {describe(got)}")
+
+
+def wrong_choice(name: str, choices: Iterable[str], got: object) -> ValueError:
+    """The ValueError for an unknown name: it lists the choices and suggests the closest."""
+    from difflib import get_close_matches
+
+    known = list(choices)
+    listed = " or ".join(repr(choice) for choice in known) if known else "absent (there are no choices here)"
+    close = get_close_matches(str(got)[:_MAX_TEXT], known, n=1) if isinstance(got, str) else []
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return ValueError(f"{name} must be {listed}, got {describe(got)}{hint}")
+
+
+def choice(name: str, value: object, choices: Sequence[str]) -> str:
+    """`value` if it is one of `choices`."""
+    if isinstance(value, str) and value in choices:
+        return value
+    if not isinstance(value, str):
+        raise wrong_type(name, " or ".join(repr(item) for item in choices), value)
+    raise wrong_choice(name, choices, value)
+
+
+def integer(name: str, value: object, low: int, high: int | None = None) -> int:
+    """`value` as an int in [low, high]; bool and float are refused."""
+    wanted = f"an integer in [{low}, {high}]" if high is not None else f"an integer >= {low}"
+    if isinstance(value, (bool, np.bool_)):
+        raise wrong_type(name, wanted, value)
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise wrong_type(name, wanted, value) from None
+    if number < low or (high is not None and number > high):
+        raise wrong_value(name, wanted, number)
+    return number
+
+
+def integer_pair(name: str, value: object, low: int) -> tuple[int, int]:
+    """`value` as (height, width): one integer for both, or a pair of integers."""
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise wrong_value(name, "an integer or a pair of integers", Text(f"{len(value)} items"))
+        first, second = (integer(name, item, low, 2**31 - 1) for item in value)
+        return first, second
+    number = integer(name, value, low, 2**31 - 1)
+    return number, number
+
+
+def array(name: str, value: object) -> AnyArray:
+    """`value` as a plain ndarray."""
+    if type(value) is np.ndarray:
+        return value
+    if hasattr(value, "mask") and isinstance(value, np.ndarray):
+        raise wrong_type(name, "an array without a mask (fill it first)", Text("a masked array"))
+    if hasattr(value, "__cuda_array_interface__"):
+        raise wrong_type(name, "an array in host memory", Text("an array on a GPU"))
+    try:
+        result = np.asarray(value)
+    except (TypeError, ValueError):
+        raise wrong_value(name, "an array or what numpy.asarray takes", Text(type(value).__name__)) from None
+    return result
+
+
+def float_arrays(**values: object) -> list[AnyArray]:
+    """The arguments as arrays of one floating-point dtype in native byte order, promoted as NumPy promotes."""
+    arrays = {name: array(name, value) for name, value in values.items()}
+    for name, item in arrays.items():
+        if item.dtype.newbyteorder("=") not in FLOAT_DTYPES:
+            raise wrong_type(name, FLOAT_NAMES, Text(str(item.dtype)))
+    dtype = np.result_type(*(item.dtype for item in arrays.values()))
+    if dtype not in FLOAT_DTYPES:
+        names = " and ".join(arrays)
+        raise wrong_type(names, f"of dtypes with a common one among {FLOAT_NAMES}", Text(str(dtype)))
+    return [item.astype(dtype, copy=False) for item in arrays.values()]
+
+
+def byte_array(name: str, value: object) -> AnyArray:
+    """`value` as a uint8 or int8 array."""
+    result = array(name, value)
+    if result.dtype not in (np.dtype(np.uint8), np.dtype(np.int8)):
+        raise wrong_type(name, "uint8 or int8", Text(str(result.dtype)))
+    return result
+
+
+def table(name: str, value: object) -> tuple[AnyArray, int]:
+    """`value` as a C-contiguous (256, 256) array of int32 (int64 where an entry exceeds it), and the largest magnitude."""
+    result = array(name, value)
+    if result.dtype.kind not in "iu":
+        raise wrong_type(name, "an integer array", Text(str(result.dtype)))
+    if result.shape != (256, 256):
+        raise wrong_value(name, "of shape (256, 256)", Text(str(result.shape)))
+    low, high = int(result.min()), int(result.max())
+    if low < -(2**31) or high >= 2**32:
+        raise wrong_value(name, "of entries in [-2**31, 2**32)", Text(f"entries from {low} to {high}"))
+    return np.ascontiguousarray(result, dtype=np.int32 if high < 2**31 else np.int64), max(-low, high)
+
+
+def matmul_shape(a: AnyArray, b: AnyArray) -> tuple[int, ...]:
+    """The shape of the product of a (..., M, K) and b (..., K, N); both have at least two dimensions."""
+    if a.shape[-1] != b.shape[-2]:
+        raise wrong_value(
+            "b", f"of shape (..., {a.shape[-1]}, N) to follow a of shape {_clip(str(a.shape))}", Text(_clip(str(b.shape)))
+        )
+    try:
+        batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    except ValueError:
+        raise wrong_value(
+            "b",
+            f"of leading dimensions that broadcast with {_clip(str(a.shape[:-2]))} of a",
+            Text(_clip(str(b.shape[:-2]))),
+        ) from None
+    return (*batch, a.shape[-2], b.shape[-1])
+
+
+def at_least_2d(a: AnyArray, b: AnyArray) -> tuple[AnyArray, AnyArray, tuple[int, ...]]:
+    """1-D operands of a matrix product as a row and a column, and the result's axes to drop (as `numpy.matmul`)."""
+    for name, item in (("a", a), ("b", b)):
+        if item.ndim == 0:
+            raise wrong_value(name, "an array of at least 1 dimension", Text("a 0-d array"))
+    drop: tuple[int, ...] = ()
+    if a.ndim == 1:
+        a = a[np.newaxis, :]
+        drop += (-2,)
+    if b.ndim == 1:
+        b = b[:, np.newaxis]
+        drop += (-1,)
+    return a, b, drop
+
+
+def same_shape(name: str, value: AnyArray, shape: tuple[int, ...]) -> None:
+    """Refuses an array of another shape."""
+    if value.shape != shape:
+        raise wrong_value(name, f"of shape {_clip(str(shape))}", Text(_clip(str(value.shape))))
+
+
+def broadcast_shape(**arrays: AnyArray) -> tuple[int, ...]:
+    """The common shape of the arrays."""
+    try:
+        return np.broadcast_shapes(*(item.shape for item in arrays.values()))
+    except ValueError:
+        (_, first), *others = arrays.items()
+        name = others[-1][0]
+        raise wrong_value(
+            name,
+            f"of a shape that broadcasts with {_clip(str(first.shape))}",
+            Text(_clip(str(others[-1][1].shape))),
+        ) from None
+
+
+def fits_memory(name: str, shape: tuple[int, ...], itemsize: int) -> None:
+    """Refuses a result whose size in bytes no address reaches."""
+    size = itemsize
+    for length in shape:
+        size *= length
+    if size > _MAX_BYTES:
+        raise wrong_value(name, "of less than 2**63 bytes", Text(f"a result of shape {_clip(str(shape))}"))
+
+
+def out_array(
+    out: object, shape: tuple[int, ...], dtypes: Sequence[np.dtype[Any]], inputs: dict[str, AnyArray]
+) -> AnyArray:
+    """`out` if the result can be written there without a copy and without touching an input."""
+    wanted = " or ".join(str(dtype) for dtype in dtypes)
+    if not isinstance(out, np.ndarray):
+        raise wrong_type("out", f"an ndarray of dtype {wanted} or None", out)
+    if hasattr(out, "mask"):
+        raise wrong_type("out", "an array without a mask", Text("a masked array"))
+    if out.dtype not in dtypes:
+        raise wrong_type("out", f"of dtype {wanted}", Text(str(out.dtype) if out.dtype.isnative else f"{out.dtype!r}"))
+    same_shape("out", out, shape)
+    if not out.flags.writeable:
+        raise wrong_value("out", "writable", Text("a read-only array"))
+    if _overlaps_itself(out):
+        raise wrong_value("out", "an array whose elements are all distinct in memory", Text("overlapping strides"))
+    for name, item in inputs.items():
+        if _share_memory(out, item):
+            raise wrong_value("out", f"memory apart from {name}", Text(f"an array that overlaps {name}"))
+    return out
+
+
+def _share_memory(x: AnyArray, y: AnyArray) -> bool:
+    if not np.may_share_memory(x, y):
+        return False
+    try:
+        # The exact answer is a Diophantine problem; beyond this much work the bounds decide.
+        return bool(np.shares_memory(x, y, max_work=10_000))
+    except RuntimeError:
+        return True
+
+
+def _overlaps_itself(x: AnyArray) -> bool:
+    reach = x.itemsize
+    for stride, length in sorted((abs(stride), length) for stride, length in zip(x.strides, x.shape, strict=True)):
+        if length > 1:
+            if stride < reach:
+                return x.size > 0
+            reach += stride * (length - 1)
+    return False
+
+
+def conv2d_shape(
+    x: AnyArray,
+    w: AnyArray,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> tuple[int, int, int, int]:
+    """The shape (N, O, H', W') of the convolution of x (N, C, H, W) with w (O, C/groups, KH, KW)."""
+    for name, item, wanted in (("x", x, "(N, C, H, W)"), ("w", w, "(O, C/groups, KH, KW)")):
+        if item.ndim != 4:
+            raise wrong_value(name, f"of shape {wanted}", Text(_clip(str(item.shape))))
+    channels, outputs = x.shape[1], w.shape[0]
+    if channels % groups or outputs % groups:
+        raise wrong_value("groups", f"a divisor of the {channels} channels of x and the {outputs} of w", groups)
+    if w.shape[1] * groups != channels:
+        raise wrong_value(
+            "w", f"of shape (O, {channels // groups}, KH, KW) for {channels} channels in {groups} groups", Text(_clip(str(w.shape)))
+        )
+    size = []
+    for axis, name in ((0, "height"), (1, "width")):
+        kernel = w.shape[2 + axis]
+        if kernel < 1:
+            raise wrong_value("w", f"of {name} >= 1", Text(_clip(str(w.shape))))
+        reach = dilation[axis] * (kernel - 1) + 1
+        padded = x.shape[2 + axis] + 2 * padding[axis]
+        if padded < reach:
+            raise wrong_value("w", f"of dilated {name} <= {padded}, the padded {name} of x", reach)
+        size.append((padded - reach) // stride[axis] + 1)
+    return x.shape[0], outputs, size[0], size[1]

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The compiled backend: true NumPy ufuncs, SIMD kernels for each CPU level, and threads."""
+
+from __future__ import annotations
+
+from .. import _backend
+
+try:
+    from .. import _core
+except ImportError as error:
+    raise _backend.core_missing(error) from None
+
+try:
+    from ml_dtypes import bfloat16 as _bfloat16
+except ImportError:
+    pass
+else:
+    # Loops for a dtype of another package go in when the ufunc is made, so this comes before the first one.
+    _core.register_bfloat16(_bfloat16)
+
+from .mitchell import (
+    lmul,
+    lut_matmul,
+    mitchell_conv2d,
+    mitchell_conv2d_grad,
+    mitchell_div,
+    mitchell_div_grad,
+    mitchell_exp2,
+    mitchell_log2,
+    mitchell_matmul,
+    mitchell_matmul_grad,
+    mitchell_mul,
+    mitchell_mul_grad,
+    mitchell_op,
+    mitchell_reciprocal,
+    mitchell_rsqrt,
+    mitchell_sqrt,
+    mitchell_square,
+)
+
+__all__ = [
+    "lmul",
+    "lut_matmul",
+    "mitchell_conv2d",
+    "mitchell_conv2d_grad",
+    "mitchell_div",
+    "mitchell_div_grad",
+    "mitchell_exp2",
+    "mitchell_log2",
+    "mitchell_matmul",
+    "mitchell_matmul_grad",
+    "mitchell_mul",
+    "mitchell_mul_grad",
+    "mitchell_op",
+    "mitchell_reciprocal",
+    "mitchell_rsqrt",
+    "mitchell_sqrt",
+    "mitchell_square",
+]

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Thin typed access to the compiled Mitchell kernels: outputs are allocated and broadcast shapes resolved here."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _core, _docs
+from .._multiplier import Multiplier
+
+AnyArray = NDArray[Any]
+Pair = tuple[int, int]
+
+_LMUL = Multiplier("lmul")
+_ufuncs: dict[tuple[str, Multiplier], np.ufunc] = {}
+_lock = threading.Lock()
+
+
+def _name(op: str, multiplier: Multiplier) -> str:
+    return "lmul" if op == "mul" and multiplier == _LMUL else multiplier._op_name(op)
+
+
+def mitchell_op(op: str, multiplier: Multiplier) -> np.ufunc:
+    """The ufunc of an operation under a multiplier; the same object for equal arguments."""
+    key = (op, multiplier)
+    found = _ufuncs.get(key)
+    if found is not None:
+        return found
+    with _lock:
+        found = _ufuncs.get(key)
+        if found is None:
+            name = _name(op, multiplier)
+            found = _core.make_ufunc(op, name, _docs.ufunc_doc(name, op, multiplier), tuple(multiplier.spec(op)))
+            try:
+                found.__module__ = "fastops"
+            except AttributeError:
+                # NumPy before 2.2 gives ufuncs no attributes; pickle then searches the imported modules for the name.
+                pass
+            _ufuncs[key] = found
+    return found
+
+
+mitchell_mul = mitchell_op("mul", Multiplier())
+mitchell_div = mitchell_op("div", Multiplier())
+mitchell_square = mitchell_op("square", Multiplier())
+mitchell_reciprocal = mitchell_op("reciprocal", Multiplier())
+mitchell_sqrt = mitchell_op("sqrt", Multiplier())
+mitchell_rsqrt = mitchell_op("rsqrt", Multiplier())
+mitchell_log2 = mitchell_op("log2", Multiplier())
+mitchell_exp2 = mitchell_op("exp2", Multiplier())
+lmul = mitchell_op("mul", _LMUL)
+
+
+def mitchell_matmul(a: AnyArray, b: AnyArray, *, multiplier: Multiplier, out: AnyArray | None = None) -> AnyArray:
+    """The product of a (..., M, K) and b (..., K, N) under a multiplier."""
+    if out is None:
+        batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        out = np.empty((*batch, a.shape[-2], b.shape[-1]), a.dtype)
+    _core.matmul(a, b, tuple(multiplier.spec("mul")), out)
+    return out
+
+
+def exact_matmul(a: AnyArray, b: AnyArray, *, out: AnyArray | None = None) -> AnyArray:
+    """The exact product of a (..., M, K) and b (..., K, N), by the same tiling as the approximate one."""
+    if out is None:
+        batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        out = np.empty((*batch, a.shape[-2], b.shape[-1]), a.dtype)
+    _core.exact_matmul(a, b, out)
+    return out
+
+
+def mitchell_conv2d(
+    x: AnyArray,
+    w: AnyArray,
+    *,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    multiplier: Multiplier,
+    out: AnyArray | None = None,
+) -> AnyArray:
+    """The convolution of x (N, C, H, W) with w (O, C/groups, KH, KW) under a multiplier."""
+    if out is None:
+        size = [
+            (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (w.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+        ]
+        out = np.empty((x.shape[0], w.shape[0], *size), x.dtype)
+    _core.conv2d(x, w, stride, padding, dilation, groups, tuple(multiplier.spec("mul")), out)
+    return out
+
+
+def lut_matmul(a: AnyArray, b: AnyArray, table: AnyArray, *, out: AnyArray) -> AnyArray:
+    """The product of 8-bit a (..., M, K) and b (..., K, N), each term read from a (256, 256) table."""
+    _core.lut_matmul(a, b, table, out)
+    return out
+
+
+def _mode(mode: str) -> int:
+    return ("exact", "ste", "mimic").index(mode)
+
+
+def _sum_to(gradient: AnyArray, shape: tuple[int, ...]) -> AnyArray:
+    """Sums over the axes along which an operand of this shape was broadcast."""
+    if gradient.shape == shape:
+        return gradient
+    lead = gradient.ndim - len(shape)
+    axes = tuple(range(lead)) + tuple(
+        lead + i for i, n in enumerate(shape) if n == 1 and gradient.shape[lead + i] != 1
+    )
+    # Half precision sums in float32, as the kernels do.
+    wide = np.float32 if gradient.dtype.itemsize == 2 else gradient.dtype
+    summed: AnyArray = gradient.sum(axis=axes, dtype=wide).reshape(shape)
+    return summed.astype(gradient.dtype, copy=False)
+
+
+def _elementwise_grad(
+    kernel: Any, op: str, a: AnyArray, b: AnyArray, dy: AnyArray, multiplier: Multiplier, mode: str
+) -> tuple[AnyArray, AnyArray]:
+    left, right, upper = (np.ascontiguousarray(item) for item in np.broadcast_arrays(a, b, dy))
+    da, db = np.empty_like(upper), np.empty_like(upper)
+    kernel(left, right, upper, tuple(multiplier.spec(op)), _mode(mode), da, db)
+    shape = np.broadcast_shapes(a.shape, b.shape, dy.shape)
+    return _sum_to(da.reshape(shape), a.shape), _sum_to(db.reshape(shape), b.shape)
+
+
+def mitchell_mul_grad(
+    a: AnyArray, b: AnyArray, dy: AnyArray, *, multiplier: Multiplier, mode: str
+) -> tuple[AnyArray, AnyArray]:
+    """The gradients of `mitchell_mul`, summed to the shapes of the operands."""
+    if mode == "mimic":
+        mul = mitchell_op("mul", multiplier)
+        with np.errstate(all="ignore"):
+            return _sum_to(mul(dy, b), a.shape), _sum_to(mul(dy, a), b.shape)
+    return _elementwise_grad(_core.mul_grad, "mul", a, b, dy, multiplier, mode)
+
+
+def mitchell_div_grad(
+    a: AnyArray, b: AnyArray, dy: AnyArray, *, multiplier: Multiplier, mode: str
+) -> tuple[AnyArray, AnyArray]:
+    """The gradients of `mitchell_div`, summed to the shapes of the operands."""
+    if mode == "mimic":
+        mul, div = mitchell_op("mul", multiplier), mitchell_op("div", multiplier)
+        with np.errstate(all="ignore"):
+            return _sum_to(div(dy, b), a.shape), _sum_to(-div(mul(dy, a), mul(b, b)), b.shape)
+    return _elementwise_grad(_core.div_grad, "div", a, b, dy, multiplier, mode)
+
+
+def mitchell_matmul_grad(
+    a: AnyArray, b: AnyArray, dy: AnyArray, *, multiplier: Multiplier, mode: str
+) -> tuple[AnyArray, AnyArray]:
+    """The gradients of `mitchell_matmul`, summed to the shapes of the operands."""
+    batch = dy.shape[:-2]
+    left, right = np.broadcast_to(a, batch + a.shape[-2:]), np.broadcast_to(b, batch + b.shape[-2:])
+    da, db = np.empty(left.shape, a.dtype), np.empty(right.shape, b.dtype)
+    _core.matmul_grad(left, right, dy, tuple(multiplier.spec("mul")), _mode(mode), da, db)
+    return _sum_to(da, a.shape), _sum_to(db, b.shape)
+
+
+def mitchell_conv2d_grad(
+    x: AnyArray,
+    w: AnyArray,
+    dy: AnyArray,
+    *,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    multiplier: Multiplier,
+    mode: str,
+) -> tuple[AnyArray, AnyArray]:
+    """The gradients of `mitchell_conv2d`."""
+    dx, dw = np.empty(x.shape, x.dtype), np.empty(w.shape, w.dtype)
+    _core.conv2d_grad(x, w, dy, stride, padding, dilation, groups, tuple(multiplier.spec("mul")), _mode(mode), dx, dw)
+    return dx, dw
