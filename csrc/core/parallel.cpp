@@ -1,15 +1,407 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Serial stand-in of the pool.
+// The pool: detached threads that park between jobs. All state is static and trivially destructible, so that neither
+// a failed allocation nor the end of the process, nor a fork at any moment, can hurt it.
 #include "core/parallel.h"
 
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#endif
+
 namespace fastops {
-fastops_status parallel_run(std::size_t blocks, Body body, void* context, double, fastops_poll) noexcept {
-  for (std::size_t i = 0; i < blocks; ++i) body(context, i, 0);
+namespace {
+
+constexpr double kSerialBelowNs = 200e3;  // waking a parked thread costs 5 to 50 us
+constexpr int kSpins = 100;               // a few us: longer spins slow the neighbours down
+constexpr std::int64_t kPollNs = 20'000'000;
+constexpr std::size_t kStackBytes = 512 * 1024;  // bodies use less than 16 KiB; the rest is thread-local data
+
+// The control and status of the floating-point unit. A new thread inherits its creator's, so none is left to chance.
+#if defined(__x86_64__)
+constexpr std::uint64_t kDefaultControl = 0x1f80, kStatus = 0x3f;
+std::uint64_t fp_state() noexcept {
+  unsigned state;
+  __asm__ volatile("stmxcsr %0" : "=m"(state) : : "memory");
+  return state;
+}
+void set_fp_state(std::uint64_t value) noexcept {
+  const unsigned state = static_cast<unsigned>(value);
+  __asm__ volatile("ldmxcsr %0" : : "m"(state) : "memory");
+}
+void pause() noexcept { __builtin_ia32_pause(); }
+#else  // aarch64: control register in the upper half, status register in the lower
+constexpr std::uint64_t kDefaultControl = 0, kStatus = 0x9f;
+std::uint64_t fp_state() noexcept {
+  std::uint64_t control, status;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(control) : : "memory");
+  __asm__ volatile("mrs %0, fpsr" : "=r"(status) : : "memory");
+  return control << 32 | status;
+}
+void set_fp_state(std::uint64_t value) noexcept {
+  __asm__ volatile("msr fpcr, %0" : : "r"(value >> 32) : "memory");
+  __asm__ volatile("msr fpsr, %0" : : "r"(value & 0xffffffffu) : "memory");
+}
+void pause() noexcept { __asm__ volatile("yield" : : : "memory"); }
+#endif
+
+std::int64_t now_ns() noexcept {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return std::int64_t{t.tv_sec} * 1'000'000'000 + t.tv_nsec;
+}
+
+// park: sleeps while word == value, at most `ns` (for ever if negative); may return early. wake: ends `count` parks.
+using Word = std::atomic<std::uint32_t>;
+#if defined(__linux__)
+void park(Word& word, std::uint32_t value, std::int64_t ns) noexcept {
+  const timespec t{static_cast<time_t>(ns / 1'000'000'000), static_cast<long>(ns % 1'000'000'000)};
+  syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, ns < 0 ? nullptr : &t, nullptr, 0);
+}
+void wake(Word& word, int count) noexcept { syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, count, nullptr, nullptr, 0); }
+void reset_parking() noexcept {}
+#else
+pthread_mutex_t parking_lock = PTHREAD_MUTEX_INITIALIZER;
+pthread_cond_t parking = PTHREAD_COND_INITIALIZER;
+void park(Word& word, std::uint32_t value, std::int64_t ns) noexcept {
+  pthread_mutex_lock(&parking_lock);
+  if (word.load() == value) {
+    if (ns < 0) {
+      pthread_cond_wait(&parking, &parking_lock);
+    } else {
+      timespec t;
+      clock_gettime(CLOCK_REALTIME, &t);
+      t.tv_nsec += static_cast<long>(ns);
+      t.tv_sec += t.tv_nsec / 1'000'000'000;
+      t.tv_nsec %= 1'000'000'000;
+      pthread_cond_timedwait(&parking, &parking_lock, &t);
+    }
+  }
+  pthread_mutex_unlock(&parking_lock);
+}
+void wake(Word&, int) noexcept {
+  pthread_mutex_lock(&parking_lock);
+  pthread_cond_broadcast(&parking);
+  pthread_mutex_unlock(&parking_lock);
+}
+void reset_parking() noexcept {
+  parking_lock = PTHREAD_MUTEX_INITIALIZER;
+  parking = PTHREAD_COND_INITIALIZER;
+}
+#endif
+
+// Set by the thread that owns the pool, read by the workers between entering and leaving the gate.
+struct Job {
+  Body body;
+  void* context;
+  std::size_t blocks;
+  unsigned helpers;
+} job;
+
+std::atomic<bool> busy{false};         // whoever sets it owns the pool
+std::atomic<unsigned> threads{0};      // as set; 0: not asked yet
+std::atomic<std::uint32_t> forks{0};   // how often this process is the child of a fork
+std::atomic<std::size_t> ticket{0};    // the next block
+std::atomic<std::uint64_t> raised{0};  // the workers' floating-point status
+std::atomic<int> parked{0};
+Word epoch{0};  // one more for every job; idle workers wait for it to change
+// The gate of the job: places left for workers (bits 16-30), workers inside (bits 0-15), the owner sleeps (bit 31).
+// A worker that wakes late finds no place and sleeps on; the owner waits only for those inside.
+Word gate{0};
+constexpr std::uint32_t kPlace = 1u << 16, kPlaces = 0x7fffu << 16, kInside = 0xffffu, kOwnerSleeps = 1u << 31;
+unsigned started = 0;  // the owner's
+bool fork_handled = false;
+
+// The child has neither workers nor another owner.
+void after_fork_in_child() noexcept {
+  reset_parking();
+  gate.store(0);
+  parked.store(0);
+  started = 0;
+  forks.fetch_add(1);
+  busy.store(false);
+}
+
+void take_blocks(unsigned worker) noexcept {
+  for (std::size_t block; (block = ticket.fetch_add(1, std::memory_order_relaxed)) < job.blocks;)
+    job.body(job.context, block, worker);
+}
+
+void help_if_there_is_a_place() noexcept {
+  std::uint32_t g = gate.load(std::memory_order_acquire);
+  do {
+    if ((g & kPlaces) == 0) return;
+  } while (!gate.compare_exchange_weak(g, g - kPlace + 1, std::memory_order_acq_rel, std::memory_order_acquire));
+  set_fp_state(kDefaultControl);
+  take_blocks(job.helpers - (g & kPlaces) / kPlace + 1);
+  raised.fetch_or(fp_state() & kStatus, std::memory_order_relaxed);
+  const std::uint32_t before = gate.fetch_sub(1, std::memory_order_acq_rel);
+  if ((before & kInside) == 1 && (before & kOwnerSleeps) != 0) wake(gate, 1);
+}
+
+void* work(void* first_epoch) noexcept {
+#if defined(__linux__)
+  prctl(PR_SET_NAME, "fastops");
+#endif
+  auto seen = static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(first_epoch));
+  for (;;) {
+    std::uint32_t current;
+    for (int spins = kSpins; (current = epoch.load(std::memory_order_acquire)) == seen;) {
+      if (spins-- > 0) {
+        pause();
+        continue;
+      }
+      parked.fetch_add(1);
+      park(epoch, seen, -1);
+      parked.fetch_sub(1);
+    }
+    seen = current;
+    help_if_there_is_a_place();
+  }
+  return nullptr;
+}
+
+// Makes threads until there are `wanted`; returns how many there are. The owner's.
+unsigned start_threads(unsigned wanted) noexcept {
+  if (started >= wanted) return wanted;
+  if (!fork_handled) {
+    if (pthread_atfork(nullptr, nullptr, after_fork_in_child) != 0) return 0;
+    fork_handled = true;
+  }
+  pthread_attr_t attributes;
+  if (pthread_attr_init(&attributes) != 0) return started;
+  pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+  pthread_attr_setstacksize(&attributes, kStackBytes);
+  // Signals are the business of the program's own threads; a fault in the thread itself must stay reportable.
+  sigset_t all, before;
+  sigfillset(&all);
+  constexpr int kFaults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT};
+  for (int fault : kFaults) sigdelset(&all, fault);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  void* const seen = reinterpret_cast<void*>(std::uintptr_t{epoch.load()});
+  for (pthread_t id; started < wanted && pthread_create(&id, &attributes, work, seen) == 0;) ++started;
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  pthread_attr_destroy(&attributes);
+  return started;
+}
+
+// Asks the caller's poll at most every kPollNs.
+class Poller {
+ public:
+  explicit Poller(fastops_poll poll) noexcept : poll_(poll), next_(poll.function ? now_ns() + kPollNs : 0) {}
+  bool interrupted() noexcept {
+    if (poll_.function == nullptr) return false;
+    const std::int64_t now = now_ns();
+    if (now < next_) return false;
+    const bool stop = poll_.function(poll_.context) != 0;
+    next_ = now_ns() + kPollNs;
+    return stop;
+  }
+
+ private:
+  fastops_poll poll_;
+  std::int64_t next_;
+};
+
+fastops_status run_serial(std::size_t blocks, Body body, void* context, Poller& poller) noexcept {
+  for (std::size_t block = 0; block < blocks; ++block) {
+    if (block != 0 && poller.interrupted()) return FASTOPS_INTERRUPTED;
+    body(context, block, 0);
+  }
   return FASTOPS_OK;
 }
-unsigned worker_count() noexcept { return 1; }
+
+fastops_status run_shared(std::size_t blocks, Body body, void* context, unsigned helpers, Poller& poller) noexcept {
+  const std::uint32_t generation = forks.load();
+  job = {body, context, blocks, helpers};
+  ticket.store(0, std::memory_order_relaxed);
+  raised.store(0, std::memory_order_relaxed);
+  gate.store(helpers * kPlace, std::memory_order_release);
+  epoch.fetch_add(1);
+  if (parked.load() > 0) wake(epoch, static_cast<int>(helpers));
+
+  fastops_status status = FASTOPS_OK;
+  // True where a handler that the poll ran has forked and this is the child: the workers and their blocks are lost.
+  const auto lost = [&] {
+    if (status == FASTOPS_OK && poller.interrupted()) {
+      status = FASTOPS_INTERRUPTED;
+      ticket.store(blocks, std::memory_order_relaxed);
+    }
+    return forks.load(std::memory_order_relaxed) != generation;
+  };
+  for (std::size_t block; (block = ticket.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
+    body(context, block, 0);
+    if (lost()) return FASTOPS_INTERRUPTED;
+  }
+  std::uint32_t g = gate.fetch_and(~kPlaces, std::memory_order_acq_rel) & ~kPlaces;
+  for (int spins = kSpins; (g & kInside) != 0; g = gate.load(std::memory_order_acquire)) {
+    if (spins-- > 0) {
+      pause();
+      continue;
+    }
+    g = gate.fetch_or(kOwnerSleeps, std::memory_order_acq_rel) | kOwnerSleeps;
+    if ((g & kInside) != 0) park(gate, g, kPollNs);
+    if (lost()) return FASTOPS_INTERRUPTED;
+  }
+  set_fp_state(fp_state() | raised.load(std::memory_order_relaxed));
+  busy.store(false, std::memory_order_release);
+  return status;
+}
+
+// ---- how many threads ----
+
+// Reads a small file whole, as a C string; false where there is none. No allocation, EINTR retried.
+bool read_file(const char* path, char* text, std::size_t size) noexcept {
+  int fd;
+  do fd = open(path, O_RDONLY | O_CLOEXEC);
+  while (fd < 0 && errno == EINTR);
+  if (fd < 0) return false;
+  std::size_t used = 0;
+  for (;;) {
+    const ssize_t got = read(fd, text + used, size - 1 - used);
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) break;
+    used += static_cast<std::size_t>(got);
+  }
+  close(fd);
+  text[used] = '\0';
+  return used > 0;
+}
+
+unsigned quota_cpus(double quota, double period) noexcept {
+  if (!(quota > 0) || !(period > 0)) return kMaxThreads;
+  const double cpus = (quota + period - 1) / period;  // rounded up: half a CPU more is better used than idle
+  return cpus < 1 ? 1 : cpus > kMaxThreads ? kMaxThreads : static_cast<unsigned>(cpus);
+}
+
+// The quota of one directory of a hierarchy: version 2's cpu.max, version 1's pair of files.
+unsigned directory_cpus(const char* directory, bool version2) noexcept {
+  char path[1100], text[64];
+  if (version2) {
+    std::snprintf(path, sizeof path, "%s/cpu.max", directory);
+    if (!read_file(path, text, sizeof text) || std::strncmp(text, "max", 3) == 0) return kMaxThreads;
+    char* rest;
+    const double quota = std::strtod(text, &rest);
+    return quota_cpus(quota, std::strtod(rest, nullptr));
+  }
+  std::snprintf(path, sizeof path, "%s/cpu.cfs_quota_us", directory);
+  if (!read_file(path, text, sizeof text)) return kMaxThreads;
+  const double quota = std::strtod(text, nullptr);
+  std::snprintf(path, sizeof path, "%s/cpu.cfs_period_us", directory);
+  return read_file(path, text, sizeof text) ? quota_cpus(quota, std::strtod(text, nullptr)) : kMaxThreads;
+}
+
+}  // namespace
+
+unsigned cgroup_cpus(const char* proc_file, const char* root) noexcept {
+  char groups[3072];
+  if (!read_file(proc_file, groups, sizeof groups)) return kMaxThreads;
+  unsigned cpus = kMaxThreads;
+  char* save;
+  for (char* line = strtok_r(groups, "\n", &save); line != nullptr; line = strtok_r(nullptr, "\n", &save)) {
+    // "0::/path" is version 2, "4:cpu,cpuacct:/path" version 1.
+    char* const controllers = std::strchr(line, ':');
+    char* const colon = controllers ? std::strchr(controllers + 1, ':') : nullptr;
+    if (colon == nullptr) continue;
+    *colon = '\0';
+    const char* const names = controllers + 1;
+    const bool version2 = *names == '\0';
+    if (!version2 && std::strcmp(names, "cpu") != 0 && std::strncmp(names, "cpu,", 4) != 0 &&
+        std::strstr(names, ",cpu,") == nullptr && (colon - names < 4 || std::strcmp(colon - 4, ",cpu") != 0))
+      continue;
+    const char* const mounts[] = {version2 ? "" : "/cpu", version2 ? "/unified" : "/cpu,cpuacct"};
+    for (const char* mount : mounts) {
+      // Every ancestor limits too; a path seen from outside a container exists only near the root.
+      char directory[1024];
+      const int length = std::snprintf(directory, sizeof directory, "%s%s%s", root, mount, colon + 1);
+      if (length < 0 || static_cast<std::size_t>(length) >= sizeof directory) continue;
+      const std::size_t base = std::strlen(root) + std::strlen(mount);
+      for (;;) {
+        const unsigned here = directory_cpus(directory, version2);
+        if (here < cpus) cpus = here;
+        char* const slash = std::strrchr(directory + base, '/');
+        if (slash == nullptr) break;
+        *slash = '\0';
+      }
+    }
+  }
+  return cpus;
+}
+
+unsigned worker_count() noexcept {
+  unsigned count = threads.load(std::memory_order_relaxed);
+  if (count == 0) {
+    // Another thread's setting in the meantime stands.
+    unsigned unset = 0;
+    threads.compare_exchange_strong(unset, fastops_default_num_threads());
+    count = threads.load(std::memory_order_relaxed);
+  }
+  return count;
+}
+
+fastops_status parallel_run(std::size_t blocks, Body body, void* context, double work_ns, fastops_poll poll,
+                            unsigned limit) noexcept {
+  if (blocks == 0) return FASTOPS_OK;
+  const std::uint64_t caller = fp_state();
+  set_fp_state(kDefaultControl | (caller & kStatus));
+  Poller poller(poll);
+  unsigned helpers = 0;
+  bool owner = false;
+  if (blocks > 1 && limit > 1 && work_ns >= kSerialBelowNs) {
+    unsigned workers = worker_count();
+    if (workers > limit) workers = limit;
+    helpers = blocks < workers ? static_cast<unsigned>(blocks) - 1 : workers - 1;
+    owner = helpers > 0 && !busy.exchange(true, std::memory_order_acquire);
+  }
+  if (owner && (helpers = start_threads(helpers)) == 0) {
+    busy.store(false, std::memory_order_release);
+    owner = false;
+  }
+  const fastops_status status =
+      owner ? run_shared(blocks, body, context, helpers, poller) : run_serial(blocks, body, context, poller);
+  set_fp_state(caller | (fp_state() & kStatus));
+  return status;
+}
+
 }  // namespace fastops
 
-unsigned fastops_get_num_threads(void) noexcept { return 1; }
-fastops_status fastops_set_num_threads(unsigned count) noexcept { return count ? FASTOPS_OK : FASTOPS_INVALID; }
-unsigned fastops_default_num_threads(void) noexcept { return 1; }
+using namespace fastops;
+
+unsigned fastops_get_num_threads(void) noexcept { return worker_count(); }
+
+fastops_status fastops_set_num_threads(unsigned count) noexcept {
+  if (count < 1 || count > kMaxThreads) return FASTOPS_INVALID;
+  threads.store(count, std::memory_order_relaxed);
+  return FASTOPS_OK;
+}
+
+unsigned fastops_default_num_threads(void) noexcept {
+  unsigned cpus = 0;
+#if defined(__linux__)
+  // The plain system call, because a mask of fixed size fails on machines with more CPUs than it holds.
+  unsigned long mask[256];
+  const long bytes = syscall(SYS_sched_getaffinity, 0, sizeof mask, mask);
+  for (long i = 0; i < bytes / static_cast<long>(sizeof mask[0]); ++i)
+    cpus += static_cast<unsigned>(__builtin_popcountl(mask[i]));
+#endif
+  if (cpus == 0) {
+    const long online = sysconf(_SC_NPROCESSORS_ONLN);
+    cpus = online > 0 ? static_cast<unsigned>(online) : 1;
+  }
+  const unsigned allowed = cgroup_cpus("/proc/self/cgroup", "/sys/fs/cgroup");
+  if (cpus > allowed) cpus = allowed;
+  return cpus < kMaxThreads ? cpus : kMaxThreads;
+}
