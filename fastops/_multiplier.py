@@ -7,7 +7,7 @@ A description computes nothing itself. It turns into an `OpSpec` per operation, 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
@@ -508,7 +508,7 @@ def _check_compensation(value: object) -> str | float:
     return c
 
 
-@lru_cache(maxsize=None)
+@cache
 def segment_table(op: str, segments: int) -> tuple[float, ...]:
     """Per segment (pair of segments) of the mantissas, the constant c of least mean squared relative error.
 

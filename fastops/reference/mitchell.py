@@ -9,7 +9,7 @@ log2(1 + X / 2**M) turns a product into the integer sum S = X + Y + C of mantiss
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +44,8 @@ _FLOATS = [np.dtype(t) for t in (np.float16, _bfloat16, np.float32, np.float64) 
 # Products of integers are twice as wide, those of 64 bits wrap.
 _INTEGERS = [np.dtype(c) for c in "bBhHiIlLqQ"]
 _PRODUCTS = [np.dtype(c) for c in "hHiIlLlLqQ"]
+
+PLAIN = Multiplier()
 
 # Elements of the largest temporary array in a matrix product, unless one slice of it has more.
 _BLOCK = 2**17
@@ -176,7 +178,7 @@ _IEEE: dict[str, Callable[..., Array]] = {
 
 def _is_regular(op: str, args: Sequence[Array]) -> Array:
     """Where rule A applies; elsewhere (zeros, infinities, nan, negative roots) the result is IEEE's."""
-    regular = np.isfinite(args[0]) & ((args[0] != 0) | (op == "exp2"))
+    regular: Array = np.isfinite(args[0]) & ((args[0] != 0) | (op == "exp2"))
     if op in ("sqrt", "rsqrt", "log2"):
         regular &= args[0] > 0
     if len(args) == 2:
@@ -289,7 +291,7 @@ def _apply(op: str, name: str, spec: OpSpec, args: Sequence[Any], out: Any, wher
     return out
 
 
-@lru_cache(maxsize=None)
+@cache
 def mitchell_op(op: str, multiplier: Multiplier) -> Callable[..., Any]:
     """The element-wise operation `op` of a multiplier: f(a[, b], /, out=None, *, where=True, dtype=None)."""
     spec = multiplier.spec(op)
@@ -338,12 +340,14 @@ def _product(spec: OpSpec, dtype: np.dtype[Any], a: Array, b: Array) -> Array:
     return value
 
 
-def _blocked_sum(term: Callable[[slice], Array], length: int, shape: tuple[int, ...], dtype: Any = np.float64) -> Array:
-    """The sum of term(block) over blocks of range(length): temporaries of one block, whatever the length."""
+def _blocked_sum(
+    term: Callable[[slice], Array], axis: int, length: int, shape: tuple[int, ...], dtype: Any = np.float64
+) -> Array:
+    """The sum along `axis` of term(block) over blocks of range(length): temporaries of one block, whatever the length."""
     total = np.zeros(shape, dtype)
     step = max(1, _BLOCK // max(1, total.size))
     for start in range(0, length, step):
-        total += term(slice(start, start + step))
+        total += term(slice(start, start + step)).sum(axis=axis, dtype=dtype)
     return total
 
 
@@ -351,9 +355,7 @@ def _matmul(spec: OpSpec, dtype: np.dtype[Any], a: Array, b: Array) -> Array:
     """Matrix product in float64 of float64 operands."""
     shape = (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
     return _blocked_sum(
-        lambda k: _product(spec, dtype, a[..., :, k, np.newaxis], b[..., np.newaxis, k, :]).sum(axis=-2),
-        a.shape[-1],
-        shape,
+        lambda k: _product(spec, dtype, a[..., :, k, np.newaxis], b[..., np.newaxis, k, :]), -2, a.shape[-1], shape
     )
 
 
@@ -365,7 +367,7 @@ def _store(value: Array, dtype: np.dtype[Any], out: Array | None) -> Array:
     return out
 
 
-def mitchell_matmul(a: Array, b: Array, *, multiplier: Multiplier = Multiplier(), out: Array | None = None) -> Array:
+def mitchell_matmul(a: Array, b: Array, *, multiplier: Multiplier = PLAIN, out: Array | None = None) -> Array:
     """a (..., M, K) times b (..., K, N); sums of products in float64, rounded once."""
     spec = multiplier.spec("mul")
     with np.errstate(all="ignore"):
@@ -376,10 +378,7 @@ def lut_matmul(a: Array, b: Array, table: Array, *, out: Array) -> Array:
     """Sums over K of table[a[..., m, k], b[..., k, n]], the table indexed by the raw bytes."""
     a, b = a.astype(np.uint8), b.astype(np.uint8)
     out[...] = _blocked_sum(
-        lambda k: table[a[..., :, k, np.newaxis], b[..., np.newaxis, k, :]].sum(axis=-2, dtype=np.int64),
-        a.shape[-1],
-        out.shape,
-        np.int64,
+        lambda k: table[a[..., :, k, np.newaxis], b[..., np.newaxis, k, :]], -2, a.shape[-1], out.shape, np.int64
     )
     return out
 
@@ -418,7 +417,7 @@ def mitchell_conv2d(
     padding: Pair = (0, 0),
     dilation: Pair = (1, 1),
     groups: int = 1,
-    multiplier: Multiplier = Multiplier(),
+    multiplier: Multiplier = PLAIN,
     out: Array | None = None,
 ) -> Array:
     """Cross-correlation of x (N, C, H, W) with w (O, C / groups, KH, KW): a matrix product with the patches of x."""
@@ -474,7 +473,7 @@ def _div_slopes(spec: OpSpec, dtype: np.dtype[Any], a: Array, b: Array, dy: Arra
 
 
 def mitchell_mul_grad(
-    a: Array, b: Array, dy: Array, *, multiplier: Multiplier = Multiplier(), mode: str = "exact"
+    a: Array, b: Array, dy: Array, *, multiplier: Multiplier = PLAIN, mode: str = "exact"
 ) -> tuple[Array, Array]:
     """Gradients of sum(dy * mul(a, b)) with respect to a and b."""
     spec = multiplier.spec("mul")
@@ -493,7 +492,7 @@ def mitchell_mul_grad(
 
 
 def mitchell_div_grad(
-    a: Array, b: Array, dy: Array, *, multiplier: Multiplier = Multiplier(), mode: str = "exact"
+    a: Array, b: Array, dy: Array, *, multiplier: Multiplier = PLAIN, mode: str = "exact"
 ) -> tuple[Array, Array]:
     """Gradients of sum(dy * div(a, b)) with respect to a and b."""
     spec = multiplier.spec("div")
@@ -521,18 +520,18 @@ def _matmul_grad(spec: OpSpec, dtype: np.dtype[Any], a: Array, b: Array, dy: Arr
     batch, new = dy.shape[:-2], np.newaxis
 
     def along_a(n: slice) -> Array:
-        return _mul_slope(spec, dtype, a[..., :, :, new], b[..., new, :, n], dy[..., :, new, n]).sum(axis=-1)
+        return _mul_slope(spec, dtype, a[..., :, :, new], b[..., new, :, n], dy[..., :, new, n])
 
     def along_b(m: slice) -> Array:
-        return _mul_slope(spec, dtype, b[..., new, :, :], a[..., m, :, new], dy[..., m, new, :]).sum(axis=-3)
+        return _mul_slope(spec, dtype, b[..., new, :, :], a[..., m, :, new], dy[..., m, new, :])
 
-    da = _blocked_sum(along_a, dy.shape[-1], batch + a.shape[-2:])
-    db = _blocked_sum(along_b, dy.shape[-2], batch + b.shape[-2:])
+    da = _blocked_sum(along_a, -1, dy.shape[-1], batch + a.shape[-2:])
+    db = _blocked_sum(along_b, -3, dy.shape[-2], batch + b.shape[-2:])
     return _sum_to(da, a.shape), _sum_to(db, b.shape)
 
 
 def mitchell_matmul_grad(
-    a: Array, b: Array, dy: Array, *, multiplier: Multiplier = Multiplier(), mode: str = "exact"
+    a: Array, b: Array, dy: Array, *, multiplier: Multiplier = PLAIN, mode: str = "exact"
 ) -> tuple[Array, Array]:
     """Gradients of sum(dy * matmul(a, b)) with respect to a (..., M, K) and b (..., K, N); dy (..., M, N)."""
     spec = multiplier.spec("mul")
@@ -552,7 +551,7 @@ def mitchell_conv2d_grad(
     padding: Pair = (0, 0),
     dilation: Pair = (1, 1),
     groups: int = 1,
-    multiplier: Multiplier = Multiplier(),
+    multiplier: Multiplier = PLAIN,
     mode: str = "exact",
 ) -> tuple[Array, Array]:
     """Gradients of sum(dy * conv2d(x, w)) with respect to x (N, C, H, W) and w (O, C / groups, KH, KW); dy (N, O, OH, OW)."""
