@@ -90,7 +90,7 @@ def mitchell_matmul(
     y[i, j] = sum over k of M(a[i, k], b[k, j]), M as `mitchell_mul` but without rounding each product. float32 and float64
     accumulate in their own precision, float16 and bfloat16 in float32 with one rounding at the end. Subnormal operands of
     float32 and float64 count as zero. The order of the sum is not specified; it depends on the CPU level and never on the
-    number of threads. The error against a float64 sum is at most K eps sum |M(a, b)|.
+    number of threads. The error against a float64 sum is at most K eps sum(abs(M(a, b))).
     M N K products; the packed panels take O(K (M + N)) extra memory at most.
     J. N. Mitchell, IRE Trans. EC-11, 1962; A. Kosson and M. Jaggi, "Multiplication-free transformer training via piecewise
     affine operations", NeurIPS 2023.
@@ -349,7 +349,7 @@ def lut_matmul(a: ArrayLike, b: ArrayLike, table: ArrayLike, *, out: AnyArray | 
     Returns
     -------
     (..., M, N) ndarray or scalar
-        int32 where K max |table| fits, int64 otherwise; exact.
+        int32 where K max(abs(table)) fits, int64 otherwise; exact.
 
     Raises
     ------
