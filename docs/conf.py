@@ -16,12 +16,11 @@ extensions = [
     "myst_parser",
     "numpydoc",
     "sphinx.ext.autodoc",
-    "sphinx.ext.autosummary",
     "sphinx_gallery.gen_gallery",
 ]
 exclude_patterns = ["_build", "tutorials"]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
-default_role = "autolink"
+default_role = "literal"
 nitpicky = True
 
 myst_enable_extensions = ["colon_fence", "deflist"]
@@ -29,7 +28,6 @@ myst_heading_anchors = 3
 
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
-autosummary_generate = False
 numpydoc_show_class_members = False
 numpydoc_xref_param_type = False
 
