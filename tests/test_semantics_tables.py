@@ -86,7 +86,7 @@ def expected(cell: Cell, values: tuple[float, ...]) -> float | None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join((cell.op, *cell.operands)))
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join((cell.op, *cell.operands)).replace("±", "both"))
 def test_cell(backend: ModuleType, target: str, cell: Cell, dtype: str) -> None:
     raised: set[str] = set()
     flags = {name for word, name in FLAGS.items() if f"*{word}*" in cell.text}

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The README and the documentation say what is so: their Python runs, their commands and files exist."""
+
+import ast
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastops
+from fastops.__main__ import parser
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PYTHON = [
+    pytest.param(text, id=f"{page.name}-{i}")
+    for page in PAGES
+    for i, text in enumerate(
+        re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    )
+]
+
+
+@pytest.mark.parametrize("text", PYTHON)
+def test_python_of_the_pages_runs(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line with a trailing `# array(...)` comment must give that array."""
+    if "fastops.target(" in text and fastops.show_config("dict")["backend"] != "native":
+        pytest.skip("the text shows targets, which native alone has")
+    scope: dict[str, object] = {}
+    stated = 0
+    for node in ast.parse(text).body:
+        source = ast.get_source_segment(text, node)
+        assert source is not None
+        if isinstance(node, ast.Expr):
+            value = eval(compile(ast.Expression(node.value), "page", "eval"), scope)
+            comment = text.splitlines()[node.end_lineno - 1][node.end_col_offset :].strip(" #")  # type: ignore[operator]
+            if comment.startswith("array("):
+                np.testing.assert_array_equal(repr(value), comment)
+                stated += 1
+        else:
+            exec(compile(ast.Module([node], []), "page", "exec"), scope)
+    assert stated == text.count("# array(")
+
+
+def test_readme_has_the_two_commands() -> None:
+    commands = re.findall(r"^\$ (.*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert commands == [
+        "python3 -m venv .venv && . .venv/bin/activate",
+        "pip install '.[bench]' && fastops bench",
+        "pip install '.[test]' && pytest",
+    ]
+
+
+def test_options_named_in_the_pages_exist() -> None:
+    named = set()
+    for page in PAGES:
+        for arguments in re.findall(
+            r"^(?:\$ |`)fastops (bench|config)((?: --?[a-z]+(?: [\w./]+)?)*)", page.read_text(), re.MULTILINE
+        ):
+            named.add((arguments[0], *re.findall(r"--[a-z]+(?: [\w./]+)?", arguments[1])))
+    assert len(named) > 3
+    for command, *options in named:
+        parser().parse_args([command, *" ".join(options).split()])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert not missing
