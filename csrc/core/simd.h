@@ -22,24 +22,36 @@
 
 namespace fastops::FASTOPS_LEVEL {
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+// FASTOPS_LANE_BYTES emulates lanes of another width by plain vector code: a test of loops and tiles, not of speed.
+#if defined(FASTOPS_LANE_BYTES)
+inline constexpr std::size_t kBytes = FASTOPS_LANE_BYTES;
+#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define FASTOPS_AVX512 1
 inline constexpr std::size_t kBytes = 64;
 #elif defined(__AVX2__)
 #define FASTOPS_AVX2 1
 inline constexpr std::size_t kBytes = 32;
-#else
+#elif defined(__x86_64__)
+#define FASTOPS_SSE 1
 inline constexpr std::size_t kBytes = 16;
+#else
+#define FASTOPS_NEON 1
+inline constexpr std::size_t kBytes = 16;
+#endif
+
+// Whether fma rounds once at this level.
+#if defined(__FMA__) || defined(__aarch64__)
+inline constexpr bool kFusedMultiplyAdd = true;
+#else
+inline constexpr bool kFusedMultiplyAdd = false;
 #endif
 
 namespace simd {
 
-template <class T, std::size_t Bytes = kBytes>
-struct LaneType {
+template <class T, std::size_t Bytes = kBytes> struct LaneType {
   typedef T type __attribute__((vector_size(Bytes)));
 };
-template <class T>
-using lanes = typename LaneType<T>::type;
+template <class T> using lanes = typename LaneType<T>::type;
 
 using f32 = lanes<float>;
 using f64 = lanes<double>;
@@ -52,47 +64,35 @@ using u8 = lanes<std::uint8_t>;
 // As many 16-bit elements as f32 has lanes.
 using half_u16 = LaneType<std::uint16_t, kBytes / 2>::type;
 
-template <class V>
-inline constexpr std::size_t kLanes = sizeof(V) / sizeof(V{}[0]);
+template <class V> inline constexpr std::size_t kLanes = sizeof(V) / sizeof(V{}[0]);
 
-template <class V, class T>
-FASTOPS_INLINE V load(const T* p) {
+template <class V, class T> FASTOPS_INLINE V load(const T* p) {
   static_assert(sizeof(V{}[0]) == sizeof(T));
   V v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-template <class V, class T>
-FASTOPS_INLINE void store(T* p, V v) {
+template <class V, class T> FASTOPS_INLINE void store(T* p, V v) {
   static_assert(sizeof(V{}[0]) == sizeof(T));
   std::memcpy(p, &v, sizeof v);
 }
-template <class V, class T>
-FASTOPS_INLINE V splat(T x) {
-  return x - V{};
-}
-template <class To, class From>
-FASTOPS_INLINE To bits(From v) {
+template <class V, class T> FASTOPS_INLINE V splat(T x) { return x - V{}; }
+template <class To, class From> FASTOPS_INLINE To bits(From v) {
   static_assert(sizeof(To) == sizeof(From));
   To r;
   std::memcpy(&r, &v, sizeof r);
   return r;
 }
-template <class M, class V>
-FASTOPS_INLINE V select(M mask, V yes, V no) {
-  return mask ? yes : no;
-}
+template <class M, class V> FASTOPS_INLINE V select(M mask, V yes, V no) { return mask ? yes : no; }
 
 // The first n < lanes elements; the rest is `fill`. Nothing past p + n is read.
-template <class V, class T>
-FASTOPS_INLINE V load_first(const T* p, std::size_t n, T fill) {
+template <class V, class T> FASTOPS_INLINE V load_first(const T* p, std::size_t n, T fill) {
   alignas(sizeof(V)) T t[kLanes<V>];
   for (std::size_t i = 0; i < kLanes<V>; ++i) t[i] = fill;
   std::memcpy(t, p, n * sizeof(T));
   return load<V>(t);
 }
-template <class V, class T>
-FASTOPS_INLINE void store_first(T* p, V v, std::size_t n) {
+template <class V, class T> FASTOPS_INLINE void store_first(T* p, V v, std::size_t n) {
   alignas(sizeof(V)) T t[kLanes<V>];
   store(t, v);
   std::memcpy(p, t, n * sizeof(T));
@@ -104,10 +104,13 @@ FASTOPS_INLINE f32 fma(f32 a, f32 b, f32 c) {
   return (f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(FASTOPS_AVX2)
   return (f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__aarch64__)
+#elif defined(FASTOPS_NEON)
   return (f32)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
-  return a * b + c;
+  if constexpr (!kFusedMultiplyAdd) return a * b + c;
+  f32 r = a;
+  for (std::size_t i = 0; i < kLanes<f32>; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return r;
 #endif
 }
 FASTOPS_INLINE f64 fma(f64 a, f64 b, f64 c) {
@@ -115,16 +118,50 @@ FASTOPS_INLINE f64 fma(f64 a, f64 b, f64 c) {
   return (f64)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
 #elif defined(FASTOPS_AVX2)
   return (f64)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
-#elif defined(__aarch64__)
+#elif defined(FASTOPS_NEON)
   return (f64)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 #else
-  return a * b + c;
+  if constexpr (!kFusedMultiplyAdd) return a * b + c;
+  f64 r = a;
+  for (std::size_t i = 0; i < kLanes<f64>; ++i) r[i] = __builtin_fma(a[i], b[i], c[i]);
+  return r;
+#endif
+}
+
+// Correctly rounded square roots. (AVX-512: the unmasked intrinsics warn of an uninitialised value with GCC 12.)
+FASTOPS_INLINE f32 sqrt(f32 a) {
+#if defined(FASTOPS_AVX512)
+  return (f32)_mm512_mask_sqrt_ps((__m512)a, 0xffff, (__m512)a);
+#elif defined(FASTOPS_AVX2)
+  return (f32)_mm256_sqrt_ps((__m256)a);
+#elif defined(FASTOPS_SSE)
+  return (f32)_mm_sqrt_ps((__m128)a);
+#elif defined(FASTOPS_NEON)
+  return (f32)vsqrtq_f32((float32x4_t)a);
+#else
+  f32 r = a;
+  for (std::size_t i = 0; i < kLanes<f32>; ++i) r[i] = __builtin_sqrtf(a[i]);
+  return r;
+#endif
+}
+FASTOPS_INLINE f64 sqrt(f64 a) {
+#if defined(FASTOPS_AVX512)
+  return (f64)_mm512_mask_sqrt_pd((__m512d)a, 0xff, (__m512d)a);
+#elif defined(FASTOPS_AVX2)
+  return (f64)_mm256_sqrt_pd((__m256d)a);
+#elif defined(FASTOPS_SSE)
+  return (f64)_mm_sqrt_pd((__m128d)a);
+#elif defined(FASTOPS_NEON)
+  return (f64)vsqrtq_f64((float64x2_t)a);
+#else
+  f64 r = a;
+  for (std::size_t i = 0; i < kLanes<f64>; ++i) r[i] = __builtin_sqrt(a[i]);
+  return r;
 #endif
 }
 
 // True where any lane of a comparison's result is set.
-template <class M>
-FASTOPS_INLINE bool any(M mask) {
+template <class M> FASTOPS_INLINE bool any(M mask) {
 #if defined(FASTOPS_AVX512)
   if constexpr (sizeof(mask[0]) == 4)
     return _mm512_movepi32_mask((__m512i)mask) != 0;
@@ -132,10 +169,14 @@ FASTOPS_INLINE bool any(M mask) {
     return _mm512_movepi64_mask((__m512i)mask) != 0;
 #elif defined(FASTOPS_AVX2)
   return _mm256_movemask_epi8((__m256i)mask) != 0;
-#elif defined(__x86_64__)
+#elif defined(FASTOPS_SSE)
   return _mm_movemask_epi8((__m128i)mask) != 0;
-#else
+#elif defined(FASTOPS_NEON)
   return vmaxvq_u32((uint32x4_t)mask) != 0;
+#else
+  bool found = false;
+  for (std::size_t i = 0; i < kLanes<M>; ++i) found |= mask[i] != 0;
+  return found;
 #endif
 }
 
@@ -145,7 +186,7 @@ FASTOPS_INLINE void stream(float* p, f32 v) {
   _mm512_stream_ps(p, (__m512)v);
 #elif defined(FASTOPS_AVX2)
   _mm256_stream_ps(p, (__m256)v);
-#elif defined(__x86_64__)
+#elif defined(FASTOPS_SSE)
   _mm_stream_ps(p, (__m128)v);
 #else
   store(p, v);
