@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""pytest-benchmark over the cases of fastops.bench.mitchell: group = operation and size, row = implementation.
+
+    pytest bench/bench_mitchell.py --benchmark-group-by=group -k "matmul and not 1024"
+
+Rows share this process and one thread; `fastops bench` gives each a process of its own and is the one to quote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+
+import fastops
+from fastops.bench import mitchell
+from fastops.bench.case import Case, Implementation, Machine
+
+MACHINE = Machine.probe(threads=1)
+ROWS = [
+    pytest.param(case, row, id=f"{case.group}-{row.name}")
+    for case in mitchell.cases()
+    for row in mitchell.implementations(case, MACHINE)
+    # Another BLAS kernel needs a process of its own.
+    if not row.env
+]
+
+
+@pytest.mark.parametrize(("case", "row"), ROWS)
+def bench_mitchell(benchmark: Any, case: Case, row: Implementation) -> None:
+    level = fastops.target(row.target) if row.target and fastops.show_config("dict")["backend"] == "native" else None
+    with level or contextlib.nullcontext():
+        task = mitchell.prepare(case, row)
+        benchmark.group = case.group
+        benchmark.extra_info.update(error=task.check(), work=task.work, unit=case.unit, note=task.note)
+        benchmark(task.call, *task.args)

@@ -1,0 +1,451 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a benchmark run is shown as: table, TSV, JSON like pytest-benchmark's, HTML report, the README's picture."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
+
+from fastops.bench.runner import NOISE_LIMIT, Group, Measurement, Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Ratios of an earlier run by (group, row).
+Old = dict[tuple[str, str], float]
+
+COLUMNS = ("operation", "implementation", "time", "IQR", "rate", "x exact", "x reference", "error", "verdict")
+# Placed in the SVG text by matplotlib, replaced by the page's own colour.
+_INK = "#010203"
+_FAMILY_COLOURS = {
+    "native": "#2a7fbf",
+    "numba": "#3f9e5a",
+    "reference": "#c0504d",
+    "NumPy": "#8a8a8a",
+    "other": "#b8860b",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the table, as text, with what colours it."""
+
+    group: str
+    first: bool
+    cells: tuple[str, ...]
+    verdict: str
+    yardstick: bool
+
+
+def seconds_text(seconds: float) -> str:
+    """Three digits with a unit: 1.23 ms."""
+    for limit, factor, unit in ((1e-6, 1e9, "ns"), (1e-3, 1e6, "us"), (1.0, 1e3, "ms")):
+        if seconds < limit:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def rate_text(rate: float, unit: str) -> str:
+    """A rate in G, M or k units a second."""
+    for limit, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if rate >= limit:
+            return f"{rate / limit:.3g} {prefix}{unit}/s"
+    return f"{rate:.3g} {unit}/s"
+
+
+def ratio_text(ratio: float | None) -> str:
+    """Three digits, or nothing."""
+    return "" if ratio is None else f"{ratio:.3g}"
+
+
+def _error_text(error: float | None) -> str:
+    if error is None:
+        return ""
+    return "same bits" if error == 0 else f"{error:.1e}"
+
+
+def read_old(path: str) -> Old:
+    """Ratios of a file that `--json` wrote.
+
+    Raises
+    ------
+    ValueError
+        The file is not such a file.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            document = json.load(file)
+        ratios = {}
+        for bench in document["benchmarks"]:
+            ratio = bench["extra_info"].get("ratio_to_yardstick")
+            if ratio is not None:
+                ratios[bench["group"], bench["param"]] = float(ratio)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as problem:
+        raise ValueError(f"--compare: {path!r} is not JSON of 'fastops bench' ({type(problem).__name__})") from None
+    return ratios
+
+
+def lines(run: Run, old: Old | None = None) -> Iterator[Line]:
+    """The table's rows."""
+    for group in run.groups:
+        for index, m in enumerate(group.measurements):
+            verdict = group.verdict(m)
+            cells = [group.case.group, m.row.name]
+            if m.seconds:
+                low, high = m.quartiles
+                cells += [seconds_text(m.median * m.scale), f"{(high - low) / m.median:.1%}"]
+                cells += [rate_text(m.rate, group.case.unit), ratio_text(group.ratio(m, group.yardstick))]
+                cells += [ratio_text(group.ratio(m, group.reference)), _error_text(m.error)]
+            else:
+                cells += [""] * 6
+            cells.append(verdict)
+            if old is not None:
+                cells.append(_change(group, m, old))
+            yield Line(group.case.group, index == 0, tuple(cells), verdict, m is group.yardstick)
+
+
+def _change(group: Group, measurement: Measurement, old: Old) -> str:
+    """The ratio's change since an earlier run; absolute times of two runs say nothing on a shared machine."""
+    ratio, before = group.ratio(measurement, group.yardstick), old.get((group.case.group, measurement.row.name))
+    if ratio is None or before is None or measurement is group.yardstick:
+        return ""
+    if group.noise is None or group.noise > NOISE_LIMIT:
+        return "noise too high"
+    return f"{ratio / before - 1:+.1%}"
+
+
+def columns(old: Old | None) -> tuple[str, ...]:
+    """The table's header."""
+    return COLUMNS if old is None else (*COLUMNS, "ratio since")
+
+
+def summary(run: Run) -> str:
+    """One line: machine, levels, threads, versions."""
+    machine = run.machine
+    libraries = ", ".join(f"{name} {version}" for name, version in machine["libraries"].items())
+    levels = ", ".join(machine["targets"]) or "none"
+    return (
+        f"{machine['cpu']}, {machine['cpus']} CPUs; native levels: {levels}; threads: {machine['threads']}; "
+        f"Python {machine['python_version']}; {libraries}"
+    )
+
+
+LEGEND = (
+    "Ratios are rates over the yardstick's (x exact) and over plain NumPy's (x reference), above 1 is faster. "
+    "Error: against the oracle, relative."
+)
+
+
+def print_tsv(run: Run, out: TextIO, old: Old | None = None) -> None:
+    """Tab-separated values with plain numbers, in seconds and units a second; one header line."""
+    names = ("operation", "implementation", "seconds", "iqr", "rate", "x_exact", "x_reference", "error", "noise")
+    out.write("\t".join([*names, "verdict", *(["ratio_since"] if old is not None else [])]) + "\n")
+    for group in run.groups:
+        for m in group.measurements:
+            numbers: list[float | None] = [None] * 6
+            if m.seconds:
+                scale, (low, high) = m.scale, m.quartiles
+                ratios = group.ratio(m, group.yardstick), group.ratio(m, group.reference)
+                numbers = [m.median * scale, (high - low) * scale, m.rate, *ratios, m.error]
+            texts = ["" if number is None else f"{number:.4g}" for number in [*numbers, group.noise]]
+            cells = [group.case.group, m.row.name, *texts, group.verdict(m)]
+            if old is not None:
+                cells.append(_change(group, m, old))
+            out.write("\t".join(" ".join(cell.split()) for cell in cells) + "\n")
+
+
+def print_table(run: Run, out: TextIO, old: Old | None = None) -> None:
+    """A table for a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="fastops bench", caption=f"{LEGEND}\n{summary(run)}", caption_justify="left")
+    for name in columns(old):
+        left = name in ("operation", "implementation", "verdict")
+        table.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=name in ("time", "IQR"))
+    previous = False
+    for line in lines(run, old):
+        if line.first and previous:
+            table.add_section()
+        previous = True
+        style = "dim" if line.yardstick else ""
+        cells = [Text(cell) for cell in line.cells]
+        if not line.first:
+            cells[0] = Text("")
+        if "faster" in line.verdict:
+            cells[8].stylize("green")
+        elif "slower" in line.verdict:
+            cells[8].stylize("yellow")
+        elif line.verdict.startswith("WrongResult"):
+            cells[8].stylize("bold red")
+        if line.cells[1].startswith("native"):
+            cells[1].stylize("bold")
+        table.add_row(*cells, style=style)
+    Console(file=out).print(table)
+
+
+def to_json(run: Run) -> dict[str, Any]:
+    """A document in the form of pytest-benchmark's --benchmark-json, which its `compare` reads."""
+    machine = {key: value for key, value in run.machine.items() if key not in ("fastops_config", "libraries")}
+    machine |= {"node": "", "processor": run.machine["machine"], "libraries": run.machine["libraries"]}
+    benchmarks = [_benchmark(group, m) for group in run.groups for m in group.measurements if m.seconds]
+    return {
+        "machine_info": machine,
+        "commit_info": {"id": f"fastops {run.machine['libraries'].get('fastops', '')}", "dirty": False},
+        "benchmarks": benchmarks,
+        "datetime": run.started,
+        "version": run.machine["libraries"].get("fastops", ""),
+        "fastops": {
+            "config": run.machine["fastops_config"],
+            "seconds": run.seconds,
+            "notes": run.notes,
+            "failed": [
+                {"group": g.case.group, "param": m.row.name, "reason": m.failed}
+                for g in run.groups
+                for m in g.measurements
+                if m.failed
+            ],
+        },
+    }
+
+
+def _benchmark(group: Group, m: Measurement) -> dict[str, Any]:
+    name = f"{group.case.op}[{m.row.name}]"
+    yardstick, reference = group.yardstick, group.reference
+    return {
+        "group": group.case.group,
+        "name": f"{group.case.group}[{m.row.name}]",
+        "fullname": f"fastops/bench/{group.case.family}.py::{group.case.group}::{name}",
+        "params": {"implementation": m.row.name, "dtype": group.case.dtype, "size": group.case.size},
+        "param": m.row.name,
+        "extra_info": {
+            "ratio_to_yardstick": group.ratio(m, yardstick),
+            "yardstick": yardstick.row.name if yardstick else None,
+            "ratio_to_reference": group.ratio(m, reference),
+            "verdict": group.verdict(m),
+            "noise": group.noise,
+            "error": m.error,
+            "rate": m.rate,
+            "unit": group.case.unit,
+            "work": m.whole,
+            "note": m.note,
+            "backend": m.row.backend,
+            "target": m.row.target,
+            "threads": m.row.threads,
+        },
+        "options": {"disable_gc": True, "timer": "perf_counter_ns", "min_rounds": 3, "warmup": True},
+        "stats": _stats([seconds * m.scale for seconds in m.seconds], m.calls),
+    }
+
+
+def _stats(seconds: Sequence[float], calls: int) -> dict[str, Any]:
+    q1, q3 = (float(value) for value in np.percentile(seconds, [25, 75]))
+    mean, median = statistics.fmean(seconds), statistics.median(seconds)
+    deviation = statistics.stdev(seconds) if len(seconds) > 1 else 0.0
+    low, high = q1 - 1.5 * (q3 - q1), q3 + 1.5 * (q3 - q1)
+    inside = [value for value in seconds if low <= value <= high]
+    beyond = sum(abs(value - mean) > deviation for value in seconds)
+    return {
+        "min": min(seconds),
+        "max": max(seconds),
+        "mean": mean,
+        "stddev": deviation,
+        "rounds": len(seconds),
+        "median": median,
+        "iqr": q3 - q1,
+        "q1": q1,
+        "q3": q3,
+        "iqr_outliers": len(seconds) - len(inside),
+        "stddev_outliers": beyond,
+        "outliers": f"{beyond};{len(seconds) - len(inside)}",
+        "ld15iqr": min(inside),
+        "hd15iqr": max(inside),
+        "ops": 1 / mean,
+        "total": sum(seconds),
+        "data": list(seconds),
+        "iterations": calls,
+    }
+
+
+# Plots.
+
+
+def _figure(width: float, height: float) -> Figure:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.use("Agg")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _colour(name: str) -> str:
+    for prefix, colour in _FAMILY_COLOURS.items():
+        if name.startswith(prefix):
+            return colour
+    return _FAMILY_COLOURS["other"]
+
+
+def _ink(axes: Axes) -> None:
+    """Text and lines in the page's ink, so that a dark page reads as well as a light one."""
+    axes.tick_params(colors=_INK, which="both")
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.xaxis.label.set_color(_INK)
+    axes.yaxis.label.set_color(_INK)
+    axes.title.set_color(_INK)
+    axes.patch.set_alpha(0)
+
+
+def _svg(figure: Figure, salt: str, ink: str = "currentColor", background: str = "none") -> str:
+    """The figure as an inline <svg>: text stays text, no date, ids that do not clash between figures."""
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        figure.savefig(buffer, format="svg", facecolor=background, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{salt}-", text[text.index("<svg") :])
+    return text.replace(_INK, ink)
+
+
+def _ratios(axes: Axes, named: Sequence[tuple[str, float, str, str]], label: str) -> None:
+    """Horizontal bars from 1 on a logarithmic axis: (name, ratio, colour, text)."""
+    places = range(len(named))
+    ratios = [ratio for _, ratio, _, _ in named]
+    axes.barh(places, [r - 1 for r in ratios], left=1, color=[c for _, _, c, _ in named], height=0.7)
+    axes.set_xscale("log")
+    low, high = min([*ratios, 0.5]), max([*ratios, 2.0])
+    spread = math.log10(high / low)
+    axes.set_xlim(low / 10 ** (0.14 * spread), high * 10 ** (0.22 * spread))
+    axes.axvline(1, color=_INK, linewidth=0.8)
+    for place, (_, ratio, _, text) in zip(places, named, strict=True):
+        axes.annotate(
+            text,
+            (ratio, place),
+            xytext=(4 if ratio >= 1 else -4, 0),
+            textcoords="offset points",
+            va="center",
+            ha="left" if ratio >= 1 else "right",
+            fontsize=8,
+            color=_INK,
+        )
+    axes.set_yticks(list(places), [name for name, _, _, _ in named], fontsize=8)
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.xaxis.set_minor_formatter(lambda value, _: "")
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(label, fontsize=8)
+    axes.tick_params(axis="x", labelsize=8)
+    _ink(axes)
+
+
+def _group_plot(group: Group, index: int) -> str:
+    named = []
+    for m in group.measurements:
+        ratio = group.ratio(m, group.yardstick)
+        if ratio is not None:
+            text = f"{ratio:.3g}x   {rate_text(m.rate, group.case.unit)}"
+            named.append((m.row.name, ratio, _colour(m.row.name), text))
+    if not named or group.yardstick is None:
+        return ""
+    figure = _figure(7.2, 0.55 + 0.26 * len(named))
+    _ratios(figure.add_subplot(), named, f"rate over that of {group.yardstick.row.name}")
+    return _svg(figure, f"g{index}")
+
+
+def _size_plots(run: Run) -> list[dict[str, str]]:
+    """Rate over size for each operation that was timed at three sizes or more."""
+    series: dict[tuple[str, str], list[Group]] = {}
+    for group in run.groups:
+        series.setdefault((group.case.op, group.case.dtype), []).append(group)
+    plots: list[dict[str, str]] = []
+    for (op, dtype), groups in series.items():
+        if len(groups) < 3:
+            continue
+        figure = _figure(7.2, 3.4)
+        axes = figure.add_subplot()
+        names = dict.fromkeys(m.row.name for group in groups for m in group.measurements if m.seconds)
+        for number, name in enumerate(names):
+            rows = [(g.case.shape[0], m) for g in groups for m in g.measurements if m.row.name == name]
+            points = [(size, m.rate) for size, m in rows if m.seconds]
+            style = ("-", "--", ":", "-.")[number % 4]
+            axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, color=_colour(name), label=name)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("n", fontsize=8)
+        axes.set_ylabel(f"{groups[0].case.unit}s a second", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(color="#888888", alpha=0.3, linewidth=0.5)
+        axes.legend(fontsize=7, frameon=False, labelcolor=_INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        _ink(axes)
+        plots.append({"title": f"{op} {dtype}: rate over size", "svg": _svg(figure, f"s{len(plots)}")})
+    return plots
+
+
+def html(run: Run, old: Old | None = None) -> str:
+    """The report as one self-contained page."""
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    groups = []
+    rows = list(lines(run, old))
+    for index, group in enumerate(run.groups):
+        groups.append(
+            {
+                "name": group.case.group,
+                "noise": "" if group.noise is None else f"{group.noise:.1%}",
+                "noisy": group.noise is None or group.noise > NOISE_LIMIT,
+                "rows": [line for line in rows if line.group == group.case.group],
+                "notes": [f"{m.row.name}: {m.note}" for m in group.measurements if m.note],
+                # Made by matplotlib from numbers and the names of this package, which it escapes.
+                "plot": Markup(_group_plot(group, index)),
+            }
+        )
+    return environment.get_template("report.html.j2").render(
+        columns=columns(old)[1:],
+        groups=groups,
+        size_plots=[{"title": p["title"], "svg": Markup(p["svg"])} for p in _size_plots(run)],
+        machine=run.machine,
+        notes=run.notes,
+        started=run.started,
+        seconds=f"{run.seconds:.0f}",
+        legend=LEGEND,
+        limit=f"{NOISE_LIMIT:.0%}",
+    )
+
+
+def picture(run: Run) -> str:
+    """The README's picture: how many times faster the best native row is than each way of doing the same in Python."""
+    named = []
+    for group in run.groups:
+        ours = [m for m in group.measurements if m.row.recipe == "fastops" and m.seconds and m.row.threads == 1]
+        if not ours or ours[-1].row.name == "reference":
+            continue
+        best = max(ours, key=lambda m: m.rate)
+        for m in group.measurements:
+            base = m.row.recipe != "fastops" or m.row.name in ("reference", "numba")
+            if base and m.seconds and m is not best and m.row.threads == 1:
+                ratio = best.rate / m.rate
+                name = f"{group.case.op} {group.case.size} / {m.row.name}"
+                named.append((name, ratio, _colour(m.row.name), f"{ratio:.3g}x"))
+    if not named:
+        raise ValueError("--picture: no group has a row of ours to compare")
+    figure = _figure(8.4, 0.9 + 0.2 * len(named))
+    axes = figure.add_subplot()
+    _ratios(axes, named, "times the rate of the row, one thread")
+    axes.set_title(f"fastops on {run.machine['cpu']}", fontsize=10)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + _svg(figure, "p", ink="#222222", background="#ffffff")

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The programs of examples/ run as a user would run them, and show what they promise."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_approximate_network_accuracy_near_exact(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    picture = tmp_path / "error.svg"
+    command = [sys.executable, str(EXAMPLES / "approximate_network.py"), "--epochs", "12", "--plot", str(picture)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert run.returncode == 0, run.stderr
+    header, *rows = run.stdout.splitlines()
+    assert header.split() == ["multiplication", "accuracy", "points", "time", "x", "exact"]
+    accuracy = {row[:24].strip(): float(row[24:].split()[0]) for row in rows}
+    assert list(accuracy) == [
+        "exact",
+        "Mitchell",
+        "Mitchell, min-mse",
+        "L-Mul",
+        "8-bit table, exact",
+        "8-bit table, Mitchell",
+    ]
+    # Chance is 10 %; a network that did not learn would agree with anything.
+    assert accuracy["exact"] > 93
+    for name, value in accuracy.items():
+        assert abs(value - accuracy["exact"]) <= 1.5, name
+    assert picture.read_text(encoding="utf-8").count("<image") >= 3
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    # The program sets it where it is not set; the other tests must not see that.
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", os.environ.get("OPENBLAS_NUM_THREADS", "1"))
+    spec = importlib.util.spec_from_file_location("approximate_network", EXAMPLES / "approximate_network.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_error_surface_within_one_ninth(network: ModuleType) -> None:
+    surface = network.error_surface(network.MULTIPLIERS["Mitchell"], points=64)
+    assert surface.shape == (64, 64)
+    np.testing.assert_array_equal(surface, surface.T)
+    assert -100 / 9 <= surface.min() < -11
+    assert -0.1 < surface.max() <= 1e-5
+
+
+def test_signed_table_is_the_integer_product_with_sign(network: ModuleType) -> None:
+    table = network.signed_table(network.MULTIPLIERS["Mitchell"])
+    # 16 is a power of two: exact. 200 * 3 = 2^7 (1 + 72/128) 2 (1 + 1/2) -> 2^9 (1 + (72/128 + 1/2 - 1)) = 544.
+    assert table[16, 5] == 80
+    assert table[16, 256 - 5] == -80
+    assert table[200, 3] == 544
+    assert table[200, 256 - 3] == -544
+    assert not table[0].any()
+    assert not table[:, 0].any()
