@@ -202,7 +202,7 @@ FASTOPS_INLINE void stream_fence() {
 // table[index] for a table of 16 entries; index lanes in 0 .. 15.
 FASTOPS_INLINE i32 lookup16(const std::int32_t* table, i32 index) {
 #if defined(FASTOPS_AVX512)
-  return (i32)_mm512_permutexvar_epi32((__m512i)index, _mm512_loadu_si512(table));
+  return (i32)_mm512_maskz_permutexvar_epi32(0xffff, (__m512i)index, _mm512_loadu_si512(table));
 #elif defined(FASTOPS_AVX2)
   const __m256i low = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i*)table), (__m256i)index);
   const __m256i high = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i*)(table + 8)), (__m256i)index);
@@ -211,6 +211,58 @@ FASTOPS_INLINE i32 lookup16(const std::int32_t* table, i32 index) {
   i32 r;
   for (std::size_t i = 0; i < kLanes<i32>; ++i) r[i] = table[index[i]];
   return r;
+#endif
+}
+
+// table[index], lane by lane; the whole table is the caller's.
+FASTOPS_INLINE i32 gather(const std::int32_t* table, i32 index) {
+#if defined(FASTOPS_AVX512)
+  return (i32)_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), __mmask16(-1), (__m512i)index, table, 4);
+#elif defined(FASTOPS_AVX2)
+  return (i32)_mm256_i32gather_epi32(table, (__m256i)index, 4);
+#else
+  i32 r;
+  for (std::size_t i = 0; i < kLanes<i32>; ++i) r[i] = table[index[i]];
+  return r;
+#endif
+}
+FASTOPS_INLINE i64 gather(const std::int64_t* table, i64 index) {
+#if defined(FASTOPS_AVX512)
+  return (i64)_mm512_mask_i64gather_epi64(_mm512_setzero_si512(), __mmask8(-1), (__m512i)index, table, 8);
+#elif defined(FASTOPS_AVX2)
+  return (i64)_mm256_i64gather_epi64(reinterpret_cast<const long long*>(table), (__m256i)index, 8);
+#else
+  i64 r;
+  for (std::size_t i = 0; i < kLanes<i64>; ++i) r[i] = table[index[i]];
+  return r;
+#endif
+}
+FASTOPS_INLINE std::int32_t gather(const std::int32_t* table, std::int32_t index) { return table[index]; }
+FASTOPS_INLINE std::int64_t gather(const std::int64_t* table, std::int64_t index) { return table[index]; }
+
+// True where every lane of `v` has all the bits of `mask` set.
+template <class V, class T>
+FASTOPS_INLINE bool all_set(V v, T mask) {
+  const V wanted = splat<V>(mask);
+#if defined(FASTOPS_AVX512)
+  const V missing = ~v & wanted;
+  if constexpr (sizeof(T) == 4)
+    return _mm512_test_epi32_mask((__m512i)missing, (__m512i)missing) == 0;
+  else
+    return _mm512_test_epi64_mask((__m512i)missing, (__m512i)missing) == 0;
+#elif defined(FASTOPS_AVX2)
+  return _mm256_testc_si256((__m256i)v, (__m256i)wanted) != 0;
+#elif defined(__x86_64__)
+  return _mm_testc_si128((__m128i)v, (__m128i)wanted) != 0;
+#else
+  return vmaxvq_u32((uint32x4_t)(~v & wanted)) == 0;
+#endif
+}
+FASTOPS_INLINE i64 lookup16(const std::int64_t* table, i64 index) {
+#if defined(FASTOPS_AVX512)
+  return (i64)_mm512_permutex2var_epi64(_mm512_loadu_si512(table), (__m512i)index, _mm512_loadu_si512(table + 8));
+#else
+  return gather(table, index);
 #endif
 }
 

@@ -12,15 +12,15 @@
 static int check_failures = 0;
 
 /* printf's arguments follow the condition; only the first 20 failures are printed. */
-#define CHECK(condition, ...)                                        \
-  do {                                                               \
-    if (!(condition)) {                                              \
-      if (++check_failures <= 20) {                                  \
+#define CHECK(condition, ...)                                           \
+  do {                                                                  \
+    if (!(condition)) {                                                 \
+      if (++check_failures <= 20) {                                     \
         fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-        fprintf(stderr, __VA_ARGS__);                                \
-        fputc('\n', stderr);                                         \
-      }                                                              \
-    }                                                                \
+        fprintf(stderr, __VA_ARGS__);                                   \
+        fputc('\n', stderr);                                            \
+      }                                                                 \
+    }                                                                   \
   } while (0)
 
 /* The last line of main. */

@@ -16,8 +16,7 @@ namespace {
 constexpr double kBound = fastops::FASTOPS_LEVEL::kFusedMultiplyAdd ? 1.0 : 2.0;
 
 // |got - want| in units of the last place that `want` has in T.
-template <class T, class Wide>
-double ulps(T got, Wide want) {
+template <class T, class Wide> double ulps(T got, Wide want) {
   if (std::isnan(want)) return std::isnan(got) ? 0 : 1e30;
   if (std::isnan(got)) return 1e30;
   const int digits = sizeof(T) == 4 ? 24 : 53, lowest = sizeof(T) == 4 ? -149 : -1074;
@@ -32,8 +31,7 @@ double ulps(T got, Wide want) {
   return static_cast<double>(std::fabs(std::ldexp(Wide(got) - want, -unit)));
 }
 
-template <class T, class Wide>
-struct Function {
+template <class T, class Wide> struct Function {
   const char* name;
   void (*lanes)(const T*, T*);
   Wide (*exact)(Wide);
@@ -41,20 +39,18 @@ struct Function {
   T where;
 };
 
-#define FASTOPS_ENTRY(V, T, Wide, name, exact) \
-  { #name, [](const T* in, T* out) { simd::store(out, math::name(simd::load<V>(in))); }, [](Wide x) { return exact; }, 0, 0 }
-#define FASTOPS_TABLE(V, T, Wide)                                                                     \
-  {                                                                                                   \
-    FASTOPS_ENTRY(V, T, Wide, exp, std::exp(x)), FASTOPS_ENTRY(V, T, Wide, exp2, std::exp2(x)),       \
-        FASTOPS_ENTRY(V, T, Wide, log, std::log(x)), FASTOPS_ENTRY(V, T, Wide, log2, std::log2(x)),   \
-        FASTOPS_ENTRY(V, T, Wide, rsqrt, 1 / std::sqrt(x))                                      \
-  }
+#define FASTOPS_ENTRY(V, T, Wide, name, exact)                                                                        \
+  {#name, [](const T* in, T* out) { simd::store(out, math::name(simd::load<V>(in))); }, [](Wide x) { return exact; }, \
+   0, 0}
+#define FASTOPS_TABLE(V, T, Wide)                                                              \
+  {FASTOPS_ENTRY(V, T, Wide, exp, std::exp(x)), FASTOPS_ENTRY(V, T, Wide, exp2, std::exp2(x)), \
+   FASTOPS_ENTRY(V, T, Wide, log, std::log(x)), FASTOPS_ENTRY(V, T, Wide, log2, std::log2(x)), \
+   FASTOPS_ENTRY(V, T, Wide, rsqrt, 1 / std::sqrt(x))}
 Function<float, double> single[] = FASTOPS_TABLE(simd::f32, float, double);
 using Extended = long double;
 Function<double, Extended> wide[] = FASTOPS_TABLE(simd::f64, double, Extended);
 
-template <class T, class Wide>
-void examine(Function<T, Wide>& f, const T* in, std::size_t lanes) {
+template <class T, class Wide> void examine(Function<T, Wide>& f, const T* in, std::size_t lanes) {
   T out[16];
   f.lanes(in, out);
   for (std::size_t i = 0; i < lanes; ++i) {
@@ -68,8 +64,7 @@ void examine(Function<T, Wide>& f, const T* in, std::size_t lanes) {
   }
 }
 
-template <class To, class From>
-To bits_of(From from) {
+template <class To, class From> To bits_of(From from) {
   To to;
   static_assert(sizeof to == sizeof from);
   std::memcpy(&to, &from, sizeof to);
@@ -97,25 +92,60 @@ void sample(Function<T, Wide> (&table)[N], std::size_t lanes, std::size_t rounds
         const std::uint64_t r = random.next();
         const T unit = static_cast<T>(static_cast<double>(r >> 11) * 0x1p-53);
         switch (round % 4) {
-          case 0: in[i] = bits_of<T>(static_cast<U>(r)); break;
-          case 1: in[i] = T(0.5) + unit; break;
-          case 2: in[i] = (unit - T(0.5)) * T(sizeof(T) == 4 ? 220 : 1600); break;
-          default: in[i] = unit * T(sizeof(T) == 4 ? 0x1p-120 : 0x1p-1015) * T(sizeof(T) == 4 ? 0x1p-10 : 0x1p-20); break;
+          case 0:
+            in[i] = bits_of<T>(static_cast<U>(r));
+            break;
+          case 1:
+            in[i] = T(0.5) + unit;
+            break;
+          case 2:
+            in[i] = (unit - T(0.5)) * T(sizeof(T) == 4 ? 220 : 1600);
+            break;
+          default:
+            in[i] = unit * T(sizeof(T) == 4 ? 0x1p-120 : 0x1p-1015) * T(sizeof(T) == 4 ? 0x1p-10 : 0x1p-20);
+            break;
         }
       }
       examine(f, in, lanes);
     }
 }
 
-template <class T, class Wide, std::size_t N>
-void specials(Function<T, Wide> (&table)[N], std::size_t lanes) {
+template <class T, class Wide, std::size_t N> void specials(Function<T, Wide> (&table)[N], std::size_t lanes) {
   const T inf = T(INFINITY), smallest = sizeof(T) == 4 ? T(0x1p-149) : T(0x1p-1074);
   const T normal = sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
   for (auto& f : table)
-    for (T x : {T(0), T(-0.0), T(1), T(-1), T(2), T(0.5), T(4), inf, -inf, T(NAN), smallest, -smallest, normal, -normal,
-                std::nextafter(normal, T(0)), std::nextafter(T(1), T(0)), std::nextafter(T(1), inf),
-                std::nextafter(inf, T(0)), -std::nextafter(inf, T(0)), T(-104), T(89), T(-150), T(-149.5), T(128),
-                T(127.999), T(88.7228391), T(709.7827128933841), T(-745.2), T(-1074.5), T(-1075), T(1023.99), T(1024)}) {
+    for (T x : {T(0),
+                T(-0.0),
+                T(1),
+                T(-1),
+                T(2),
+                T(0.5),
+                T(4),
+                inf,
+                -inf,
+                T(NAN),
+                smallest,
+                -smallest,
+                normal,
+                -normal,
+                std::nextafter(normal, T(0)),
+                std::nextafter(T(1), T(0)),
+                std::nextafter(T(1), inf),
+                std::nextafter(inf, T(0)),
+                -std::nextafter(inf, T(0)),
+                T(-104),
+                T(89),
+                T(-150),
+                T(-149.5),
+                T(128),
+                T(127.999),
+                T(88.7228391),
+                T(709.7827128933841),
+                T(-745.2),
+                T(-1074.5),
+                T(-1075),
+                T(1023.99),
+                T(1024)}) {
       T in[16];
       for (std::size_t i = 0; i < lanes; ++i) in[i] = i % 2 ? T(1) : x;  // neighbours must not matter
       examine(f, in, lanes);
@@ -124,17 +154,18 @@ void specials(Function<T, Wide> (&table)[N], std::size_t lanes) {
   struct {
     int function;
     T in, out;
-  } exact[] = {{0, 0, 1}, {1, 0, 1}, {1, 5, 32}, {1, -3, T(0.125)}, {2, 1, 0}, {3, 1, 0}, {3, 8, 3}, {3, T(0.25), -2}, {4, 4, T(0.5)}};
+  } exact[] = {{0, 0, 1}, {1, 0, 1}, {1, 5, 32},       {1, -3, T(0.125)}, {2, 1, 0},
+               {3, 1, 0}, {3, 8, 3}, {3, T(0.25), -2}, {4, 4, T(0.5)}};
   for (const auto& e : exact) {
     T in[16], out[16];
     for (std::size_t i = 0; i < lanes; ++i) in[i] = e.in;
     table[e.function].lanes(in, out);
-    CHECK(out[0] == e.out && out[lanes - 1] == e.out, "%s(%g) = %g", table[e.function].name, double(e.in), double(out[0]));
+    CHECK(out[0] == e.out && out[lanes - 1] == e.out, "%s(%g) = %g", table[e.function].name, double(e.in),
+          double(out[0]));
   }
 }
 
-template <class T, class Wide, std::size_t N>
-void report(const char* type, const Function<T, Wide> (&table)[N]) {
+template <class T, class Wide, std::size_t N> void report(const char* type, const Function<T, Wide> (&table)[N]) {
   for (const auto& f : table) printf("  %s %-5s %.4f ulp at %a\n", type, f.name, f.worst, double(f.where));
 }
 
