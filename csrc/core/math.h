@@ -110,8 +110,9 @@ template <class V> FASTOPS_INLINE V exp(V x) {
   const V n_rounded = simd::fma(x, splat<V>(F::kLog2E), round);
   const V n = n_rounded - round;
   const V r = simd::fma(-n, splat<V>(F::kLn2Low), simd::fma(-n, splat<V>(F::kLn2High), x));
-  const V y = 1 + simd::fma(r * r, polynomial(r, F::kExp), r);
-  return scale(y, n_rounded);
+  // 1 + r with its rounding error, which alone could cost a quarter of a unit.
+  const V high_sum = 1 + r, low_sum = r - (high_sum - 1);
+  return scale(high_sum + simd::fma(r * r, polynomial(r, F::kExp), low_sum), n_rounded);
 }
 
 template <class V> FASTOPS_INLINE V exp2(V x) {
@@ -124,9 +125,9 @@ template <class V> FASTOPS_INLINE V exp2(V x) {
   return scale(simd::fma(r, polynomial(r, F::kExp2), splat<V>(typename F::T(1))), n_rounded);
 }
 
-// x = 2^k (1 + f) with sqrt(1/2) <= 1 + f < sqrt(2), and log(1 + f) = f + rest; for 0 < x < inf.
+// x = 2^k (1 + f) with sqrt(1/2) <= 1 + f < sqrt(2), and log(1 + f) = f - half_square + rest; for 0 < x < inf.
 template <class V> struct Reduced {
-  V k, f, rest;
+  V k, f, half_square, rest;
 };
 template <class V> FASTOPS_INLINE Reduced<V> reduce(V x) {
   using F = Format<V>;
@@ -142,15 +143,16 @@ template <class V> FASTOPS_INLINE Reduced<V> reduce(V x) {
   V k = bits<V>(bits<Unsigned>(splat<V>(F::kRound)) + biased) - splat<V>(F::kRound + T(F::kBias));
   k = select(subnormal, k - T(kShift), k);
   const V f = bits<V>(bits<Unsigned>(x) - ((biased << F::kMantissa) - one)) - 1;
-  const V half_square = T(0.5) * f * f;
+  const V half_f = T(0.5) * f, half_square = half_f * f;
+  const V missing = kFusedMultiplyAdd ? simd::fma(half_f, f, -half_square) : V{};  // the rounding error of half_square
   V rest;
   if constexpr (sizeof(T) == 4) {
-    rest = simd::fma(f * (f * f), polynomial(f, F::kLog), -half_square);
+    rest = simd::fma(f * (f * f), polynomial(f, F::kLog), -missing);
   } else {
     const V s = f / (2 + f), z = s * s;
-    rest = simd::fma(s, simd::fma(z, polynomial(z, F::kLog), half_square), -half_square);
+    rest = simd::fma(s, simd::fma(z, polynomial(z, F::kLog), half_square), -missing);
   }
-  return {k, f, rest};
+  return {k, f, half_square, rest};
 }
 
 template <class V> FASTOPS_INLINE V log_specials(V x, V y) {
@@ -165,20 +167,20 @@ template <class V> FASTOPS_INLINE V log_specials(V x, V y) {
 
 template <class V> FASTOPS_INLINE V log(V x) {
   using F = Format<V>;
-  const auto [k, f, rest] = reduce(x);
+  const auto [k, f, half_square, rest] = reduce(x);
   const V whole = k * splat<V>(F::kLn2High);
   const V high = whole + f;
   const V low = f - (high - whole);  // exact: |whole| >= |f|, or whole is zero
-  return log_specials(x, high + (low + simd::fma(k, splat<V>(F::kLn2Low), rest)));
+  return log_specials(x, high + (low + (simd::fma(k, splat<V>(F::kLn2Low), rest) - half_square)));
 }
 
 template <class V> FASTOPS_INLINE V log2(V x) {
   using F = Format<V>;
-  const auto [k, f, rest] = reduce(x);
+  const auto [k, f, half_square, rest] = reduce(x);
   const V c = splat<V>(F::kLog2E);
   const V product = f * c;
   V low = kFusedMultiplyAdd ? simd::fma(f, c, -product) : V{};
-  low = simd::fma(rest, c, simd::fma(f, splat<V>(F::kLog2ELow), low));
+  low = simd::fma(-half_square, c, simd::fma(rest, c, simd::fma(f, splat<V>(F::kLog2ELow), low)));
   const V high = k + product;
   return log_specials(x, high + ((product - (high - k)) + low));
 }
