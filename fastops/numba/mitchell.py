@@ -420,24 +420,39 @@ def _remainder(value: Array, how: _Accumulator) -> Array:
     return rest
 
 
-def _exact_matmul(a: Array, b: Array) -> Array:
-    """The sum of IEEE products; in float64 where float32 products could overflow that cancel or shrink later."""
-    largest = [max((float(np.max(np.abs(v), where=np.isfinite(v), initial=0.0))), 1e-300) for v in (a, b)]
-    if a.dtype == np.float32 and largest[0] * largest[1] > 2.0**100:
-        return np.matmul(a.astype(np.float64), b.astype(np.float64))
-    return np.asarray(np.matmul(a, b))
+def _overflows(a: Array, b: Array) -> bool:
+    """Whether products of finite elements may come near the end of the range, where only term by term is right."""
+    bounds = [float(np.max(np.abs(v), where=np.isfinite(v), initial=0.0)) for v in (a, b)]
+    exponents = sum(np.frexp(bounds)[1].tolist())
+    return bool(exponents > np.finfo(a.dtype).maxexp - 24)
+
+
+def _term_by_term(how: _Accumulator, a: Array, b: Array) -> Array:
+    """The sum of element-wise products, each infinite where it overflows: any form, slowly."""
+    plan = _Plan(kernels.MUL, how.real, np.dtype(f"u{how.real.itemsize}"), how.p, how.table, None)
+    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    acc = np.zeros((*batch, a.shape[-2], b.shape[-1]), how.real)
+    product = np.empty(acc.size, plan.word)
+    for k in range(a.shape[-1]):
+        left = _flat(a[..., :, k, np.newaxis], acc.shape)
+        right = _flat(b[..., np.newaxis, k, :], acc.shape)
+        _run(plan, left.view(plan.word), right.view(plan.word), product)
+        acc += product.view(how.real).reshape(acc.shape)
+    return acc
 
 
 def _bilinear(spec: OpSpec, how: _Accumulator, a: Array, b: Array) -> Array:
     """The forms without a carry, by exact matrix products: A B - A' B', or 2^e B + (x + c) 2^e 2^f."""
     a, b = (_truncated(_normal(v, how), how) for v in (a, b))
+    if _overflows(a, b):
+        return _term_by_term(how, a, b)
     if spec.form == ITERATIVE:
-        return _exact_matmul(a, b) - _exact_matmul(_remainder(a, how), _remainder(b, how))
+        return np.asarray(np.matmul(a, b) - np.matmul(_remainder(a, how), _remainder(b, how)))
     scale_a, scale_b = _power(a), _power(b)
     c = how.real.type(int(how.p[kernels.CONSTANT]) * 2.0 ** -int(how.p[kernels.MANTISSA]))
     finite = np.isfinite(a)
     mantissa = np.where(finite, np.where(finite, a - scale_a, 0) + c * np.where(finite, scale_a, 0), 0)
-    return _exact_matmul(scale_a, b) + _exact_matmul(mantissa, np.where(np.isfinite(b), scale_b, 0))
+    return np.asarray(np.matmul(scale_a, b) + np.matmul(mantissa, np.where(np.isfinite(b), scale_b, 0)))
 
 
 def _slabs(batch: tuple[int, ...], rows: int) -> Iterable[tuple[tuple[int, ...], slice]]:
@@ -601,7 +616,7 @@ def _one_grad(spec: OpSpec, how: _Accumulator, a: Array, b: Array, dy: Array, ta
     if spec.form != LOG_ADD:
         b = _truncated(_normal(b, how), how)
         slope = _power(b) if spec.form == EQUATION else np.where(np.isfinite(b), b - _remainder(b, how), b)
-        return np.where(np.isnan(a), how.real.type(np.nan), _exact_matmul(dy, slope))
+        return np.where(np.isnan(a), how.real.type(np.nan), np.matmul(dy, slope))
     rows, columns = a.shape[-2:]
     terms = b.shape[-2]
     acc = np.zeros((*batch, rows, columns), how.real)
@@ -625,7 +640,7 @@ def _matmul_grads(
     """Gradients in the accumulator's dtype of operands in it, summed to the operands' shapes."""
     at, bt = np.swapaxes(a, -1, -2), np.swapaxes(b, -1, -2)
     if mode == "ste":
-        da, db = _exact_matmul(dy, bt), _exact_matmul(at, dy)
+        da, db = np.matmul(dy, bt), np.matmul(at, dy)
     elif mode == "mimic":
         da, db = _matmul(spec, how, dy, bt), _matmul(spec, how, at, dy)
     else:
