@@ -7,13 +7,8 @@ and gradients. `show_config()` says what is compiled in and what was chosen.
 
 from __future__ import annotations
 
+from importlib import import_module as _import_module
 from typing import TYPE_CHECKING, Any
-
-try:
-    from ._version import __version__
-except ImportError:
-    # The file is made by the build; a bare source tree has none.
-    __version__ = "0+unknown"
 
 from ._config import get_num_threads, set_num_threads, show_config, target
 from ._multiplier import OPS as _OPS
@@ -36,6 +31,12 @@ from .mitchell import (
     mitchell_sqrt,
     mitchell_square,
 )
+
+try:
+    __version__: str = _import_module(f"{__name__}._version").__version__
+except ImportError:
+    # The file is made by the build; a bare source tree has none.
+    __version__ = "0+unknown"
 
 if TYPE_CHECKING:
     from .analysis import optimal_offset
@@ -76,9 +77,7 @@ def __getattr__(name: str) -> Any:
 
         return optimal_offset
     if name in _SUBMODULES:
-        from importlib import import_module
-
-        return import_module(f"{__name__}.{name}")
+        return _import_module(f"{__name__}.{name}")
     op, _, token = name.removeprefix("mitchell_").partition("__")
     if token and op in _OPS and name.startswith("mitchell_"):
         try:

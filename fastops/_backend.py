@@ -37,7 +37,7 @@ def load(backend: str) -> ModuleType:
 
 def core_missing(error: ImportError) -> ImportError:
     """The error of an import of `_core`: how to build it where it is absent, the loader's own words where it is broken."""
-    if isinstance(error, ModuleNotFoundError):
+    if importlib.util.find_spec(f"{__package__}._core") is None:
         return ImportError(_HOW_TO_BUILD, name=f"{__package__}._core")
     return error
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 from types import ModuleType, TracebackType
-from typing import Any, Literal, overload
+from typing import Any, Literal, Self, overload
 
 from . import _backend, _validate
 
@@ -45,19 +45,21 @@ def _set_target(argument: str, name: object, why: str) -> None:
     global _target_reason
     if not isinstance(name, str):
         raise _validate.wrong_type(argument, "the name of a target", name)
+    if _core is None:
+        raise _validate.wrong_value(argument, f"absent: the {_backend.name} backend has no targets", name)
     known = targets()
     if name not in known:
-        if _core is None:
-            raise _validate.wrong_value(argument, f"absent: the {_backend.name} backend has no targets", name)
         if name in _core.compiled_targets():
             listed = " or ".join(repr(item) for item in known)
-            raise _validate.wrong_value(argument, f"{listed} on this CPU", _validate.Text(f"{name!r}, which it does not run"))
+            raise _validate.wrong_value(
+                argument, f"{listed} on this CPU", _validate.Text(f"{name!r}, which it does not run")
+            )
         raise _validate.wrong_choice(argument, known, name)
     _core.set_target(name)
     _target_reason = why
 
 
-class target:  # noqa: N801 (used as a function)
+class target:
     """Choose the CPU level of the native kernels, at once and for the whole process.
 
     Used as a context manager it puts the former level back at the end. Other threads see the level too.
@@ -94,7 +96,7 @@ class target:  # noqa: N801 (used as a function)
         _set_target("name", name, "fastops.target")
         self.name = name
 
-    def __enter__(self) -> target:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -261,7 +263,7 @@ def _import_version(module: str) -> str:
 def _settings() -> dict[str, Any]:
     import platform
 
-    import numpy
+    import numpy as np
 
     from . import __version__
 
@@ -277,7 +279,7 @@ def _settings() -> dict[str, Any]:
     return {
         "fastops": __version__,
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
-        "numpy": numpy.__version__,
+        "numpy": np.__version__,
         "platform": platform.platform(),
         "cpu": cpu,
         "backend": _backend.name,
@@ -349,7 +351,7 @@ def show_config(mode: str = "text") -> dict[str, Any] | str | None:
 
 def _start() -> None:
     """Reads FASTOPS_TARGET and FASTOPS_NUM_THREADS; called once, at import."""
-    global _core, _target_reason, _threads, _threads_reason
+    global _core, _target_reason
     if _backend.name == "native":
         from . import _core as core
 

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Types of the compiled module."""
+# Types of the compiled module.
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-_Array = NDArray[Any]
-_Spec = tuple[int, int, int, int, int, float, tuple[float, ...]]
-_Pair = tuple[int, int]
+_Array: TypeAlias = NDArray[Any]
+_Spec: TypeAlias = tuple[int, int, int, int, int, float, tuple[float, ...]]
+_Pair: TypeAlias = tuple[int, int]
 
 def abi_version() -> int: ...
 def compiled_targets() -> list[str]: ...

@@ -117,16 +117,20 @@ _TEXTS: dict[str, tuple[str, str, str, str, str]] = {
         "Approximate the base-2 logarithm element-wise by reading the exponent and the mantissa.",
         _FLOATS,
         "e + x for 2^e (1 + x): an absolute error in [-0.0861, 0] before rounding; exact at powers of two.",
-        "log2(1 + x) is taken to be x, for subnormal numbers too; the result is rounded once. Zeros, negative numbers,\n"
-        "infinities and NaN give what `numpy.log2` gives.",
+        (
+            "log2(1 + x) is taken to be x, for subnormal numbers too; the result is rounded once. Zeros, negative numbers,\n"
+            "infinities and NaN give what `numpy.log2` gives."
+        ),
         ">>> import fastops\n>>> float(fastops.mitchell_log2(3.0))\n1.5",
     ),
     "exp2": (
         "Approximate 2**x element-wise by writing the exponent and the mantissa.",
         _FLOATS,
         "2^floor(x) (1 + x - floor(x)): a relative error in [0, 6.15 %]; exact at integers.",
-        "The inverse of `mitchell_log2`; the result is rounded once, with gradual underflow. Infinities and NaN give what\n"
-        "`numpy.exp2` gives.",
+        (
+            "The inverse of `mitchell_log2`; the result is rounded once, with gradual underflow. Infinities and NaN give what\n"
+            "`numpy.exp2` gives."
+        ),
         ">>> import fastops\n>>> float(fastops.mitchell_exp2(1.5))\n3.0",
     ),
 }
@@ -135,10 +139,10 @@ _LMUL = (
     "Multiply element-wise as L-Mul does: an integer addition of the bit patterns with an offset.",
     _INTEGERS,
     "x1 * x2 with a relative error in [-7.29 %, +6.25 %] for every float dtype here.",
-    "`Multiplier(\"lmul\").mul`: Mitchell's product with 2^-l added to the sum of the mantissas, l = 4 for mantissas of more\n"
+    '`Multiplier("lmul").mul`: Mitchell\'s product with 2^-l added to the sum of the mantissas, l = 4 for mantissas of more\n'
     "than 4 bits, 3 for 4 bits, and the width itself below.\n"
     + _SPECIALS.format(exact="`numpy.multiply`")
-    + "\nH. Luo, W. Sun, \"Addition is all you need for energy-efficient language models\", arXiv 2410.00907, 2024. The\n"
+    + '\nH. Luo, W. Sun, "Addition is all you need for energy-efficient language models", arXiv 2410.00907, 2024. The\n'
     'integer form carries into the exponent; `Multiplier("lmul-equation")` is the paper\'s equation, which does not.',
     ">>> import fastops\n>>> float(fastops.lmul(1.0, 1.0))\n1.0625",
 )
@@ -155,6 +159,4 @@ def ufunc_doc(name: str, op: str, multiplier: Multiplier) -> str:
     elif name != "lmul":
         notes += "\n" + _SOURCE
     parameters = (_PARAMETERS_2 if op in ("mul", "div") else _PARAMETERS_1).format(accepts=accepts)
-    return _TEMPLATE.format(
-        summary=summary, parameters=parameters, returns=returns, notes=notes, examples=examples
-    )
+    return _TEMPLATE.format(summary=summary, parameters=parameters, returns=returns, notes=notes, examples=examples)

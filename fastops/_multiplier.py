@@ -118,7 +118,7 @@ class Multiplier:
     >>> Multiplier("min-mse", mantissa_bits=7)
     Multiplier('min-mse', mantissa_bits=7)
     >>> float(Multiplier().mul(1.5, 1.5)), float(Multiplier(segments=16).mul(1.5, 1.5))
-    (2.0, 2.228...)
+    (2.0, 2.220...)
     """
 
     __slots__ = ("_compensation", "_corrections", "_hash", "_mantissa_bits", "_segments", "_subnormals")
@@ -304,6 +304,8 @@ class Multiplier:
 
     def _op_name(self, op: str) -> str:
         """The public name of an operation, under which `fastops` finds it again: pickles of it hold this name."""
+        if op == "mul" and self == Multiplier("lmul"):
+            return "lmul"
         return f"mitchell_{op}" if self == Multiplier() else f"mitchell_{op}__{self._token()}"
 
     # --- operations -------------------------------------------------------------------------------------------------------
@@ -349,13 +351,16 @@ class Multiplier:
         Parameters
         ----------
         a : (..., M, K) float array
+            Any strides; the leading dimensions broadcast with those of `b`.
         b : (..., K, N) float array
+            Of `a`'s dtype, or promoted with it to the common one.
         out : (..., M, N) array, optional
             Where the result goes.
 
         Returns
         -------
         (..., M, N) array
+            Of the operands' common dtype.
 
         Raises
         ------
@@ -389,15 +394,20 @@ class Multiplier:
         Parameters
         ----------
         x : (N, C, H, W) float array
+            The images.
         w : (O, C / groups, KH, KW) float array
-        stride, padding, dilation : int or (int, int), in pixels
+            The kernels, of `x`'s dtype.
+        stride, padding, dilation : int or (int, int)
+            In pixels, vertical first.
         groups : int
+            Into how many independent parts the channels are split.
         out : (N, O, OH, OW) array, optional
             Where the result goes.
 
         Returns
         -------
         (N, O, OH, OW) array
+            Of the operands' common dtype.
 
         Raises
         ------
@@ -423,6 +433,7 @@ class Multiplier:
         Parameters
         ----------
         bits : int in [1, 12]
+            The width of the operands.
 
         Returns
         -------
@@ -462,6 +473,7 @@ class Multiplier:
         Returns
         -------
         fastops.analysis.ErrorStats
+            The figures, one attribute each.
 
         Raises
         ------

@@ -162,7 +162,9 @@ def matmul_shape(a: AnyArray, b: AnyArray) -> tuple[int, ...]:
     """The shape of the product of a (..., M, K) and b (..., K, N); both have at least two dimensions."""
     if a.shape[-1] != b.shape[-2]:
         raise wrong_value(
-            "b", f"of shape (..., {a.shape[-1]}, N) to follow a of shape {_clip(str(a.shape))}", Text(_clip(str(b.shape)))
+            "b",
+            f"of shape (..., {a.shape[-1]}, N) to follow a of shape {_clip(str(a.shape))}",
+            Text(_clip(str(b.shape))),
         )
     try:
         batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
@@ -246,7 +248,7 @@ def _share_memory(x: AnyArray, y: AnyArray) -> bool:
         return False
     try:
         # The exact answer is a Diophantine problem; beyond this much work the bounds decide.
-        return bool(np.shares_memory(x, y, max_work=10_000))
+        return bool(np.shares_memory(x, y, max_work=10_000))  # type: ignore[arg-type]
     except RuntimeError:
         return True
 
@@ -278,7 +280,9 @@ def conv2d_shape(
         raise wrong_value("groups", f"a divisor of the {channels} channels of x and the {outputs} of w", groups)
     if w.shape[1] * groups != channels:
         raise wrong_value(
-            "w", f"of shape (O, {channels // groups}, KH, KW) for {channels} channels in {groups} groups", Text(_clip(str(w.shape)))
+            "w",
+            f"of shape (O, {channels // groups}, KH, KW) for {channels} channels in {groups} groups",
+            Text(_clip(str(w.shape))),
         )
     size = []
     for axis, name in ((0, "height"), (1, "width")):

@@ -124,7 +124,7 @@ def mitchell_matmul(
 def mitchell_matmul_grad(
     a: ArrayLike, b: ArrayLike, dy: ArrayLike, *, multiplier: Multiplier | None = None, mode: str = "exact"
 ) -> tuple[AnyArray, AnyArray]:
-    """Gradients of `mitchell_matmul` with respect to its operands.
+    """Differentiate `mitchell_matmul` with respect to its operands.
 
     Parameters
     ----------
@@ -262,7 +262,7 @@ def mitchell_conv2d_grad(
     multiplier: Multiplier | None = None,
     mode: str = "exact",
 ) -> tuple[AnyArray, AnyArray]:
-    """Gradients of `mitchell_conv2d` with respect to the images and the kernels.
+    """Differentiate `mitchell_conv2d` with respect to the images and the kernels.
 
     Parameters
     ----------
@@ -370,7 +370,7 @@ def lut_matmul(a: ArrayLike, b: ArrayLike, table: ArrayLike, *, out: AnyArray | 
     >>> import fastops
     >>> a = np.array([[3, 5], [7, 11]], np.uint8)
     >>> fastops.lut_matmul(a, a, fastops.Multiplier().table(8))
-    array([[ 40,  64],
+    array([[ 40,  66],
            [ 92, 144]], dtype=int32)
     """
     left, right = _validate.byte_array("a", a), _validate.byte_array("b", b)
@@ -395,7 +395,7 @@ def lut_matmul(a: ArrayLike, b: ArrayLike, table: ArrayLike, *, out: AnyArray | 
 def mitchell_mul_grad(
     a: ArrayLike, b: ArrayLike, dy: ArrayLike, *, multiplier: Multiplier | None = None, mode: str = "exact"
 ) -> tuple[AnyArray, AnyArray]:
-    """Gradients of `mitchell_mul` with respect to its operands.
+    """Differentiate `mitchell_mul` with respect to its operands.
 
     Parameters
     ----------
@@ -448,7 +448,7 @@ def mitchell_mul_grad(
 def mitchell_div_grad(
     a: ArrayLike, b: ArrayLike, dy: ArrayLike, *, multiplier: Multiplier | None = None, mode: str = "exact"
 ) -> tuple[AnyArray, AnyArray]:
-    """Gradients of `mitchell_div` with respect to its operands.
+    """Differentiate `mitchell_div` with respect to its operands.
 
     Parameters
     ----------

@@ -75,13 +75,16 @@ TARGETS = _targets()
 def pytest_report_header() -> list[str]:
     return [
         f"fastops {fastops.__version__} from {os.path.dirname(fastops.__file__)}, default backend {_backend.name}",
-        "backends: " + ", ".join(f"{name} (skipped: {MISSING[name]})" if name in MISSING else name for name in BACKENDS),
+        "backends: "
+        + ", ".join(f"{name} (skipped: {MISSING[name]})" if name in MISSING else name for name in BACKENDS),
         "native targets: " + (", ".join(f"{n} (skipped: {w})" if w else n for n, w in TARGETS.items()) or "none"),
     ]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "target" in metafunc.fixturenames:
+    if "native" in metafunc.fixturenames and "target" in metafunc.fixturenames:
+        metafunc.parametrize("target", list(TARGETS) or ["-"], indirect=True)
+    elif "target" in metafunc.fixturenames:
         pairs = []
         for backend in BACKENDS:
             if backend == "native" and backend not in MISSING:

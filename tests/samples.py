@@ -78,7 +78,20 @@ def specials(name: str) -> Array:
     top = (1 << (dtype.itemsize * 8 - 1)) - (1 << m)
     sign = 1 << (dtype.itemsize * 8 - 1)
     one = EXPONENT_BIAS[name] << m
-    raw = [0, sign, top, top | sign, top | 1 << (m - 1), 1, (1 << m) - 1 | sign, 1 << m, top - 1, one, one | sign, one | (1 << (m - 1))]
+    raw = [
+        0,
+        sign,
+        top,
+        top | sign,
+        top | 1 << (m - 1),
+        1,
+        (1 << m) - 1 | sign,
+        1 << m,
+        top - 1,
+        one,
+        one | sign,
+        one | (1 << (m - 1)),
+    ]
     return np.array(raw, UNSIGNED[dtype.itemsize]).view(dtype)
 
 

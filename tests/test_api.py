@@ -39,7 +39,13 @@ def test_all_is_sorted_and_every_name_is_there():
 def test_unknown_attribute_is_named():
     with pytest.raises(AttributeError, match="mitchell_mult"):
         _ = fastops.mitchell_mult
-    for name in ("mitchell_mul__nonsense", "mitchell_mul__", "mitchell_table__c_none", "mitchell_mul__c_0x1p99999", "mul__c_none"):
+    for name in (
+        "mitchell_mul__nonsense",
+        "mitchell_mul__",
+        "mitchell_table__c_none",
+        "mitchell_mul__c_0x1p99999",
+        "mul__c_none",
+    ):
         assert not hasattr(fastops, name), name
     # A multiplier only: its name parses, the operation does not exist.
     assert not hasattr(fastops, "mitchell_div__c_lmul")
@@ -90,7 +96,7 @@ def test_every_public_function_has_a_full_docstring(name: str):
         assert text
         return
     for section in ("Examples", *(() if name == "get_num_threads" else ("Parameters", "Raises"))):
-        assert re.search(rf"^{section}\n-+$", text, re.M), f"{name} has no section {section}"
+        assert re.search(rf"^{section}\n-+$", text, re.MULTILINE), f"{name} has no section {section}"
     assert inspect.signature(item).parameters or name == "get_num_threads"
 
 
@@ -117,7 +123,9 @@ def test_the_examples_of_a_module_run(module: str):
 
 
 def _front_end() -> list[pathlib.Path]:
-    return [PACKAGE / f"{name}.py" for name in ("_validate", "_config", "_backend", "mitchell", "analysis", "_multiplier")]
+    return [
+        PACKAGE / f"{name}.py" for name in ("_validate", "_config", "_backend", "mitchell", "analysis", "_multiplier")
+    ]
 
 
 def test_every_error_of_the_front_end_is_made_by_validate():

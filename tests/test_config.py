@@ -22,7 +22,9 @@ def python(code: str, **environment: str | None) -> subprocess.CompletedProcess[
     """A fresh interpreter with these variables set (None unsets)."""
     values = {**os.environ, "FASTOPS_BACKEND": None, "FASTOPS_TARGET": None, "FASTOPS_NUM_THREADS": None, **environment}
     env = {key: value for key, value in values.items() if value is not None}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120, check=False
+    )
 
 
 def test_show_config_says_everything(capsys: pytest.CaptureFixture[str]):
@@ -100,7 +102,14 @@ def test_threads_set_and_read():
         for n in (1, 2, 3, 1024):
             fastops.set_num_threads(n)
             assert fastops.get_num_threads() == fastops.show_config("dict")["threads"] == n
-        for bad, kind in ((0, ValueError), (-1, ValueError), (1025, ValueError), (2.0, TypeError), ("2", TypeError), (True, TypeError)):
+        for bad, kind in (
+            (0, ValueError),
+            (-1, ValueError),
+            (1025, ValueError),
+            (2.0, TypeError),
+            ("2", TypeError),
+            (True, TypeError),
+        ):
             with pytest.raises(kind, match="n must be an integer in"):
                 fastops.set_num_threads(bad)
             assert fastops.get_num_threads() == 1024
@@ -199,7 +208,10 @@ def test_target_variable_sets_the_level(native: ModuleType):
     from fastops import _core
 
     for name in _core.targets():
-        ran = python("import fastops; c = fastops.show_config('dict'); print(c['target'], c['target_reason'])", FASTOPS_TARGET=name)
+        ran = python(
+            "import fastops; c = fastops.show_config('dict'); print(c['target'], c['target_reason'])",
+            FASTOPS_TARGET=name,
+        )
         assert ran.returncode == 0, ran.stderr
         assert ran.stdout.split() == [name, f"FASTOPS_TARGET={name}"]
 

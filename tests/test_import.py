@@ -12,17 +12,22 @@ import subprocess
 import sys
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 import fastops
 from fastops import _backend
 
 
-def run(*arguments: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, cwd: pathlib.Path | None = None, **environment: str | None
+) -> subprocess.CompletedProcess[str]:
     """The interpreter with these arguments, under the backend of this run."""
     values = {**os.environ, "FASTOPS_BACKEND": _backend.name, **environment}
     env = {key: value for key, value in values.items() if value is not None}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=env, timeout=120, check=False, cwd=cwd
+    )
 
 
 def test_the_package_under_test_is_the_installed_one():
@@ -143,28 +148,28 @@ def test_sub_interpreter_is_refused_or_works():
 
 def _bare_tree(tmp_path: pathlib.Path) -> str:
     """The Python files of the package alone, as a source tree that nobody built."""
-    ignored = shutil.ignore_patterns("_core.*", "*.so", "__pycache__", "_version.py", "_install.py", "bench", "lib", "include")
+    ignored = shutil.ignore_patterns(
+        "_core.*", "*.so", "__pycache__", "_version.py", "_install.py", "bench", "lib", "include"
+    )
     shutil.copytree(pathlib.Path(fastops.__file__).parent, tmp_path / "fastops", ignore=ignored)
     # -S below keeps an editable install's import hook out; the packages it would find come back by their folders.
-    import numpy
-
-    folders = {str(pathlib.Path(numpy.__file__).parents[1])}
+    folders = {str(pathlib.Path(np.__file__).parents[1])}
     return os.pathsep.join([str(tmp_path), *sorted(folders)])
 
 
 def test_a_missing_core_says_how_to_build(tmp_path: pathlib.Path):
     path = _bare_tree(tmp_path)
-    ran = run("-S", "-c", "import fastops", PYTHONPATH=path, FASTOPS_BACKEND=None)
+    ran = run("-S", "-c", "import fastops", cwd=tmp_path, PYTHONPATH=path, FASTOPS_BACKEND=None)
     assert ran.returncode == 1
     last = ran.stderr.splitlines()[-1]
     assert last.startswith("ImportError: fastops has no compiled module _core: build it with 'pip install .'")
     assert "FASTOPS_BACKEND" in last
     code = "import fastops; assert fastops.mitchell_mul(3.0, 3.0) == 8.0; print(fastops.__file__, fastops.__version__)"
-    ran = run("-S", "-c", code, PYTHONPATH=path, FASTOPS_BACKEND="reference")
+    ran = run("-S", "-c", code, cwd=tmp_path, PYTHONPATH=path, FASTOPS_BACKEND="reference")
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == [str(tmp_path / "fastops" / "__init__.py"), "0+unknown"]
     code = "import fastops\ntry:\n    fastops.native\nexcept ImportError as error:\n    print(error)"
-    ran = run("-S", "-c", code, PYTHONPATH=path, FASTOPS_BACKEND="reference")
+    ran = run("-S", "-c", code, cwd=tmp_path, PYTHONPATH=path, FASTOPS_BACKEND="reference")
     assert ran.stdout.startswith("fastops has no compiled module _core")
 
 
@@ -174,10 +179,10 @@ def test_an_install_without_native_falls_back(tmp_path: pathlib.Path):
     (tmp_path / "numba.py").write_text("")
     code = "import importlib.util\nfind = importlib.util.find_spec\nimportlib.util.find_spec = lambda n, *a: None if n == 'numba' else find(n, *a)\n"
     code += "import fastops; c = fastops.show_config('dict'); print(c['backend'], '|', c['backend_reason'])"
-    ran = run("-S", "-c", code, PYTHONPATH=path, FASTOPS_BACKEND=None)
+    ran = run("-S", "-c", code, cwd=tmp_path, PYTHONPATH=path, FASTOPS_BACKEND=None)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip() == "reference | installed with FASTOPS_NATIVE=off, and numba is not there"
-    ran = run("-S", "-c", "import fastops", PYTHONPATH=path, FASTOPS_BACKEND="native")
+    ran = run("-S", "-c", "import fastops", cwd=tmp_path, PYTHONPATH=path, FASTOPS_BACKEND="native")
     assert ran.returncode == 1
     assert "no compiled module _core" in ran.stderr.splitlines()[-1]
 
@@ -185,6 +190,6 @@ def test_an_install_without_native_falls_back(tmp_path: pathlib.Path):
 def test_numba_asked_for_and_absent_says_what_to_install(tmp_path: pathlib.Path):
     path = _bare_tree(tmp_path)
     code = "import importlib.util\nfind = importlib.util.find_spec\nimportlib.util.find_spec = lambda n, *a: None if n == 'numba' else find(n, *a)\nimport fastops"
-    ran = run("-S", "-c", code, PYTHONPATH=path, FASTOPS_BACKEND="numba")
+    ran = run("-S", "-c", code, cwd=tmp_path, PYTHONPATH=path, FASTOPS_BACKEND="numba")
     assert ran.returncode == 1
     assert ran.stderr.splitlines()[-1] == "ImportError: FASTOPS_BACKEND=numba needs numba: pip install 'fastops[numba]'"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import Any
 
@@ -15,13 +16,8 @@ from .._multiplier import Multiplier
 AnyArray = NDArray[Any]
 Pair = tuple[int, int]
 
-_LMUL = Multiplier("lmul")
 _ufuncs: dict[tuple[str, Multiplier], np.ufunc] = {}
 _lock = threading.Lock()
-
-
-def _name(op: str, multiplier: Multiplier) -> str:
-    return "lmul" if op == "mul" and multiplier == _LMUL else multiplier._op_name(op)
 
 
 def mitchell_op(op: str, multiplier: Multiplier) -> np.ufunc:
@@ -33,13 +29,11 @@ def mitchell_op(op: str, multiplier: Multiplier) -> np.ufunc:
     with _lock:
         found = _ufuncs.get(key)
         if found is None:
-            name = _name(op, multiplier)
-            found = _core.make_ufunc(op, name, _docs.ufunc_doc(name, op, multiplier), tuple(multiplier.spec(op)))
-            try:
+            name = multiplier._op_name(op)
+            found = _core.make_ufunc(op, name, _docs.ufunc_doc(name, op, multiplier), multiplier.spec(op))
+            # NumPy before 2.2 gives ufuncs no attributes; pickle then searches the imported modules for the name.
+            with contextlib.suppress(AttributeError):
                 found.__module__ = "fastops"
-            except AttributeError:
-                # NumPy before 2.2 gives ufuncs no attributes; pickle then searches the imported modules for the name.
-                pass
             _ufuncs[key] = found
     return found
 
@@ -52,7 +46,7 @@ mitchell_sqrt = mitchell_op("sqrt", Multiplier())
 mitchell_rsqrt = mitchell_op("rsqrt", Multiplier())
 mitchell_log2 = mitchell_op("log2", Multiplier())
 mitchell_exp2 = mitchell_op("exp2", Multiplier())
-lmul = mitchell_op("mul", _LMUL)
+lmul = mitchell_op("mul", Multiplier("lmul"))
 
 
 def mitchell_matmul(a: AnyArray, b: AnyArray, *, multiplier: Multiplier, out: AnyArray | None = None) -> AnyArray:
@@ -60,7 +54,7 @@ def mitchell_matmul(a: AnyArray, b: AnyArray, *, multiplier: Multiplier, out: An
     if out is None:
         batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
         out = np.empty((*batch, a.shape[-2], b.shape[-1]), a.dtype)
-    _core.matmul(a, b, tuple(multiplier.spec("mul")), out)
+    _core.matmul(a, b, multiplier.spec("mul"), out)
     return out
 
 
@@ -90,7 +84,7 @@ def mitchell_conv2d(
             (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (w.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
         ]
         out = np.empty((x.shape[0], w.shape[0], *size), x.dtype)
-    _core.conv2d(x, w, stride, padding, dilation, groups, tuple(multiplier.spec("mul")), out)
+    _core.conv2d(x, w, stride, padding, dilation, groups, multiplier.spec("mul"), out)
     return out
 
 
@@ -109,9 +103,7 @@ def _sum_to(gradient: AnyArray, shape: tuple[int, ...]) -> AnyArray:
     if gradient.shape == shape:
         return gradient
     lead = gradient.ndim - len(shape)
-    axes = tuple(range(lead)) + tuple(
-        lead + i for i, n in enumerate(shape) if n == 1 and gradient.shape[lead + i] != 1
-    )
+    axes = tuple(range(lead)) + tuple(lead + i for i, n in enumerate(shape) if n == 1 and gradient.shape[lead + i] != 1)
     # Half precision sums in float32, as the kernels do.
     wide = np.float32 if gradient.dtype.itemsize == 2 else gradient.dtype
     summed: AnyArray = gradient.sum(axis=axes, dtype=wide).reshape(shape)
@@ -123,7 +115,7 @@ def _elementwise_grad(
 ) -> tuple[AnyArray, AnyArray]:
     left, right, upper = (np.ascontiguousarray(item) for item in np.broadcast_arrays(a, b, dy))
     da, db = np.empty_like(upper), np.empty_like(upper)
-    kernel(left, right, upper, tuple(multiplier.spec(op)), _mode(mode), da, db)
+    kernel(left, right, upper, multiplier.spec(op), _mode(mode), da, db)
     shape = np.broadcast_shapes(a.shape, b.shape, dy.shape)
     return _sum_to(da.reshape(shape), a.shape), _sum_to(db.reshape(shape), b.shape)
 
@@ -157,7 +149,7 @@ def mitchell_matmul_grad(
     batch = dy.shape[:-2]
     left, right = np.broadcast_to(a, batch + a.shape[-2:]), np.broadcast_to(b, batch + b.shape[-2:])
     da, db = np.empty(left.shape, a.dtype), np.empty(right.shape, b.dtype)
-    _core.matmul_grad(left, right, dy, tuple(multiplier.spec("mul")), _mode(mode), da, db)
+    _core.matmul_grad(left, right, dy, multiplier.spec("mul"), _mode(mode), da, db)
     return _sum_to(da, a.shape), _sum_to(db, b.shape)
 
 
@@ -175,5 +167,5 @@ def mitchell_conv2d_grad(
 ) -> tuple[AnyArray, AnyArray]:
     """The gradients of `mitchell_conv2d`."""
     dx, dw = np.empty(x.shape, x.dtype), np.empty(w.shape, w.dtype)
-    _core.conv2d_grad(x, w, dy, stride, padding, dilation, groups, tuple(multiplier.spec("mul")), _mode(mode), dx, dw)
+    _core.conv2d_grad(x, w, dy, stride, padding, dilation, groups, multiplier.spec("mul"), _mode(mode), dx, dw)
     return dx, dw

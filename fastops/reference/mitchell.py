@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .._docs import ufunc_doc
 from .._multiplier import EQUATION, ITERATIVE, LOG_ADD, Multiplier, OpSpec
 
 try:
@@ -235,7 +236,8 @@ def _integer_op(spec: OpSpec, dtype: np.dtype[Any], result: np.dtype[Any], a: Ar
         x, y = x + (1 << bits), y + (1 << bits)
         product = _shift(x * y - _residue(x, spec.corrections) * _residue(y, spec.corrections), e + f - 2 * bits)
     else:
-        s = x + y + _constant(spec, bits, x, y, round_to)
+        unary = len(spec.table) == spec.segments
+        s = x + y + _constant(spec, bits, x, None if unary else y, round_to)
         if spec.form == LOG_ADD:
             e, s = e + (s >> bits), s & ((1 << bits) - 1)
         product = _shift(s + (1 << bits), e + f - bits)
@@ -260,7 +262,7 @@ def _resolve(op: str, name: str, args: Sequence[Any], dtype: Any) -> tuple[np.dt
         loops = list(zip(_INTEGERS, _PRODUCTS, strict=True)) + loops
     want = None if dtype is None else np.dtype(dtype)
     for operand, result in loops:
-        if np.can_cast(common, operand, "safe" if want is None else "same_kind") and want in (None, result):
+        if np.can_cast(common, operand, "safe" if want is None else "same_kind") and (want is None or want == result):
             return operand, result
     raise TypeError(f"{name} takes float16, bfloat16, float32, float64 or integers, got {common}, dtype {want}")
 
@@ -306,6 +308,7 @@ def mitchell_op(op: str, multiplier: Multiplier) -> Callable[..., Any]:
     function: Callable[..., Any] = binary if op in ("mul", "div") else unary
     function.__name__ = function.__qualname__ = name
     function.__module__ = "fastops"
+    function.__doc__ = ufunc_doc(name, op, multiplier)
     return function
 
 

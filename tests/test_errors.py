@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Wrong calls: the type of the error, that its text names the argument, what came and what was wanted, and that nothing was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import fastops
+from fastops import _backend
+from fastops.analysis import error_stats
+
+M = fastops.Multiplier
+A = np.full((3, 4), 1.5, np.float32)
+B = np.full((4, 5), 1.25, np.float32)
+DY = np.ones((3, 5), np.float32)
+X = np.full((2, 4, 6, 7), 1.5, np.float32)
+W = np.full((6, 4, 3, 3), 1.5, np.float32)
+BYTES = np.full((3, 3), 7, np.uint8)
+TABLE = np.zeros((256, 256), np.int32)
+SECRET = 98765.4321
+
+
+class Wrong(NamedTuple):
+    call: Callable[..., Any]
+    """Called with `out`, an array full of a sentinel, where it takes one."""
+    kind: type[Exception]
+    name: str
+    wanted: str
+    got: str
+    out: tuple[tuple[int, ...], str] | None = None
+
+
+def _matmul(**change: Any) -> Callable[..., Any]:
+    return lambda out=None: fastops.mitchell_matmul(**{"a": A, "b": B, "out": out, **change})
+
+
+def _conv(**change: Any) -> Callable[..., Any]:
+    return lambda out=None: fastops.mitchell_conv2d(**{"x": X, "w": W, "out": out, **change})
+
+
+def _conv_grad(**change: Any) -> Callable[..., Any]:
+    dy = np.ones((2, 6, 4, 5), np.float32)
+    return lambda: fastops.mitchell_conv2d_grad(**{"x": X, "w": W, "dy": dy, **change})
+
+
+def _lut(**change: Any) -> Callable[..., Any]:
+    return lambda out=None: fastops.lut_matmul(**{"a": BYTES, "b": BYTES, "table": TABLE, "out": out, **change})
+
+
+def _grad(function: Callable[..., Any], **change: Any) -> Callable[..., Any]:
+    return lambda: function(**{"a": A, "b": A, "dy": A, **change})
+
+
+def _overlapping_out() -> Any:
+    base = np.full(30, SECRET, np.float32)
+    return fastops.mitchell_matmul(base[:12].reshape(3, 4), B, out=base[10:25].reshape(3, 5))
+
+
+def _out_is_a() -> Any:
+    square = np.ones((4, 4))
+    return fastops.mitchell_matmul(square, square, out=square)
+
+
+def _folded_out() -> Any:
+    base = np.zeros(3, np.float32)
+    return fastops.mitchell_matmul(A, B, out=np.lib.stride_tricks.as_strided(base, (3, 5), (4, 0)))
+
+
+def _read_only_out(out: Any) -> Any:
+    out.flags.writeable = False
+    return fastops.mitchell_matmul(A, B, out=out)
+
+
+FLOATS = "float16, bfloat16, float32 or float64"
+OUT = ((3, 5), "f4")
+CASES: dict[str, Wrong] = {
+    # matrix products
+    "matmul integers": Wrong(_matmul(a=A.astype(np.int32)), TypeError, "a", FLOATS, "int32", OUT),
+    "matmul complex": Wrong(_matmul(b=B.astype(complex)), TypeError, "b", FLOATS, "complex128", OUT),
+    "matmul long double": Wrong(
+        _matmul(b=B.astype(np.longdouble)), TypeError, "b", FLOATS, str(np.dtype(np.longdouble)), OUT
+    ),
+    "matmul bool": Wrong(_matmul(a=A > 0), TypeError, "a", FLOATS, "bool", OUT),
+    "matmul str": Wrong(_matmul(a="abc"), TypeError, "a", FLOATS, "<U3", OUT),
+    "matmul None": Wrong(_matmul(a=None), TypeError, "a", FLOATS, "object", OUT),
+    "matmul ragged": Wrong(_matmul(a=[[SECRET], [SECRET, 2.0]]), ValueError, "a", "an array", "list", OUT),
+    "matmul masked": Wrong(_matmul(a=np.ma.masked_array(A)), TypeError, "a", "without a mask", "masked", OUT),
+    "matmul inner": Wrong(_matmul(b=A), ValueError, "b", "(..., 4, N)", "(3, 4)", OUT),
+    "matmul batch": Wrong(_matmul(a=np.ones((2, 3, 4)), b=np.ones((3, 4, 5))), ValueError, "b", "(2,)", "(3,)", OUT),
+    "matmul 0-d": Wrong(_matmul(a=np.float32(SECRET)), ValueError, "a", "at least 1 dimension", "0-d", OUT),
+    "matmul multiplier": Wrong(
+        _matmul(multiplier="min-mse"), TypeError, "multiplier", "fastops.Multiplier", "'min-mse'", OUT
+    ),
+    "matmul multiplier class": Wrong(_matmul(multiplier=M), TypeError, "multiplier", "fastops.Multiplier", "type", OUT),
+    "matmul out list": Wrong(_matmul(out=[[0.0] * 5] * 3), TypeError, "out", "an ndarray of dtype float32", "list"),
+    "matmul out dtype": Wrong(_matmul(), TypeError, "out", "float32", "float64", ((3, 5), "f8")),
+    "matmul out integer": Wrong(_matmul(), TypeError, "out", "float32", "int32", ((3, 5), "i4")),
+    "matmul out byte order": Wrong(_matmul(), TypeError, "out", "float32", ">f4", ((3, 5), ">f4")),
+    "matmul out shape": Wrong(_matmul(), ValueError, "out", "(3, 5)", "(5, 3)", ((5, 3), "f4")),
+    "matmul out broadcast": Wrong(_matmul(), ValueError, "out", "(3, 5)", "(2, 3, 5)", ((2, 3, 5), "f4")),
+    "matmul out read-only": Wrong(_read_only_out, ValueError, "out", "writable", "read-only", OUT),
+    "matmul out is a": Wrong(
+        _out_is_a,
+        ValueError,
+        "out",
+        "apart from a",
+        "overlaps a",
+    ),
+    "matmul out overlaps": Wrong(_overlapping_out, ValueError, "out", "apart from a", "overlaps a"),
+    "matmul out folded": Wrong(_folded_out, ValueError, "out", "distinct in memory", "overlapping"),
+    "matmul too large": Wrong(
+        _matmul(a=np.broadcast_to(np.float64(SECRET), (2**40, 1)), b=np.broadcast_to(np.float64(SECRET), (1, 2**40))),
+        ValueError,
+        "a and b",
+        "2**63 bytes",
+        "(1099511627776, 1099511627776)",
+    ),
+    "Multiplier.matmul": Wrong(lambda: M().matmul(A, A), ValueError, "b", "(..., 4, N)", "(3, 4)"),
+    # gradients of matrix products
+    "matmul_grad dy": Wrong(lambda: fastops.mitchell_matmul_grad(A, B, A), ValueError, "dy", "(3, 5)", "(3, 4)"),
+    "matmul_grad dy dtype": Wrong(
+        lambda: fastops.mitchell_matmul_grad(A, B, DY.astype(int)), TypeError, "dy", FLOATS, "int64"
+    ),
+    "matmul_grad mode": Wrong(
+        lambda: fastops.mitchell_matmul_grad(A, B, DY, mode="mimik"),
+        ValueError,
+        "mode",
+        "'mimic'",
+        "'mimik'; did you mean 'mimic'?",
+    ),
+    "matmul_grad mode None": Wrong(
+        lambda: fastops.mitchell_matmul_grad(A, B, DY, mode=None), TypeError, "mode", "'exact'", "None"
+    ),
+    # convolutions
+    "conv2d 3-D": Wrong(_conv(x=X[0]), ValueError, "x", "(N, C, H, W)", "(4, 6, 7)"),
+    "conv2d w 2-D": Wrong(_conv(w=A), ValueError, "w", "(O, C/groups, KH, KW)", "(3, 4)"),
+    "conv2d channels": Wrong(_conv(w=W[:, :3]), ValueError, "w", "(O, 4, KH, KW)", "(6, 3, 3, 3)"),
+    "conv2d groups": Wrong(
+        _conv(groups=4), ValueError, "groups", "a divisor of the 4 channels of x and the 6 of w", "4"
+    ),
+    "conv2d groups zero": Wrong(_conv(groups=0), ValueError, "groups", "[1, 2147483647]", "0"),
+    "conv2d groups float": Wrong(_conv(groups=2.0), TypeError, "groups", "an integer", "2.0"),
+    "conv2d stride": Wrong(_conv(stride=0), ValueError, "stride", "[1,", "0"),
+    "conv2d stride pair": Wrong(_conv(stride=(1, 2, 3)), ValueError, "stride", "a pair", "3 items"),
+    "conv2d stride bool": Wrong(_conv(stride=True), TypeError, "stride", "an integer", "True"),
+    "conv2d padding": Wrong(_conv(padding=(0, -1)), ValueError, "padding", "[0,", "-1"),
+    "conv2d padding str": Wrong(_conv(padding="same"), TypeError, "padding", "an integer", "'same'"),
+    "conv2d dilation": Wrong(_conv(dilation=0), ValueError, "dilation", "[1,", "0"),
+    "conv2d kernel": Wrong(_conv(dilation=3), ValueError, "w", "dilated height <= 6", "7"),
+    "conv2d empty kernel": Wrong(_conv(w=W[:, :, :0]), ValueError, "w", "height >= 1", "(6, 4, 0, 3)"),
+    "conv2d out": Wrong(_conv(), ValueError, "out", "(2, 6, 4, 5)", "(2, 6, 5, 4)", ((2, 6, 5, 4), "f4")),
+    "conv2d_grad dy": Wrong(_conv_grad(stride=2), ValueError, "dy", "(2, 6, 2, 3)", "(2, 6, 4, 5)"),
+    "conv2d_grad mode": Wrong(_conv_grad(mode="Exact"), ValueError, "mode", "'exact'", "'Exact'"),
+    "Multiplier.conv2d": Wrong(lambda: M().conv2d(X, W, groups=3), ValueError, "groups", "a divisor", "3"),
+    # tables
+    "lut floats": Wrong(_lut(a=BYTES.astype(np.float32)), TypeError, "a", "uint8 or int8", "float32"),
+    "lut int16": Wrong(_lut(b=BYTES.astype(np.int16)), TypeError, "b", "uint8 or int8", "int16"),
+    "lut table dtype": Wrong(_lut(table=TABLE.astype(np.float64)), TypeError, "table", "an integer array", "float64"),
+    "lut table shape": Wrong(_lut(table=TABLE[:16, :16]), ValueError, "table", "(256, 256)", "(16, 16)"),
+    "lut table range": Wrong(_lut(table=TABLE.astype(np.int64) + 2**32), ValueError, "table", "2**32", "4294967296"),
+    "lut table unsigned": Wrong(
+        _lut(table=TABLE.astype(np.uint64) + np.uint64(2**63)), ValueError, "table", "2**32", str(2**63)
+    ),
+    "lut shapes": Wrong(_lut(b=BYTES[:2]), ValueError, "b", "(..., 3, N)", "(2, 3)"),
+    "lut out dtype": Wrong(_lut(), TypeError, "out", "int32 or int64", "float32", ((3, 3), "f4")),
+    "lut out too narrow": Wrong(_lut(table=TABLE + 2**30), TypeError, "out", "int64", "int32", ((3, 3), "i4")),
+    # element-wise gradients
+    "mul_grad shape": Wrong(_grad(fastops.mitchell_mul_grad, b=B), ValueError, "b", "(3, 4)", "(4, 5)"),
+    "mul_grad dy": Wrong(_grad(fastops.mitchell_mul_grad, dy=A[0]), ValueError, "dy", "(3, 4)", "(4,)"),
+    "mul_grad dtype": Wrong(_grad(fastops.mitchell_mul_grad, a=A.astype(np.uint8)), TypeError, "a", FLOATS, "uint8"),
+    "div_grad multiplier": Wrong(
+        _grad(fastops.mitchell_div_grad, multiplier=M("lmul")), ValueError, "multiplier", "defines div", "lmul"
+    ),
+    "div_grad mode": Wrong(_grad(fastops.mitchell_div_grad, mode=3), TypeError, "mode", "'exact'", "3"),
+    # multipliers
+    "Multiplier name": Wrong(
+        lambda: M("min_mse"), ValueError, "compensation", "'min-mse'", "'min_mse'; did you mean 'min-mse'?"
+    ),
+    "Multiplier long name": Wrong(lambda: M("m" * 500), ValueError, "compensation", "'minimax'", "mmm..."),
+    "Multiplier constant": Wrong(lambda: M(0.5), ValueError, "compensation", "(-0.5, 0.5)", "0.5"),
+    "Multiplier nan": Wrong(lambda: M(float("nan")), ValueError, "compensation", "(-0.5, 0.5)", "nan"),
+    "Multiplier list": Wrong(lambda: M([0.1]), TypeError, "compensation", "a name or a", "list"),
+    "Multiplier segments": Wrong(lambda: M(segments=3), ValueError, "segments", "2, 4, 8, 16", "3"),
+    "Multiplier segments float": Wrong(lambda: M(segments=4.0), TypeError, "segments", "an integer", "4.0"),
+    "Multiplier both": Wrong(
+        lambda: M("minimax", segments=4), ValueError, "compensation", "'none' or 'min-mse'", "'minimax'"
+    ),
+    "Multiplier bits": Wrong(lambda: M(mantissa_bits=0), ValueError, "mantissa_bits", "[1, 52]", "0"),
+    "Multiplier subnormals": Wrong(
+        lambda: M(subnormals="flus"), ValueError, "subnormals", "'flush'", "'flus'; did you mean 'flush'?"
+    ),
+    "Multiplier corrections": Wrong(lambda: M(corrections=4), ValueError, "corrections", "[0, 3]", "4"),
+    "Multiplier corrections with": Wrong(
+        lambda: M("lmul", corrections=1), ValueError, "compensation", "'none'", "'lmul'"
+    ),
+    "Multiplier corrections segments": Wrong(lambda: M(segments=2, corrections=1), ValueError, "segments", "None", "2"),
+    "table bits": Wrong(lambda: M().table(13), ValueError, "bits", "[1, 12]", "13"),
+    "table bits type": Wrong(lambda: M().table("8"), TypeError, "bits", "an integer", "'8'"),
+    # analysis
+    "optimal_offset op": Wrong(lambda: fastops.optimal_offset("mull"), ValueError, "op", "'mul'", "'mull'"),
+    "optimal_offset objective": Wrong(
+        lambda: fastops.optimal_offset("mul", objective="mae"), ValueError, "objective", "'mse'", "'mae'"
+    ),
+    "error_stats distribution": Wrong(
+        lambda: error_stats(M(), 8, "gauss"), ValueError, "distribution", "'uniform'", "'gauss'"
+    ),
+    # configuration
+    "show_config mode": Wrong(lambda: fastops.show_config("yaml"), ValueError, "mode", "'json'", "'yaml'"),
+    "show_config mode type": Wrong(lambda: fastops.show_config(1), TypeError, "mode", "'json'", "1"),
+    "target": Wrong(lambda: fastops.target("v7"), ValueError, "name", "", "'v7'"),
+    "target type": Wrong(lambda: fastops.target(None), TypeError, "name", "the name of a target", "None"),
+    "set_num_threads": Wrong(lambda: fastops.set_num_threads(0), ValueError, "n", "[1, 1024]", "0"),
+    "set_num_threads type": Wrong(lambda: fastops.set_num_threads(1.5), TypeError, "n", "[1, 1024]", "1.5"),
+}
+
+
+def test_the_table_is_long_enough():
+    assert len(CASES) >= 40
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_wrong_call(case: Wrong):
+    inputs = [array.tobytes() for array in (A, B, DY, X, W, BYTES, TABLE)]
+    threads = fastops.get_num_threads()
+    arguments = {}
+    if case.out is not None:
+        arguments["out"] = np.full(case.out[0], 77, case.out[1])
+    with pytest.raises(case.kind) as caught:
+        case.call(**arguments)
+    assert type(caught.value) is case.kind
+    text = str(caught.value)
+    assert text.startswith(f"{case.name} must be "), text
+    wanted, _, got = text.partition(", got ")
+    assert case.wanted in wanted, text
+    assert case.got in got, text
+    assert len(text) < 200, text
+    assert "98765" not in text, text
+    assert all((item == 77).all() for item in arguments.values())
+    assert inputs == [array.tobytes() for array in (A, B, DY, X, W, BYTES, TABLE)]
+    assert fastops.get_num_threads() == threads
+
+
+ELEMENTWISE: dict[str, tuple[Callable[[Any], Any], type[Exception], tuple[int, ...], str]] = {
+    "complex": (lambda out: fastops.mitchell_mul(A.astype(complex), A, out=out), TypeError, (3, 4), "f4"),
+    "object": (lambda out: fastops.mitchell_mul(A.astype(object), A, out=out), TypeError, (3, 4), "f4"),
+    "str": (lambda out: fastops.mitchell_mul("a", A, out=out), TypeError, (3, 4), "f4"),
+    "shapes": (lambda out: fastops.mitchell_mul(A, B, out=out), ValueError, (3, 4), "f4"),
+    "one operand": (lambda out: fastops.mitchell_mul(A, out=out), TypeError, (3, 4), "f4"),
+    "two operands": (lambda out: fastops.mitchell_square(A, A, A, out=out), TypeError, (3, 4), "f4"),
+    "out shape": (lambda out: fastops.mitchell_mul(A, A, out=out), ValueError, (2, 4), "f4"),
+    "out dtype": (lambda out: fastops.mitchell_mul(A, A, out=out), TypeError, (3, 4), "i4"),
+    "out half": (lambda out: fastops.mitchell_sqrt(A, out=out), TypeError, (3, 4), "i8"),
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_wrong_elementwise_call(name: str):
+    call, kind, shape, dtype = ELEMENTWISE[name]
+    out = np.full(shape, 77, dtype)
+    with pytest.raises(kind) as caught:
+        call(out)
+    assert isinstance(caught.value, kind)
+    assert (out == 77).all()
+
+
+def test_elementwise_out_must_be_writable():
+    out = np.full((3, 4), 77, np.float32)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        fastops.mitchell_mul(A, A, out=out)
+    assert (out == 77).all()
+
+
+def test_a_multiplier_without_an_operation_says_so():
+    for multiplier in (M("lmul"), M("lmul-equation"), M(corrections=1)):
+        for op in ("div", "reciprocal", "sqrt", "rsqrt"):
+            with pytest.raises(AttributeError, match=f"has no {op}: it is a multiplier only"):
+                getattr(multiplier, op)
+            assert not hasattr(multiplier, op)
+
+
+def test_a_multiplier_cannot_change():
+    multiplier = M("min-mse")
+    with pytest.raises(AttributeError, match="immutable"):
+        multiplier.segments = 2
+    with pytest.raises(AttributeError, match="immutable"):
+        del multiplier.segments
+    assert multiplier == M("min-mse")
+
+
+@pytest.mark.skipif(
+    _backend.name != "native", reason="the checks of the compiled module are those of the native backend"
+)
+def test_the_compiled_module_protects_memory():
+    from fastops import _core
+
+    spec = tuple(M().spec("mul"))
+    good = np.zeros((3, 5), np.float32)
+    frozen = np.zeros((3, 5), np.float32)
+    frozen.flags.writeable = False
+    for arguments in (
+        (A, B, spec, np.zeros((3, 4), np.float32)),
+        (A, B, spec, np.zeros((3, 5), np.float64)),
+        (A, B.astype(np.float64), spec, good),
+        (A, A, spec, good),
+        (A.astype(np.int32), B, spec, good),
+        (A, B, spec, frozen),
+        (A, B, spec[:-1], good),
+        (A, B, (0, 0, 0, 0, 16, 0.0, (1.0,)), good),
+        (A, B, (7, 0, 0, 0, 0, 0.0, ()), good),
+    ):
+        with pytest.raises((TypeError, ValueError)):
+            _core.matmul(*arguments)
+        assert not good.any()
+    for arguments in (("nonsense", "f", "", spec), ("mul", "f", "", (0, 0, 0, 0, 3, 0.0, ()))):
+        with pytest.raises((TypeError, ValueError)):
+            _core.make_ufunc(*arguments)
+    with pytest.raises((TypeError, ValueError)):
+        _core.lut_matmul(BYTES, BYTES, TABLE[:2], np.zeros((3, 3), np.int32))
+    with pytest.raises((TypeError, ValueError)):
+        _core.mul_grad(A, A, A, spec, 5, np.zeros_like(A), np.zeros_like(A))
