@@ -72,7 +72,7 @@ FASTOPS_INLINE std::uint16_t to_bf16(float f) {
 
 FASTOPS_INLINE simd::i32 widen_bits(simd::half_u16 h) {
 #if defined(FASTOPS_AVX512)
-  return (simd::i32)_mm512_cvtepu16_epi32((__m256i)h);
+  return (simd::i32)_mm512_maskz_cvtepu16_epi32(__mmask16(-1), (__m256i)h);
 #elif defined(FASTOPS_AVX2)
   return (simd::i32)_mm256_cvtepu16_epi32((__m128i)h);
 #else

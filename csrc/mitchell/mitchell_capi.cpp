@@ -1,3 +1,166 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// To be written.
-#include "mitchell/mitchell_params.h"
+// The C interface of element-wise Mitchell arithmetic: constants rounded once, the level's kernel, threads for long arrays.
+#include <unistd.h>
+
+#include <atomic>
+#include <cfenv>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+
+#include "core/parallel.h"
+#include "mitchell/mitchell_kernels.h"
+
+namespace fastops {
+namespace {
+
+#define FASTOPS_LEVEL_TABLE(level) &level::kMitchellKernels,
+constexpr const MitchellKernels* kKernels[] = {FASTOPS_FOR_EACH_LEVEL(FASTOPS_LEVEL_TABLE)};
+#undef FASTOPS_LEVEL_TABLE
+
+constexpr std::size_t kItemSize[kMitchellTypes] = {2, 2, 4, 8, 1, 1, 2, 2, 4, 4, 8, 8};
+constexpr std::size_t kResultSize[kMitchellTypes] = {2, 2, 4, 8, 2, 2, 4, 4, 8, 8, 8, 8};
+
+// Below this many elements a second thread costs more than it brings.
+constexpr std::size_t kThreadsFrom = 1000000;
+// A block of a long array: independent of the thread count, small enough to spread, large against the hand-over.
+constexpr std::size_t kBlock = 65536;
+
+// Outputs beyond half of the last cache are written past it: nothing of them would be left when they are read.
+std::size_t stream_from() noexcept {
+  static const std::size_t bytes = [] {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    const long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    if (size > 0) return static_cast<std::size_t>(size) / 2;
+#endif
+    return std::size_t{16} << 20;
+  }();
+  return bytes;
+}
+
+template <class Int>
+void fill(MitchellConstants<Int>& k, const fastops_mitchell_params& p, int bits, int unit_bits, int lowest_exponent,
+          int bias) noexcept {
+  // Half types count in their own unit, which is a multiple of the unit they are computed in.
+  const auto rounded = [&](double c) {
+    return static_cast<Int>(std::nearbyint(std::ldexp(c, bits))) * (Int{1} << (unit_bits - bits));
+  };
+  k.c = rounded(p.c);
+  const int cut = p.mantissa_bits > 0 && p.mantissa_bits < bits ? unit_bits - p.mantissa_bits : 0;
+  k.mantissa_mask = -(Int{1} << cut);
+  k.flush_below = p.flush ? static_cast<Int>(lowest_exponent + bias) << unit_bits : 0;
+  k.lowest_exponent = p.flush ? lowest_exponent : -30000;
+  k.segment_bits = p.segments ? __builtin_ctz(static_cast<unsigned>(p.segments)) : 0;
+  // float16's subnormals are in the short path's range.
+  k.fast = p.form == FASTOPS_FORM_LOG && p.segments == 0 && !(p.flush && bits == 10);
+  for (int i = 0; i < p.segments * p.segments; ++i) k.table[i] = rounded(p.table[i]);
+}
+
+bool is_valid(const fastops_mitchell_params& p) noexcept {
+  const bool segments = p.segments == 0 || p.segments == 2 || p.segments == 4 || p.segments == 8 || p.segments == 16;
+  if (p.form < 0 || p.form > FASTOPS_FORM_ITERATIVE || (p.flush & ~1) || p.corrections < 0 || p.corrections > 64 ||
+      p.mantissa_bits < 0 || p.mantissa_bits > 52 || !segments || (p.segments && p.form != FASTOPS_FORM_LOG))
+    return false;
+  if (!(std::fabs(p.c) < 0.5)) return false;
+  for (int i = 0; i < p.segments * p.segments; ++i)
+    if (!(std::fabs(p.table[i]) < 0.5)) return false;
+  return true;
+}
+
+using Apply = void (*)(const fastops_mitchell*, const MitchellArrays&, std::size_t, bool) noexcept;
+
+struct Job {
+  Apply apply;
+  const fastops_mitchell* m;
+  MitchellArrays arrays;
+  std::size_t n;
+  bool stream;
+  std::atomic<int> flags;
+};
+// Each block's status flags are collected: a worker's would be lost, and np.errstate depend on the length.
+void run_block(void* context, std::size_t block, unsigned) noexcept {
+  auto& job = *static_cast<Job*>(context);
+  const std::size_t first = block * kBlock, count = job.n - first < kBlock ? job.n - first : kBlock;
+  const auto at = static_cast<std::ptrdiff_t>(first);
+  MitchellArrays p = job.arrays;
+  p.a += at * p.stride_a;
+  p.b += at * p.stride_b;
+  p.out += at * p.stride_out;
+  std::feclearexcept(FE_ALL_EXCEPT);
+  job.apply(job.m, p, count, job.stream);
+  job.flags.fetch_or(std::fetestexcept(FE_ALL_EXCEPT), std::memory_order_relaxed);
+}
+
+bool overlap(const char* in, std::ptrdiff_t step, const MitchellArrays& p, std::size_t n) noexcept {
+  if (in == p.out && step == p.stride_out) return false;
+  const auto reach = [n](std::ptrdiff_t s) { return static_cast<std::intptr_t>(n) * (s < 0 ? -s : s) + 8; };
+  const auto i = reinterpret_cast<std::intptr_t>(in), o = reinterpret_cast<std::intptr_t>(p.out);
+  const std::intptr_t i_low = step < 0 ? i - reach(step) : i, o_low = p.stride_out < 0 ? o - reach(p.stride_out) : o;
+  return i_low < o_low + 2 * reach(p.stride_out) && o_low < i_low + 2 * reach(step);
+}
+
+__attribute__((noinline)) void apply_long(Apply apply, const fastops_mitchell* m, fastops_mitchell_op op,
+                                          fastops_dtype dtype, const MitchellArrays& arrays, std::size_t n) noexcept {
+  const std::size_t bytes = n * kResultSize[dtype];
+  const bool stream = bytes > stream_from();
+  // A reduction or accumulation reads what it wrote: one thread, in order.
+  const bool parallel = n >= kThreadsFrom && worker_count() > 1 && arrays.stride_out != 0 &&
+                        !overlap(arrays.a, arrays.stride_a, arrays, n) &&
+                        (op > FASTOPS_DIV || !overlap(arrays.b, arrays.stride_b, arrays, n));
+  if (!parallel) return apply(m, arrays, n, stream);
+  Job job{apply, m, arrays, n, stream, {0}};
+  const int before = std::fetestexcept(FE_ALL_EXCEPT);
+  const double work_ns = static_cast<double>(n * (2 * kItemSize[dtype] + kResultSize[dtype])) / 10.0;
+  parallel_run((n + kBlock - 1) / kBlock, run_block, &job, work_ns, fastops_poll{nullptr, nullptr});
+  std::feclearexcept(FE_ALL_EXCEPT);
+  const int flags = before | job.flags.load(std::memory_order_relaxed);
+  if (flags) std::feraiseexcept(flags);
+}
+
+}  // namespace
+}  // namespace fastops
+
+using namespace fastops;
+
+fastops_status fastops_mitchell_create(const fastops_mitchell_params* params, fastops_mitchell** result) noexcept {
+  if (params == nullptr || result == nullptr || !is_valid(*params)) return FASTOPS_INVALID;
+  auto* m = new (std::nothrow) fastops_mitchell();
+  if (m == nullptr) return FASTOPS_NO_MEMORY;
+  m->params = *params;
+  fill<std::int32_t>(m->single[FASTOPS_F16], *params, 10, 23, -14, 127);
+  fill<std::int32_t>(m->single[FASTOPS_BF16], *params, 7, 23, -126, 127);
+  fill<std::int32_t>(m->single[FASTOPS_F32], *params, 23, 23, -126, 127);
+  fill<std::int64_t>(m->wide, *params, 52, 52, -1022, 1023);
+  *result = m;
+  return FASTOPS_OK;
+}
+
+void fastops_mitchell_destroy(fastops_mitchell* m) noexcept { delete m; }
+
+fastops_status fastops_mitchell_apply(const fastops_mitchell* m, fastops_mitchell_op op, fastops_dtype dtype,
+                                      const void* a, ptrdiff_t stride_a, const void* b, ptrdiff_t stride_b, void* out,
+                                      ptrdiff_t stride_out, size_t n) noexcept {
+  if (m == nullptr || static_cast<unsigned>(op) >= kMitchellOps || static_cast<unsigned>(dtype) >= kMitchellTypes)
+    return FASTOPS_INVALID;
+  const Apply apply = kKernels[active_level()]->apply[op][dtype];
+  if (apply == nullptr || (m->params.form != FASTOPS_FORM_LOG && op != FASTOPS_MUL && op != FASTOPS_SQUARE &&
+                           op != FASTOPS_LOG2 && op != FASTOPS_EXP2))
+    return FASTOPS_INVALID;
+  const MitchellArrays arrays{static_cast<const char*>(a), static_cast<const char*>(op > FASTOPS_DIV ? a : b),
+                              static_cast<char*>(out), stride_a, op > FASTOPS_DIV ? stride_a : stride_b, stride_out};
+  if (__builtin_expect(n < kThreadsFrom, 1))
+    apply(m, arrays, n, false);
+  else
+    apply_long(apply, m, op, dtype, arrays, n);
+  return FASTOPS_OK;
+}
+
+fastops_status fastops_mitchell_grad(const fastops_mitchell* m, fastops_mitchell_op op, fastops_gradient mode,
+                                     fastops_dtype dtype, const void* a, const void* b, const void* dy, void* da,
+                                     void* db, size_t n) noexcept {
+  if (m == nullptr || (op != FASTOPS_MUL && op != FASTOPS_DIV) || static_cast<unsigned>(dtype) > FASTOPS_F64 ||
+      static_cast<unsigned>(mode) > FASTOPS_GRADIENT_MIMIC || (op == FASTOPS_DIV && m->params.form != FASTOPS_FORM_LOG))
+    return FASTOPS_INVALID;
+  kKernels[active_level()]->grad[dtype](m, op, mode, a, b, dy, da, db, n);
+  return FASTOPS_OK;
+}

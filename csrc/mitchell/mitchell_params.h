@@ -14,7 +14,11 @@ namespace fastops {
 template <class Int>
 struct MitchellConstants {
   Int c;
-  Int mantissa_mask;  // of the explicit mantissa, all ones where nothing is cut
+  Int mantissa_mask;     // of the explicit mantissa, all ones where nothing is cut
+  Int flush_below;       // bits of the dtype's smallest normal number, 0 where subnormals are kept
+  Int lowest_exponent;   // of a result that is not flushed
+  std::int32_t segment_bits;  // log2 of the segments a mantissa, 0 without a table
+  bool fast;             // the kernels' short path applies: form 0, one constant, nothing to flush among its operands
   Int table[256];
 };
 

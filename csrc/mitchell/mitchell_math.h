@@ -1,0 +1,400 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Mitchell arithmetic: log2(1 + x) ~ x turns products into one addition of logarithms (Mitchell 1962).
+#ifndef FASTOPS_MITCHELL_MATH_H
+#define FASTOPS_MITCHELL_MATH_H
+
+#include "core/simd.h"
+#include "mitchell/mitchell_params.h"
+
+namespace fastops::FASTOPS_LEVEL::mitchell {
+
+using simd::bits;
+using simd::select;
+
+// The format a kernel computes in, for F = float, double (S = F's integer) and their lane types.
+template <class S_, class I_, class U_, int kMantissaBits_, int kExponentBits_>
+struct Format {
+  using S = S_;
+  using I = I_;
+  using U = U_;
+  static constexpr int kMantissaBits = kMantissaBits_;
+  static constexpr int kBias = (1 << (kExponentBits_ - 1)) - 1;
+  static constexpr S kMinNormal = S{1} << kMantissaBits;
+  static constexpr S kMantissa = kMinNormal - 1;
+  static constexpr S kInfinity = ((S{1} << kExponentBits_) - 1) << kMantissaBits;
+  static constexpr S kMagnitude = kInfinity | kMantissa;
+  static constexpr S kSign = ~kMagnitude;
+  static constexpr S kOne = S{kBias} << kMantissaBits;
+  // Exponents beyond which a result has surely become zero or infinity; two halves of either are normal.
+  static constexpr S kLowest = -(kBias + kMantissaBits + 50);
+  static constexpr S kHighest = 2 * kBias - 4;
+  // Short path: operand a needs the top exponent bit of a + kShiftA set, b the top two of b + kShiftB. Then every sum or
+  // difference of their logarithms is the logarithm of a normal number.
+  static constexpr S kTopBit = S{1} << (kMantissaBits + kExponentBits_ - 1);
+  static constexpr S kTopTwo = kTopBit | (kTopBit >> 1);
+  static constexpr S kShiftA = kTopBit >> 1;
+  static constexpr S kShiftB = 3 * (kTopBit >> 2);
+};
+template <class F>
+struct Unit;
+template <>
+struct Unit<float> : Format<std::int32_t, std::int32_t, std::uint32_t, 23, 8> {};
+template <>
+struct Unit<double> : Format<std::int64_t, std::int64_t, std::uint64_t, 52, 11> {};
+template <>
+struct Unit<simd::f32> : Format<std::int32_t, simd::i32, simd::u32, 23, 8> {};
+template <>
+struct Unit<simd::f64> : Format<std::int64_t, simd::i64, simd::u64, 52, 11> {};
+template <class F>
+using IntOf = typename Unit<F>::I;
+template <class F>
+using MaskOf = decltype(IntOf<F>{} < IntOf<F>{});
+
+template <class F>
+FASTOPS_INLINE F constant_of(double value) {
+  if constexpr (sizeof(typename Unit<F>::S) == 4)
+    return F{} + static_cast<float>(value);
+  else
+    return F{} + value;
+}
+
+// A finite non-zero operand is 2^exponent (1 + mantissa / 2^M), subnormals included; `special` marks zero, inf and nan.
+template <class F>
+struct Operand {
+  F value;
+  IntOf<F> exponent, mantissa, sign;
+  MaskOf<F> special, zero;
+};
+template <class F, class Constants>
+FASTOPS_INLINE Operand<F> split(F a, const Constants& k) {
+  using N = Unit<F>;
+  using I = typename N::I;
+  Operand<F> r;
+  const I raw = bits<I>(a);
+  r.sign = raw & N::kSign;
+  I magnitude = raw & N::kMagnitude;
+  magnitude = select(magnitude < k.flush_below, I{}, magnitude);
+  const auto subnormal = magnitude < N::kMinNormal;
+  // 1.mantissa - 1 is the subnormal's significand, normalised exactly and without reading a subnormal as a float.
+  const F scaled = bits<F>((magnitude & N::kMantissa) | N::kOne) - constant_of<F>(1);
+  const I normal = select(subnormal, bits<I>(scaled), magnitude);
+  r.mantissa = normal & (N::kMantissa & k.mantissa_mask);
+  r.exponent = (normal >> N::kMantissaBits) - N::kBias - select(subnormal, I{} + (N::kBias - 1), I{});
+  r.zero = magnitude == 0;
+  r.special = r.zero | (magnitude >= N::kInfinity);
+  r.value = bits<F>(magnitude | r.sign);
+  return r;
+}
+
+// sign 2^exponent (1 + fraction / 2^M), rounded once: the first factor is normal, so only the last product rounds.
+template <class F>
+FASTOPS_INLINE F compose(IntOf<F> exponent, IntOf<F> fraction, IntOf<F> sign) {
+  using N = Unit<F>;
+  using I = typename N::I;
+  exponent = select(exponent < N::kLowest, I{} + N::kLowest, exponent);
+  exponent = select(exponent > N::kHighest, I{} + N::kHighest, exponent);
+  const I half = exponent >> 1;
+  return bits<F>(fraction + ((half + N::kBias) << N::kMantissaBits)) *
+         bits<F>(((exponent - half + N::kBias) << N::kMantissaBits) | sign);
+}
+
+// The logarithm's last step: `sum` carries whole octaves above the mantissa bits. Special lanes and flushed ones compute
+// with exponent 0, so that they raise nothing.
+template <class F, class Constants>
+FASTOPS_INLINE F finish(IntOf<F> exponent, IntOf<F> sum, IntOf<F> sign, MaskOf<F> special, F special_value,
+                        const Constants& k) {
+  using N = Unit<F>;
+  using I = typename N::I;
+  exponent = exponent + (sum >> N::kMantissaBits);
+  const auto flushed = exponent < k.lowest_exponent;
+  exponent = select(special | flushed, I{}, exponent);
+  const F r = compose<F>(exponent, sum & N::kMantissa, sign);
+  return select(special, special_value, select(flushed, bits<F>(sign), r));
+}
+
+template <class F, class Constants>
+FASTOPS_INLINE IntOf<F> offset(const Constants& k, IntOf<F> x) {
+  if (k.segment_bits == 0) return IntOf<F>{} + k.c;
+  return simd::gather(k.table, x >> (Unit<F>::kMantissaBits - k.segment_bits));
+}
+template <class F, class Constants>
+FASTOPS_INLINE IntOf<F> offset(const Constants& k, IntOf<F> x, IntOf<F> y) {
+  if (k.segment_bits == 0) return IntOf<F>{} + k.c;
+  const int shift = Unit<F>::kMantissaBits - k.segment_bits;
+  return simd::gather(k.table, ((x >> shift) << k.segment_bits) + (y >> shift));
+}
+
+template <class F, class Constants>
+FASTOPS_INLINE F mul(F a, F b, const Constants& k) {
+  const Operand<F> p = split(a, k), q = split(b, k);
+  const auto special = p.special | q.special;
+  const F one = constant_of<F>(1);
+  const F ieee = select(special, p.value, one) * select(special, q.value, one);
+  return finish<F>(p.exponent + q.exponent, p.mantissa + q.mantissa + offset<F>(k, p.mantissa, q.mantissa),
+                   p.sign ^ q.sign, special, ieee, k);
+}
+template <class F, class Constants>
+FASTOPS_INLINE F div(F a, F b, const Constants& k) {
+  const Operand<F> p = split(a, k), q = split(b, k);
+  const auto special = p.special | q.special;
+  const F one = constant_of<F>(1);
+  const F ieee = select(special, p.value, one) / select(special, q.value, one);
+  return finish<F>(p.exponent - q.exponent, p.mantissa - q.mantissa + offset<F>(k, p.mantissa, q.mantissa),
+                   p.sign ^ q.sign, special, ieee, k);
+}
+template <class F, class Constants>
+FASTOPS_INLINE F square(F a, const Constants& k) {
+  const Operand<F> p = split(a, k);
+  const F v = select(p.special, p.value, constant_of<F>(1));
+  return finish<F>(p.exponent + p.exponent, p.mantissa + p.mantissa + offset<F>(k, p.mantissa), IntOf<F>{}, p.special,
+                   v * v, k);
+}
+template <class F, class Constants>
+FASTOPS_INLINE F reciprocal(F a, const Constants& k) {
+  const Operand<F> p = split(a, k);
+  const F one = constant_of<F>(1);
+  return finish<F>(-p.exponent, offset<F>(k, p.mantissa) - p.mantissa, p.sign, p.special,
+                   one / select(p.special, p.value, one), k);
+}
+
+// One where the operand is not negative, nan (raising invalid) where it is: -0 counts as zero.
+template <class F>
+FASTOPS_INLINE F invalid_where(MaskOf<F> negative) {
+  using N = Unit<F>;
+  using I = typename N::I;
+  const F z = bits<F>(select(negative, I{} + N::kInfinity, I{}));
+  return constant_of<F>(1) + (z - z);
+}
+
+// Halves a logarithm u = exponent 2^M + fraction (fraction any sign) to nearest even and returns the value of its half.
+// The dtype's own last bit decides `even`; half types round when they are stored, and are exact here.
+template <class F>
+FASTOPS_INLINE F half_log(IntOf<F> exponent, IntOf<F> fraction) {
+  using N = Unit<F>;
+  using I = typename N::I;
+  const I u = bits<I>(bits<typename N::U>(exponent) << N::kMantissaBits) + fraction;
+  const I t = (u + ((u >> 1) & 1)) >> 1;
+  return bits<F>(t + N::kOne);
+}
+template <class F, class Constants>
+FASTOPS_INLINE F sqrt(F a, const Constants& k) {
+  const Operand<F> p = split(a, k);
+  const auto negative = (p.sign != 0) & (p.zero == 0);
+  const auto special = p.special | negative;
+  const IntOf<F> c = offset<F>(k, p.mantissa);
+  const F ieee = select(p.special & (negative == 0), p.value, constant_of<F>(1)) * invalid_where<F>(negative);
+  return select(special, ieee, half_log<F>(p.exponent, p.mantissa + c + c));
+}
+template <class F, class Constants>
+FASTOPS_INLINE F rsqrt(F a, const Constants& k) {
+  const Operand<F> p = split(a, k);
+  const auto negative = (p.sign != 0) & (p.zero == 0);
+  const auto special = p.special | negative;
+  const F one = constant_of<F>(1);
+  const IntOf<F> c = offset<F>(k, p.mantissa);
+  const F ieee = (one / select(p.special & (negative == 0), p.value, one)) * invalid_where<F>(negative);
+  return select(special, ieee, half_log<F>(-p.exponent, c + c - p.mantissa));
+}
+// e + x, one rounding.
+template <class F, class Constants>
+FASTOPS_INLINE F log2(F a, const Constants& k) {
+  using N = Unit<F>;
+  using I = typename N::I;
+  const Operand<F> p = split(a, k);
+  const auto negative = (p.sign != 0) & (p.zero == 0);
+  const auto special = p.special | negative;
+  const F one = constant_of<F>(1);
+  const F infinite = -(one / select(p.zero, F{}, one));  // -1 where the operand is not zero
+  const F passed = select(p.special & (negative == 0), p.value, one);
+  const F ieee = select(p.zero, infinite, passed) * invalid_where<F>(negative);
+  // The exponent as a float: 1.5 2^M + e, less 1.5 2^M.
+  const F magic = constant_of<F>(1.5 * static_cast<double>(N::kMinNormal));
+  const F exponent = bits<F>(bits<I>(magic) + p.exponent) - magic;
+  const F fraction = bits<F>(p.mantissa | N::kOne) - one;
+  return select(special, ieee, exponent + fraction);
+}
+// 2^floor(a) (1 + a - floor(a)); where 1 + a - floor(a) needs rounding the result is normal, so it rounds once.
+template <class F, class Constants>
+FASTOPS_INLINE F exp2(F a, const Constants& k) {
+  using N = Unit<F>;
+  using I = typename N::I;
+  const I raw = bits<I>(a);
+  const I sign = raw & N::kSign;
+  I magnitude = raw & N::kMagnitude;
+  magnitude = select(magnitude < k.flush_below, I{}, magnitude);
+  const auto special = magnitude >= N::kInfinity;
+  const I limit = bits<I>(constant_of<F>(4 * N::kBias));
+  const F x = bits<F>(select(magnitude > limit, limit, magnitude) | sign);
+  const F magic = constant_of<F>(1.5 * static_cast<double>(N::kMinNormal));
+  const F nearest = (x + magic) - magic;
+  const F one = constant_of<F>(1);
+  const F floor = nearest - select(nearest > x, one, F{});
+  const I exponent = bits<I>(floor + magic) - bits<I>(magic);
+  const F significand = (one - floor) + x;
+  const F ieee = bits<F>(select(raw == (N::kInfinity | N::kSign), I{}, raw));
+  return finish<F>(exponent, bits<I>(significand) - N::kOne, I{}, special, ieee, k);
+}
+
+// ---- forms 1 and 2 ------------------------------------------------------------------------------------------------
+// What is left of a significand after its highest set bit has been taken away; zero stays zero.
+template <class F>
+FASTOPS_INLINE F without_top_bit(F v) {
+  return v - bits<F>(bits<IntOf<F>>(v) & Unit<F>::kInfinity);
+}
+// Constants of a float32 or half product computed in double lanes: all of it exact, one rounding when it is stored.
+struct WideConstants {
+  std::int64_t mantissa_mask, flush_below, lowest_exponent;
+  double c;
+  std::int32_t form, corrections;
+};
+FASTOPS_INLINE WideConstants widen(const fastops_mitchell_params& params, const MitchellConstants<std::int32_t>& k) {
+  WideConstants w;
+  w.mantissa_mask = (static_cast<std::int64_t>(k.mantissa_mask) << 29) | 0x1fffffff;
+  w.lowest_exponent = k.flush_below ? k.lowest_exponent : -5000;
+  w.flush_below = k.flush_below ? (static_cast<std::int64_t>(k.lowest_exponent) + 1023) << 52 : 0;
+  w.c = static_cast<double>(k.c) * 0x1p-23;
+  w.form = params.form;
+  w.corrections = params.corrections;
+  return w;
+}
+template <class F>
+FASTOPS_INLINE F wide_product(F a, F b, const WideConstants& k) {
+  using N = Unit<F>;
+  using I = typename N::I;
+  const Operand<F> p = split(a, k), q = split(b, k);
+  const auto special = p.special | q.special;
+  const F one = constant_of<F>(1);
+  const F ieee = select(special, p.value, one) * select(special, q.value, one);
+  const F x = bits<F>(p.mantissa | N::kOne), y = bits<F>(q.mantissa | N::kOne);
+  F product;
+  if (k.form == FASTOPS_FORM_EQUATION) {
+    product = (x + (y - one)) + k.c;
+  } else {
+    F r = x, s = y;
+    for (int i = 0; i <= k.corrections; ++i) {
+      r = without_top_bit(r);
+      s = without_top_bit(s);
+    }
+    product = x * y - r * s;
+  }
+  const I scale = select(special, I{}, p.exponent + q.exponent) + N::kBias;
+  product = product * bits<F>(scale << N::kMantissaBits);
+  product = select(bits<I>(product) < k.flush_below, F{}, product);
+  return select(special, ieee, bits<F>(bits<I>(product) | (p.sign ^ q.sign)));
+}
+
+// value 2^exponent rounded once to double; value > 0.
+inline double round_scaled(unsigned __int128 value, int exponent) {
+  const auto high = static_cast<std::uint64_t>(value >> 64);
+  const int top = high ? 127 - __builtin_clzll(high) : 63 - __builtin_clzll(static_cast<std::uint64_t>(value));
+  int drop = top - 52;
+  if (exponent + drop < -1074) drop = -1074 - exponent;
+  if (drop > 120) drop = 120;  // far below the smallest subnormal: nothing is left either way
+  if (drop > 0) {
+    const unsigned __int128 unit = static_cast<unsigned __int128>(1) << drop, rest = value & (unit - 1);
+    value >>= drop;
+    value += rest > (unit >> 1) || (rest == (unit >> 1) && (value & 1)) ? 1 : 0;
+    exponent += drop;
+  }
+  double r = static_cast<double>(static_cast<std::uint64_t>(value));
+  // Exact steps, apart from overflow.
+  for (; exponent > 1000; exponent -= 1000) r *= 0x1p1000;
+  for (; exponent < -1000; exponent += 1000) r *= 0x1p-1000;
+  return r * bits<double>(static_cast<std::int64_t>(exponent + 1023) << 52);
+}
+inline std::uint64_t without_top_bit(std::uint64_t v) { return v ? v ^ (std::uint64_t{1} << (63 - __builtin_clzll(v))) : 0; }
+// Forms 1 and 2 for float64: 128-bit integers.
+inline double exact_product(double a, double b, const fastops_mitchell_params& params,
+                            const MitchellConstants<std::int64_t>& k) {
+  using N = Unit<double>;
+  const Operand<double> p = split(a, k), q = split(b, k);
+  if (p.special || q.special) return p.value * q.value;
+  const std::uint64_t x = static_cast<std::uint64_t>(p.mantissa | N::kMinNormal);
+  const std::uint64_t y = static_cast<std::uint64_t>(q.mantissa | N::kMinNormal);
+  unsigned __int128 value;
+  int exponent = static_cast<int>(p.exponent + q.exponent);
+  if (params.form == FASTOPS_FORM_EQUATION) {
+    value = x + static_cast<std::uint64_t>(q.mantissa) + static_cast<std::uint64_t>(k.c);
+    exponent -= 52;
+  } else {
+    std::uint64_t r = x, s = y;
+    for (int i = 0; i <= params.corrections; ++i) {
+      r = without_top_bit(r);
+      s = without_top_bit(s);
+    }
+    value = static_cast<unsigned __int128>(x) * y - static_cast<unsigned __int128>(r) * s;
+    exponent -= 104;
+  }
+  if (k.flush_below) {
+    const auto high = static_cast<std::uint64_t>(value >> 64);
+    const int top = high ? 127 - __builtin_clzll(high) : 63 - __builtin_clzll(static_cast<std::uint64_t>(value));
+    if (top + exponent < k.lowest_exponent) value = 0;
+  }
+  const double r = value ? round_scaled(value, exponent) : 0.0;
+  return bits<double>(bits<std::int64_t>(r) | (p.sign ^ q.sign));
+}
+
+// ---- integers -----------------------------------------------------------------------------------------------------
+struct IntegerConstants {
+  std::int64_t c;            // in units of 2^-(52 or 23)
+  std::int32_t unit_bits;    // 52 or 23
+  std::int32_t form, corrections, mantissa_bits, segment_bits;
+  bool unary;  // the table has one row, by the first operand
+};
+// The product of two magnitudes, truncated to an integer: at most `limit`, or modulo 2^64.
+template <class TableEntry>
+inline std::uint64_t integer_product(std::uint64_t a, std::uint64_t b, const IntegerConstants& k,
+                                     const TableEntry* table, std::uint64_t limit, bool wraps) {
+  if (a == 0 || b == 0) return 0;
+  const int ka = 63 - __builtin_clzll(a), kb = 63 - __builtin_clzll(b);
+  if (k.mantissa_bits > 0) {
+    if (ka > k.mantissa_bits) a = a >> (ka - k.mantissa_bits) << (ka - k.mantissa_bits);
+    if (kb > k.mantissa_bits) b = b >> (kb - k.mantissa_bits) << (kb - k.mantissa_bits);
+  }
+  using Wide = unsigned __int128;
+  Wide value;
+  if (k.form == FASTOPS_FORM_ITERATIVE) {
+    std::uint64_t r = a, s = b;
+    for (int i = 0; i <= k.corrections; ++i) {
+      r = without_top_bit(r);
+      s = without_top_bit(s);
+    }
+    value = static_cast<Wide>(a) * b - static_cast<Wide>(r) * s;
+  } else {
+    // Fractions in units of 2^-63.
+    const std::uint64_t x = a << (63 - ka) << 1 >> 1, y = b << (63 - kb) << 1 >> 1;
+    std::int64_t c = k.c;
+    if (k.segment_bits) {
+      const std::uint64_t row = x >> (63 - k.segment_bits), column = y >> (63 - k.segment_bits);
+      c = table[k.unary ? row : (row << k.segment_bits) + column];
+    }
+    const __int128 sum = static_cast<__int128>(x) + y + static_cast<__int128>(c) * (std::int64_t{1} << (63 - k.unit_bits));
+    Wide significand;
+    int shift = ka + kb - 63;
+    if (k.form == FASTOPS_FORM_EQUATION) {
+      significand = static_cast<Wide>(sum + (static_cast<__int128>(1) << 63));
+    } else {
+      significand = (static_cast<Wide>(sum) & ~(~Wide{0} << 63)) | (Wide{1} << 63);
+      shift += static_cast<int>(sum >> 63);
+    }
+    // The shift to the left reaches 65: bits beyond 2^128 vanish, which only 64-bit results (modulo 2^64) can meet.
+    if (shift >= 0)
+      value = shift >= 128 ? 0 : significand << shift;
+    else
+      value = shift <= -128 ? 0 : significand >> -shift;
+  }
+  if (!wraps && value > limit) return limit;
+  return static_cast<std::uint64_t>(value);
+}
+// The same for the plain multiplier.
+FASTOPS_INLINE std::uint64_t plain_product(std::uint64_t a, std::uint64_t b) {
+  if (a == 0 || b == 0) return 0;
+  const int ka = 63 - __builtin_clzll(a), kb = 63 - __builtin_clzll(b);
+  using Wide = unsigned __int128;
+  const Wide whole = Wide{1} << (ka + kb);
+  const Wide rest = (static_cast<Wide>(a ^ (std::uint64_t{1} << ka)) << kb) + (static_cast<Wide>(b ^ (std::uint64_t{1} << kb)) << ka);
+  return static_cast<std::uint64_t>(rest < whole ? whole + rest : rest << 1);
+}
+
+}  // namespace fastops::FASTOPS_LEVEL::mitchell
+#endif
