@@ -5,19 +5,30 @@ from __future__ import annotations
 
 from ._multiplier import Multiplier
 
+_KEYWORDS = """out : ndarray or tuple of ndarray, optional
+    Where the result goes; a fresh array otherwise.
+where : array_like of bool, optional
+    Elements where it is False keep what `out` held.
+casting : str, optional
+    What `numpy.can_cast` must allow of operands and result (native backend; "same_kind" by default).
+order : {"K", "A", "C", "F"}, optional
+    The memory order of a fresh result (native backend).
+dtype : dtype, optional
+    The dtype of the result, which picks the loop.
+subok : bool, optional
+    Whether subclasses of ndarray pass through (native backend; they do by default).
+signature : str or tuple of dtype, optional
+    The loop by its dtypes (native backend)."""
+
 _PARAMETERS_1 = """x : array_like
     {accepts}
-out : ndarray or tuple of ndarray, optional
-    Where the result goes; a fresh array otherwise.
-where : array_like of bool, optional
-    Elements where it is False keep what `out` held."""
+"""
 
-_PARAMETERS_2 = """x1, x2 : array_like
-    {accepts} They must broadcast to a common shape.
-out : ndarray or tuple of ndarray, optional
-    Where the result goes; a fresh array otherwise.
-where : array_like of bool, optional
-    Elements where it is False keep what `out` held."""
+_PARAMETERS_2 = """x1 : array_like
+    {accepts}
+x2 : array_like
+    Likewise; the shapes broadcast.
+"""
 
 _FLOATS = "Float16, bfloat16 (with ml_dtypes), float32 or float64; integers are cast to float as NumPy does."
 _INTEGERS = (
@@ -29,9 +40,7 @@ _TEMPLATE = """{summary}
 
 Parameters
 ----------
-{parameters}
-**kwargs
-    The other keywords of a NumPy ufunc (native backend).
+{parameters}{keywords}
 
 Returns
 -------
@@ -66,7 +75,7 @@ _TEXTS: dict[str, tuple[str, str, str, str, str]] = {
     "mul": (
         "Multiply element-wise by adding approximate logarithms.",
         _INTEGERS,
-        "x1 * x2 with a relative error in [-1/9, 0]; exact where an operand is a power of two.",
+        "The product, with a relative error in [-1/9, 0]; exact where an operand is a power of two.",
         "With a = 2^i (1 + x) and b = 2^j (1 + y) the product is 2^(i+j) (1 + x + y), or 2^(i+j+1) (x + y) once x + y >= 1:\n"
         "log2(1 + x) is taken to be x. One integer addition of the bit patterns does it.\n"
         + _SPECIALS.format(exact="`numpy.multiply`")
@@ -77,7 +86,7 @@ _TEXTS: dict[str, tuple[str, str, str, str, str]] = {
     "div": (
         "Divide element-wise by subtracting approximate logarithms.",
         _FLOATS,
-        "x1 / x2 with a relative error in [0, 1/8]; exact where x2 is a power of two.",
+        "The quotient, with a relative error in [0, 1/8]; exact where x2 is a power of two.",
         "With a = 2^i (1 + x) and b = 2^j (1 + y) the quotient is 2^(i-j) (1 + x - y), or 2^(i-j-1) (2 + x - y) where x < y.\n"
         + _SPECIALS.format(exact="`numpy.divide`")
         + "\nMean relative error over uniform mantissas: +4.10 %, root mean square 5.23 %.",
@@ -86,14 +95,14 @@ _TEXTS: dict[str, tuple[str, str, str, str, str]] = {
     "square": (
         "Square element-wise by doubling the approximate logarithm.",
         _INTEGERS,
-        "x * x with a relative error in [-1/9, 0].",
+        "The square, with a relative error in [-1/9, 0].",
         "The same as `mitchell_mul(x, x)`.\n" + _SPECIALS.format(exact="`numpy.square`"),
         ">>> import fastops\n>>> float(fastops.mitchell_square(3.0))\n8.0",
     ),
     "reciprocal": (
         "Take the reciprocal element-wise by negating the approximate logarithm.",
         _FLOATS,
-        "1 / x with a relative error in [0, 1/8].",
+        "The reciprocal, with a relative error in [0, 1/8].",
         "The same as `mitchell_div(1, x)`.\n" + _SPECIALS.format(exact="`numpy.reciprocal`"),
         ">>> import fastops\n>>> float(fastops.mitchell_reciprocal(1.5))\n0.75",
     ),
@@ -108,7 +117,7 @@ _TEXTS: dict[str, tuple[str, str, str, str, str]] = {
     "rsqrt": (
         "Take the reciprocal square root element-wise by halving the approximate logarithm.",
         _FLOATS,
-        "1 / sqrt(x) with a relative error in [0, 8.87 %]; exact where x is an even power of two.",
+        "The reciprocal square root, with a relative error in [0, 8.87 %]; exact where x is an even power of two.",
         "Minus half of e + x, the approximate logarithm of 2^e (1 + x), goes through the inverse approximation.\n"
         + _SPECIALS.format(exact="`1 / numpy.sqrt`"),
         ">>> import fastops\n>>> float(fastops.mitchell_rsqrt(4.0))\n0.5",
@@ -116,7 +125,7 @@ _TEXTS: dict[str, tuple[str, str, str, str, str]] = {
     "log2": (
         "Approximate the base-2 logarithm element-wise by reading the exponent and the mantissa.",
         _FLOATS,
-        "e + x for 2^e (1 + x): an absolute error in [-0.0861, 0] before rounding; exact at powers of two.",
+        "The sum e + x for 2^e (1 + x): an absolute error in [-0.0861, 0] before rounding; exact at powers of two.",
         (
             "log2(1 + x) is taken to be x, for subnormal numbers too; the result is rounded once. Zeros, negative numbers,\n"
             "infinities and NaN give what `numpy.log2` gives."
@@ -126,7 +135,7 @@ _TEXTS: dict[str, tuple[str, str, str, str, str]] = {
     "exp2": (
         "Approximate 2**x element-wise by writing the exponent and the mantissa.",
         _FLOATS,
-        "2^floor(x) (1 + x - floor(x)): a relative error in [0, 6.15 %]; exact at integers.",
+        "The power 2^floor(x) (1 + x - floor(x)): a relative error in [0, 6.15 %]; exact at integers.",
         (
             "The inverse of `mitchell_log2`; the result is rounded once, with gradual underflow. Infinities and NaN give what\n"
             "`numpy.exp2` gives."
@@ -138,7 +147,7 @@ _TEXTS: dict[str, tuple[str, str, str, str, str]] = {
 _LMUL = (
     "Multiply element-wise as L-Mul does: an integer addition of the bit patterns with an offset.",
     _INTEGERS,
-    "x1 * x2 with a relative error in [-7.29 %, +6.25 %] for every float dtype here.",
+    "The product, with a relative error in [-7.29 %, +6.25 %] for every float dtype here.",
     '`Multiplier("lmul").mul`: Mitchell\'s product with 2^-l added to the sum of the mantissas, l = 4 for mantissas of more\n'
     "than 4 bits, 3 for 4 bits, and the width itself below.\n"
     + _SPECIALS.format(exact="`numpy.multiply`")
@@ -159,4 +168,6 @@ def ufunc_doc(name: str, op: str, multiplier: Multiplier) -> str:
     elif name != "lmul":
         notes += "\n" + _SOURCE
     parameters = (_PARAMETERS_2 if op in ("mul", "div") else _PARAMETERS_1).format(accepts=accepts)
-    return _TEMPLATE.format(summary=summary, parameters=parameters, returns=returns, notes=notes, examples=examples)
+    return _TEMPLATE.format(
+        summary=summary, parameters=parameters, keywords=_KEYWORDS, returns=returns, notes=notes, examples=examples
+    )

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core, _docs
-from .._multiplier import Multiplier
+from .._multiplier import Multiplier, OpSpec
 
 AnyArray = NDArray[Any]
 Pair = tuple[int, int]
@@ -49,22 +50,53 @@ mitchell_exp2 = mitchell_op("exp2", Multiplier())
 lmul = mitchell_op("mul", Multiplier("lmul"))
 
 
+@lru_cache(maxsize=256)
+def _spec(op: str, multiplier: Multiplier) -> OpSpec:
+    """The description that the kernels take; `_core` knows an object that it has met before by its address."""
+    return multiplier.spec(op)
+
+
+def _is_regular(x: AnyArray) -> bool:
+    """Whether the elements are aligned and whole elements apart."""
+    return x.flags.aligned and all(stride % x.itemsize == 0 for stride in x.strides)
+
+
+def _regular(x: AnyArray) -> AnyArray:
+    return x if _is_regular(x) else x.copy()
+
+
+def _contiguous(x: AnyArray) -> AnyArray:
+    return x if x.flags.c_contiguous and x.flags.aligned else x.copy()
+
+
+def _into(out: AnyArray | None, shape: tuple[int, ...], dtype: np.dtype[Any], contiguous: bool = False) -> AnyArray:
+    """Where a kernel writes: `out` itself where the kernel can, a fresh array otherwise."""
+    if out is None or (contiguous and not out.flags.c_contiguous) or not _is_regular(out):
+        return np.empty(shape, dtype)
+    return out
+
+
+def _deliver(result: AnyArray, out: AnyArray | None) -> AnyArray:
+    if out is None or result is out:
+        return result
+    out[...] = result
+    return out
+
+
 def mitchell_matmul(a: AnyArray, b: AnyArray, *, multiplier: Multiplier, out: AnyArray | None = None) -> AnyArray:
     """The product of a (..., M, K) and b (..., K, N) under a multiplier."""
-    if out is None:
-        batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        out = np.empty((*batch, a.shape[-2], b.shape[-1]), a.dtype)
-    _core.matmul(a, b, multiplier.spec("mul"), out)
-    return out
+    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    result = _into(out, (*batch, a.shape[-2], b.shape[-1]), a.dtype)
+    _core.matmul(_regular(a), _regular(b), _spec("mul", multiplier), result)
+    return _deliver(result, out)
 
 
 def exact_matmul(a: AnyArray, b: AnyArray, *, out: AnyArray | None = None) -> AnyArray:
     """The exact product of a (..., M, K) and b (..., K, N), by the same tiling as the approximate one."""
-    if out is None:
-        batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        out = np.empty((*batch, a.shape[-2], b.shape[-1]), a.dtype)
-    _core.exact_matmul(a, b, out)
-    return out
+    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    result = _into(out, (*batch, a.shape[-2], b.shape[-1]), a.dtype)
+    _core.exact_matmul(_regular(a), _regular(b), result)
+    return _deliver(result, out)
 
 
 def mitchell_conv2d(
@@ -79,19 +111,18 @@ def mitchell_conv2d(
     out: AnyArray | None = None,
 ) -> AnyArray:
     """The convolution of x (N, C, H, W) with w (O, C/groups, KH, KW) under a multiplier."""
-    if out is None:
-        size = [
-            (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (w.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
-        ]
-        out = np.empty((x.shape[0], w.shape[0], *size), x.dtype)
-    _core.conv2d(x, w, stride, padding, dilation, groups, multiplier.spec("mul"), out)
-    return out
+    size = [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (w.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+    result = _into(out, (x.shape[0], w.shape[0], *size), x.dtype, contiguous=True)
+    image, kernel = _contiguous(x), _contiguous(w)
+    _core.conv2d(image, kernel, stride, padding, dilation, groups, _spec("mul", multiplier), result)
+    return _deliver(result, out)
 
 
 def lut_matmul(a: AnyArray, b: AnyArray, table: AnyArray, *, out: AnyArray) -> AnyArray:
     """The product of 8-bit a (..., M, K) and b (..., K, N), each term read from a (256, 256) table."""
-    _core.lut_matmul(a, b, table, out)
-    return out
+    result = _into(out, out.shape, out.dtype)
+    _core.lut_matmul(a, b, table, result)
+    return _deliver(result, out)
 
 
 def _mode(mode: str) -> int:
@@ -113,9 +144,9 @@ def _sum_to(gradient: AnyArray, shape: tuple[int, ...]) -> AnyArray:
 def _elementwise_grad(
     kernel: Any, op: str, a: AnyArray, b: AnyArray, dy: AnyArray, multiplier: Multiplier, mode: str
 ) -> tuple[AnyArray, AnyArray]:
-    left, right, upper = (np.ascontiguousarray(item) for item in np.broadcast_arrays(a, b, dy))
+    left, right, upper = (_contiguous(item) for item in np.broadcast_arrays(a, b, dy))
     da, db = np.empty_like(upper), np.empty_like(upper)
-    kernel(left, right, upper, multiplier.spec(op), _mode(mode), da, db)
+    kernel(left, right, upper, _spec(op, multiplier), _mode(mode), da, db)
     shape = np.broadcast_shapes(a.shape, b.shape, dy.shape)
     return _sum_to(da.reshape(shape), a.shape), _sum_to(db.reshape(shape), b.shape)
 
@@ -147,9 +178,8 @@ def mitchell_matmul_grad(
 ) -> tuple[AnyArray, AnyArray]:
     """The gradients of `mitchell_matmul`, summed to the shapes of the operands."""
     batch = dy.shape[:-2]
-    left, right = np.broadcast_to(a, batch + a.shape[-2:]), np.broadcast_to(b, batch + b.shape[-2:])
-    da, db = np.empty(left.shape, a.dtype), np.empty(right.shape, b.dtype)
-    _core.matmul_grad(left, right, dy, multiplier.spec("mul"), _mode(mode), da, db)
+    da, db = np.empty(batch + a.shape[-2:], a.dtype), np.empty(batch + b.shape[-2:], b.dtype)
+    _core.matmul_grad(_regular(a), _regular(b), _regular(dy), _spec("mul", multiplier), _mode(mode), da, db)
     return _sum_to(da, a.shape), _sum_to(db, b.shape)
 
 
@@ -167,5 +197,8 @@ def mitchell_conv2d_grad(
 ) -> tuple[AnyArray, AnyArray]:
     """The gradients of `mitchell_conv2d`."""
     dx, dw = np.empty(x.shape, x.dtype), np.empty(w.shape, w.dtype)
-    _core.conv2d_grad(x, w, dy, stride, padding, dilation, groups, multiplier.spec("mul"), _mode(mode), dx, dw)
+    image, kernel, upper = (_contiguous(item) for item in (x, w, dy))
+    _core.conv2d_grad(
+        image, kernel, upper, stride, padding, dilation, groups, _spec("mul", multiplier), _mode(mode), dx, dw
+    )
     return dx, dw
