@@ -349,7 +349,7 @@ def lut_matmul(a: ArrayLike, b: ArrayLike, table: ArrayLike, *, out: AnyArray | 
     Returns
     -------
     (..., M, N) ndarray or scalar
-        int32 where K max(abs(table)) fits, int64 otherwise; exact.
+        Exact sums: int32 where K max(abs(table)) fits, int64 otherwise.
 
     Raises
     ------
