@@ -122,7 +122,7 @@ def _progress() -> Iterator[Callable[[float, str], None]]:
     from tqdm import tqdm
 
     form = "{percentage:3.0f}%|{bar}| {elapsed} {desc}"
-    with tqdm(total=1.0, file=sys.stderr, leave=False, bar_format=form, dynamic_ncols=True) as bar:
+    with tqdm(total=1.0, file=sys.stderr, leave=False, bar_format=form, dynamic_ncols=True, miniters=0) as bar:
 
         def report(fraction: float, text: str) -> None:
             bar.set_description_str(text, refresh=False)

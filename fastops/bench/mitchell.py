@@ -311,7 +311,7 @@ def _prepare_matmul(case: Case, row: Implementation, op: str, options: str, rng:
     a = _normal(rng, (m, k), dtype, 0)
     b = _normal(rng, (k, n), dtype, 1)
     share = {"broadcast": _PART, "fastops": _PART // 2 if row.backend == "reference" else m * k * n}
-    part = max(4, min(m, share.get(row.recipe, m * k * n) // (k * n)))
+    part = min(m, max(4, share.get(row.recipe, m * k * n) // (k * n)))
     a = a[:part]
     out = aligned(np.zeros((part, n), dtype), 2)
     multiplier = _multiplier(options)
@@ -388,9 +388,9 @@ def _prepare_lut(case: Case, row: Implementation, rng: np.random.Generator) -> T
     b = aligned(rng.integers(0, 256, (k, n), np.uint8), 1)
     table = aligned(_multiplier("").table(8).astype(np.int32), 2)
     share = _PART if row.backend == "reference" and row.recipe == "fastops" else m * k * n
-    part = max(4, min(m, share // (k * n)))
+    part = min(m, max(4, share // (k * n)))
     if row.recipe == "scalar lut":
-        part = max(4, m // 4)
+        part = min(m, max(4, m // 4))
     a = a[:part]
     out = aligned(np.zeros((part, n), np.int32), 3)
     call: Callable[..., object]
@@ -477,7 +477,7 @@ def _prepare_grad(case: Case, row: Implementation, rng: np.random.Generator) -> 
         return _prepare_matmul(case, forward, "matmul", "", rng)
     a = _normal(rng, (m, k), dtype, 0)
     b = _normal(rng, (k, n), dtype, 1)
-    part = max(4, _PART // 4 // (k * n)) if row.backend == "reference" else m
+    part = min(m, max(4, _PART // 4 // (k * n))) if row.backend == "reference" else m
     a = a[:part]
     dy = _normal(rng, (part, n), dtype, 2)
     results: list[tuple[Array, Array]] = []

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import numpy as np
 
@@ -55,12 +55,12 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def rate_text(rate: float, unit: str) -> str:
+def rate_text(rate: float) -> str:
     """A rate in G, M or k units a second."""
     for limit, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if rate >= limit:
-            return f"{rate / limit:.3g} {prefix}{unit}/s"
-    return f"{rate:.3g} {unit}/s"
+            return f"{rate / limit:.3g} {prefix}/s"
+    return f"{rate:.3g} /s"
 
 
 def ratio_text(ratio: float | None) -> str:
@@ -104,7 +104,7 @@ def lines(run: Run, old: Old | None = None) -> Iterator[Line]:
             if m.seconds:
                 low, high = m.quartiles
                 cells += [seconds_text(m.median * m.scale), f"{(high - low) / m.median:.1%}"]
-                cells += [rate_text(m.rate, group.case.unit), ratio_text(group.ratio(m, group.yardstick))]
+                cells += [rate_text(m.rate), ratio_text(group.ratio(m, group.yardstick))]
                 cells += [ratio_text(group.ratio(m, group.reference)), _error_text(m.error)]
             else:
                 cells += [""] * 6
@@ -141,8 +141,8 @@ def summary(run: Run) -> str:
 
 
 LEGEND = (
-    "Ratios are rates over the yardstick's (x exact) and over plain NumPy's (x reference), above 1 is faster. "
-    "Error: against the oracle, relative."
+    "Rates: elements or multiply-adds a second. Ratios: a row's rate over the yardstick's (x exact) and over plain "
+    "NumPy's (x reference), above 1 is faster. Error: relative, against the oracle."
 )
 
 
@@ -166,33 +166,36 @@ def print_tsv(run: Run, out: TextIO, old: Old | None = None) -> None:
 
 def print_table(run: Run, out: TextIO, old: Old | None = None) -> None:
     """A table for a terminal."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title="fastops bench", caption=f"{LEGEND}\n{summary(run)}", caption_justify="left")
-    for name in columns(old):
-        left = name in ("operation", "implementation", "verdict")
-        table.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=name in ("time", "IQR"))
-    previous = False
+    console = Console(file=out, highlight=False)
+    names = list(columns(old)[1:])
+    # The columns that a narrow terminal has no room for; the other forms have them.
+    hidden = {"error"} if console.width < 100 else set()
+    table = Table(title="fastops bench", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in names:
+        if name == "implementation":
+            table.add_column(name, min_width=24)
+        elif name not in hidden:
+            justify: Literal["left", "right"] = "left" if name == "verdict" else "right"
+            table.add_column(
+                name.replace("reference", "ref."), justify=justify, no_wrap=name in ("time", "IQR", "rate")
+            )
+    colours = {"faster": "green", "slower": "yellow", "WrongResult": "bold red"}
     for line in lines(run, old):
-        if line.first and previous:
+        if line.first:
             table.add_section()
-        previous = True
-        style = "dim" if line.yardstick else ""
-        cells = [Text(cell) for cell in line.cells]
-        if not line.first:
-            cells[0] = Text("")
-        if "faster" in line.verdict:
-            cells[8].stylize("green")
-        elif "slower" in line.verdict:
-            cells[8].stylize("yellow")
-        elif line.verdict.startswith("WrongResult"):
-            cells[8].stylize("bold red")
-        if line.cells[1].startswith("native"):
-            cells[1].stylize("bold")
-        table.add_row(*cells, style=style)
-    Console(file=out).print(table)
+            table.add_row(Text(line.group, style="bold"))
+        cells = [Text(cell) for name, cell in zip(names, line.cells[1:], strict=True) if name not in hidden]
+        cells[0].pad_left(2)
+        cells[-1 if old is None else -2].stylize(next((c for word, c in colours.items() if word in line.verdict), ""))
+        table.add_row(*cells, style="dim" if line.yardstick else "")
+    console.print(table)
+    console.print(LEGEND)
+    console.print(summary(run))
 
 
 def to_json(run: Run) -> dict[str, Any]:
@@ -355,7 +358,7 @@ def _group_plot(group: Group, index: int) -> str:
     for m in group.measurements:
         ratio = group.ratio(m, group.yardstick)
         if ratio is not None:
-            text = f"{ratio:.3g}x   {rate_text(m.rate, group.case.unit)}"
+            text = f"{ratio:.3g}x   {rate_text(m.rate)}"
             named.append((m.row.name, ratio, _colour(m.row.name), text))
     if not named or group.yardstick is None:
         return ""

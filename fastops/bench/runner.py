@@ -217,25 +217,30 @@ class Run:
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure, in seconds (run, batch, wait for a compilation), and how many rounds a group gets."""
+    """How long to measure, in seconds (run, batch, wait for a compilation), and how many rounds a group gets.
+
+    `grace` is what may be waited for beyond the budget before every wait ends: then the run is over.
+    """
 
     budget: float
     batch: float
     rounds: int
     patience: float
+    grace: float = 10.0
 
     @staticmethod
     def of(quick: bool, budget: float | None = None) -> Settings:
         """The quick or the full setting; `budget` replaces its seconds."""
         if quick:
-            return Settings(budget or 42.0, 0.004, 15, 15.0)
+            return Settings(budget or 40.0, 0.004, 15, 15.0, 8.0)
         return Settings(budget or 300.0, 0.02, 31, 60.0)
 
 
 class Workers:
     """Processes by key, started when first wanted."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Settings, end: float) -> None:
+        self.settings, self.end = settings, end
         self.running: dict[str, Worker] = {}
         self.broken: dict[str, str] = {}
 
@@ -246,6 +251,10 @@ class Workers:
         if key not in self.running:
             self.running[key] = Worker(row)
         return self.running[key]
+
+    def wait(self) -> float:
+        """Seconds that an answer may take."""
+        return min(self.settings.patience, self.end - time.monotonic())
 
     def drop(self, key: str) -> None:
         """End one worker."""
@@ -258,8 +267,8 @@ class Workers:
 
 
 @contextlib.contextmanager
-def _workers() -> Iterator[Workers]:
-    workers = Workers()
+def _workers(settings: Settings, end: float) -> Iterator[Workers]:
+    workers = Workers(settings, end)
     try:
         yield workers
     finally:
@@ -291,14 +300,14 @@ def run(
             plan.append((case, rows))
     result = Run([], describe(machine), started)
     left_out = []
-    with _workers() as workers:
+    with _workers(settings, end + settings.grace) as workers:
         for index, (case, rows) in enumerate(plan):
-            if time.monotonic() > end:
+            if index and time.monotonic() > end:
                 left_out.append(case.group)
                 continue
             share = (end - time.monotonic()) / (len(plan) - index)
             report = _part_of(progress, index / len(plan), 1 / len(plan), case.group)
-            group, libraries = _measure(case, rows, machine, settings, share, workers, report)
+            group, libraries = _measure(case, rows, machine, share, workers, report)
             result.groups.append(group)
             result.machine["libraries"] |= libraries
             later = {row.process for _, future in plan[index + 1 :] for row in future}
@@ -318,7 +327,6 @@ def _measure(
     case: Case,
     rows: Sequence[Implementation],
     machine: Machine,
-    settings: Settings,
     share: float,
     workers: Workers,
     report: Progress,
@@ -328,28 +336,29 @@ def _measure(
     subject = _subject(entries, machine)
     twin = _twin(subject)
     report(0.0, "prepares")
-    libraries = _prepare(case, [*entries, twin], settings, workers)
+    libraries = _prepare(case, [*entries, twin], workers)
     if subject.measurement.failed and any(not entry.measurement.failed for entry in entries):
         subject = _subject([entry for entry in entries if not entry.measurement.failed], machine)
         twin = _twin(subject)
-        libraries |= _prepare(case, [twin], settings, workers)
+        libraries |= _prepare(case, [twin], workers)
     for entry in [*entries, twin]:
-        _calibrate(entry, settings, workers)
+        _calibrate(entry, workers)
     report(0.2, "A/A run")
-    noise = _noise(subject, twin, settings, workers)
+    noise = _noise(subject, twin, begin + share / 2, workers)
     subject.measurement.seconds.clear()
     alive = entries
     end = begin + share
-    for number in range(settings.rounds):
+    rounds = workers.settings.rounds
+    for number in range(rounds):
         alive = [entry for entry in alive if not entry.measurement.failed]
         if not alive or (number >= 3 and time.monotonic() > end):
             break
-        report(0.3 + 0.7 * number / settings.rounds, f"round {number + 1}")
+        report(0.3 + 0.7 * number / rounds, f"round {number + 1}")
         turn = number % len(alive)
         for entry in alive[turn:] + alive[:turn]:
             # A row too slow for its share gives three rounds, the others go on.
             if number < 3 or entry.measurement.median * entry.measurement.calls < share / 20:
-                _batch(entry, settings, workers)
+                _batch(entry, workers)
     for entry in [*entries, twin]:
         worker = workers.running.get(entry.key)
         if worker is not None:
@@ -382,9 +391,9 @@ def _fail(entry: _Entry, workers: Workers, problem: WorkerDied) -> None:
         workers.drop(entry.key)
 
 
-def _prepare(case: Case, entries: Sequence[_Entry], settings: Settings, workers: Workers) -> dict[str, str]:
+def _prepare(case: Case, entries: Sequence[_Entry], workers: Workers) -> dict[str, str]:
     """Inputs, compilation and the check against the oracle, in all processes at once: nothing is timed here."""
-    end = time.monotonic() + settings.patience
+    end = time.monotonic() + workers.wait()
     for entry in entries:
         try:
             worker = workers.get(entry.key, entry.measurement.row)
@@ -413,42 +422,42 @@ def _prepare(case: Case, entries: Sequence[_Entry], settings: Settings, workers:
     return libraries
 
 
-def _calibrate(entry: _Entry, settings: Settings, workers: Workers) -> None:
+def _calibrate(entry: _Entry, workers: Workers) -> None:
     if entry.measurement.failed:
         return
     try:
-        answer = workers.running[entry.key].ask(settings.patience, action="calibrate", seconds=settings.batch)
+        answer = workers.running[entry.key].ask(workers.wait(), action="calibrate", seconds=workers.settings.batch)
         entry.measurement.calls = answer["calls"]
     except WorkerDied as problem:
         _fail(entry, workers, problem)
 
 
-def _batch(entry: _Entry, settings: Settings, workers: Workers) -> None:
+def _batch(entry: _Entry, workers: Workers) -> None:
     if entry.measurement.failed:
         return
     try:
         worker = workers.running[entry.key]
-        answer = worker.ask(settings.patience, action="batch", calls=entry.measurement.calls)
+        answer = worker.ask(workers.wait(), action="batch", calls=entry.measurement.calls)
         entry.measurement.seconds.append(answer["seconds"])
     except WorkerDied as problem:
         _fail(entry, workers, problem)
 
 
-def _noise(subject: _Entry, twin: _Entry, settings: Settings, workers: Workers) -> float | None:
-    """Relative difference of two processes' medians that do the same; twice the rounds where it is high."""
+def _noise(subject: _Entry, twin: _Entry, end: float, workers: Workers) -> float | None:
+    """Relative difference of two processes' medians that do the same; more rounds until `end` where it is high."""
     if subject.measurement.failed or twin.measurement.failed:
         return None
     twin.measurement.calls = subject.measurement.calls
     difference = None
-    for _ in range(2):
-        for number in range(max(5, settings.rounds // 2)):
-            for entry in (subject, twin) if number % 2 else (twin, subject):
-                _batch(entry, settings, workers)
-        if len(subject.measurement.seconds) < 5 or len(twin.measurement.seconds) < 5:
+    most = workers.settings.rounds
+    for number in range(2 * most):
+        for entry in (subject, twin) if number % 2 else (twin, subject):
+            _batch(entry, workers)
+        if len(subject.measurement.seconds) <= number or len(twin.measurement.seconds) <= number:
             return None
         medians = subject.measurement.median, twin.measurement.median
         difference = max(medians) / min(medians) - 1
-        if difference <= NOISE_LIMIT:
+        if number >= 4 and (time.monotonic() > end or (number >= most // 2 and difference <= NOISE_LIMIT)):
             break
     return difference
 
@@ -481,7 +490,7 @@ def describe(machine: Machine) -> dict[str, Any]:
 def _cpu(config: Any) -> str:
     """The CPU's name from the package's own probe, else from Linux."""
     name = config.get("cpu") if isinstance(config, dict) else None
-    if isinstance(name, str) and name:
+    if isinstance(name, str) and name and not name.startswith("unknown"):
         return name
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The benchmark harness: rows are checked before they are timed, noise withholds verdicts, reports say what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastops
+from fastops.bench import mitchell, report, runner, worker
+from fastops.bench.case import Case, Implementation, Machine, Task, WrongResult, aligned
+
+PLAIN = Machine(("reference",), (), 1, frozenset())
+SMALL = {"element": (300,), "MAC": (9, 8, 7)}
+SETTINGS = runner.Settings(budget=4.0, batch=0.001, rounds=5, patience=60.0)
+FIRST = mitchell.cases()[0]
+
+
+def shrunk(case: Case) -> Case:
+    """The same case at a size that the oracle does at once."""
+    shape = (2, 3, 4, 6, 3) if case.op == "conv2d" else SMALL[case.unit]
+    return dataclasses.replace(case, shape=shape)
+
+
+def measurement(name: str, seconds: list[float], work: float = 100.0, **fields: Any) -> runner.Measurement:
+    values = {"calls": 3, "error": 0.0, "whole": work} | fields
+    recipe = "exact" if name.startswith("NumPy") else "fastops"
+    return runner.Measurement(Implementation(name, recipe), work=work, seconds=seconds, **values)
+
+
+def result(noise: float | None = 0.01, **ours: Any) -> runner.Run:
+    """A run that was not run: our row takes half the yardstick's time."""
+    rows = [
+        measurement("NumPy exact", [2.0, 2.1, 1.9]),
+        measurement("reference", [20.0, 21.0, 19.0], work=50.0, whole=100.0, note="timed on 50 of 100 elements"),
+        measurement(**({"name": "native v3", "seconds": [1.0, 1.02, 0.99]} | ours)),
+    ]
+    return runner.Run([runner.Group(FIRST, rows, noise)], runner.describe(PLAIN), "2026-01-02T03:04:05+00:00", 7.0)
+
+
+@pytest.fixture(scope="module")
+def measured() -> runner.Run:
+    return runner.run([FIRST], PLAIN, SETTINGS)
+
+
+# Cases.
+
+
+def test_groups_have_names_of_their_own() -> None:
+    groups = [case.group for case in mitchell.cases()]
+    assert len(set(groups)) == len(groups)
+    assert sum(case.quick for case in mitchell.cases()) >= 6
+
+
+@pytest.mark.parametrize("case", mitchell.cases(), ids=lambda case: case.group)
+def test_every_row_agrees_with_the_oracle(case: Case, backend: ModuleType) -> None:
+    name = backend.__name__.partition(".")[2]
+    machine = dataclasses.replace(Machine.probe(threads=2), backends=(name,), targets=())
+    if name == "native":
+        machine = dataclasses.replace(machine, targets=(fastops._core.get_target(),))
+    rows = mitchell.implementations(shrunk(case), machine)
+    for row in rows:
+        if row.recipe in ("torch", "triple loop", "scalar lut") or row.env or row.threads > 1:
+            continue
+        task = mitchell.prepare(shrunk(case), row)
+        assert 0 <= task.check() < 2e-2
+        assert 0 < task.work <= task.whole
+
+
+@pytest.mark.parametrize("recipe", ["triple loop", "scalar lut"])
+def test_numba_competitors_agree_with_the_oracle(recipe: str) -> None:
+    pytest.importorskip("numba", reason="numba is not installed")
+    case = next(shrunk(case) for case in mitchell.cases() if case.group == "matmul float32 n=512")
+    mitchell.prepare(case, Implementation(recipe, recipe)).check()
+
+
+@pytest.mark.parametrize(
+    ("group", "text"),
+    [
+        ("mul float32 n=1e3", "relative difference"),
+        ("mul uint8 n=1e5", "relative difference"),
+        ("matmul float32 n=512", "sum of magnitudes"),
+        ("lut_matmul uint8 n=512", "indexed table"),
+    ],
+)
+def test_a_wrong_result_is_never_timed(group: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(shrunk(case) for case in mitchell.cases() if case.group == group)
+    row = Implementation("reference", "fastops")
+    mitchell.prepare(case, row).check()
+
+    def exact_matmul(a: Any, b: Any, *rest: Any, out: Any, **options: Any) -> None:
+        np.matmul(a, b, out=out, casting="unsafe")
+
+    product = {"dtype": np.uint16} if case.dtype == "uint8" else {}
+    wrong = SimpleNamespace(
+        mitchell_op=lambda op, multiplier: functools.partial(np.multiply, **product),
+        mitchell_matmul=exact_matmul,
+        lut_matmul=exact_matmul,
+    )
+    monkeypatch.setattr(mitchell, "_module", lambda row: wrong)
+    with pytest.raises(WrongResult, match=text):
+        mitchell.prepare(case, row).check()
+
+
+def test_aligned_copies_start_on_cache_lines() -> None:
+    for slot in range(4):
+        values = np.arange(1000, dtype=np.float32).reshape(10, 100)
+        copy = aligned(values, slot)
+        np.testing.assert_array_equal(copy, values)
+        assert copy.ctypes.data % 64 == 0
+        assert copy.ctypes.data % 4096 == slot * 17 * 64 % 4096
+
+
+# Timing.
+
+
+def test_batches_count_calls() -> None:
+    calls: list[int] = []
+    task = Task(calls.append, (1,), 1.0, 1.0, lambda: 0.0)
+    assert worker.time_batch(task, 10) > 0
+    # One untimed call first.
+    assert len(calls) == 11
+
+
+def test_calibration_fills_the_batch() -> None:
+    data = np.ones(1000)
+    count, once = worker.calibrate(Task(np.sum, (data,), 1.0, 1.0, lambda: 0.0), 0.01)
+    assert 0.002 < count * once < 0.1
+
+
+def test_worker_answers_failures_and_goes_on() -> None:
+    answers = io.StringIO()
+    requests = [{"action": "batch", "calls": 1}, {"action": "hello"}]
+    worker.serve(iter(json.dumps(request) for request in requests), answers)
+    failed, hello = map(json.loads, answers.getvalue().splitlines())
+    assert failed["failed"].startswith("AssertionError")
+    assert os.path.samefile(hello["file"], fastops.__file__)
+
+
+def test_run_measures_and_compares(measured: runner.Run) -> None:
+    (group,) = measured.groups
+    exact, reference = group.measurements
+    assert (exact.row.name, reference.row.name) == ("NumPy exact", "reference")
+    assert len(exact.seconds) >= 3
+    assert len(reference.seconds) >= 3
+    ratio = group.ratio(reference, group.yardstick)
+    assert ratio is not None
+    assert ratio < 0.5
+    assert group.noise is not None
+    assert group.noise >= 0
+    assert not measured.wrong
+    assert measured.machine["libraries"]["numpy"] == np.__version__
+
+
+class Recorded(runner.Worker):
+    """A worker whose process the tests can look at."""
+
+    everyone: list[Recorded] = []  # noqa: RUF012 (emptied by the fixture)
+
+    def __init__(self, row: Implementation) -> None:
+        super().__init__(row)
+        self.everyone.append(self)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorded]]:
+    Recorded.everyone.clear()
+    monkeypatch.setattr(runner, "Worker", Recorded)
+    yield Recorded.everyone
+    Recorded.everyone.clear()
+
+
+def test_every_competitor_has_its_process_and_none_is_left(recorded: list[Recorded]) -> None:
+    runner.run([FIRST], PLAIN, SETTINGS)
+    # Two rows and the twin of the A/A run.
+    assert len({each.process.pid for each in recorded}) == 3
+    assert all(each.process.poll() is not None for each in recorded)
+
+
+def test_rounds_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    genuine = runner._batch
+
+    def batch(entry: Any, *rest: Any) -> None:
+        order.append(entry.measurement.row.name)
+        genuine(entry, *rest)
+
+    monkeypatch.setattr(runner, "_batch", batch)
+    monkeypatch.setattr(runner, "_noise", lambda *_: 0.0)
+    runner.run([FIRST], PLAIN, SETTINGS)
+    rounds = [set(order[i : i + 2]) for i in range(0, len(order), 2)]
+    assert len(rounds) >= 3
+    assert all(names == {"NumPy exact", "reference"} for names in rounds)
+
+
+def test_death_of_a_worker_costs_its_row_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine = runner._batch
+
+    def batch(entry: Any, workers: Any) -> None:
+        if entry.measurement.row.name == "NumPy exact" and entry.key in workers.running:
+            os.kill(workers.running[entry.key].process.pid, signal.SIGKILL)
+        genuine(entry, workers)
+
+    monkeypatch.setattr(runner, "_batch", batch)
+    (group,) = runner.run([FIRST], PLAIN, SETTINGS).groups
+    exact, reference = group.measurements
+    assert exact.failed == "process ended with status -9"
+    assert len(reference.seconds) >= 3
+    assert group.yardstick is reference
+
+
+def test_a_backend_that_does_not_import_costs_its_row_only() -> None:
+    class Elsewhere(Implementation):
+        def environment(self) -> dict[str, str]:
+            return super().environment() | {"FASTOPS_BACKEND": "abacus"}
+
+    broken = Elsewhere("broken", "fastops", "reference")
+    with pytest.MonkeyPatch.context() as patch:
+        rows = [broken, Implementation("reference", "fastops", threads=2)]
+        patch.setattr(mitchell, "implementations", lambda case, machine: rows)
+        (group,) = runner.run([FIRST], PLAIN, SETTINGS).groups
+    assert re.match(r"process ended with status 1: ValueError: FASTOPS_BACKEND .*abacus", group.measurements[0].failed)
+    assert group.measurements[1].seconds
+
+
+def test_groups_beyond_the_budget_are_named() -> None:
+    settings = dataclasses.replace(SETTINGS, budget=1e-3)
+    outcome = runner.run(mitchell.cases()[:3], PLAIN, settings)
+    assert len(outcome.groups) == 1
+    (note,) = outcome.notes
+    assert mitchell.cases()[1].group in note
+    assert mitchell.cases()[2].group in note
+
+
+def test_environment_keeps_pools_apart() -> None:
+    env = Implementation("x", "fastops", "native", "v3", 2, (("OPENBLAS_CORETYPE", "SKYLAKEX"),)).environment()
+    assert env["OMP_WAIT_POLICY"] == "passive"
+    assert {env[f"{name}_NUM_THREADS"] for name in ("OMP", "OPENBLAS", "NUMBA", "FASTOPS")} == {"2"}
+    assert (env["FASTOPS_TARGET"], env["FASTOPS_BACKEND"]) == ("v3", "native")
+    assert env["OPENBLAS_CORETYPE"] == "SKYLAKEX"
+
+
+def test_skylake_kernel_only_with_avx512() -> None:
+    case = next(case for case in mitchell.cases() if case.group == "matmul float32 n=512")
+    for targets, expected in ((("v3", "v2"), 0), (("v4", "v3", "v2"), 1)):
+        rows = mitchell.implementations(case, Machine(("native", "reference"), targets, 1, frozenset()))
+        assert sum("SkylakeX" in row.name for row in rows) == expected
+        assert len({row.process for row in rows}) == len(rows)
+
+
+# Verdicts.
+
+
+@pytest.mark.parametrize(
+    ("noise", "seconds", "expected"),
+    [
+        (0.01, [1.0, 1.02, 0.99], "2x faster"),
+        (0.01, [4.0, 4.1, 3.9], "2x slower"),
+        (0.01, [1.97, 1.98, 1.96], "same"),
+        (0.01, [1.0, 3.0, 1.7], "same"),
+        (0.031, [1.0, 1.02, 0.99], "noise too high"),
+        (None, [1.0, 1.02, 0.99], "noise too high"),
+    ],
+)
+def test_verdict(noise: float | None, seconds: list[float], expected: str) -> None:
+    (group,) = result(noise, seconds=seconds).groups
+    assert group.verdict(group.measurements[2]) == expected
+    assert group.verdict(group.measurements[0]) == "yardstick"
+
+
+def test_rows_timed_on_a_part_compare_by_rate() -> None:
+    (group,) = result().groups
+    exact, reference, ours = group.measurements
+    assert group.ratio(reference, exact) == pytest.approx(0.05)
+    assert group.ratio(ours, reference) == pytest.approx(40)
+
+
+# Reports.
+
+
+def test_table_on_a_terminal_has_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich", reason="rich is not installed")
+    monkeypatch.setenv("COLUMNS", "120")
+    out = io.StringIO()
+    report.print_table(result(), out)
+    text = out.getvalue()
+    for word in ("native v3", "2x", "faster", "yardstick", "same bits"):
+        assert word in text
+
+
+def test_tsv_has_numbers_and_one_header() -> None:
+    out = io.StringIO()
+    report.print_tsv(result(), out)
+    header, *rows = [line.split("\t") for line in out.getvalue().splitlines()]
+    assert all(len(row) == len(header) for row in rows)
+    values = dict(zip(header, rows[2], strict=True))
+    assert values["operation"] == FIRST.group
+    assert float(values["seconds"]) == 1.0
+    assert float(values["x_exact"]) == 2.0
+    assert float(values["x_reference"]) == 40.0
+    assert values["verdict"] == "2x faster"
+    # What was timed on half of the problem is told for the whole.
+    assert float(rows[1][header.index("seconds")]) == 40.0
+
+
+def test_pytest_benchmark_reads_the_json(tmp_path: Path, measured: runner.Run) -> None:
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(report.to_json(measured)), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest_benchmark", "compare", str(path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 0, run.stderr
+    assert f"{FIRST.group}[NumPy exact]" in run.stdout
+
+
+def test_json_names_no_host() -> None:
+    assert os.uname().nodename not in json.dumps(report.to_json(result())) or len(os.uname().nodename) < 4
+
+
+def test_compare_shows_ratios_not_times(tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(report.to_json(result(seconds=[0.8, 0.8, 0.8]))), encoding="utf-8")
+    old = report.read_old(str(path))
+    last = [line.cells[-1] for line in report.lines(result(), old)]
+    assert last == ["", "+0.0%", "-20.0%"]
+    assert [line.cells[-1] for line in report.lines(result(noise=0.5), old)][2] == "noise too high"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"benchmarks": [{"group": 1}]}', "\x00"])
+def test_compare_refuses_other_files(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"--compare: .*old\.json' is not JSON of 'fastops bench'"):
+        report.read_old(str(path))
+
+
+def test_html_is_self_contained_and_escaped(tmp_path: Path) -> None:
+    pytest.importorskip("jinja2", reason="jinja2 is not installed")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    page = report.html(result(name="native <script>alert(1)</script>", seconds=[1.0, 1.02, 0.99]))
+    assert page.count("<svg") == page.count("</svg>") == 1
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert len(page.encode()) < 1_000_000
+    # Names of XML namespaces are no references.
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!\#)""", page)
+    assert "url(http" not in page
+    assert "@import" not in page
+    ids = re.findall(r' id="([^"]*)"', page)
+    assert len(set(ids)) == len(ids)
+    assert set(re.findall(r'(?:href="|url\()#([^")]*)', page)) <= set(ids)
+
+
+def test_html_withholds_verdicts_of_noisy_groups() -> None:
+    pytest.importorskip("jinja2", reason="jinja2 is not installed")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    page = report.html(result(noise=0.2))
+    assert "A/A difference 20.0%: noise too high for a verdict" in page
+    assert "2x faster" not in page
+
+
+def test_picture_shows_times_the_rate_of_each_competitor() -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    svg = report.picture(result())
+    assert svg.startswith("<?xml")
+    assert ">2x<" in svg
+    assert ">40x<" in svg
+    with pytest.raises(ValueError, match="no group has a row of ours"):
+        report.picture(runner.Run([], {"cpu": "x"}, ""))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(1.234e-9, "1.23 ns"), (4.5e-5, "45 us"), (0.0123, "12.3 ms"), (61.0, "61 s")]
+)
+def test_seconds_have_three_digits_and_a_unit(seconds: float, text: str) -> None:
+    assert report.seconds_text(seconds) == text
