@@ -87,3 +87,6 @@ def finite_difference(size: float, terms: int) -> float:
 
 # Accuracy of the digits example: within 1.5 points of exact arithmetic; five seeds spread by 0.6.
 ACCURACY_POINTS = 1.5
+
+# Constants for 2**16 random mantissas: the mean error of a sample is 0.05 / 2**8 off.
+OFFSET_SAMPLED = 1e-3
