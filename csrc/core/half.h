@@ -96,7 +96,7 @@ FASTOPS_INLINE simd::f32 from_f16(simd::half_u16 h) {
   return (simd::f32)_mm512_maskz_cvtph_ps(__mmask16(-1), (__m256i)h);
 #elif defined(FASTOPS_AVX2)
   return (simd::f32)_mm256_cvtph_ps((__m128i)h);
-#elif defined(__aarch64__)
+#elif defined(FASTOPS_NEON)
   return (simd::f32)vcvt_f32_f16((float16x4_t)h);
 #else
   return widen_f16<simd::f32, simd::i32>(widen_bits(h));
@@ -107,7 +107,7 @@ FASTOPS_INLINE simd::half_u16 to_f16(simd::f32 f) {
   return (simd::half_u16)_mm512_maskz_cvtps_ph(__mmask16(-1), (__m512)f, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(FASTOPS_AVX2)
   return (simd::half_u16)_mm256_cvtps_ph((__m256)f, _MM_FROUND_TO_NEAREST_INT);
-#elif defined(__aarch64__)
+#elif defined(FASTOPS_NEON)
   return (simd::half_u16)vcvt_f16_f32((float32x4_t)f);
 #else
   return narrow_bits(narrow_f16<simd::f32, simd::i32>(f));

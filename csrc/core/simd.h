@@ -39,6 +39,11 @@ inline constexpr std::size_t kBytes = 16;
 inline constexpr std::size_t kBytes = 16;
 #endif
 
+// 32 vector registers, or the tiles meant for them.
+#if defined(FASTOPS_AVX512) || defined(FASTOPS_NEON) || (defined(FASTOPS_LANE_BYTES) && FASTOPS_LANE_BYTES == 64)
+#define FASTOPS_32_REGISTERS 1
+#endif
+
 // Whether fma rounds once at this level.
 #if defined(__FMA__) || defined(__aarch64__)
 inline constexpr bool kFusedMultiplyAdd = true;
@@ -252,10 +257,12 @@ FASTOPS_INLINE bool all_set(V v, T mask) {
     return _mm512_test_epi64_mask((__m512i)missing, (__m512i)missing) == 0;
 #elif defined(FASTOPS_AVX2)
   return _mm256_testc_si256((__m256i)v, (__m256i)wanted) != 0;
-#elif defined(__x86_64__)
+#elif defined(FASTOPS_SSE)
   return _mm_testc_si128((__m128i)v, (__m128i)wanted) != 0;
-#else
+#elif defined(FASTOPS_NEON)
   return vmaxvq_u32((uint32x4_t)(~v & wanted)) == 0;
+#else
+  return !any((~v & wanted) != V{});
 #endif
 }
 FASTOPS_INLINE i64 lookup16(const std::int64_t* table, i64 index) {
@@ -263,6 +270,84 @@ FASTOPS_INLINE i64 lookup16(const std::int64_t* table, i64 index) {
   return (i64)_mm512_permutex2var_epi64(_mm512_loadu_si512(table), (__m512i)index, _mm512_loadu_si512(table + 8));
 #else
   return gather(table, index);
+#endif
+}
+
+#if !defined(FASTOPS_AVX512) && !defined(FASTOPS_AVX2) && !defined(FASTOPS_SSE) && !defined(FASTOPS_NEON)
+template <int Size, int Offset>
+FASTOPS_INLINE i32 interleave_generic(i32 a, i32 b) {
+  unsigned char from_a[kBytes], from_b[kBytes], to[kBytes];
+  std::memcpy(from_a, &a, kBytes);
+  std::memcpy(from_b, &b, kBytes);
+  for (std::size_t part = 0; part < kBytes; part += 16)
+    for (std::size_t i = 0; i < 8; i += Size) {
+      std::memcpy(to + part + 2 * i, from_a + part + Offset + i, Size);
+      std::memcpy(to + part + 2 * i + Size, from_b + part + Offset + i, Size);
+    }
+  return load<i32>(reinterpret_cast<const std::int32_t*>(to));
+}
+#endif
+
+// Interleaves elements of Size bytes within each 128-bit part: a0 b0 a1 b1 ... of the lower or the upper halves.
+template <int Size>
+FASTOPS_INLINE i32 interleave_low(i32 a, i32 b) {
+  static_assert(Size == 2 || Size == 4 || Size == 8);
+#if defined(FASTOPS_AVX512)
+  if constexpr (Size == 2) return (i32)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b);
+  if constexpr (Size == 4) return (i32)_mm512_maskz_unpacklo_epi32(__mmask16(-1), (__m512i)a, (__m512i)b);
+  if constexpr (Size == 8) return (i32)_mm512_maskz_unpacklo_epi64(__mmask8(-1), (__m512i)a, (__m512i)b);
+#elif defined(FASTOPS_AVX2)
+  if constexpr (Size == 2) return (i32)_mm256_unpacklo_epi16((__m256i)a, (__m256i)b);
+  if constexpr (Size == 4) return (i32)_mm256_unpacklo_epi32((__m256i)a, (__m256i)b);
+  if constexpr (Size == 8) return (i32)_mm256_unpacklo_epi64((__m256i)a, (__m256i)b);
+#elif defined(FASTOPS_SSE)
+  if constexpr (Size == 2) return (i32)_mm_unpacklo_epi16((__m128i)a, (__m128i)b);
+  if constexpr (Size == 4) return (i32)_mm_unpacklo_epi32((__m128i)a, (__m128i)b);
+  if constexpr (Size == 8) return (i32)_mm_unpacklo_epi64((__m128i)a, (__m128i)b);
+#elif defined(FASTOPS_NEON)
+  if constexpr (Size == 2) return (i32)vzip1q_s16((int16x8_t)a, (int16x8_t)b);
+  if constexpr (Size == 4) return (i32)vzip1q_s32((int32x4_t)a, (int32x4_t)b);
+  if constexpr (Size == 8) return (i32)vzip1q_s64((int64x2_t)a, (int64x2_t)b);
+#else
+  return interleave_generic<Size, 0>(a, b);
+#endif
+}
+template <int Size>
+FASTOPS_INLINE i32 interleave_high(i32 a, i32 b) {
+  static_assert(Size == 2 || Size == 4 || Size == 8);
+#if defined(FASTOPS_AVX512)
+  if constexpr (Size == 2) return (i32)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b);
+  if constexpr (Size == 4) return (i32)_mm512_maskz_unpackhi_epi32(__mmask16(-1), (__m512i)a, (__m512i)b);
+  if constexpr (Size == 8) return (i32)_mm512_maskz_unpackhi_epi64(__mmask8(-1), (__m512i)a, (__m512i)b);
+#elif defined(FASTOPS_AVX2)
+  if constexpr (Size == 2) return (i32)_mm256_unpackhi_epi16((__m256i)a, (__m256i)b);
+  if constexpr (Size == 4) return (i32)_mm256_unpackhi_epi32((__m256i)a, (__m256i)b);
+  if constexpr (Size == 8) return (i32)_mm256_unpackhi_epi64((__m256i)a, (__m256i)b);
+#elif defined(FASTOPS_SSE)
+  if constexpr (Size == 2) return (i32)_mm_unpackhi_epi16((__m128i)a, (__m128i)b);
+  if constexpr (Size == 4) return (i32)_mm_unpackhi_epi32((__m128i)a, (__m128i)b);
+  if constexpr (Size == 8) return (i32)_mm_unpackhi_epi64((__m128i)a, (__m128i)b);
+#elif defined(FASTOPS_NEON)
+  if constexpr (Size == 2) return (i32)vzip2q_s16((int16x8_t)a, (int16x8_t)b);
+  if constexpr (Size == 4) return (i32)vzip2q_s32((int32x4_t)a, (int32x4_t)b);
+  if constexpr (Size == 8) return (i32)vzip2q_s64((int64x2_t)a, (int64x2_t)b);
+#else
+  return interleave_generic<Size, 8>(a, b);
+#endif
+}
+// Sums of neighbouring signed 16-bit elements.
+FASTOPS_INLINE i32 add_pairs16(i32 v) {
+#if defined(FASTOPS_AVX512)
+  return (i32)_mm512_madd_epi16((__m512i)v, _mm512_set1_epi16(1));
+#elif defined(FASTOPS_AVX2)
+  return (i32)_mm256_madd_epi16((__m256i)v, _mm256_set1_epi16(1));
+#elif defined(FASTOPS_SSE)
+  return (i32)_mm_madd_epi16((__m128i)v, _mm_set1_epi16(1));
+#elif defined(FASTOPS_NEON)
+  return (i32)vpaddlq_s16((int16x8_t)v);
+#else
+  const i32 low = (v << 16) >> 16;
+  return low + (v >> 16);
 #endif
 }
 
