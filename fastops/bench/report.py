@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import numpy as np
 
-from fastops.bench.runner import NOISE_LIMIT, Group, Measurement, Run
+from fastops.bench.runner import NOISE_LIMIT, Group, Measurement, Run, ratio_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,11 +61,6 @@ def rate_text(rate: float) -> str:
         if rate >= limit:
             return f"{rate / limit:.3g} {prefix}/s"
     return f"{rate:.3g} /s"
-
-
-def ratio_text(ratio: float | None) -> str:
-    """Three digits, or nothing."""
-    return "" if ratio is None else f"{ratio:.3g}"
 
 
 def _error_text(error: float | None) -> str:
@@ -119,7 +114,7 @@ def _change(group: Group, measurement: Measurement, old: Old) -> str:
     ratio, before = group.ratio(measurement, group.yardstick), old.get((group.case.group, measurement.row.name))
     if ratio is None or before is None or measurement is group.yardstick:
         return ""
-    if group.noise is None or group.noise > NOISE_LIMIT:
+    if group.noisy:
         return "noise too high"
     return f"{ratio / before - 1:+.1%}"
 
@@ -330,22 +325,21 @@ def _ratios(axes: Axes, named: Sequence[tuple[str, float, str, str]], label: str
     axes.set_xscale("log")
     low, high = min([*ratios, 0.5]), max([*ratios, 2.0])
     spread = math.log10(high / low)
-    axes.set_xlim(low / 10 ** (0.14 * spread), high * 10 ** (0.22 * spread))
+    axes.set_xlim(low / 10 ** (0.03 * spread), high * 10 ** (0.25 * spread))
     axes.axvline(1, color=_INK, linewidth=0.8)
     for place, (_, ratio, _, text) in zip(places, named, strict=True):
         axes.annotate(
             text,
-            (ratio, place),
-            xytext=(4 if ratio >= 1 else -4, 0),
+            (max(ratio, 1), place),
+            xytext=(4, 0),
             textcoords="offset points",
             va="center",
-            ha="left" if ratio >= 1 else "right",
             fontsize=8,
             color=_INK,
         )
     axes.set_yticks(list(places), [name for name, _, _, _ in named], fontsize=8)
-    axes.invert_yaxis()
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.set_ylim(len(named) - 0.5, -0.5)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}x")
     axes.xaxis.set_minor_formatter(lambda value, _: "")
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(label, fontsize=8)
@@ -358,7 +352,7 @@ def _group_plot(group: Group, index: int) -> str:
     for m in group.measurements:
         ratio = group.ratio(m, group.yardstick)
         if ratio is not None:
-            text = f"{ratio:.3g}x   {rate_text(m.rate)}"
+            text = f"{ratio_text(ratio)}x, {rate_text(m.rate)}"
             named.append((m.row.name, ratio, _colour(m.row.name), text))
     if not named or group.yardstick is None:
         return ""
@@ -411,7 +405,7 @@ def html(run: Run, old: Old | None = None) -> str:
             {
                 "name": group.case.group,
                 "noise": "" if group.noise is None else f"{group.noise:.1%}",
-                "noisy": group.noise is None or group.noise > NOISE_LIMIT,
+                "noisy": group.noisy,
                 "rows": [line for line in rows if line.group == group.case.group],
                 "notes": [f"{m.row.name}: {m.note}" for m in group.measurements if m.note],
                 # Made by matplotlib from numbers and the names of this package, which it escapes.
@@ -432,23 +426,27 @@ def html(run: Run, old: Old | None = None) -> str:
 
 
 def picture(run: Run) -> str:
-    """The README's picture: how many times faster the best native row is than each way of doing the same in Python."""
+    """The README's picture: how many times faster our best row is than each other way of doing the same in Python."""
     named = []
     for group in run.groups:
-        ours = [m for m in group.measurements if m.row.recipe == "fastops" and m.seconds and m.row.threads == 1]
-        if not ours or ours[-1].row.name == "reference":
+        single = [m for m in group.measurements if m.seconds and m.row.threads == 1]
+        ours = [m for m in single if m.row.recipe == "fastops" and m.row.name != "reference"]
+        if not ours:
             continue
         best = max(ours, key=lambda m: m.rate)
-        for m in group.measurements:
-            base = m.row.recipe != "fastops" or m.row.name in ("reference", "numba")
-            if base and m.seconds and m is not best and m.row.threads == 1:
+        # "matmul" rows are ours too: the yardsticks of convolution and gradient.
+        for m in single:
+            if m is not best and m.row.backend != "native" and m.row.recipe != "matmul":
                 ratio = best.rate / m.rate
-                name = f"{group.case.op} {group.case.size} / {m.row.name}"
-                named.append((name, ratio, _colour(m.row.name), f"{ratio:.3g}x"))
+                name = f"{group.case.op} {group.case.dtype} {group.case.size} / {m.row.name}"
+                named.append((name, ratio, _colour(m.row.name), f"{'~' if group.noisy else ''}{ratio_text(ratio)}x"))
     if not named:
         raise ValueError("--picture: no group has a row of ours to compare")
-    figure = _figure(8.4, 0.9 + 0.2 * len(named))
+    figure = _figure(8.4, 1.0 + 0.2 * len(named))
     axes = figure.add_subplot()
-    _ratios(axes, named, "times the rate of the row, one thread")
+    noisy = (
+        f"; ~ where two equal runs differed by more than {NOISE_LIMIT:.0%}" if any("~" in n[3] for n in named) else ""
+    )
+    _ratios(axes, named, f"times as fast as the row, one thread each{noisy}")
     axes.set_title(f"fastops on {run.machine['cpu']}", fontsize=10)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + _svg(figure, "p", ink="#222222", background="#ffffff")

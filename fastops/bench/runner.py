@@ -31,6 +31,13 @@ NOISE_LIMIT = 0.03
 Progress = Callable[[float, str], None]
 
 
+def ratio_text(ratio: float | None) -> str:
+    """Three digits or whole numbers, nothing for None."""
+    if ratio is None:
+        return ""
+    return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"
+
+
 class WorkerDied(Exception):
     """A worker ended, or did not answer in time."""
 
@@ -173,6 +180,11 @@ class Group:
         """The plain NumPy row, when it was timed."""
         return next((m for m in self.measurements if m.row.name == "reference" and m.seconds), None)
 
+    @property
+    def noisy(self) -> bool:
+        """Whether verdicts are withheld."""
+        return self.noise is None or self.noise > NOISE_LIMIT
+
     def ratio(self, measurement: Measurement, base: Measurement | None) -> float | None:
         """How many times the rate of `base`."""
         if base is None or not measurement.seconds:
@@ -189,14 +201,14 @@ class Group:
             return ""
         if base is measurement:
             return "yardstick"
-        if self.noise is None or self.noise > NOISE_LIMIT:
+        if self.noisy:
             return "noise too high"
         ours = [seconds / measurement.work for seconds in measurement.quartiles]
         theirs = [seconds / base.work for seconds in base.quartiles]
         overlap = ours[0] <= theirs[1] and theirs[0] <= ours[1]
         if abs(ratio - 1) <= NOISE_LIMIT or overlap:
             return "same"
-        return f"{ratio:.3g}x faster" if ratio > 1 else f"{1 / ratio:.3g}x slower"
+        return f"{ratio_text(ratio)}x faster" if ratio > 1 else f"{ratio_text(1 / ratio)}x slower"
 
 
 @dataclass
