@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", type=_threads, metavar="N", help="threads of the rows that use several")
     bench.add_argument("--html", type=_output, metavar="FILE", help="write a report with plots")
     bench.add_argument("--picture", type=_output, metavar="FILE", help="write the ratios as an SVG picture")
+    bench.add_argument("--markdown", type=_output, metavar="FILE", help="write the ratios as a Markdown table")
     bench.add_argument("--json", type=_output, metavar="FILE", help="write JSON like pytest-benchmark's, - for stdout")
     bench.add_argument("--compare", metavar="OLD.json", help="show how the ratios changed since a --json file")
     config = commands.add_parser("config", help="what is compiled in, what this machine runs, what was chosen")
@@ -168,6 +169,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         _write(arguments.json, json.dumps(report.to_json(run), indent=1))
     if arguments.html:
         _write(arguments.html, report.html(run, old))
+    if arguments.markdown:
+        _write(arguments.markdown, report.markdown(run))
     if arguments.picture:
         try:
             _write(arguments.picture, report.picture(run))

@@ -383,6 +383,17 @@ def test_picture_shows_times_the_rate_of_each_competitor() -> None:
         report.picture(runner.Run([], {"cpu": "x"}, ""))
 
 
+def test_markdown_has_a_column_for_each_level() -> None:
+    outcome = result()
+    outcome.machine["targets"] = ["v3", "v2"]
+    heads, rule, row = report.markdown(outcome).splitlines()
+    assert heads == "| operation | v3 x exact | v2 x exact | x reference | x Numba | others |"
+    assert rule.count("|") == heads.count("|")
+    assert row == f"| {FIRST.group} | 2 |  | 40 |  |  |"
+    outcome.groups[0].noise = None
+    assert report.markdown(outcome).splitlines()[2] == f"| {FIRST.group} | ~2 |  | ~40 |  |  |"
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(1.234e-9, "1.23 ns"), (4.5e-5, "45 us"), (0.0123, "12.3 ms"), (61.0, "61 s")]
 )

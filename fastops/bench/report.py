@@ -425,6 +425,31 @@ def html(run: Run, old: Old | None = None) -> str:
     )
 
 
+def markdown(run: Run) -> str:
+    """The README's table: each level's rate over exact NumPy's, and the best level's over the other ways."""
+    targets = run.machine["targets"]
+    heads = ["operation", *(f"{t} x exact" for t in targets), "x reference", "x Numba", "others"]
+    rows = [heads, ["---", *["---:"] * (len(heads) - 2), "---"]]
+    for group in run.groups:
+        named = {m.row.name: m for m in group.measurements if m.seconds}
+        best = named.get(f"native {targets[0]}") if targets else None
+        if best is None:
+            continue
+        mark = "~" if group.noisy else ""
+        over = {name: mark + ratio_text(group.ratio(best, m)) for name, m in named.items()}
+        levels = [named.get(f"native {target}") for target in targets]
+        cells = [group.case.group, *(mark + ratio_text(group.ratio(m, group.yardstick)) if m else "" for m in levels)]
+        cells += [over.pop("reference", ""), over.pop("numba", "")]
+        base = group.yardstick.row.name if group.yardstick else ""
+        others = [
+            f"{name}: {ratio}{' (in place of exact)' if name == base else ''}"
+            for name, ratio in over.items()
+            if not name.startswith(("native", "NumPy exact"))
+        ]
+        rows.append([*cells, "; ".join(others)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
 def picture(run: Run) -> str:
     """The README's picture: how many times faster our best row is than each other way of doing the same in Python."""
     named = []
