@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Runs a piece of Python in an interpreter of its own, so that a crash or a hang is a failure of one test."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+# Instrumented code is several times slower and brings an allocator of its own.
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
+
+# A run with FASTOPS_TARGET repeats what depends on the level; the rest was done by the run without.
+once = pytest.mark.skipif(
+    bool(os.environ.get("FASTOPS_TARGET")), reason="does not depend on the CPU level: done without FASTOPS_TARGET"
+)
+unsanitized = pytest.mark.skipif(SANITIZED, reason="a sanitizer's allocator and threads stand in the way")
+
+PREAMBLE = """
+import os, sys, time
+import numpy as np
+import fastops
+assert fastops.show_config("dict")["backend"] == "native"
+"""
+
+
+def run(
+    *code: str,
+    arguments: Sequence[str] = (),
+    timeout: float = 30.0,
+    env: Mapping[str, str] | None = None,
+    want: int = 0,
+) -> str:
+    """PREAMBLE and the pieces of `code` in a child; its output. Fails the test unless it ends with `want` in time."""
+    text = "\n".join([PREAMBLE, *map(textwrap.dedent, code)])
+    environment = {**os.environ, "FASTOPS_BACKEND": "native", "PYTHONFAULTHANDLER": "1", **(env or {})}
+    command = [sys.executable, "-P", "-W", "error", "-c", text, *arguments]
+    # A session of its own: what the child leaves running ends with it.
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout * (5 if SANITIZED else 1))
+        except subprocess.TimeoutExpired:
+            _end_group(process.pid)
+            out, err = process.communicate()
+            pytest.fail(f"the child was still running after {timeout} s\n{out[-2000:]}\n{err[-3000:]}")
+        finally:
+            _end_group(process.pid)
+    if process.returncode != want:
+        pytest.fail(f"the child ended with {process.returncode}, wanted {want}\n{out[-2000:]}\n{err[-3000:]}")
+    print(out, end="")
+    return out
+
+
+def _end_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Forks, threads that come and go, processes of multiprocessing, the end of the interpreter, subinterpreters."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from child import once, run, unsanitized
+
+pytestmark = once
+
+WORK = """
+rng = np.random.default_rng(5)
+a, b = (rng.standard_normal((160, 160)).astype(np.float32) for _ in range(2))
+x = rng.standard_normal((2, 3, 12, 12)).astype(np.float32)
+w = rng.standard_normal((4, 3, 3, 3)).astype(np.float32)
+u8 = rng.integers(0, 256, (64, 64), dtype=np.uint8)
+table = fastops.Multiplier().table(8)
+long = np.linspace(0.1, 9, 300_000, dtype=np.float32)
+def answers():
+    return (fastops.mitchell_matmul(a, b), fastops.mitchell_conv2d(x, w), fastops.lut_matmul(u8, u8, table),
+            fastops.mitchell_mul(long, long), fastops.Multiplier(0.03).mul(a, b))
+def right():
+    return all(np.array_equal(got, want) for got, want in zip(answers(), WANT))
+def end(child, seconds=10.0):
+    # The exit status of a child; "hangs" where it does not end.
+    stop = time.monotonic() + seconds
+    while time.monotonic() < stop:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return "hangs"
+def answer_in_child(threads=None):
+    code = 1
+    try:
+        if threads:
+            fastops.set_num_threads(threads)
+        code = 0 if right() and right() else 3
+    finally:
+        os._exit(code)
+fastops.set_num_threads(4)
+WANT = answers()
+"""
+
+
+def test_fork_after_use() -> None:
+    code = """
+    ends = []
+    for i in range(100):
+        child = os.fork()
+        if child == 0:
+            answer_in_child(1 + i % 4 if i % 2 else None)
+        assert right(), "the parent goes on using the pool"
+        ends.append(end(child))
+    assert ends == [0] * 100, ends
+    """
+    run(WORK, code)
+
+
+@pytest.mark.parametrize("seconds", [6, pytest.param(120, marks=pytest.mark.nightly)])
+@unsanitized
+def test_fork_at_any_moment(seconds: int) -> None:
+    """Another thread forks while this one and a third are inside calls."""
+    code = """
+    import random, threading
+    stop, ends, wrong = threading.Event(), [], []
+    def use(seed):
+        while not stop.is_set():
+            if not right():
+                wrong.append(seed)
+            fastops.Multiplier(random.random() / 4).mul(a, b)  # a new ufunc: Python's locks are held too
+    def forks():
+        deadline = time.monotonic() + float(sys.argv[1])
+        while time.monotonic() < deadline:
+            time.sleep(random.random() * 0.01)
+            child = os.fork()
+            if child == 0:
+                answer_in_child()
+            ends.append(end(child))
+    users = [threading.Thread(target=use, args=(i,)) for i in range(2)]
+    forker = threading.Thread(target=forks)
+    for thread in (*users, forker):
+        thread.start()
+    forker.join()
+    stop.set()
+    for thread in users:
+        thread.join()
+    print(len(ends), "forks")
+    assert len(ends) >= 20 and set(ends) == {0}, ends
+    assert not wrong
+    """
+    # Python 3.12 warns of forks beside threads; that is what is tested.
+    run(
+        WORK, code, arguments=[str(seconds)], timeout=seconds + 24, env={"PYTHONWARNINGS": "ignore::DeprecationWarning"}
+    )
+
+
+def test_fork_from_a_signal_handler_in_a_call() -> None:
+    """The poll of a long call runs Python's handlers: one that forks leaves a child without the pool's threads."""
+    code = """
+    import signal, threading
+    child = None
+    def forks(number, frame):
+        global child
+        if child is None:
+            child = os.fork()
+    signal.signal(signal.SIGUSR1, forks)
+    big = np.ones((1800, 1800), np.float32)
+    parent = os.getpid()
+    threading.Timer(0.05, lambda: os.kill(parent, signal.SIGUSR1)).start()
+    code = 9
+    try:
+        fastops.mitchell_matmul(big, big)
+    except BaseException as error:  # in the child the call may end with an error, but must end
+        assert os.getpid() != parent, repr(error)
+    if os.getpid() != parent:
+        answer_in_child()
+    assert child is not None and end(child) == 0
+    assert right()
+    """
+    run(WORK, code, env={"PYTHONWARNINGS": "ignore::DeprecationWarning"})
+
+
+@pytest.mark.parametrize("count", [1500, pytest.param(10_000, marks=pytest.mark.nightly)])
+def test_thread_churn_leaves_nothing(count: int) -> None:
+    """Short threads call kernels while eight others set the number of threads."""
+    code = """
+    import threading
+    def held():
+        with open("/proc/self/status") as file:
+            status = dict(line.split(":", 1) for line in file)
+        return int(status["Threads"]), len(os.listdir("/proc/self/fd")), int(status["VmRSS"].split()[0])
+    stop, wrong = threading.Event(), []
+    def settings(i):
+        n = i
+        while not stop.is_set():
+            n += 1
+            fastops.set_num_threads(1 + n % 4)
+            if not 1 <= fastops.get_num_threads() <= 4:
+                wrong.append(n)
+            time.sleep(0.001)
+    def short():
+        if not np.array_equal(fastops.mitchell_matmul(a, b), WANT[0]):
+            wrong.append("matmul")
+    def churn(count):
+        for start in range(0, count, 10):
+            threads = [threading.Thread(target=short) for _ in range(10)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    setters = [threading.Thread(target=settings, args=(i,)) for i in range(8)]
+    for thread in setters:
+        thread.start()
+    churn(200)
+    before = held()
+    churn(int(sys.argv[1]))
+    after = held()
+    stop.set()
+    for thread in setters:
+        thread.join()
+    print(before, after)
+    assert not wrong, wrong[:5]
+    assert after[0] <= before[0] + 3 and after[1] == before[1]  # the pool itself may still have grown to its 3 threads
+    assert after[2] <= before[2] + 2048, "kB"
+    """
+    run(WORK, code, arguments=[str(count)], timeout=30 if count < 5000 else 300)
+
+
+def test_workers_of_every_start_method(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import multiprocessing, sys
+import numpy as np
+import fastops
+
+def work(seed):
+    a = np.random.default_rng(seed).standard_normal((150, 150)).astype(np.float32)
+    return fastops.mitchell_matmul(a, a), fastops.Multiplier("min-mse").mul
+
+if __name__ == "__main__":
+    fastops.set_num_threads(2)
+    want = [work(seed) for seed in range(4)]  # the pool is in use before the workers start
+    for method in ("spawn", "forkserver", "fork"):
+        with multiprocessing.get_context(method).Pool(2) as pool:
+            for (got, ufunc), (result, same) in zip(pool.map(work, range(4)), want):
+                assert np.array_equal(got, result), method
+                assert ufunc is same, method
+        print(method)
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", str(program)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["spawn", "forkserver", "fork"]
+
+
+DAEMON = """
+import threading, atexit
+big = np.ones((1500, 1500), np.float32)
+long = np.ones(3_000_000, np.float32)
+fastops.set_num_threads(2)
+started = threading.Event()
+def calls():
+    while True:
+        started.set()
+        if sys.argv[1] == "matmul":
+            fastops.mitchell_matmul(big, big)
+        else:
+            fastops.mitchell_mul(long, long)
+threading.Thread(target=calls, daemon=True).start()
+started.wait()
+time.sleep(0.02 + 0.01 * float(sys.argv[3]))
+if sys.argv[2] == "atexit":
+    atexit.register(lambda: fastops.mitchell_matmul(big[:200], big))
+if sys.argv[2] == "del":
+    for name in [name for name in sys.modules if name.startswith("fastops")]:
+        del sys.modules[name]
+    del fastops
+if sys.argv[2] == "os._exit":
+    os._exit(7)
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("repeats", [2, pytest.param(25, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("what", ["matmul", "ufunc"])
+@pytest.mark.parametrize("how", ["plain", "atexit", "del", "os._exit"])
+def test_exit_while_a_daemon_thread_is_in_a_kernel(what: str, how: str, repeats: int) -> None:
+    for i in range(repeats):
+        start = time.monotonic()
+        run(DAEMON, arguments=[what, how, str(i)], want=7, timeout=20)
+        assert time.monotonic() - start < 15
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="subinterpreters with a GIL of their own came with Python 3.12")
+def test_subinterpreter_is_refused_or_works() -> None:
+    """A clean ImportError (NumPy's own, as of today) and never a crash; the main interpreter goes on."""
+    code = """
+    try:
+        import _interpreters as interpreters
+    except ImportError:
+        import _xxsubinterpreters as interpreters
+    for _ in range(3):
+        child = interpreters.create()
+        found = interpreters.run_string(child, '''
+try:
+    import fastops
+    assert fastops.mitchell_mul(3.0, 3.0) == 8.0
+except ImportError as error:
+    assert "interpreter" in str(error), error
+''')
+        assert found is None, found
+        interpreters.destroy(child)
+    assert right()
+    """
+    run(WORK, code)

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Memory and threads that cannot be had: every single allocation of a call fails once, and then for good."""
+
+from __future__ import annotations
+
+import pytest
+from child import once, run, unsanitized
+
+pytestmark = [once, unsanitized]
+
+# Calls by name, each with warm caches; `new_ufunc` has none on purpose.
+CALLS = """
+rng = np.random.default_rng(3)
+def f32(*shape): return rng.standard_normal(shape).astype(np.float32)
+a, b, dy = f32(9, 17), f32(17, 5), f32(9, 5)
+big = f32(256, 256)
+x, w = f32(2, 4, 8, 8), f32(6, 4, 3, 3)
+u8 = rng.integers(0, 256, (20, 30), dtype=np.uint8)
+segmented = fastops.Multiplier("min-mse", segments=4)
+table = fastops.Multiplier().table(8)
+y = fastops.mitchell_conv2d(x, w)
+ARRAY_LEVEL = {
+    "matmul": lambda: fastops.mitchell_matmul(a, b),
+    "matmul, threads": lambda: fastops.mitchell_matmul(big, big),
+    "matmul, batch": lambda: fastops.mitchell_matmul(np.broadcast_to(a, (3, 9, 17)), b),
+    "matmul, strides": lambda: fastops.mitchell_matmul(b.T, a.T),
+    "matmul, segments": lambda: fastops.mitchell_matmul(a, b, multiplier=segmented),
+    "matmul, float16": lambda: fastops.mitchell_matmul(a.astype(np.float16), b.astype(np.float16)),
+    "matmul, float64": lambda: fastops.mitchell_matmul(a.astype(np.float64), b.astype(np.float64)),
+    "conv2d": lambda: fastops.mitchell_conv2d(x, w, padding=1),
+    "lut_matmul": lambda: fastops.lut_matmul(u8, u8.T, table),
+    "mul_grad": lambda: fastops.mitchell_mul_grad(a, f32_fixed, a),
+    "div_grad": lambda: fastops.mitchell_div_grad(a, f32_fixed, a, mode="mimic"),
+    "matmul_grad": lambda: fastops.mitchell_matmul_grad(a, b, dy),
+    "matmul_grad, threads": lambda: fastops.mitchell_matmul_grad(big, big, big),
+    "conv2d_grad": lambda: fastops.mitchell_conv2d_grad(x, w, y),
+}
+f32_fixed = f32(9, 17)
+mixed = f32(40, 2)[:, 0]
+UFUNCS = {
+    "float32": (lambda f: f(a, f32_fixed)),
+    "casts": (lambda f: f(mixed.astype(np.float64)[::2], mixed[::2])),
+    "integers": (lambda f: f(u8, u8)),
+    "out": (lambda f: f(a, f32_fixed, out=out)),
+    "reduce": (lambda f: f.reduce(a, axis=1)),
+    "outer": (lambda f: f.outer(mixed, mixed)),
+}
+out = np.empty_like(a)
+fastops.set_num_threads(3)
+"""
+
+SWEEP = """
+import ctypes, signal
+shim = ctypes.CDLL(None)
+arm, disarm = shim.fail_arm, shim.fail_disarm
+arm.argtypes, disarm.argtypes, disarm.restype = (ctypes.c_long, ctypes.c_int), (), ctypes.c_long
+
+def equal(got, want):
+    got, want = (r if isinstance(r, tuple) else (r,) for r in (got, want))
+    return len(got) == len(want) and all(np.array_equal(g, w, equal_nan=True) for g, w in zip(got, want))
+
+# How a call whose k-th allocation fails ends, each in a fork: "ok", "memory" or what went wrong.
+KINDS = ["ok", "memory", "another exception", "a wrong result", "the next call wrong", "the harness"]
+def outcome(call, want, k, for_good):
+    child = os.fork()
+    if child == 0:
+        code = 5
+        try:
+            signal.alarm(10)
+            arm(k, for_good)
+            try:
+                result = call()
+                disarm()
+                code = 0 if equal(result, want) else 3
+            except MemoryError:
+                disarm()
+                code = 1
+            except BaseException as error:
+                disarm()
+                code = 2
+                print(type(error), error, file=sys.stderr)
+            if code < 2 and not equal(call(), want):
+                code = 4
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else KINDS[os.WEXITSTATUS(status)]
+
+# The number of allocations, counted in a fork as well: some happen only the first time.
+def count(call):
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        arm(0, 0)
+        call()
+        os.write(writer, str(disarm()).encode())
+        os._exit(0)
+    os.wait()
+    found = int(os.read(reader, 20))
+    os.close(reader)
+    os.close(writer)
+    return found
+
+def sweep(call):
+    want = call()
+    total = count(call)
+    ends = {}
+    for for_good in (0, 1):
+        for k in range(1, min(total, 500) + 1):
+            ends.setdefault(outcome(call, want, k, for_good), []).append((k, for_good))
+    return total, ends
+"""
+
+
+def test_allocation_failure_is_a_memory_error(failing_malloc: str) -> None:
+    code = """
+    bad, failures = [], 0
+    for name, call in ARRAY_LEVEL.items():
+        total, ends = sweep(call)
+        print(f"{name}: {total} allocations", {end: len(where) for end, where in ends.items()})
+        failures += len(ends.pop("memory", ()))
+        ends.pop("ok", None)
+        bad += [(name, end, where[:5]) for end, where in ends.items()]
+    assert not bad, bad
+    assert failures > 30, failures  # the injection works
+    """
+    run(CALLS, SWEEP, code, env={"LD_PRELOAD": failing_malloc}, timeout=60)
+
+
+def test_allocation_failure_of_a_new_ufunc(failing_malloc: str) -> None:
+    code = """
+    made = iter(range(10**6))
+    def new_ufunc():
+        value = 0.001 + next(made) * 1e-7
+        return fastops.Multiplier(value).mul(np.float32(1), np.float32(1)) > 0
+    total, ends = sweep(new_ufunc)
+    print(total, {end: len(where) for end, where in ends.items()})
+    assert set(ends) <= {"ok", "memory"}, ends
+    assert ends["memory"]
+    """
+    run(CALLS, SWEEP, code, env={"LD_PRELOAD": failing_malloc})
+
+
+def test_allocation_failure_of_ufuncs_is_no_worse_than_numpys(failing_malloc: str) -> None:
+    code = """
+    worse = []
+    for name, case in UFUNCS.items():
+        rows = {}
+        for f in (np.multiply, fastops.mitchell_mul):
+            total, ends = sweep(lambda: case(f))
+            rows[f] = {end: len(where) for end, where in ends.items() if end not in ("ok", "memory")}
+            print(f"{name}, {f.__name__}: {total} allocations", {end: len(where) for end, where in ends.items()})
+        ours, theirs = (sum(rows[f].values()) for f in (fastops.mitchell_mul, np.multiply))
+        if ours > theirs:
+            worse.append((name, rows))
+    assert not worse, worse
+    """
+    run(CALLS, SWEEP, code, env={"LD_PRELOAD": failing_malloc})
+
+
+def test_failed_calls_leave_nothing_behind(failing_malloc: str) -> None:
+    code = """
+    def held():
+        with open("/proc/self/status") as file:
+            status = dict(line.split(":", 1) for line in file)
+        return int(status["VmRSS"].split()[0]), int(status["Threads"]), len(os.listdir("/proc/self/fd"))
+    def failing_round():
+        failed = 0
+        for name, call in ARRAY_LEVEL.items():
+            for k in range(1, 12):
+                arm(k, 1)
+                try:
+                    call()
+                except MemoryError:
+                    failed += 1
+                finally:
+                    disarm()
+        return failed
+    for _ in range(3):
+        failed = failing_round()
+    before = held()
+    for _ in range(20):
+        failed += failing_round()
+    after = held()
+    print(failed, "failures", before, after)
+    assert failed > 500
+    assert after[0] <= before[0] + 1024, "kB"
+    assert after[1:] == before[1:]
+    """
+    run(CALLS, SWEEP, code, env={"LD_PRELOAD": failing_malloc})
+
+
+def test_address_space_limit_is_a_memory_error() -> None:
+    code = """
+    import resource
+    a, b = np.ones((4096, 16), np.float32), np.ones((16, 4096), np.float32)
+    want = fastops.mitchell_matmul(a[:64], b)
+    fastops.set_num_threads(3)
+    ends = []
+    for step in range(16):
+        child = os.fork()
+        if child == 0:
+            code = 5
+            try:
+                pages = int(open("/proc/self/statm").read().split()[0])
+                resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + step * 2**24,) * 2)
+                try:
+                    code = 0 if np.array_equal(fastops.mitchell_matmul(a, b)[:64], want) else 3
+                except MemoryError:
+                    code = 1
+                if not np.array_equal(fastops.mitchell_matmul(a[:64], b[:, :64]), want[:, :64]):
+                    code = 4
+            finally:
+                os._exit(code)
+        ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print(ends)
+    assert set(ends) == {0, 1}, ends
+    """
+    run(code)
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_threads_that_cannot_start_only_cost_time(failing_malloc: str, left: int) -> None:
+    code = """
+    import ctypes, threading
+    shim = ctypes.CDLL(None)
+    shim.fail_threads.argtypes = (ctypes.c_long,)
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((400, 400)).astype(np.float32) for _ in range(2))
+    fastops.set_num_threads(1)
+    want = fastops.mitchell_matmul(a, b)
+    fastops.set_num_threads(4)
+    shim.fail_threads(int(sys.argv[1]))
+    for _ in range(5):
+        assert np.array_equal(fastops.mitchell_matmul(a, b), want)
+    threads = len(os.listdir("/proc/self/task"))
+    assert threads == 1 + int(sys.argv[1]), threads
+    shim.fail_threads(-1)
+    assert np.array_equal(fastops.mitchell_matmul(a, b), want)
+    assert len(os.listdir("/proc/self/task")) == 4, "threads that can be had again are started"
+    """
+    run(code, arguments=[str(left)], env={"LD_PRELOAD": failing_malloc, "OPENBLAS_NUM_THREADS": "1"})

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Ctrl-C, storms of other signals, small stacks."""
+
+from __future__ import annotations
+
+import pytest
+from child import SANITIZED, once, run, unsanitized
+
+pytestmark = once
+
+LONG = """
+import signal, threading
+n = 3000
+a = np.ones((n, n), np.float32)
+small = np.ones((150, 150), np.float32)
+table = fastops.Multiplier().table(8)
+u8 = np.ones((2500, 2500), np.uint8)
+image = np.ones((8, 64, 120, 120), np.float32)
+kernel = np.ones((128, 64, 3, 3), np.float32)
+CALLS = {
+    "matmul": lambda: fastops.mitchell_matmul(a, a),
+    "matmul, segments": lambda: fastops.mitchell_matmul(a, a, multiplier=fastops.Multiplier("min-mse", segments=4)),
+    "matmul_grad": lambda: fastops.mitchell_matmul_grad(a, a, a),
+    "lut_matmul": lambda: fastops.lut_matmul(u8, u8, table),
+    "conv2d": lambda: fastops.mitchell_conv2d(image, kernel),
+}
+sent = None
+def send():
+    global sent
+    sent = time.monotonic()
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("call", ["matmul", "matmul, segments", "matmul_grad", "lut_matmul", "conv2d"])
+@unsanitized
+def test_interrupt_ends_a_long_call(call: str, threads: int) -> None:
+    """KeyboardInterrupt within 100 ms on an idle machine; 300 ms are allowed where others compute too."""
+    code = """
+    fastops.set_num_threads(int(sys.argv[2]))
+    call = CALLS[sys.argv[1]]
+    timer = threading.Timer(0.08, send)
+    timer.start()
+    try:
+        call()
+        seen = None
+    except KeyboardInterrupt:
+        seen = time.monotonic()
+    timer.join()
+    assert seen is not None, "the call ended by itself: too short for this test" if sent is None else "not interrupted"
+    print(f"{sys.argv[1]}: {1e3 * (seen - sent):.0f} ms")
+    assert seen - sent < 0.3, seen - sent
+    assert fastops.mitchell_matmul(small, small)[3, 3] == 150, "usable afterwards"
+    """
+    run(LONG, code, arguments=[call, str(threads)])
+
+
+def test_interrupt_in_another_thread_waits_for_the_main_one() -> None:
+    """Python delivers signals in its main thread: a call in another thread is not interrupted."""
+    code = """
+    result = []
+    thread = threading.Thread(target=lambda: result.append(fastops.mitchell_matmul(a[:800, :800], a[:800, :800])))
+    thread.start()
+    try:
+        send()
+        time.sleep(5)
+    except KeyboardInterrupt:
+        pass
+    thread.join()
+    assert result[0][5, 5] == 800
+    """
+    run(LONG, code)
+
+
+def test_signal_storm_changes_nothing() -> None:
+    code = """
+    seen = 0
+    def count(number, frame):
+        global seen
+        seen += 1
+    rng = np.random.default_rng(0)
+    x, y = (rng.standard_normal((600, 600)).astype(np.float32) for _ in range(2))
+    want = fastops.mitchell_matmul(x, y)
+    signal.signal(signal.SIGUSR1, count)
+    stop = threading.Event()
+    def storm():
+        while not stop.is_set():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.001)
+    thread = threading.Thread(target=storm)
+    thread.start()
+    end = time.monotonic() + 1.5
+    rounds = 0
+    while time.monotonic() < end:
+        assert np.array_equal(fastops.mitchell_matmul(x, y), want)
+        rounds += 1
+    stop.set()
+    thread.join()
+    print(seen, "signals,", rounds, "products")
+    assert seen > 50 and rounds > 2
+    """
+    run(LONG, code)
+
+
+def test_handler_that_raises_ends_the_call_with_its_own_error() -> None:
+    code = """
+    class Stop(Exception):
+        pass
+    def raises(number, frame):
+        raise Stop
+    signal.signal(signal.SIGALRM, raises)
+    signal.setitimer(signal.ITIMER_REAL, 0.08)
+    try:
+        CALLS["matmul"]()
+        raise SystemExit("not interrupted")
+    except Stop:
+        pass
+    assert fastops.mitchell_matmul(small, small)[3, 3] == 150
+    """
+    run(LONG, code)
+
+
+def test_small_thread_stack_is_enough() -> None:
+    code = """
+    threading.stack_size(int(sys.argv[1]))
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 4, 10, 10)).astype(np.float32)
+    w = rng.standard_normal((6, 4, 3, 3)).astype(np.float32)
+    m = rng.standard_normal((120, 120)).astype(np.float32)
+    bytes_ = rng.integers(0, 256, (90, 90), dtype=np.uint8)
+    segmented = fastops.Multiplier("min-mse", segments=8)
+    def everything():
+        yield fastops.mitchell_mul(m, m)
+        yield fastops.mitchell_mul(m.astype(np.float16), m.astype(np.float16))
+        yield fastops.mitchell_div(m.astype(np.float64), 3.0)
+        for multiplier in (None, segmented, fastops.Multiplier(corrections=2)):
+            for dtype in (np.float16, np.float32, np.float64):
+                yield fastops.mitchell_matmul(m.astype(dtype), m.astype(dtype), multiplier=multiplier)
+            yield fastops.mitchell_conv2d(x, w, multiplier=multiplier)
+        yield from fastops.mitchell_matmul_grad(m, m, m)
+        yield from fastops.mitchell_conv2d_grad(x, w, fastops.mitchell_conv2d(x, w))
+        yield from fastops.mitchell_mul_grad(m, m, m)
+        yield fastops.lut_matmul(bytes_, bytes_, table)
+    want = list(everything())
+    for count in (1, 3):
+        fastops.set_num_threads(count)
+        got = []
+        thread = threading.Thread(target=lambda: got.extend(everything()))
+        thread.start()
+        thread.join()
+        assert len(got) == len(want)
+        assert all(np.array_equal(g, w_, equal_nan=True) for g, w_ in zip(got, want))
+    """
+    run(LONG, code, arguments=[str((1024 if SANITIZED else 64) * 1024)])
