@@ -116,6 +116,18 @@ def test_a_wrong_result_is_never_timed(group: str, text: str, monkeypatch: pytes
         mitchell.prepare(case, row).check()
 
 
+@pytest.mark.parametrize("group", ["mul float32 n=1e3", "matmul float32 n=512"])
+def test_torch_rows_multiply_in_place(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = SimpleNamespace(
+        from_numpy=lambda array: array, set_num_threads=lambda n: None, mul=np.multiply, mm=np.matmul, __version__="0"
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    case = next(shrunk(case) for case in mitchell.cases() if case.group == group)
+    rows = mitchell.implementations(case, dataclasses.replace(PLAIN, modules=frozenset(["torch"])))
+    (row,) = [row for row in rows if row.recipe == "torch"]
+    assert mitchell.prepare(case, row).check() < 1e-6
+
+
 def test_aligned_copies_start_on_cache_lines() -> None:
     for slot in range(4):
         values = np.arange(1000, dtype=np.float32).reshape(10, 100)
