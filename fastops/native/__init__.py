@@ -10,6 +10,9 @@ try:
 except ImportError as error:
     raise _backend.core_missing(error) from None
 
+if (_cpu := _core.cpu_info())["architecture"] == "x86_64" and _cpu["level"] < 2:
+    raise ImportError("fastops needs a CPU of level x86-64-v2 (SSE4.2, POPCNT); FASTOPS_BACKEND=reference runs on any")
+
 try:
     from ml_dtypes import bfloat16 as _bfloat16
 except ImportError:
