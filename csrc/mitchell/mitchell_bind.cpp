@@ -2,6 +2,469 @@
 // Mitchell arithmetic for Python: arrays to pointers, the GIL released, one call.
 #include "mitchell/mitchell_bind.h"
 
+#include <pybind11/numpy.h>
+
+#include <chrono>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "fastops/fastops.h"
+#include "mitchell/mitchell_ufuncs.h"
+
+namespace py = pybind11;
+
 namespace fastops {
-void bind_mitchell(pybind11::module_&) {}
+namespace {
+
+// ---- arrays ----
+
+struct ArrayView {
+  char* data;
+  fastops_dtype dtype;
+  std::vector<py::ssize_t> shape, strides;  // strides in elements, 0 along axes of one element
+  std::size_t item_size;
+
+  std::size_t ndim() const { return shape.size(); }
+};
+
+[[noreturn]] void bad_value(const std::string& text) { throw py::value_error(text); }
+
+bool is_bfloat16(const py::dtype& dtype) {
+  static int number = -1;  // the type's number, once it was met
+  const int num = dtype.num();
+  if (num == number) return true;
+  constexpr int kFirstUserType = 256;
+  if (num < kFirstUserType || dtype.itemsize() != 2) return false;
+  if (py::str(static_cast<py::object>(dtype.attr("name"))).cast<std::string>() != "bfloat16") return false;
+  number = num;
+  return true;
+}
+
+fastops_dtype dtype_of(const py::array& array, const char* name) {
+  const py::dtype dtype = array.dtype();
+  switch (dtype.num()) {
+    case 1:
+      return FASTOPS_I8;
+    case 2:
+      return FASTOPS_U8;
+    case 11:
+      return FASTOPS_F32;
+    case 12:
+      return FASTOPS_F64;
+    case 23:
+      return FASTOPS_F16;
+    default:
+      break;
+  }
+  if (is_bfloat16(dtype)) return FASTOPS_BF16;
+  if (dtype.kind() == 'i' && dtype.itemsize() == 4) return FASTOPS_I32;
+  if (dtype.kind() == 'i' && dtype.itemsize() == 8) return FASTOPS_I64;
+  throw py::type_error(std::string(name) + " has dtype " + py::str(static_cast<py::object>(dtype)).cast<std::string>() +
+                       ", which no kernel takes");
+}
+
+// Only what protects memory is checked: the shapes fit, elements are aligned and native, strides whole elements.
+ArrayView view(const py::object& object, const char* name, bool writable = false) {
+  if (!py::isinstance<py::array>(object))
+    throw py::type_error(std::string(name) + " must be a numpy.ndarray, got " + Py_TYPE(object.ptr())->tp_name);
+  const py::array array = py::reinterpret_borrow<py::array>(object);
+  const auto& api = *py::detail::array_proxy(array.ptr());
+  constexpr int kAligned = 0x0100, kWriteable = 0x0400;
+  if ((api.flags & kAligned) == 0) bad_value(std::string(name) + " must be aligned");
+  if (writable && (api.flags & kWriteable) == 0) bad_value(std::string(name) + " must be writable");
+  const char order = array.dtype().byteorder();
+  if (order == (PY_BIG_ENDIAN ? '<' : '>')) bad_value(std::string(name) + " must be in native byte order");
+  ArrayView v{api.data, dtype_of(array, name), {}, {}, static_cast<std::size_t>(array.itemsize())};
+  for (py::ssize_t i = 0; i < array.ndim(); ++i) {
+    const py::ssize_t size = array.shape(i), stride = array.strides(i);
+    if (size > 1 && stride % array.itemsize() != 0)
+      bad_value(std::string(name) + " must have strides that are multiples of its item size");
+    v.shape.push_back(size);
+    v.strides.push_back(size > 1 ? stride / array.itemsize() : 0);
+  }
+  return v;
+}
+
+void want_dtype(const ArrayView& v, fastops_dtype dtype, const char* name) {
+  if (v.dtype != dtype) throw py::type_error(std::string(name) + " must have the dtype of the other arrays");
+}
+void want_float(const ArrayView& v, const char* name) {
+  if (v.dtype > FASTOPS_F64) throw py::type_error(std::string(name) + " must be of a floating-point dtype");
+}
+void want_contiguous(const ArrayView& v, const char* name) {
+  py::ssize_t expected = 1;
+  for (std::size_t i = v.ndim(); i-- > 0;) {
+    if (v.shape[i] == 0) return;
+    if (v.shape[i] > 1 && v.strides[i] != expected) bad_value(std::string(name) + " must be C-contiguous");
+    expected *= v.shape[i];
+  }
+}
+void want_shape(const ArrayView& v, const std::vector<py::ssize_t>& shape, const char* name) {
+  if (v.shape != shape) bad_value(std::string(name) + " has a shape that does not fit the others");
+}
+
+fastops_matrix matrix_of(const ArrayView& v) {
+  const std::size_t n = v.ndim();
+  return {static_cast<std::size_t>(v.shape[n - 2]), static_cast<std::size_t>(v.shape[n - 1]), v.strides[n - 2],
+          v.strides[n - 1]};
+}
+
+// Pointers to the matrices of `v` for every matrix of a batch of shape `batch`, along which v is broadcast.
+template <class Pointer>
+std::vector<Pointer> matrices(const ArrayView& v, const std::vector<py::ssize_t>& batch, const char* name) {
+  if (v.ndim() < 2 || v.ndim() - 2 > batch.size()) bad_value(std::string(name) + " has a shape that does not fit");
+  const std::size_t lead = batch.size() - (v.ndim() - 2);
+  std::size_t count = 1;
+  std::vector<py::ssize_t> strides(batch.size(), 0);
+  for (std::size_t i = 0; i < batch.size(); ++i) {
+    count *= static_cast<std::size_t>(batch[i]);
+    if (i < lead) continue;
+    if (v.shape[i - lead] == batch[i])
+      strides[i] = v.strides[i - lead];
+    else if (v.shape[i - lead] != 1)
+      bad_value(std::string(name) + " has batch axes that do not broadcast to those of the result");
+  }
+  std::vector<Pointer> pointers;
+  pointers.reserve(count);
+  std::vector<py::ssize_t> at(batch.size(), 0);
+  py::ssize_t offset = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    pointers.push_back(reinterpret_cast<Pointer>(v.data + offset * static_cast<py::ssize_t>(v.item_size)));
+    for (std::size_t axis = batch.size(); axis-- > 0;) {
+      offset += strides[axis];
+      if (++at[axis] < batch[axis]) break;
+      offset -= strides[axis] * batch[axis];
+      at[axis] = 0;
+    }
+  }
+  return pointers;
+}
+
+std::vector<py::ssize_t> batch_of(const ArrayView& v, const char* name) {
+  if (v.ndim() < 2) bad_value(std::string(name) + " must have at least two axes");
+  return {v.shape.begin(), v.shape.end() - 2};
+}
+
+// ---- multipliers ----
+
+using MultiplierPtr = std::shared_ptr<fastops_mitchell>;
+
+// The multipliers of the latest specs. A spec object is usually the same one again, so it is found by its address.
+MultiplierPtr multiplier(const py::object& spec) {
+  struct Entry {
+    PyObject* spec = nullptr;  // owned, so that its address stays its own
+    fastops_mitchell_params params{};
+    MultiplierPtr value;
+  };
+  constexpr std::size_t kKept = 16;
+  static Entry* const entries = new Entry[kKept];  // outlives the interpreter's shutdown
+  static std::size_t next = 0;
+#ifdef Py_GIL_DISABLED
+  static PyMutex mutex;
+  struct Lock {
+    Lock() { PyMutex_Lock(&mutex); }
+    ~Lock() { PyMutex_Unlock(&mutex); }
+  } lock;
+#endif
+  for (std::size_t i = 0; i < kKept; ++i)
+    if (entries[i].spec == spec.ptr()) return entries[i].value;
+  fastops_mitchell_params params;
+  if (parse_spec(spec.ptr(), &params) < 0) throw py::error_already_set();
+  for (std::size_t i = 0; i < kKept; ++i)
+    if (entries[i].spec != nullptr && std::memcmp(&entries[i].params, &params, sizeof params) == 0)
+      return entries[i].value;
+  fastops_mitchell* created = nullptr;
+  switch (fastops_mitchell_create(&params, &created)) {
+    case FASTOPS_OK:
+      break;
+    case FASTOPS_NO_MEMORY:
+      throw std::bad_alloc();
+    default:
+      bad_value("spec must describe a multiplier: form 0 .. 2, |c| < 0.5, segments 0, 2, 4, 8 or 16");
+  }
+  Entry& entry = entries[next];
+  next = (next + 1) % kKept;
+  MultiplierPtr value(created, &fastops_mitchell_destroy);
+  PyObject* old = entry.spec;
+  Py_INCREF(spec.ptr());
+  entry.spec = spec.ptr();
+  entry.params = params;
+  entry.value = value;
+  Py_XDECREF(old);
+  return value;
+}
+
+// ---- calls ----
+
+// Lets Python's signal handlers run about every 20 ms, in the one thread that runs them.
+class Signals {
+ public:
+  fastops_poll poll() { return {&Signals::check, this}; }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  static int check(void* context) noexcept {
+    Signals& self = *static_cast<Signals*>(context);
+    if (!self.wanted_) return 0;
+    const Clock::time_point now = Clock::now();
+    if (now - self.last_ < std::chrono::milliseconds(20)) return 0;
+    const PyGILState_STATE state = PyGILState_Ensure();
+    const int answer = PyErr_CheckSignals();  // does nothing outside the main thread
+    if (!self.asked_) self.wanted_ = is_main_thread();
+    self.asked_ = true;
+    PyGILState_Release(state);
+    self.last_ = Clock::now();
+    return answer;
+  }
+  static bool is_main_thread() noexcept {
+    try {
+      const py::object main = py::module_::import("threading").attr("main_thread")();
+      return main.attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
+    } catch (...) {
+      return true;
+    }
+  }
+
+  Clock::time_point last_ = Clock::now();
+  bool wanted_ = true, asked_ = false;
+};
+
+template <class F> void call(F&& f) {
+  Signals signals;
+  fastops_status status;
+  {
+    py::gil_scoped_release release;
+    status = f(signals.poll());
+  }
+  switch (status) {
+    case FASTOPS_OK:
+      return;
+    case FASTOPS_NO_MEMORY:
+      throw std::bad_alloc();
+    case FASTOPS_INTERRUPTED:
+      throw py::error_already_set();
+    default:
+      bad_value("arguments do not fit each other");
+  }
+}
+
+void matmul_with(const fastops_mitchell* m, const py::object& a, const py::object& b, const py::object& out) {
+  const ArrayView va = view(a, "a"), vb = view(b, "b"), vo = view(out, "out", true);
+  want_float(vo, "out");
+  want_dtype(va, vo.dtype, "a");
+  want_dtype(vb, vo.dtype, "b");
+  const auto batch = batch_of(vo, "out");
+  const auto pa = matrices<const void*>(va, batch, "a"), pb = matrices<const void*>(vb, batch, "b");
+  const auto po = matrices<void*>(vo, batch, "out");
+  call([&](fastops_poll poll) {
+    return fastops_mitchell_matmul(m, vo.dtype, po.size(), pa.data(), matrix_of(va), pb.data(), matrix_of(vb),
+                                   po.data(), matrix_of(vo), poll);
+  });
+}
+
+void matmul(const py::object& a, const py::object& b, const py::object& spec, const py::object& out) {
+  const MultiplierPtr m = multiplier(spec);
+  matmul_with(m.get(), a, b, out);
+}
+
+void exact_matmul(const py::object& a, const py::object& b, const py::object& out) { matmul_with(nullptr, a, b, out); }
+
+fastops_gradient mode_of(int mode) {
+  if (mode < 0 || mode > 2) bad_value("mode must be 0, 1 or 2, got " + std::to_string(mode));
+  return static_cast<fastops_gradient>(mode);
+}
+
+void matmul_grad(const py::object& a, const py::object& b, const py::object& dy, const py::object& spec, int mode,
+                 const py::object& da, const py::object& db) {
+  const MultiplierPtr m = multiplier(spec);
+  const fastops_gradient gradient = mode_of(mode);
+  const ArrayView va = view(a, "a"), vb = view(b, "b"), vy = view(dy, "dy");
+  const ArrayView vda = view(da, "da", true), vdb = view(db, "db", true);
+  want_float(vy, "dy");
+  want_dtype(va, vy.dtype, "a");
+  want_dtype(vb, vy.dtype, "b");
+  want_dtype(vda, vy.dtype, "da");
+  want_dtype(vdb, vy.dtype, "db");
+  const auto batch = batch_of(vy, "dy");
+  if (batch != batch_of(vda, "da") || batch != batch_of(vdb, "db"))
+    bad_value("da and db must have the batch axes of dy");
+  const auto pa = matrices<const void*>(va, batch, "a"), pb = matrices<const void*>(vb, batch, "b");
+  const auto pdy = matrices<const void*>(vy, batch, "dy");
+  const auto pda = matrices<void*>(vda, batch, "da"), pdb = matrices<void*>(vdb, batch, "db");
+  call([&](fastops_poll poll) {
+    const fastops_status status =
+        fastops_mitchell_matmul_grad_a(m.get(), gradient, vy.dtype, pdy.size(), pa.data(), matrix_of(va), pb.data(),
+                                       matrix_of(vb), pdy.data(), matrix_of(vy), pda.data(), matrix_of(vda), poll);
+    if (status != FASTOPS_OK) return status;
+    return fastops_mitchell_matmul_grad_b(m.get(), gradient, vy.dtype, pdy.size(), pa.data(), matrix_of(va), pb.data(),
+                                          matrix_of(vb), pdy.data(), matrix_of(vy), pdb.data(), matrix_of(vdb), poll);
+  });
+}
+
+using PairArgument = std::pair<py::ssize_t, py::ssize_t>;
+
+std::size_t at_least(py::ssize_t value, py::ssize_t least, const char* name) {
+  if (value < least)
+    bad_value(std::string(name) + " must be at least " + std::to_string(least) + ", got " + std::to_string(value));
+  return static_cast<std::size_t>(value);
+}
+
+// The shape of a convolution and of its result; what would not fit is refused here.
+fastops_conv2d conv_shape(const ArrayView& x, const ArrayView& w, const PairArgument& stride,
+                          const PairArgument& padding, const PairArgument& dilation, py::ssize_t groups,
+                          std::vector<py::ssize_t>* out) {
+  if (x.ndim() != 4 || w.ndim() != 4) bad_value("x and w must have four axes");
+  constexpr py::ssize_t kLimit = py::ssize_t{1} << 31;
+  fastops_conv2d s{};
+  s.groups = at_least(groups, 1, "groups");
+  s.batch = static_cast<std::size_t>(x.shape[0]);
+  s.channels = static_cast<std::size_t>(x.shape[1]);
+  s.height = static_cast<std::size_t>(x.shape[2]);
+  s.width = static_cast<std::size_t>(x.shape[3]);
+  s.filters = static_cast<std::size_t>(w.shape[0]);
+  s.kernel_height = at_least(w.shape[2], 1, "w's height");
+  s.kernel_width = at_least(w.shape[3], 1, "w's width");
+  s.stride_h = at_least(stride.first, 1, "stride");
+  s.stride_w = at_least(stride.second, 1, "stride");
+  s.padding_h = at_least(padding.first, 0, "padding");
+  s.padding_w = at_least(padding.second, 0, "padding");
+  s.dilation_h = at_least(dilation.first, 1, "dilation");
+  s.dilation_w = at_least(dilation.second, 1, "dilation");
+  for (const auto& pair :
+       {stride, padding, dilation, PairArgument(x.shape[2], x.shape[3]), PairArgument(w.shape[2], w.shape[3])})
+    if (pair.first >= kLimit || pair.second >= kLimit) bad_value("sizes and steps must be below 2^31");
+  if (s.channels % s.groups != 0 || s.filters % s.groups != 0 ||
+      static_cast<std::size_t>(w.shape[1]) != s.channels / s.groups)
+    bad_value("w must have shape (O, C / groups, KH, KW), groups dividing O and C");
+  const py::ssize_t oh = x.shape[2] + 2 * padding.first - dilation.first * (w.shape[2] - 1) - 1;
+  const py::ssize_t ow = x.shape[3] + 2 * padding.second - dilation.second * (w.shape[3] - 1) - 1;
+  if (oh < 0 || ow < 0) bad_value("w is larger than the padded x");
+  *out = {x.shape[0], w.shape[0], oh / stride.first + 1, ow / stride.second + 1};
+  return s;
+}
+
+void conv2d(const py::object& x, const py::object& w, const PairArgument& stride, const PairArgument& padding,
+            const PairArgument& dilation, py::ssize_t groups, const py::object& spec, const py::object& out) {
+  const MultiplierPtr m = multiplier(spec);
+  const ArrayView vx = view(x, "x"), vw = view(w, "w"), vo = view(out, "out", true);
+  want_float(vo, "out");
+  want_dtype(vx, vo.dtype, "x");
+  want_dtype(vw, vo.dtype, "w");
+  std::vector<py::ssize_t> shape;
+  const fastops_conv2d s = conv_shape(vx, vw, stride, padding, dilation, groups, &shape);
+  want_shape(vo, shape, "out");
+  want_contiguous(vx, "x");
+  want_contiguous(vw, "w");
+  want_contiguous(vo, "out");
+  call([&](fastops_poll poll) {
+    return fastops_mitchell_conv2d(m.get(), vo.dtype, &s, vx.data, vw.data, vo.data, poll);
+  });
+}
+
+void conv2d_grad(const py::object& x, const py::object& w, const py::object& dy, const PairArgument& stride,
+                 const PairArgument& padding, const PairArgument& dilation, py::ssize_t groups, const py::object& spec,
+                 int mode, const py::object& dx, const py::object& dw) {
+  const MultiplierPtr m = multiplier(spec);
+  const fastops_gradient gradient = mode_of(mode);
+  const ArrayView vx = view(x, "x"), vw = view(w, "w"), vy = view(dy, "dy");
+  const ArrayView vdx = view(dx, "dx", true), vdw = view(dw, "dw", true);
+  want_float(vy, "dy");
+  want_dtype(vx, vy.dtype, "x");
+  want_dtype(vw, vy.dtype, "w");
+  want_dtype(vdx, vy.dtype, "dx");
+  want_dtype(vdw, vy.dtype, "dw");
+  std::vector<py::ssize_t> shape;
+  const fastops_conv2d s = conv_shape(vx, vw, stride, padding, dilation, groups, &shape);
+  want_shape(vy, shape, "dy");
+  want_shape(vdx, vx.shape, "dx");
+  want_shape(vdw, vw.shape, "dw");
+  want_contiguous(vx, "x");
+  want_contiguous(vw, "w");
+  want_contiguous(vy, "dy");
+  want_contiguous(vdx, "dx");
+  want_contiguous(vdw, "dw");
+  call([&](fastops_poll poll) {
+    return fastops_mitchell_conv2d_grad(m.get(), gradient, vy.dtype, &s, vx.data, vw.data, vy.data, vdx.data, vdw.data,
+                                        poll);
+  });
+}
+
+void lut_matmul(const py::object& a, const py::object& b, const py::object& table, const py::object& out) {
+  const ArrayView va = view(a, "a"), vb = view(b, "b"), vt = view(table, "table"), vo = view(out, "out", true);
+  for (const auto* v : {&va, &vb})
+    if (v->dtype != FASTOPS_U8 && v->dtype != FASTOPS_I8)
+      throw py::type_error("a and b must be of dtype uint8 or int8");
+  for (const auto* v : {&vt, &vo})
+    if (v->dtype != FASTOPS_I32 && v->dtype != FASTOPS_I64)
+      throw py::type_error("table and out must be of dtype int32 or int64");
+  want_shape(vt, {256, 256}, "table");
+  want_contiguous(vt, "table");
+  const auto batch = batch_of(vo, "out");
+  const auto pa = matrices<const std::uint8_t*>(va, batch, "a"), pb = matrices<const std::uint8_t*>(vb, batch, "b");
+  const auto po = matrices<void*>(vo, batch, "out");
+  const fastops_matrix mo = matrix_of(vo);
+  call([&](fastops_poll poll) {
+    return fastops_lut_matmul(po.size(), pa.data(), matrix_of(va), pb.data(), matrix_of(vb), vt.data,
+                              vt.dtype == FASTOPS_I64, po.data(), mo, vo.dtype == FASTOPS_I64, poll);
+  });
+}
+
+void elementwise_grad(fastops_mitchell_op op, const py::object& a, const py::object& b, const py::object& dy,
+                      const py::object& spec, int mode, const py::object& da, const py::object& db) {
+  const MultiplierPtr m = multiplier(spec);
+  const fastops_gradient gradient = mode_of(mode);
+  const ArrayView va = view(a, "a"), vb = view(b, "b"), vy = view(dy, "dy");
+  const ArrayView vda = view(da, "da", true), vdb = view(db, "db", true);
+  const std::pair<const ArrayView*, const char*> all[] = {
+      {&va, "a"}, {&vb, "b"}, {&vy, "dy"}, {&vda, "da"}, {&vdb, "db"}};
+  want_float(vy, "dy");
+  std::size_t count = 1;
+  for (const py::ssize_t n : vy.shape) count *= static_cast<std::size_t>(n);
+  for (const auto& [v, name] : all) {
+    want_dtype(*v, vy.dtype, name);
+    want_shape(*v, vy.shape, name);
+    want_contiguous(*v, name);
+  }
+  call([&](fastops_poll) {
+    return fastops_mitchell_grad(m.get(), op, gradient, vy.dtype, va.data, vb.data, vy.data, vda.data, vdb.data, count);
+  });
+}
+
+}  // namespace
+
+void bind_mitchell(py::module_& m) {
+  using py::arg;
+  m.def(
+      "register_bfloat16",
+      [](const py::object& type) {
+        if (register_bfloat16(type.ptr()) == nullptr) throw py::error_already_set();
+      },
+      arg("dtype_type"));
+  m.def(
+      "make_ufunc",
+      [](const std::string& op, const std::string& name, const std::string& doc, const py::object& spec) {
+        PyObject* ufunc = make_ufunc(op.c_str(), name.c_str(), doc.c_str(), spec.ptr());
+        if (ufunc == nullptr) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(ufunc);
+      },
+      arg("op"), arg("name"), arg("doc"), arg("spec"));
+  m.def("matmul", &matmul, arg("a"), arg("b"), arg("spec"), arg("out"));
+  m.def("exact_matmul", &exact_matmul, arg("a"), arg("b"), arg("out"));
+  m.def("matmul_grad", &matmul_grad, arg("a"), arg("b"), arg("dy"), arg("spec"), arg("mode"), arg("da"), arg("db"));
+  m.def("conv2d", &conv2d, arg("x"), arg("w"), arg("stride"), arg("padding"), arg("dilation"), arg("groups"),
+        arg("spec"), arg("out"));
+  m.def("conv2d_grad", &conv2d_grad, arg("x"), arg("w"), arg("dy"), arg("stride"), arg("padding"), arg("dilation"),
+        arg("groups"), arg("spec"), arg("mode"), arg("dx"), arg("dw"));
+  m.def("lut_matmul", &lut_matmul, arg("a"), arg("b"), arg("table"), arg("out"));
+  const auto grad = [](fastops_mitchell_op op) {
+    return [op](const py::object& a, const py::object& b, const py::object& dy, const py::object& spec, int mode,
+                const py::object& da, const py::object& db) { elementwise_grad(op, a, b, dy, spec, mode, da, db); };
+  };
+  m.def("mul_grad", grad(FASTOPS_MUL), arg("a"), arg("b"), arg("dy"), arg("spec"), arg("mode"), arg("da"), arg("db"));
+  m.def("div_grad", grad(FASTOPS_DIV), arg("a"), arg("b"), arg("dy"), arg("spec"), arg("mode"), arg("da"), arg("db"));
+}
+
 }  // namespace fastops

@@ -156,11 +156,11 @@ FASTOPS_API fastops_status fastops_mitchell_conv2d_grad(const fastops_mitchell* 
                                                         void* dw, fastops_poll poll) FASTOPS_NOEXCEPT;
 
 /* out = sum over k of table[a][b], 256 x 256 int32 (or int64 with wide_table) entries indexed by raw bytes;
-   out int32 (wide == 0; the caller has ruled overflow out) or int64, C-contiguous; a, b strides in elements. */
+   out int32 (wide_out == 0; the caller has ruled overflow out) or int64; strides in elements. */
 FASTOPS_API fastops_status fastops_lut_matmul(size_t batch, const uint8_t* const* a, fastops_matrix shape_a,
                                               const uint8_t* const* b, fastops_matrix shape_b, const void* table,
-                                              int wide_table, void* const* out, int wide_out,
-                                              fastops_poll poll) FASTOPS_NOEXCEPT;
+                                              int wide_table, void* const* out, fastops_matrix shape_out,
+                                              int wide_out, fastops_poll poll) FASTOPS_NOEXCEPT;
 
 /* da[i], db[i] from dy[i], contiguous, op FASTOPS_MUL or FASTOPS_DIV, dtype F16, BF16, F32 or F64. */
 FASTOPS_API fastops_status fastops_mitchell_grad(const fastops_mitchell* m, fastops_mitchell_op op,
