@@ -33,7 +33,7 @@ FASTOPS_INLINE I narrow_f16(F f) {
   r = simd::select(is_large, simd::select(magnitude > 0x7f800000, I{} + 0x7e00, I{} + 0x7c00), r);
   // A finite value that became infinity: the largest float, doubled, says so to the status flags.
   const auto overflow = (r >= 0x7c00) & (magnitude < 0x7f800000);
-  const F raised = simd::bits<F>(simd::select(overflow, I{} + 0x7f7fffff, I{} + 0x3f800000)) * 2.0f;
+  const F raised = simd::opaque(simd::bits<F>(simd::select(overflow, I{} + 0x7f7fffff, I{} + 0x3f800000))) * 2.0f;
   r = simd::select(overflow, simd::bits<I>(raised) >> 13 & 0x7c00, r);
   return r | ((u >> 16) & 0x8000);
 }
@@ -44,7 +44,7 @@ FASTOPS_INLINE I narrow_bf16(F f) {
   I r = (magnitude + 0x7fff + ((magnitude >> 16) & 1)) >> 16;
   r = simd::select(magnitude > 0x7f800000, I{} + 0x7fc0, r);
   const auto overflow = (r == 0x7f80) & (magnitude < 0x7f800000);
-  const F raised = simd::bits<F>(simd::select(overflow, I{} + 0x7f7fffff, I{} + 0x3f800000)) * 2.0f;
+  const F raised = simd::opaque(simd::bits<F>(simd::select(overflow, I{} + 0x7f7fffff, I{} + 0x3f800000))) * 2.0f;
   r = simd::select(overflow, simd::bits<I>(raised) >> 16 & 0x7f80, r);
   return r | ((u >> 16) & 0x8000);
 }

@@ -90,6 +90,17 @@ template <class To, class From> FASTOPS_INLINE To bits(From v) {
 }
 template <class M, class V> FASTOPS_INLINE V select(M mask, V yes, V no) { return mask ? yes : no; }
 
+// The same value, of which the compiler knows nothing: arithmetic on it happens, and raises its flags, at run time.
+template <class V>
+FASTOPS_INLINE V opaque(V v) {
+#if defined(__x86_64__)
+  __asm__("" : "+x"(v));
+#else
+  __asm__("" : "+w"(v));
+#endif
+  return v;
+}
+
 // The first n < lanes elements; the rest is `fill`. Nothing past p + n is read.
 template <class V, class T> FASTOPS_INLINE V load_first(const T* p, std::size_t n, T fill) {
   alignas(sizeof(V)) T t[kLanes<V>];

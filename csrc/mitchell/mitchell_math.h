@@ -162,7 +162,7 @@ template <class F>
 FASTOPS_INLINE F invalid_where(MaskOf<F> negative) {
   using N = Unit<F>;
   using I = typename N::I;
-  const F z = bits<F>(select(negative, I{} + N::kInfinity, I{}));
+  const F z = simd::opaque(bits<F>(select(negative, I{} + N::kInfinity, I{})));
   return constant_of<F>(1) + (z - z);
 }
 
@@ -204,7 +204,7 @@ FASTOPS_INLINE F log2(F a, const Constants& k) {
   const auto negative = (p.sign != 0) & (p.zero == 0);
   const auto special = p.special | negative;
   const F one = constant_of<F>(1);
-  const F infinite = -(one / select(p.zero, F{}, one));  // -1 where the operand is not zero
+  const F infinite = -(one / simd::opaque(select(p.zero, F{}, one)));  // -1 where the operand is not zero
   const F passed = select(p.special & (negative == 0), p.value, one);
   const F ieee = select(p.zero, infinite, passed) * invalid_where<F>(negative);
   // The exponent as a float: 1.5 2^M + e, less 1.5 2^M.
