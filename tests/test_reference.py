@@ -435,7 +435,9 @@ def parts_exponent(value: Fraction) -> int:
 
 def operands(name: str, seed: int) -> Array:
     dtype = FLOATS[name]
-    values = np.concatenate([patterns(dtype, 60, seed), near_one(dtype, 20, seed), specials(name)])
+    last = 2.0 ** -MANTISSA[name]
+    few_bits = np.array([1 + last, 1.5 + last, 1.75 + last, 2 - last]).astype(dtype)
+    values = np.concatenate([patterns(dtype, 60, seed), near_one(dtype, 20, seed), specials(name), few_bits])
     with np.errstate(invalid="ignore"):  # signalling NaN among the patterns
         return values[np.isfinite(values) & (values != 0)]
 
@@ -450,8 +452,8 @@ def test_float_operations_follow_the_definition(name: str, kind: str) -> None:
     for op in ops:
         args = (a, b) if op in ("mul", "div") else (np.abs(a) if op in ("sqrt", "rsqrt", "log2") else a,)
         if op == "exp2":
-            # Powers within reach of the dtype and just outside of it.
-            args = ((np.sign(a) * np.exp2(np.log2(np.abs(a.astype(np.float64))) % 12)).astype(dtype),)
+            # Powers within reach of the dtype and just outside of it, and those near 0.
+            args = ((np.sign(a) * np.exp2(np.log2(np.abs(a.astype(np.float64))) % 24 - 12)).astype(dtype),)
         with np.errstate(all="ignore"):
             got = reference.mitchell_op(op, m)(*args)
             want = np.array([define(op, m, dtype, *map(float, pair)) for pair in zip(*args, strict=True)]).astype(dtype)
@@ -467,6 +469,8 @@ def test_integer_products_follow_the_definition(dtype: np.dtype[Any], kind: str)
     spec = m.spec("mul")
     a = np.concatenate([edge_integers(dtype)[::5], patterns(dtype, 30, 3)])
     b = np.resize(patterns(dtype, 37, 4), a.shape)
+    ends = np.array([np.iinfo(dtype).min, np.iinfo(dtype).max], dtype)
+    a, b = np.concatenate([a, ends, ends]), np.concatenate([b, ends, ends[::-1]])
     got = reference.mitchell_op("mul", m)(a, b)
     bits = 23 if dtype.itemsize <= 2 else 52
     for i, (p, q) in enumerate(zip(a.tolist(), b.tolist(), strict=True)):
