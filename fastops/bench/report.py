@@ -425,6 +425,13 @@ def html(run: Run, old: Old | None = None) -> str:
     )
 
 
+def _best(run: Run, group: Group) -> Measurement | None:
+    """Our row: the best level on one thread, Numba without one."""
+    named = {m.row.name: m for m in group.measurements if m.seconds}
+    ours = [*(f"native {target}" for target in run.machine["targets"]), "numba"]
+    return next((named[name] for name in ours if name in named), None)
+
+
 def markdown(run: Run) -> str:
     """The README's table: each level's rate over exact NumPy's, and the best level's over the other ways."""
     targets = run.machine["targets"]
@@ -432,7 +439,7 @@ def markdown(run: Run) -> str:
     rows = [heads, ["---", *["---:"] * (len(heads) - 2), "---"]]
     for group in run.groups:
         named = {m.row.name: m for m in group.measurements if m.seconds}
-        best = named.get(f"native {targets[0]}") if targets else None
+        best = _best(run, group)
         if best is None:
             continue
         mark = "~" if group.noisy else ""
@@ -454,14 +461,13 @@ def picture(run: Run) -> str:
     """The README's picture: how many times faster our best row is than each other way of doing the same in Python."""
     named = []
     for group in run.groups:
-        single = [m for m in group.measurements if m.seconds and m.row.threads == 1]
-        ours = [m for m in single if m.row.recipe == "fastops" and m.row.name != "reference"]
-        if not ours:
+        best = _best(run, group)
+        if best is None:
             continue
-        best = max(ours, key=lambda m: m.rate)
-        # "matmul" rows are ours too: the yardsticks of convolution and gradient.
-        for m in single:
-            if m is not best and m.row.backend != "native" and m.row.recipe != "matmul":
+        for m in group.measurements:
+            # "matmul" rows are ours too: the yardsticks of convolution and gradient.
+            other = m is not best and m.row.backend != "native" and m.row.recipe != "matmul"
+            if other and m.seconds and m.row.threads == 1:
                 ratio = best.rate / m.rate
                 name = f"{group.case.op} {group.case.dtype} {group.case.size} / {m.row.name}"
                 named.append((name, ratio, _colour(m.row.name), f"{'~' if group.noisy else ''}{ratio_text(ratio)}x"))
