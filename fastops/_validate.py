@@ -152,7 +152,10 @@ def table(name: str, value: object) -> tuple[AnyArray, int]:
         raise wrong_type(name, "an integer array", Text(str(result.dtype)))
     if result.shape != (256, 256):
         raise wrong_value(name, "of shape (256, 256)", Text(str(result.shape)))
-    low, high = int(result.min()), int(result.max())
+    try:
+        low, high = int(result.min()), int(result.max())
+    except SystemError:  # NumPy's reductions lose the MemoryError of their buffers
+        raise MemoryError from None
     if low < -(2**31) or high >= 2**32:
         raise wrong_value(name, "of entries in [-2**31, 2**32)", Text(f"entries from {low} to {high}"))
     return np.ascontiguousarray(result, dtype=np.int32 if high < 2**31 else np.int64), max(-low, high)

@@ -198,28 +198,31 @@ unsigned start_threads(unsigned wanted) noexcept {
   return started;
 }
 
-// Asks the caller's poll at most every kPollNs.
+// Asks the caller's poll at most every kPollNs, counted over the runs of a context: long work may be many short runs.
 class Poller {
  public:
-  explicit Poller(fastops_poll poll) noexcept : poll_(poll), next_(poll.function ? now_ns() + kPollNs : 0) {}
+  explicit Poller(fastops_poll poll) noexcept
+      : poll_(poll), last_(polled_ns[reinterpret_cast<std::uintptr_t>(poll.context) / 64 % kContexts]) {}
   bool interrupted() noexcept {
     if (poll_.function == nullptr) return false;
-    const std::int64_t now = now_ns();
-    if (now < next_) return false;
+    if (now_ns() - last_.load(std::memory_order_relaxed) < kPollNs) return false;
     const bool stop = poll_.function(poll_.context) != 0;
-    next_ = now_ns() + kPollNs;
+    last_.store(now_ns(), std::memory_order_relaxed);
     return stop;
   }
 
  private:
+  static constexpr std::size_t kContexts = 64;  // contexts that share a slot share the rate
+  static std::atomic<std::int64_t> polled_ns[kContexts];
   fastops_poll poll_;
-  std::int64_t next_;
+  std::atomic<std::int64_t>& last_;
 };
+std::atomic<std::int64_t> Poller::polled_ns[kContexts];
 
 fastops_status run_serial(std::size_t blocks, Body body, void* context, Poller& poller) noexcept {
   for (std::size_t block = 0; block < blocks; ++block) {
-    if (block != 0 && poller.interrupted()) return FASTOPS_INTERRUPTED;
     body(context, block, 0);
+    if (poller.interrupted()) return FASTOPS_INTERRUPTED;
   }
   return FASTOPS_OK;
 }

@@ -14,11 +14,12 @@ inline constexpr unsigned kMaxThreads = 1024;
 
 // Runs body(context, block, worker) once for every block < blocks. Serial (worker 0, blocks in order) when one thread
 // is set, when called from inside a body, when the pool is busy, or when work_ns (an estimate of the whole) is small.
-// The calling thread works too. Polls between blocks on the calling thread; FASTOPS_INTERRUPTED once the poll says so
-// (blocks under way end first, others are not begun). A thread that cannot be started only makes it slower.
-// `worker` stays below `limit`: pass the worker_count() that the workspaces were made for, since another thread may
-// raise the number of threads in between. Bodies run with the default floating-point control (round to nearest, no
-// flush to zero, no traps), whatever the caller's is; the status flags they raise arrive in the caller.
+// The calling thread works too. Polls after blocks on the calling thread, about every 20 ms over all the runs of a
+// poll's context; FASTOPS_INTERRUPTED once the poll says so (blocks under way end first, others are not begun). A
+// thread that cannot be started only makes it slower. `worker` stays below `limit`: pass the worker_count() that the
+// workspaces were made for, since another thread may raise the number of threads in between. Bodies run with the
+// default floating-point control (round to nearest, no flush to zero, no traps), whatever the caller's is; the status
+// flags they raise arrive in the caller.
 using Body = void (*)(void* context, std::size_t block, unsigned worker) noexcept;
 fastops_status parallel_run(std::size_t blocks, Body body, void* context, double work_ns, fastops_poll poll,
                             unsigned limit = kMaxThreads) noexcept;

@@ -2,9 +2,14 @@
 // Mitchell arithmetic for Python: arrays to pointers, the GIL released, one call.
 #include "mitchell/mitchell_bind.h"
 
+#include <pthread.h>
+#include <unistd.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
+
 #include <pybind11/numpy.h>
 
-#include <chrono>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -95,8 +100,9 @@ void want_float(const ArrayView& v, const char* name) {
 }
 void want_contiguous(const ArrayView& v, const char* name) {
   py::ssize_t expected = 1;
+  for (const py::ssize_t n : v.shape)
+    if (n == 0) return;
   for (std::size_t i = v.ndim(); i-- > 0;) {
-    if (v.shape[i] == 0) return;
     if (v.shape[i] > 1 && v.strides[i] != expected) bad_value(std::string(name) + " must be C-contiguous");
     expected *= v.shape[i];
   }
@@ -198,46 +204,38 @@ MultiplierPtr multiplier(const py::object& spec) {
 
 // ---- calls ----
 
-// Lets Python's signal handlers run about every 20 ms, in the one thread that runs them.
+// Lets Python's signal handlers run about every 20 ms, in the one thread that runs them: the process's first. No other
+// thread asks for the GIL here, since Python ends daemon threads inside such a request when the interpreter ends.
 class Signals {
  public:
-  fastops_poll poll() { return {&Signals::check, this}; }
+  fastops_poll poll() { return {is_first_thread() ? &Signals::check : nullptr, nullptr}; }
 
  private:
-  using Clock = std::chrono::steady_clock;
-
-  static int check(void* context) noexcept {
-    Signals& self = *static_cast<Signals*>(context);
-    if (!self.wanted_) return 0;
-    const Clock::time_point now = Clock::now();
-    if (now - self.last_ < std::chrono::milliseconds(20)) return 0;
+  static int check(void*) noexcept {
     const PyGILState_STATE state = PyGILState_Ensure();
-    const int answer = PyErr_CheckSignals();  // does nothing outside the main thread
-    if (!self.asked_) self.wanted_ = is_main_thread();
-    self.asked_ = true;
+    const int answer = PyErr_CheckSignals();
     PyGILState_Release(state);
-    self.last_ = Clock::now();
     return answer;
   }
-  static bool is_main_thread() noexcept {
-    try {
-      const py::object main = py::module_::import("threading").attr("main_thread")();
-      return main.attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
-    } catch (...) {
-      return true;
-    }
+  static bool is_first_thread() noexcept {
+#if defined(__linux__)
+    return syscall(SYS_gettid) == getpid();
+#else
+    return pthread_main_np() != 0;
+#endif
   }
-
-  Clock::time_point last_ = Clock::now();
-  bool wanted_ = true, asked_ = false;
 };
 
 template <class F> void call(F&& f) {
   Signals signals;
-  fastops_status status;
-  {
-    py::gil_scoped_release release;
-    status = f(signals.poll());
+  PyThreadState* const state = PyEval_SaveThread();
+  const fastops_status status = f(signals.poll());
+  try {
+    PyEval_RestoreThread(state);
+  } catch (...) {
+    // The interpreter has ended and unwinds this daemon thread (before Python 3.14). Destructors further up would
+    // touch Python's objects, so the thread stays here until the process is gone.
+    for (;;) pause();
   }
   switch (status) {
     case FASTOPS_OK:
@@ -245,6 +243,8 @@ template <class F> void call(F&& f) {
     case FASTOPS_NO_MEMORY:
       throw std::bad_alloc();
     case FASTOPS_INTERRUPTED:
+      // Without an error of its own: a signal handler forked, and this is the child.
+      if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, "the call ended in a fork by a signal handler");
       throw py::error_already_set();
     default:
       bad_value("arguments do not fit each other");

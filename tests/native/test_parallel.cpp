@@ -250,6 +250,11 @@ void polls() {
     CHECK(begun == then, "blocks begun after the end");
     CHECK(sums_right(100), "after an interruption");
   }
+  // Long work may be many runs, each shorter than the interval.
+  int over_runs = 0;
+  for (int run = 0; run < 100; ++run)
+    parallel_run(1 + run % 2, [&](std::size_t, unsigned) { wait_ms(1); }, kLarge, {count_calls, &over_runs});
+  CHECK(over_runs >= 2, "%d polls in 100 runs of 1 ms", over_runs);
   // The caller has no block left and waits for another thread's: it polls there too.
   fastops_set_num_threads(2);
   int calls = 0;
