@@ -204,6 +204,17 @@ def test_every_competitor_has_its_process_and_none_is_left(recorded: list[Record
     assert all(each.process.poll() is not None for each in recorded)
 
 
+def test_no_worker_outlives_a_failure(recorded: list[Recorded]) -> None:
+    def interrupt(fraction: float, text: str) -> None:
+        if "A/A" in text:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run([FIRST], PLAIN, SETTINGS, interrupt)
+    assert len(recorded) == 3
+    assert all(each.process.poll() is not None for each in recorded)
+
+
 def test_rounds_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     genuine = runner._batch
