@@ -9,8 +9,7 @@ namespace fastops::FASTOPS_LEVEL {
 namespace half {
 
 // The mathematics of the software conversions, for F = float (I = int32_t) or a lane type.
-template <class F, class I>
-FASTOPS_INLINE F widen_f16(I h) {
+template <class F, class I> FASTOPS_INLINE F widen_f16(I h) {
   const I magnitude = (h & 0x7fff) << 13;
   const I exponent = h & 0x7c00;
   // Subnormals: one float subtraction normalises them exactly.
@@ -20,12 +19,11 @@ FASTOPS_INLINE F widen_f16(I h) {
   r = simd::select(exponent == 0x7c00, large + 0x38000000, r);
   return simd::bits<F>(r | ((h & 0x8000) << 16));
 }
-template <class F, class I>
-FASTOPS_INLINE I narrow_f16(F f) {
+template <class F, class I> FASTOPS_INLINE I narrow_f16(F f) {
   const I u = simd::bits<I>(f);
   const I magnitude = u & 0x7fffffff;
-  const auto is_small = magnitude < 0x38800000;     // below float16's smallest normal
-  const auto is_large = magnitude >= 0x47800000;    // 2^16 and above, infinity, nan
+  const auto is_small = magnitude < 0x38800000;   // below float16's smallest normal
+  const auto is_large = magnitude >= 0x47800000;  // 2^16 and above, infinity, nan
   const I normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   // Adding 0.5 puts the last kept bit of a subnormal result where float's rounding happens.
   const F sum = simd::bits<F>(simd::select(is_small, magnitude, I{})) + simd::bits<F>(I{} + 0x3f000000);
@@ -37,8 +35,7 @@ FASTOPS_INLINE I narrow_f16(F f) {
   r = simd::select(overflow, simd::bits<I>(raised) >> 13 & 0x7c00, r);
   return r | ((u >> 16) & 0x8000);
 }
-template <class F, class I>
-FASTOPS_INLINE I narrow_bf16(F f) {
+template <class F, class I> FASTOPS_INLINE I narrow_bf16(F f) {
   const I u = simd::bits<I>(f);
   const I magnitude = u & 0x7fffffff;
   I r = (magnitude + 0x7fff + ((magnitude >> 16) & 1)) >> 16;

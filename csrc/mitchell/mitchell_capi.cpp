@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The C interface of element-wise Mitchell arithmetic: constants rounded once, the level's kernel, threads for long arrays.
+// The C interface of element-wise Mitchell arithmetic: constants rounded once, the level's kernel, threads for long
+// arrays.
 #include <unistd.h>
 
 #include <atomic>
@@ -146,8 +147,12 @@ fastops_status fastops_mitchell_apply(const fastops_mitchell* m, fastops_mitchel
   if (apply == nullptr || (m->params.form != FASTOPS_FORM_LOG && op != FASTOPS_MUL && op != FASTOPS_SQUARE &&
                            op != FASTOPS_LOG2 && op != FASTOPS_EXP2))
     return FASTOPS_INVALID;
-  const MitchellArrays arrays{static_cast<const char*>(a), static_cast<const char*>(op > FASTOPS_DIV ? a : b),
-                              static_cast<char*>(out), stride_a, op > FASTOPS_DIV ? stride_a : stride_b, stride_out};
+  const MitchellArrays arrays{static_cast<const char*>(a),
+                              static_cast<const char*>(op > FASTOPS_DIV ? a : b),
+                              static_cast<char*>(out),
+                              stride_a,
+                              op > FASTOPS_DIV ? stride_a : stride_b,
+                              stride_out};
   if (__builtin_expect(n < kThreadsFrom, 1))
     apply(m, arrays, n, false);
   else

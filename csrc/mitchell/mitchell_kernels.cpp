@@ -68,13 +68,11 @@ struct Float64 {
 
 // ---- one operation on lanes or on a scalar -------------------------------------------------------------------------
 // log2 and exp2 know of the multiplier only whether it flushes.
-template <class Int>
-struct Range {
+template <class Int> struct Range {
   Int mantissa_mask, flush_below, lowest_exponent;
 };
 
-template <int op, class F, class Constants>
-FASTOPS_INLINE F log_form(F a, F b, const Constants& k) {
+template <int op, class F, class Constants> FASTOPS_INLINE F log_form(F a, F b, const Constants& k) {
   if constexpr (op == FASTOPS_MUL) return mul(a, b, k);
   if constexpr (op == FASTOPS_DIV) return div(a, b, k);
   if constexpr (op == FASTOPS_SQUARE) return square(a, k);
@@ -99,7 +97,8 @@ FASTOPS_INLINE F full(F a, F b, const fastops_mitchell& m, const Constants& k) {
         return other_form(a, op == FASTOPS_MUL ? b : a, m, k);
       } else {
         F r = a;
-        for (std::size_t i = 0; i < simd::kLanes<F>; ++i) r[i] = other_form(a[i], op == FASTOPS_MUL ? b[i] : a[i], m, k);
+        for (std::size_t i = 0; i < simd::kLanes<F>; ++i)
+          r[i] = other_form(a[i], op == FASTOPS_MUL ? b[i] : a[i], m, k);
         return r;
       }
     }
@@ -110,22 +109,19 @@ FASTOPS_INLINE F full(F a, F b, const fastops_mitchell& m, const Constants& k) {
 // ---- the short path -----------------------------------------------------------------------------------------------
 // The result's bits are a sum of the operands' bits, signs included, where operands and result lie well inside the
 // normal range. `seen_*` collect by AND the bits that say so, for a whole block.
-template <class U, class S>
-FASTOPS_INLINE bool all_bits(U v, S mask) {
+template <class U, class S> FASTOPS_INLINE bool all_bits(U v, S mask) {
   if constexpr (sizeof(U) == sizeof(S))
     return (v & static_cast<U>(mask)) == static_cast<U>(mask);
   else
     return simd::all_set(v, mask);
 }
-template <int op, class F, bool cut>
-struct Short {
+template <int op, class F, bool cut> struct Short {
   using N = Unit<F>;
   using U = typename N::U;
   using W = std::make_unsigned_t<typename N::S>;
   U seen_a, seen_b, c, keep;
 
-  template <class Constants>
-  FASTOPS_INLINE explicit Short(const Constants& k) : seen_a(~U{}), seen_b(~U{}) {
+  template <class Constants> FASTOPS_INLINE explicit Short(const Constants& k) : seen_a(~U{}), seen_b(~U{}) {
     const W one = N::kOne, shift = W{N::kShiftA} + W{N::kShiftB}, offset = static_cast<W>(k.c);
     W sum = 0;
     if constexpr (op == FASTOPS_MUL) sum = offset - one - shift;
@@ -178,16 +174,12 @@ struct Short {
 };
 
 // ---- loops --------------------------------------------------------------------------------------------------------
-template <class S>
-FASTOPS_INLINE S read(const char* p) {
+template <class S> FASTOPS_INLINE S read(const char* p) {
   S s;
   std::memcpy(&s, p, sizeof s);
   return s;
 }
-template <class S>
-FASTOPS_INLINE void write(char* p, S s) {
-  std::memcpy(p, &s, sizeof s);
-}
+template <class S> FASTOPS_INLINE void write(char* p, S s) { std::memcpy(p, &s, sizeof s); }
 
 // Whole vectors, or fewer elements than one.
 template <int op, class T>
@@ -275,9 +267,11 @@ void contiguous(const fastops_mitchell& m, const typename T::S* a, const typenam
       const bool cut = k.mantissa_mask != -1;
       if constexpr (T::kStreams) {
         if (stream)
-          return cut ? short_vectors<op, T, true, true>(m, a, b, out, n) : short_vectors<op, T, false, true>(m, a, b, out, n);
+          return cut ? short_vectors<op, T, true, true>(m, a, b, out, n)
+                     : short_vectors<op, T, false, true>(m, a, b, out, n);
       }
-      return cut ? short_vectors<op, T, true, false>(m, a, b, out, n) : short_vectors<op, T, false, false>(m, a, b, out, n);
+      return cut ? short_vectors<op, T, true, false>(m, a, b, out, n)
+                 : short_vectors<op, T, false, false>(m, a, b, out, n);
     }
   }
   full_vectors<op, T>(m, a, b, out, n);
@@ -312,8 +306,7 @@ FASTOPS_INLINE bool meets(const char* in, std::ptrdiff_t step, std::size_t size,
   return i_low < o_high && o_low < i_high;
 }
 
-template <class S>
-FASTOPS_INLINE void collect(S* to, const char* from, std::ptrdiff_t stride, std::size_t n) {
+template <class S> FASTOPS_INLINE void collect(S* to, const char* from, std::ptrdiff_t stride, std::size_t n) {
   for (std::size_t i = 0; i < n; ++i) to[i] = read<S>(from + static_cast<std::ptrdiff_t>(i) * stride);
 }
 
@@ -343,7 +336,8 @@ __attribute__((noinline)) void strided(const fastops_mitchell& m, const Mitchell
       contiguous<op, T>(m, a, b, reinterpret_cast<S*>(p.out + at * size), count, false);
     } else {
       contiguous<op, T>(m, a, b, buffer_out, count, false);
-      for (std::size_t i = 0; i < count; ++i) write(p.out + (at + static_cast<std::ptrdiff_t>(i)) * p.stride_out, buffer_out[i]);
+      for (std::size_t i = 0; i < count; ++i)
+        write(p.out + (at + static_cast<std::ptrdiff_t>(i)) * p.stride_out, buffer_out[i]);
     }
   }
 }
@@ -476,12 +470,19 @@ void grad(const fastops_mitchell* m, fastops_mitchell_op op, fastops_gradient mo
 }  // namespace
 
 #define FASTOPS_FLOATS(op) {apply<op, Float16>, apply<op, BFloat16>, apply<op, Float32>, apply<op, Float64>}
-#define FASTOPS_NUMBERS(op)                                                                                      \
-  {apply<op, Float16>, apply<op, BFloat16>, apply<op, Float32>, apply<op, Float64>,                              \
-   apply_integer<op, std::int8_t, std::int16_t>, apply_integer<op, std::uint8_t, std::uint16_t>,                 \
-   apply_integer<op, std::int16_t, std::int32_t>, apply_integer<op, std::uint16_t, std::uint32_t>,               \
-   apply_integer<op, std::int32_t, std::int64_t>, apply_integer<op, std::uint32_t, std::uint64_t>,               \
-   apply_integer<op, std::int64_t, std::int64_t>, apply_integer<op, std::uint64_t, std::uint64_t>}
+#define FASTOPS_NUMBERS(op)                         \
+  {apply<op, Float16>,                              \
+   apply<op, BFloat16>,                             \
+   apply<op, Float32>,                              \
+   apply<op, Float64>,                              \
+   apply_integer<op, std::int8_t, std::int16_t>,    \
+   apply_integer<op, std::uint8_t, std::uint16_t>,  \
+   apply_integer<op, std::int16_t, std::int32_t>,   \
+   apply_integer<op, std::uint16_t, std::uint32_t>, \
+   apply_integer<op, std::int32_t, std::int64_t>,   \
+   apply_integer<op, std::uint32_t, std::uint64_t>, \
+   apply_integer<op, std::int64_t, std::int64_t>,   \
+   apply_integer<op, std::uint64_t, std::uint64_t>}
 
 extern const MitchellKernels kMitchellKernels = {
     {FASTOPS_NUMBERS(FASTOPS_MUL), FASTOPS_FLOATS(FASTOPS_DIV), FASTOPS_NUMBERS(FASTOPS_SQUARE),

@@ -29,8 +29,8 @@ struct MitchellKernels {
                   const void* b, const void* dy, void* da, void* db, std::size_t n) noexcept;
 };
 
-#define FASTOPS_DECLARE(level) \
-  namespace level {            \
+#define FASTOPS_DECLARE(level)                   \
+  namespace level {                              \
   extern const MitchellKernels kMitchellKernels; \
   }
 FASTOPS_FOR_EACH_LEVEL(FASTOPS_DECLARE)

@@ -12,8 +12,7 @@ using simd::bits;
 using simd::select;
 
 // The format a kernel computes in, for F = float, double (S = F's integer) and their lane types.
-template <class S_, class I_, class U_, int kMantissaBits_, int kExponentBits_>
-struct Format {
+template <class S_, class I_, class U_, int kMantissaBits_, int kExponentBits_> struct Format {
   using S = S_;
   using I = I_;
   using U = U_;
@@ -28,30 +27,22 @@ struct Format {
   // Exponents beyond which a result has surely become zero or infinity; two halves of either are normal.
   static constexpr S kLowest = -(kBias + kMantissaBits + 50);
   static constexpr S kHighest = 2 * kBias - 4;
-  // Short path: operand a needs the top exponent bit of a + kShiftA set, b the top two of b + kShiftB. Then every sum or
-  // difference of their logarithms is the logarithm of a normal number.
+  // Short path: operand a needs the top exponent bit of a + kShiftA set, b the top two of b + kShiftB. Then every sum
+  // or difference of their logarithms is the logarithm of a normal number.
   static constexpr S kTopBit = S{1} << (kMantissaBits + kExponentBits_ - 1);
   static constexpr S kTopTwo = kTopBit | (kTopBit >> 1);
   static constexpr S kShiftA = kTopBit >> 1;
   static constexpr S kShiftB = 3 * (kTopBit >> 2);
 };
-template <class F>
-struct Unit;
-template <>
-struct Unit<float> : Format<std::int32_t, std::int32_t, std::uint32_t, 23, 8> {};
-template <>
-struct Unit<double> : Format<std::int64_t, std::int64_t, std::uint64_t, 52, 11> {};
-template <>
-struct Unit<simd::f32> : Format<std::int32_t, simd::i32, simd::u32, 23, 8> {};
-template <>
-struct Unit<simd::f64> : Format<std::int64_t, simd::i64, simd::u64, 52, 11> {};
-template <class F>
-using IntOf = typename Unit<F>::I;
-template <class F>
-using MaskOf = decltype(IntOf<F>{} < IntOf<F>{});
+template <class F> struct Unit;
+template <> struct Unit<float> : Format<std::int32_t, std::int32_t, std::uint32_t, 23, 8> {};
+template <> struct Unit<double> : Format<std::int64_t, std::int64_t, std::uint64_t, 52, 11> {};
+template <> struct Unit<simd::f32> : Format<std::int32_t, simd::i32, simd::u32, 23, 8> {};
+template <> struct Unit<simd::f64> : Format<std::int64_t, simd::i64, simd::u64, 52, 11> {};
+template <class F> using IntOf = typename Unit<F>::I;
+template <class F> using MaskOf = decltype(IntOf<F>{} < IntOf<F>{});
 
-template <class F>
-FASTOPS_INLINE F constant_of(double value) {
+template <class F> FASTOPS_INLINE F constant_of(double value) {
   if constexpr (sizeof(typename Unit<F>::S) == 4)
     return F{} + static_cast<float>(value);
   else
@@ -59,14 +50,12 @@ FASTOPS_INLINE F constant_of(double value) {
 }
 
 // A finite non-zero operand is 2^exponent (1 + mantissa / 2^M), subnormals included; `special` marks zero, inf and nan.
-template <class F>
-struct Operand {
+template <class F> struct Operand {
   F value;
   IntOf<F> exponent, mantissa, sign;
   MaskOf<F> special, zero;
 };
-template <class F, class Constants>
-FASTOPS_INLINE Operand<F> split(F a, const Constants& k) {
+template <class F, class Constants> FASTOPS_INLINE Operand<F> split(F a, const Constants& k) {
   using N = Unit<F>;
   using I = typename N::I;
   Operand<F> r;
@@ -87,8 +76,7 @@ FASTOPS_INLINE Operand<F> split(F a, const Constants& k) {
 }
 
 // sign 2^exponent (1 + fraction / 2^M), rounded once: the first factor is normal, so only the last product rounds.
-template <class F>
-FASTOPS_INLINE F compose(IntOf<F> exponent, IntOf<F> fraction, IntOf<F> sign) {
+template <class F> FASTOPS_INLINE F compose(IntOf<F> exponent, IntOf<F> fraction, IntOf<F> sign) {
   using N = Unit<F>;
   using I = typename N::I;
   exponent = select(exponent < N::kLowest, I{} + N::kLowest, exponent);
@@ -98,8 +86,8 @@ FASTOPS_INLINE F compose(IntOf<F> exponent, IntOf<F> fraction, IntOf<F> sign) {
          bits<F>(((exponent - half + N::kBias) << N::kMantissaBits) | sign);
 }
 
-// The logarithm's last step: `sum` carries whole octaves above the mantissa bits. Special lanes and flushed ones compute
-// with exponent 0, so that they raise nothing.
+// The logarithm's last step: `sum` carries whole octaves above the mantissa bits. Special lanes and flushed ones
+// compute with exponent 0, so that they raise nothing.
 template <class F, class Constants>
 FASTOPS_INLINE F finish(IntOf<F> exponent, IntOf<F> sum, IntOf<F> sign, MaskOf<F> special, F special_value,
                         const Constants& k) {
@@ -112,20 +100,17 @@ FASTOPS_INLINE F finish(IntOf<F> exponent, IntOf<F> sum, IntOf<F> sign, MaskOf<F
   return select(special, special_value, select(flushed, bits<F>(sign), r));
 }
 
-template <class F, class Constants>
-FASTOPS_INLINE IntOf<F> offset(const Constants& k, IntOf<F> x) {
+template <class F, class Constants> FASTOPS_INLINE IntOf<F> offset(const Constants& k, IntOf<F> x) {
   if (k.segment_bits == 0) return IntOf<F>{} + k.c;
   return simd::gather(k.table, x >> (Unit<F>::kMantissaBits - k.segment_bits));
 }
-template <class F, class Constants>
-FASTOPS_INLINE IntOf<F> offset(const Constants& k, IntOf<F> x, IntOf<F> y) {
+template <class F, class Constants> FASTOPS_INLINE IntOf<F> offset(const Constants& k, IntOf<F> x, IntOf<F> y) {
   if (k.segment_bits == 0) return IntOf<F>{} + k.c;
   const int shift = Unit<F>::kMantissaBits - k.segment_bits;
   return simd::gather(k.table, ((x >> shift) << k.segment_bits) + (y >> shift));
 }
 
-template <class F, class Constants>
-FASTOPS_INLINE F mul(F a, F b, const Constants& k) {
+template <class F, class Constants> FASTOPS_INLINE F mul(F a, F b, const Constants& k) {
   const Operand<F> p = split(a, k), q = split(b, k);
   const auto special = p.special | q.special;
   const F one = constant_of<F>(1);
@@ -133,8 +118,7 @@ FASTOPS_INLINE F mul(F a, F b, const Constants& k) {
   return finish<F>(p.exponent + q.exponent, p.mantissa + q.mantissa + offset<F>(k, p.mantissa, q.mantissa),
                    p.sign ^ q.sign, special, ieee, k);
 }
-template <class F, class Constants>
-FASTOPS_INLINE F div(F a, F b, const Constants& k) {
+template <class F, class Constants> FASTOPS_INLINE F div(F a, F b, const Constants& k) {
   const Operand<F> p = split(a, k), q = split(b, k);
   const auto special = p.special | q.special;
   const F one = constant_of<F>(1);
@@ -142,15 +126,13 @@ FASTOPS_INLINE F div(F a, F b, const Constants& k) {
   return finish<F>(p.exponent - q.exponent, p.mantissa - q.mantissa + offset<F>(k, p.mantissa, q.mantissa),
                    p.sign ^ q.sign, special, ieee, k);
 }
-template <class F, class Constants>
-FASTOPS_INLINE F square(F a, const Constants& k) {
+template <class F, class Constants> FASTOPS_INLINE F square(F a, const Constants& k) {
   const Operand<F> p = split(a, k);
   const F v = select(p.special, p.value, constant_of<F>(1));
   return finish<F>(p.exponent + p.exponent, p.mantissa + p.mantissa + offset<F>(k, p.mantissa), IntOf<F>{}, p.special,
                    v * v, k);
 }
-template <class F, class Constants>
-FASTOPS_INLINE F reciprocal(F a, const Constants& k) {
+template <class F, class Constants> FASTOPS_INLINE F reciprocal(F a, const Constants& k) {
   const Operand<F> p = split(a, k);
   const F one = constant_of<F>(1);
   return finish<F>(-p.exponent, offset<F>(k, p.mantissa) - p.mantissa, p.sign, p.special,
@@ -158,8 +140,7 @@ FASTOPS_INLINE F reciprocal(F a, const Constants& k) {
 }
 
 // One where the operand is not negative, nan (raising invalid) where it is: -0 counts as zero.
-template <class F>
-FASTOPS_INLINE F invalid_where(MaskOf<F> negative) {
+template <class F> FASTOPS_INLINE F invalid_where(MaskOf<F> negative) {
   using N = Unit<F>;
   using I = typename N::I;
   const F z = simd::opaque(bits<F>(select(negative, I{} + N::kInfinity, I{})));
@@ -168,16 +149,14 @@ FASTOPS_INLINE F invalid_where(MaskOf<F> negative) {
 
 // Halves a logarithm u = exponent 2^M + fraction (fraction any sign) to nearest even and returns the value of its half.
 // The dtype's own last bit decides `even`; half types round when they are stored, and are exact here.
-template <class F>
-FASTOPS_INLINE F half_log(IntOf<F> exponent, IntOf<F> fraction) {
+template <class F> FASTOPS_INLINE F half_log(IntOf<F> exponent, IntOf<F> fraction) {
   using N = Unit<F>;
   using I = typename N::I;
   const I u = bits<I>(bits<typename N::U>(exponent) << N::kMantissaBits) + fraction;
   const I t = (u + ((u >> 1) & 1)) >> 1;
   return bits<F>(t + N::kOne);
 }
-template <class F, class Constants>
-FASTOPS_INLINE F sqrt(F a, const Constants& k) {
+template <class F, class Constants> FASTOPS_INLINE F sqrt(F a, const Constants& k) {
   const Operand<F> p = split(a, k);
   const auto negative = (p.sign != 0) & (p.zero == 0);
   const auto special = p.special | negative;
@@ -185,8 +164,7 @@ FASTOPS_INLINE F sqrt(F a, const Constants& k) {
   const F ieee = select(p.special & (negative == 0), p.value, constant_of<F>(1)) * invalid_where<F>(negative);
   return select(special, ieee, half_log<F>(p.exponent, p.mantissa + c + c));
 }
-template <class F, class Constants>
-FASTOPS_INLINE F rsqrt(F a, const Constants& k) {
+template <class F, class Constants> FASTOPS_INLINE F rsqrt(F a, const Constants& k) {
   const Operand<F> p = split(a, k);
   const auto negative = (p.sign != 0) & (p.zero == 0);
   const auto special = p.special | negative;
@@ -196,8 +174,7 @@ FASTOPS_INLINE F rsqrt(F a, const Constants& k) {
   return select(special, ieee, half_log<F>(-p.exponent, c + c - p.mantissa));
 }
 // e + x, one rounding.
-template <class F, class Constants>
-FASTOPS_INLINE F log2(F a, const Constants& k) {
+template <class F, class Constants> FASTOPS_INLINE F log2(F a, const Constants& k) {
   using N = Unit<F>;
   using I = typename N::I;
   const Operand<F> p = split(a, k);
@@ -214,8 +191,7 @@ FASTOPS_INLINE F log2(F a, const Constants& k) {
   return select(special, ieee, exponent + fraction);
 }
 // 2^floor(a) (1 + a - floor(a)); where 1 + a - floor(a) needs rounding the result is normal, so it rounds once.
-template <class F, class Constants>
-FASTOPS_INLINE F exp2(F a, const Constants& k) {
+template <class F, class Constants> FASTOPS_INLINE F exp2(F a, const Constants& k) {
   using N = Unit<F>;
   using I = typename N::I;
   const I raw = bits<I>(a);
@@ -237,10 +213,7 @@ FASTOPS_INLINE F exp2(F a, const Constants& k) {
 
 // ---- forms 1 and 2 ------------------------------------------------------------------------------------------------
 // What is left of a significand after its highest set bit has been taken away; zero stays zero.
-template <class F>
-FASTOPS_INLINE F without_top_bit(F v) {
-  return v - bits<F>(bits<IntOf<F>>(v) & Unit<F>::kInfinity);
-}
+template <class F> FASTOPS_INLINE F without_top_bit(F v) { return v - bits<F>(bits<IntOf<F>>(v) & Unit<F>::kInfinity); }
 // Constants of a float32 or half product computed in double lanes: all of it exact, one rounding when it is stored.
 struct WideConstants {
   std::int64_t mantissa_mask, flush_below, lowest_exponent;
@@ -257,8 +230,7 @@ FASTOPS_INLINE WideConstants widen(const fastops_mitchell_params& params, const 
   w.corrections = params.corrections;
   return w;
 }
-template <class F>
-FASTOPS_INLINE F wide_product(F a, F b, const WideConstants& k) {
+template <class F> FASTOPS_INLINE F wide_product(F a, F b, const WideConstants& k) {
   using N = Unit<F>;
   using I = typename N::I;
   const Operand<F> p = split(a, k), q = split(b, k);
@@ -302,7 +274,9 @@ inline double round_scaled(unsigned __int128 value, int exponent) {
   for (; exponent < -1000; exponent += 1000) r *= 0x1p-1000;
   return r * bits<double>(static_cast<std::int64_t>(exponent + 1023) << 52);
 }
-inline std::uint64_t without_top_bit(std::uint64_t v) { return v ? v ^ (std::uint64_t{1} << (63 - __builtin_clzll(v))) : 0; }
+inline std::uint64_t without_top_bit(std::uint64_t v) {
+  return v ? v ^ (std::uint64_t{1} << (63 - __builtin_clzll(v))) : 0;
+}
 // Forms 1 and 2 for float64: 128-bit integers.
 inline double exact_product(double a, double b, const fastops_mitchell_params& params,
                             const MitchellConstants<std::int64_t>& k) {
@@ -336,8 +310,8 @@ inline double exact_product(double a, double b, const fastops_mitchell_params& p
 
 // ---- integers -----------------------------------------------------------------------------------------------------
 struct IntegerConstants {
-  std::int64_t c;            // in units of 2^-(52 or 23)
-  std::int32_t unit_bits;    // 52 or 23
+  std::int64_t c;          // in units of 2^-(52 or 23)
+  std::int32_t unit_bits;  // 52 or 23
   std::int32_t form, corrections, mantissa_bits, segment_bits;
   bool unary;  // the table has one row, by the first operand
 };
@@ -368,7 +342,8 @@ inline std::uint64_t integer_product(std::uint64_t a, std::uint64_t b, const Int
       const std::uint64_t row = x >> (63 - k.segment_bits), column = y >> (63 - k.segment_bits);
       c = table[k.unary ? row : (row << k.segment_bits) + column];
     }
-    const __int128 sum = static_cast<__int128>(x) + y + static_cast<__int128>(c) * (std::int64_t{1} << (63 - k.unit_bits));
+    const __int128 sum =
+        static_cast<__int128>(x) + y + static_cast<__int128>(c) * (std::int64_t{1} << (63 - k.unit_bits));
     Wide significand;
     int shift = ka + kb - 63;
     if (k.form == FASTOPS_FORM_EQUATION) {
@@ -392,7 +367,8 @@ FASTOPS_INLINE std::uint64_t plain_product(std::uint64_t a, std::uint64_t b) {
   const int ka = 63 - __builtin_clzll(a), kb = 63 - __builtin_clzll(b);
   using Wide = unsigned __int128;
   const Wide whole = Wide{1} << (ka + kb);
-  const Wide rest = (static_cast<Wide>(a ^ (std::uint64_t{1} << ka)) << kb) + (static_cast<Wide>(b ^ (std::uint64_t{1} << kb)) << ka);
+  const Wide rest =
+      (static_cast<Wide>(a ^ (std::uint64_t{1} << ka)) << kb) + (static_cast<Wide>(b ^ (std::uint64_t{1} << kb)) << ka);
   return static_cast<std::uint64_t>(rest < whole ? whole + rest : rest << 1);
 }
 

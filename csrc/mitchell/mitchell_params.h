@@ -11,14 +11,13 @@ namespace fastops {
 
 // The constants in the units of the type the kernel computes in: float32's 2^-23 for f16, bf16 and f32 (a half type's
 // constant is a multiple of its own unit), float64's 2^-52 for f64. Masks clear the mantissa bits beyond mantissa_bits.
-template <class Int>
-struct MitchellConstants {
+template <class Int> struct MitchellConstants {
   Int c;
-  Int mantissa_mask;     // of the explicit mantissa, all ones where nothing is cut
-  Int flush_below;       // bits of the dtype's smallest normal number, 0 where subnormals are kept
-  Int lowest_exponent;   // of a result that is not flushed
+  Int mantissa_mask;          // of the explicit mantissa, all ones where nothing is cut
+  Int flush_below;            // bits of the dtype's smallest normal number, 0 where subnormals are kept
+  Int lowest_exponent;        // of a result that is not flushed
   std::int32_t segment_bits;  // log2 of the segments a mantissa, 0 without a table
-  bool fast;             // the kernels' short path applies: form 0, one constant, nothing to flush among its operands
+  bool fast;  // the kernels' short path applies: form 0, one constant, nothing to flush among its operands
   Int table[256];
 };
 

@@ -40,12 +40,19 @@ struct LoopType {
 constexpr fastops_dtype kLong = sizeof(long) == 8 ? FASTOPS_I64 : FASTOPS_I32;
 constexpr fastops_dtype kULong = sizeof(long) == 8 ? FASTOPS_U64 : FASTOPS_U32;
 // In NumPy's order, which is that of its search. Integers come first and are left out where an operation has none.
-constexpr LoopType kLoops[] = {
-    {NPY_BYTE, NPY_SHORT, FASTOPS_I8},        {NPY_UBYTE, NPY_USHORT, FASTOPS_U8}, {NPY_SHORT, NPY_INT, FASTOPS_I16},
-    {NPY_USHORT, NPY_UINT, FASTOPS_U16},      {NPY_INT, NPY_LONG, FASTOPS_I32},    {NPY_UINT, NPY_ULONG, FASTOPS_U32},
-    {NPY_LONG, NPY_LONG, kLong},              {NPY_ULONG, NPY_ULONG, kULong},      {NPY_LONGLONG, NPY_LONGLONG, FASTOPS_I64},
-    {NPY_ULONGLONG, NPY_ULONGLONG, FASTOPS_U64}, {NPY_HALF, NPY_HALF, FASTOPS_F16}, {NPY_FLOAT, NPY_FLOAT, FASTOPS_F32},
-    {NPY_DOUBLE, NPY_DOUBLE, FASTOPS_F64}};
+constexpr LoopType kLoops[] = {{NPY_BYTE, NPY_SHORT, FASTOPS_I8},
+                               {NPY_UBYTE, NPY_USHORT, FASTOPS_U8},
+                               {NPY_SHORT, NPY_INT, FASTOPS_I16},
+                               {NPY_USHORT, NPY_UINT, FASTOPS_U16},
+                               {NPY_INT, NPY_LONG, FASTOPS_I32},
+                               {NPY_UINT, NPY_ULONG, FASTOPS_U32},
+                               {NPY_LONG, NPY_LONG, kLong},
+                               {NPY_ULONG, NPY_ULONG, kULong},
+                               {NPY_LONGLONG, NPY_LONGLONG, FASTOPS_I64},
+                               {NPY_ULONGLONG, NPY_ULONGLONG, FASTOPS_U64},
+                               {NPY_HALF, NPY_HALF, FASTOPS_F16},
+                               {NPY_FLOAT, NPY_FLOAT, FASTOPS_F32},
+                               {NPY_DOUBLE, NPY_DOUBLE, FASTOPS_F64}};
 constexpr int kLoopCount = sizeof(kLoops) / sizeof(kLoops[0]);
 constexpr int kIntegerLoops = 10;
 static_assert(sizeof(long) == 8, "the product of two 32-bit integers is a long");
@@ -95,16 +102,18 @@ int parse_spec(PyObject* spec, fastops_mitchell_params* params) {
   PyObject* table;
   std::memset(params, 0, sizeof *params);
   if (!PyTuple_Check(spec)) {
-    PyErr_SetString(PyExc_TypeError, "spec must be a tuple (form, flush, corrections, mantissa_bits, segments, c, table)");
+    PyErr_SetString(PyExc_TypeError,
+                    "spec must be a tuple (form, flush, corrections, mantissa_bits, segments, c, table)");
     return -1;
   }
-  if (!PyArg_ParseTuple(spec, "iiiiidO!;spec must be (form, flush, corrections, mantissa_bits, segments, c, table)", &form,
-                        &flush, &corrections, &mantissa_bits, &segments, &c, &PyTuple_Type, &table))
+  if (!PyArg_ParseTuple(spec, "iiiiidO!;spec must be (form, flush, corrections, mantissa_bits, segments, c, table)",
+                        &form, &flush, &corrections, &mantissa_bits, &segments, &c, &PyTuple_Type, &table))
     return -1;
   const Py_ssize_t entries = PyTuple_GET_SIZE(table);
-  if (segments < 0 || segments > 16 || (entries != segments && entries != static_cast<Py_ssize_t>(segments) * segments)) {
-    PyErr_Format(PyExc_ValueError, "spec's table must have segments or segments^2 entries, got %zd for %d segments", entries,
-                 segments);
+  if (segments < 0 || segments > 16 ||
+      (entries != segments && entries != static_cast<Py_ssize_t>(segments) * segments)) {
+    PyErr_Format(PyExc_ValueError, "spec's table must have segments or segments^2 entries, got %zd for %d segments",
+                 entries, segments);
     return -1;
   }
   params->form = form;
@@ -125,12 +134,16 @@ PyObject* make_ufunc(const char* op_name, const char* name, const char* doc, PyO
   int op = 0;
   constexpr int ops = sizeof(kOps) / sizeof(kOps[0]);
   while (op < ops && std::strcmp(kOps[op], op_name) != 0) ++op;
-  if (op == ops) return PyErr_Format(PyExc_ValueError, "op must be one of mul, div, square, reciprocal, sqrt, rsqrt, log2, exp2, got '%.40s'", op_name);
+  if (op == ops)
+    return PyErr_Format(PyExc_ValueError,
+                        "op must be one of mul, div, square, reciprocal, sqrt, rsqrt, log2, exp2, got '%.40s'",
+                        op_name);
   fastops_mitchell_params params;
   if (parse_spec(spec, &params) < 0) return nullptr;
   const bool binary = op <= FASTOPS_DIV, integers = op == FASTOPS_MUL || op == FASTOPS_SQUARE;
   if (params.form != FASTOPS_FORM_LOG && !integers)
-    return PyErr_Format(PyExc_ValueError, "spec's form must be 0 for %s, got %d", op_name, static_cast<int>(params.form));
+    return PyErr_Format(PyExc_ValueError, "spec's form must be 0 for %s, got %d", op_name,
+                        static_cast<int>(params.form));
   fastops_mitchell* m = nullptr;
   switch (fastops_mitchell_create(&params, &m)) {
     case FASTOPS_OK:
@@ -138,7 +151,8 @@ PyObject* make_ufunc(const char* op_name, const char* name, const char* doc, PyO
     case FASTOPS_NO_MEMORY:
       return PyErr_NoMemory();
     default:
-      PyErr_SetString(PyExc_ValueError, "spec must describe a multiplier: form 0 .. 2, |c| < 0.5, segments 0, 2, 4, 8 or 16");
+      PyErr_SetString(PyExc_ValueError,
+                      "spec must describe a multiplier: form 0 .. 2, |c| < 0.5, segments 0, 2, 4, 8 or 16");
       return nullptr;
   }
   const std::size_t name_size = std::strlen(name) + 1, doc_size = std::strlen(doc) + 1;
@@ -162,9 +176,11 @@ PyObject* make_ufunc(const char* op_name, const char* name, const char* doc, PyO
     *types++ = static_cast<char>(kLoops[i].result);
   }
   u->loops[kLoopCount] = {m, static_cast<fastops_mitchell_op>(op), FASTOPS_BF16};
-  // One is neutral only where nothing shifts the logarithm's sum.
-  const int identity = op == FASTOPS_MUL && params.c == 0 && params.segments == 0 ? PyUFunc_One : PyUFunc_None;
-  u->ufunc = PyUFunc_FromFuncAndData(u->functions, u->data, u->types, count, binary ? 2 : 1, 1, identity, own_name, own_doc, 0);
+  // One is neutral only where nothing shifts the sum of the logarithms and nothing is cut off the operands.
+  const bool neutral = params.c == 0 && params.segments == 0 && params.mantissa_bits == 0 && params.flush == 0;
+  const int identity = op == FASTOPS_MUL && neutral ? PyUFunc_One : PyUFunc_None;
+  u->ufunc = PyUFunc_FromFuncAndData(u->functions, u->data, u->types, count, binary ? 2 : 1, 1, identity, own_name,
+                                     own_doc, 0);
   if (u->ufunc == nullptr) {
     fastops_mitchell_destroy(m);
     std::free(u);
@@ -189,7 +205,8 @@ PyObject* register_bfloat16(PyObject* type) {
   const npy_intp size = PyDataType_ELSIZE(descr);
   Py_DECREF(descr);
   if (number < NPY_USERDEF || size != 2) {
-    PyErr_SetString(PyExc_TypeError, "type must be a bfloat16 scalar type registered with NumPy, such as ml_dtypes.bfloat16");
+    PyErr_SetString(PyExc_TypeError,
+                    "type must be a bfloat16 scalar type registered with NumPy, such as ml_dtypes.bfloat16");
     return nullptr;
   }
   Guard guard;
