@@ -32,7 +32,9 @@ SHORT = ["bench", "--only", "mul float32 n=1e3", "--budget", "1"]
 
 
 def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    settings: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 120} | options
+    # Buffered as a user's Python is: a broken pipe then shows at the last flush.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    settings: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 120, "env": env} | options
     return subprocess.run([*COMMAND, *arguments], check=False, **settings)
 
 
@@ -198,11 +200,13 @@ def test_bench_on_a_terminal_draws_a_bar_and_a_table() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["config"], ["config", "--json"]])
-def test_reader_that_leaves_ends_it_quietly(arguments: list[str]) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_reader_that_leaves_ends_it_quietly(arguments: list[str], unbuffered: str) -> None:
     read, write = os.pipe()
     os.close(read)
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     with os.fdopen(write, "w") as gone:
-        done = run(*arguments, capture_output=False, stdout=gone, stderr=subprocess.PIPE)
+        done = run(*arguments, capture_output=False, stdout=gone, stderr=subprocess.PIPE, env=env)
     assert (done.returncode, done.stderr) == (141, "")
 
 
