@@ -59,7 +59,7 @@ void fill(MitchellConstants<Int>& k, const fastops_mitchell_params& p, int bits,
 
 bool is_valid(const fastops_mitchell_params& p) noexcept {
   const bool segments = p.segments == 0 || p.segments == 2 || p.segments == 4 || p.segments == 8 || p.segments == 16;
-  if (p.form < 0 || p.form > FASTOPS_FORM_ITERATIVE || (p.flush & ~1) || p.corrections < 0 || p.corrections > 64 ||
+  if (p.form < 0 || p.form > FASTOPS_FORM_ITERATIVE || (p.flush & ~1) || p.corrections < 0 || p.corrections > 3 ||
       p.mantissa_bits < 0 || p.mantissa_bits > 52 || !segments || (p.segments && p.form != FASTOPS_FORM_LOG))
     return false;
   if (!(std::fabs(p.c) < 0.5)) return false;
