@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
-/* The CPU level this machine runs, by cpuid and xgetbv alone: plain C, so that it can answer where NumPy cannot start. */
+/* The CPU level this machine runs, by cpuid and xgetbv alone: plain C, so that it can answer where NumPy cannot start.
+ */
 #ifndef FASTOPS_CORE_CPUID_H
 #define FASTOPS_CORE_CPUID_H
 
@@ -20,8 +21,8 @@ static inline int fastops_x86_level(void) {
   }
   {
     const unsigned v2 = (1u << 0) | (1u << 9) | (1u << 13) | (1u << 19) | (1u << 20) | (1u << 23);
-    const unsigned v3_1 = (1u << 12) | (1u << 22) | (1u << 28) | (1u << 29);     /* FMA MOVBE AVX F16C */
-    const unsigned v3_7 = (1u << 3) | (1u << 5) | (1u << 8);                     /* BMI1 AVX2 BMI2 */
+    const unsigned v3_1 = (1u << 12) | (1u << 22) | (1u << 28) | (1u << 29);              /* FMA MOVBE AVX F16C */
+    const unsigned v3_7 = (1u << 3) | (1u << 5) | (1u << 8);                              /* BMI1 AVX2 BMI2 */
     const unsigned v4_7 = (1u << 16) | (1u << 17) | (1u << 28) | (1u << 30) | (1u << 31); /* F DQ CD BW VL */
     if ((c1 & v2) != v2 || !(cx & 1u)) return 1;
     if ((c1 & v3_1) != v3_1 || (b7 & v3_7) != v3_7 || !(cx & (1u << 5)) || (state & 0x6) != 0x6) return 2;
