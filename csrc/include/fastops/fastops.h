@@ -109,8 +109,8 @@ FASTOPS_API void fastops_mitchell_destroy(fastops_mitchell* m) FASTOPS_NOEXCEPT;
 /* out[i] = op(a[i], b[i]), strides in bytes; unary operations ignore b. Integers: FASTOPS_MUL and FASTOPS_SQUARE
    only, results of twice the width (64-bit: the same width, modulo 2^64). `out` may equal an operand exactly. */
 FASTOPS_API fastops_status fastops_mitchell_apply(const fastops_mitchell* m, fastops_mitchell_op op,
-                                                  fastops_dtype dtype, const void* a, ptrdiff_t stride_a,
-                                                  const void* b, ptrdiff_t stride_b, void* out, ptrdiff_t stride_out,
+                                                  fastops_dtype dtype, const void* a, ptrdiff_t stride_a, const void* b,
+                                                  ptrdiff_t stride_b, void* out, ptrdiff_t stride_out,
                                                   size_t n) FASTOPS_NOEXCEPT;
 
 /* Shape and strides (in elements) shared by the matrices of a batch. */
@@ -142,25 +142,25 @@ FASTOPS_API fastops_status fastops_mitchell_matmul_grad_b(const fastops_mitchell
 
 /* Two-dimensional convolution (cross-correlation), all arrays C-contiguous. */
 typedef struct fastops_conv2d {
-  size_t batch, channels, height, width;    /* x (batch, channels, height, width) */
+  size_t batch, channels, height, width;       /* x (batch, channels, height, width) */
   size_t filters, kernel_height, kernel_width; /* w (filters, channels / groups, kernel_height, kernel_width) */
   size_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups;
 } fastops_conv2d;
 FASTOPS_API fastops_status fastops_mitchell_conv2d(const fastops_mitchell* m, fastops_dtype dtype,
-                                                   const fastops_conv2d* shape, const void* x, const void* w,
-                                                   void* out, fastops_poll poll) FASTOPS_NOEXCEPT;
+                                                   const fastops_conv2d* shape, const void* x, const void* w, void* out,
+                                                   fastops_poll poll) FASTOPS_NOEXCEPT;
 /* dx and dw like x and w; either may be null. */
 FASTOPS_API fastops_status fastops_mitchell_conv2d_grad(const fastops_mitchell* m, fastops_gradient mode,
-                                                        fastops_dtype dtype, const fastops_conv2d* shape,
-                                                        const void* x, const void* w, const void* dy, void* dx,
-                                                        void* dw, fastops_poll poll) FASTOPS_NOEXCEPT;
+                                                        fastops_dtype dtype, const fastops_conv2d* shape, const void* x,
+                                                        const void* w, const void* dy, void* dx, void* dw,
+                                                        fastops_poll poll) FASTOPS_NOEXCEPT;
 
 /* out = sum over k of table[a][b], 256 x 256 int32 (or int64 with wide_table) entries indexed by raw bytes;
    out int32 (wide_out == 0; the caller has ruled overflow out) or int64; strides in elements. */
 FASTOPS_API fastops_status fastops_lut_matmul(size_t batch, const uint8_t* const* a, fastops_matrix shape_a,
                                               const uint8_t* const* b, fastops_matrix shape_b, const void* table,
-                                              int wide_table, void* const* out, fastops_matrix shape_out,
-                                              int wide_out, fastops_poll poll) FASTOPS_NOEXCEPT;
+                                              int wide_table, void* const* out, fastops_matrix shape_out, int wide_out,
+                                              fastops_poll poll) FASTOPS_NOEXCEPT;
 
 /* da[i], db[i] from dy[i], contiguous, op FASTOPS_MUL or FASTOPS_DIV, dtype F16, BF16, F32 or F64. */
 FASTOPS_API fastops_status fastops_mitchell_grad(const fastops_mitchell* m, fastops_mitchell_op op,
