@@ -31,7 +31,7 @@ FASTOPS_INLINE i32 load_parts(const char* const* rows, std::size_t first, std::s
   const auto part = [&](std::size_t p) { return _mm_loadu_si128((const __m128i*)(rows[first + p * step] + offset)); };
   const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(part(0)), part(1), 1);
   const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(part(2)), part(3), 1);
-  return (i32)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  return (i32)_mm512_maskz_inserti64x4(__mmask8(-1), _mm512_castsi256_si512(low), high, 1);
 #elif defined(FASTOPS_AVX2)
   (void)parts;
   const auto part = [&](std::size_t p) { return _mm_loadu_si128((const __m128i*)(rows[first + p * step] + offset)); };
