@@ -33,5 +33,7 @@ def bench_mitchell(benchmark: Any, case: Case, row: Implementation) -> None:
     with level or contextlib.nullcontext():
         task = mitchell.prepare(case, row)
         benchmark.group = case.group
+        if task.work < task.whole:
+            benchmark.name += f" (1/{task.whole / task.work:.0f} of the problem)"
         benchmark.extra_info.update(error=task.check(), work=task.work, unit=case.unit, note=task.note)
         benchmark(task.call, *task.args)

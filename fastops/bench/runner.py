@@ -71,13 +71,14 @@ class Worker:
 
     def receive(self, seconds: float) -> dict[str, Any]:
         """The answer to the last request; WorkerDied when there is none within `seconds`."""
-        end = time.monotonic() + max(seconds, 0.05)
+        seconds = max(seconds, 0.05)
+        end = time.monotonic() + seconds
         with selectors.DefaultSelector() as selector:
             selector.register(self.stdout, selectors.EVENT_READ)
             while b"\n" not in self.buffer:
                 left = end - time.monotonic()
                 if left <= 0 or not selector.select(left):
-                    raise WorkerDied(f"no answer within {seconds:.0f} s")
+                    raise WorkerDied(f"no answer within {seconds:.3g} s")
                 data = os.read(self.stdout.fileno(), 1 << 16)
                 if not data:
                     raise WorkerDied(self.obituary())
