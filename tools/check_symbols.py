@@ -29,7 +29,7 @@ def defined_symbols(path: Path, *, dynamic: bool = False) -> list[str]:
 
 def belongs_to(symbol: str, level: str) -> bool:
     """Whether a mangled name (function, static local, guard, type information) lies in ``fastops::<level>``."""
-    return re.match(rf"_Z(?:GV|T[VIST]|Z)*N[KVrRO]*7fastops{len(level)}{level}", symbol) is not None
+    return re.match(rf"_Z(?:GV|T[ISTV]|Z)*N[KVrRO]*7fastops{len(level)}{level}", symbol) is not None
 
 
 def foreign_symbols(objects: Iterable[Path], level: str) -> list[str]:
