@@ -15,8 +15,7 @@ from typing import Any, Final
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
+from numba import extending
 
 MUL: Final = 0
 DIV: Final = 1
@@ -50,6 +49,11 @@ _TOP: Final = 1 << 62
 _MAX: Final = (1 << 63) - 1
 _LOW27: Final = (1 << 27) - 1
 
+# Of no type to the checker, whatever this version of Numba declares: it takes an intrinsic's typing context for an argument.
+types: Any = numba.types
+njit: Any = numba.njit
+intrinsic: Any = extending.intrinsic
+
 
 class Kernel:
     """A loop that is compiled for its one signature when it is first called."""
@@ -73,10 +77,10 @@ class Kernel:
         with self._lock:
             if self._compiled is None:
                 try:
-                    self._compiled = numba.njit(self._signature, nogil=True, cache=True, **self._options)(self._function)
+                    self._compiled = njit(self._signature, nogil=True, cache=True, **self._options)(self._function)
                 except (OSError, RuntimeError):
                     # No place for the cache, or one that cannot be written: every process then compiles for itself.
-                    self._compiled = numba.njit(self._signature, nogil=True, **self._options)(self._function)
+                    self._compiled = njit(self._signature, nogil=True, **self._options)(self._function)
         return self._compiled
 
 
@@ -113,12 +117,12 @@ def _as_float(typingctx: Any, value: Any, like: Any) -> Any:
     return like(types.int64, like), generate
 
 
-@numba.njit  # type: ignore[untyped-decorator]
+@njit
 def _floor_log2(value):  # type: ignore[no-untyped-def]
     return 63 - _leading_zeros(value)
 
 
-@numba.njit  # type: ignore[untyped-decorator]
+@njit
 def _residue(value, corrections):  # type: ignore[no-untyped-def]
     """`value` without its `corrections` + 1 highest set bits."""
     for _ in range(corrections + 1):
@@ -175,13 +179,13 @@ def floats(op, a, b, out, p, table):  # type: ignore[no-untyped-def]
                 # A signalling NaN has the top mantissa bit clear.
                 if (ma > inf and ma < nan) or (mb > inf and mb < nan):
                     flags |= INVALID
-            elif op == MUL or op == SQUARE:
+            elif op in (MUL, SQUARE):
                 if ma == inf or mb == inf:
                     r = sign | inf
                     if ma == 0 or mb == 0:
                         r = nan
                         flags |= INVALID
-            elif op == DIV or op == RECIPROCAL:
+            elif op in (DIV, RECIPROCAL):
                 if (ma == inf and mb == inf) or (ma == 0 and mb == 0):
                     r = nan
                     flags |= INVALID
@@ -208,7 +212,7 @@ def floats(op, a, b, out, p, table):  # type: ignore[no-untyped-def]
                 r = 0 if op == RSQRT else inf
             out[i] = r
             continue
-        if sa != 0 and (op == SQRT or op == RSQRT or op == LOG2):
+        if sa != 0 and (op in (SQRT, RSQRT, LOG2)):
             out[i] = nan
             flags |= INVALID
             continue
@@ -259,10 +263,10 @@ def floats(op, a, b, out, p, table):  # type: ignore[no-untyped-def]
                 c = p[CONSTANT]
                 if segments != 0:
                     column = (y >> segment_shift) & (segments - 1)
-                    if op == MUL or op == DIV:
+                    if op in (MUL, DIV):
                         column += ((x >> segment_shift) & (segments - 1)) * segments
                     c = table[column]
-                if op == MUL or op == SQUARE:
+                if op in (MUL, SQUARE):
                     s = x + y + c
                     scale = ea + eb - m
                 else:
@@ -361,33 +365,56 @@ def floats(op, a, b, out, p, table):  # type: ignore[no-untyped-def]
     return flags
 
 
+def _word_operation(emit: Callable[..., Any]) -> Any:
+    """An operation on two words of one width that stays at that width, where Numba would widen to 64 bits."""
+
+    def operation(typingctx: Any, x: Any, y: Any) -> Any:
+        return x(x, y), lambda context, builder, signature, args: emit(builder, *args)
+
+    return intrinsic(operation)
+
+
+_add = _word_operation(lambda builder, x, y: builder.add(x, y))
+_sub = _word_operation(lambda builder, x, y: builder.sub(x, y))
+_and = _word_operation(lambda builder, x, y: builder.and_(x, y))
+_or = _word_operation(lambda builder, x, y: builder.or_(x, y))
+_xor = _word_operation(lambda builder, x, y: builder.xor(x, y))
+_without = _word_operation(lambda builder, x, y: builder.and_(x, builder.not_(y)))
+# All bits set where the comparison holds.
+_below = _word_operation(lambda builder, x, y: builder.sext(builder.icmp_unsigned("<", x, y), x.type))
+_same = _word_operation(lambda builder, x, y: builder.sext(builder.icmp_unsigned("==", x, y), x.type))
+
+
 def _fast(a, b, out, odd, block, keep_a, keep_b, sign_a, turn, offset, one, span, both):  # type: ignore[no-untyped-def]
     """Products and quotients of normal numbers and zeros, without a table: one integer sum each.
 
     |out| = (|a| & keep_a) + (|b| & keep_b, negated where `turn` has all bits set) + offset; zero where a is zero, or where b is
-    and `both` is 1. Blocks with any other operand or result are marked in `odd`; `out` is to be computed again there.
+    and `both` has all bits set. Blocks with any other operand or result are marked in `odd`; `out` is to be computed again there.
     """
-    word = a.dtype.type
-    none = word(0)
-    unit = word(1)
-    low = word(word(none - unit) >> unit)
+    none = a.dtype.type(0)
+    low = a.dtype.type(_MAX >> (64 - 8 * a.itemsize))
     for k in range(odd.size):
-        start = k * block
-        bad = none
-        for i in range(start, min(start + block, a.size)):
-            ma = word(a[i] & low)
-            mb = word(b[i] & low)
-            r = word(word(ma & keep_a) + word(word(word(mb & keep_b) ^ turn) - turn) + offset)
-            zero_a = word(ma == none)
-            zero_b = word(word(mb == none) & both)
-            good_a = word(word(ma - one) < span)
-            good_b = word(word(mb - one) < span)
-            good = word(word(r - one) < span)
-            zero = word((zero_a & (good_b | zero_b)) | (zero_b & good_a))
-            bad |= word(word((good_a & good_b & good) | zero) ^ unit)
-            sign = word(word(word(a[i] & sign_a) ^ b[i]) & word(~low))
-            out[i] = word(sign | word(r & word(zero - unit)))
-        odd[k] = bad != none
+        # Indices from 0 on are known to be no negative ones, which would have to wrap: that is what lets the loop vectorise.
+        piece = slice(k * block, (k + 1) * block)
+        left = a[piece]
+        right = b[piece]
+        result = out[piece]
+        fine = _same(none, none)
+        for i in range(result.size):
+            x = left[i]
+            y = right[i]
+            u = _and(x, low)
+            v = _and(y, low)
+            r = _add(_add(_and(u, keep_a), _sub(_xor(_and(v, keep_b), turn), turn)), offset)
+            zero_u = _same(u, none)
+            zero_v = _and(_same(v, none), both)
+            normal_u = _below(_sub(u, one), span)
+            normal_v = _below(_sub(v, one), span)
+            zero = _or(_and(zero_u, _or(normal_v, zero_v)), _and(zero_v, normal_u))
+            normal = _and(_and(normal_u, normal_v), _below(_sub(r, one), span))
+            fine = _and(fine, _or(normal, zero))
+            result[i] = _or(_without(_xor(_and(x, sign_a), y), low), _without(r, zero))
+        odd[k] = fine == none
 
 
 def _fast_signature(word: Any) -> Any:
@@ -398,7 +425,9 @@ fast32 = kernel(_fast_signature(types.uint32))(_fast)
 fast64 = kernel(_fast_signature(types.uint64))(_fast)
 
 
-@kernel(types.void(types.int64, _WORDS, _WORDS, types.int64[::1], types.int64, types.int64, types.int64, _WORDS, _WORDS))
+@kernel(
+    types.void(types.int64, _WORDS, _WORDS, types.int64[::1], types.int64, types.int64, types.int64, _WORDS, _WORDS)
+)
 def integers(op, a, b, out, signed, bits, saturate, p, table):  # type: ignore[no-untyped-def]
     """Products of integers: sign and magnitude, truncated towards zero; the low 64 bits where they do not fit.
 
@@ -472,7 +501,9 @@ def integers(op, a, b, out, signed, bits, saturate, p, table):  # type: ignore[n
 
 
 @kernel(
-    types.void(types.boolean, _WORDS, _WORDS, _given(types.float64), types.float64[::1], types.float64[::1], _WORDS, _WORDS),
+    types.void(
+        types.boolean, _WORDS, _WORDS, _given(types.float64), types.float64[::1], types.float64[::1], _WORDS, _WORDS
+    ),
     error_model="numpy",
 )
 def slopes(divide, a, b, dy, da, db, p, table):  # type: ignore[no-untyped-def]
@@ -531,17 +562,41 @@ def slopes(divide, a, b, dy, da, db, p, table):  # type: ignore[no-untyped-def]
                 carry = (x + y + c) >> m
             left = math.ldexp(sign_v, eb + carry) if regular_v else g * v
             right = math.ldexp(sign_u, ea + carry) if regular_u else g * u
-            if v != v:
+            if np.isnan(v):
                 right = np.nan
-        da[i] = np.nan if u != u else left
+        da[i] = np.nan if np.isnan(u) else left
         db[i] = right
 
 
 # --- matrix products ---------------------------------------------------------------------------------------------------------
 
 
-_DEPTH: Final = 128
+@njit
+def _survey(row, one, least, span):  # type: ignore[no-untyped-def]
+    """1 where zeros or subnormals occur, plus 2 where normal numbers outside [least, least + span), infinities or NaN do."""
+    low = row.dtype.type(_MAX >> (64 - 8 * row.itemsize))
+    zeros = row.dtype.type(0)
+    fine = row.dtype.type(-1)
+    for j in range(row.size):
+        size = _and(row[j], low)
+        tiny = _below(size, one)
+        zeros = _or(zeros, tiny)
+        fine = _and(fine, _or(tiny, _below(_sub(size, least), span)))
+    return (1 if zeros != 0 else 0) + (2 if fine == 0 else 0)
+
+
+@njit
+def _copy_normal(row, one, keep, out):  # type: ignore[no-untyped-def]
+    """The bits of `keep`, and 0 for zeros and subnormals."""
+    low = row.dtype.type(_MAX >> (64 - 8 * row.itemsize))
+    for j in range(row.size):
+        out[j] = _without(_and(row[j], keep), _below(_and(row[j], low), one))
+
+
+# Terms and columns of a packed panel, which stays in the second-level cache, and terms for which the first operand is prepared.
+_DEPTH: Final = 64
 _WIDTH: Final = 256
+_CHUNK: Final = 512
 
 
 def _matmul(a, b, acc, p, table):  # type: ignore[no-untyped-def]
@@ -562,105 +617,115 @@ def _matmul(a, b, acc, p, table):  # type: ignore[no-untyped-def]
     # Mantissa sums reach from -1/2 to 5/2: one binade down, two up.
     least = one << 1
     span = inf - 2 * one - least
+    word = a.dtype.type
     zero = acc.dtype.type(0)
     nan = acc.dtype.type(np.nan)
     depth = _DEPTH
     width = _WIDTH if segments == 0 else 64
     rows, terms = a.shape
     columns = b.shape[1]
-    mantissa = np.empty((rows, depth), a.dtype)
-    factor = np.empty((rows, depth), acc.dtype)
-    place = np.empty((rows, depth), np.int64)
+    mantissa = np.empty((rows, _CHUNK), a.dtype)
+    factor = np.empty((rows, _CHUNK), acc.dtype)
+    place = np.empty((rows, _CHUNK), np.int32)
     panel = np.empty((max(segments, 1) * depth, width), a.dtype)
     power = np.empty((depth, width), acc.dtype)
-    for k0 in range(0, terms, depth):
-        n = min(depth, terms - k0)
-        padded = (n + 3) // 4 * 4
+    for start in range(0, terms, _CHUNK):
+        length = min(_CHUNK, terms - start)
         for i in range(rows):
-            for k in range(padded):
+            for k in range((length + 3) // 4 * 4):
                 mantissa[i, k] = 0
                 factor[i, k] = zero
-                place[i, k] = k
-            for k in range(n):
-                bits = np.int64(a[i, k0 + k])
+                place[i, k] = k % depth
+            for k in range(length):
+                bits = np.int64(a[i, start + k])
                 size = bits & magnitude
                 if size >= one:
                     x = bits & fraction & keep
                     factor[i, k] = _as_float(bits & ~fraction, zero) if size <= inf else nan
                     if segments != 0:
-                        place[i, k] = (x >> segment_shift) * depth + k
+                        place[i, k] += (x >> segment_shift) * depth
                         mantissa[i, k] = x
                     else:
                         mantissa[i, k] = x + p[CONSTANT]
         for j0 in range(0, columns, width):
             nj = min(width, columns - j0)
-            some_zero = False
-            some_wild = False
-            for k in range(n):
-                for j in range(nj):
-                    size = np.int64(b[k0 + k, j0 + j]) & magnitude
-                    some_zero |= size < one
-                    some_wild |= size >= one and (size < least or size - least >= span)
-            for k in range(padded):
-                for j in range(nj):
-                    bits = bias
-                    if k < n:
-                        bits = np.int64(b[k0 + k, j0 + j])
-                    size = bits & magnitude
-                    y = bits & fraction & keep
-                    packed = 0
-                    if some_wild:
-                        packed = bias | y
-                        power[k, j] = zero
-                        if size > inf:
-                            power[k, j] = nan
+            for k0 in range(0, length, depth):
+                n = min(depth, length - k0)
+                padded = (n + 3) // 4 * 4
+                top = start + k0
+                state = 0
+                for k in range(n):
+                    state |= _survey(b[top + k, j0 : j0 + nj], word(one), word(least), word(span))
+                some_zero = state & 1 != 0
+                some_wild = state & 2 != 0
+                plain = segments == 0 and not some_wild
+                for k in range(padded):
+                    if k >= n:
+                        # Any normal number: the factor is zero.
+                        panel[k::depth] = bias
+                        continue
+                    if plain:
+                        _copy_normal(b[top + k, j0 : j0 + nj], word(one), word(~fraction | keep), panel[k])
+                        continue
+                    for j in range(nj):
+                        bits = np.int64(b[top + k, j0 + j])
+                        size = bits & magnitude
+                        y = bits & fraction & keep
+                        packed = 0
+                        if some_wild:
+                            packed = bias | y
+                            power[k, j] = zero
+                            if size > inf:
+                                power[k, j] = nan
+                            elif size >= one:
+                                power[k, j] = _as_float(bits & ~fraction, zero)
                         elif size >= one:
-                            power[k, j] = _as_float(bits & ~fraction, zero)
-                    elif size >= one:
-                        packed = (bits & ~fraction) | y
-                    if segments == 0:
-                        panel[k, j] = packed
-                    else:
+                            packed = (bits & ~fraction) | y
                         column = y >> segment_shift
-                        for s in range(segments):
+                        for s in range(max(segments, 1)):
                             panel[s * depth + k, j] = packed + table[s * segments + column] if packed != 0 else 0
-            for i in range(rows):
-                if some_wild:
-                    for k in range(n):
-                        r = place[i, k]
-                        m0 = mantissa[i, k]
-                        f0 = factor[i, k]
-                        for j in range(nj):
-                            v = _as_float(panel[r, j] + m0, zero)
-                            g = power[k, j]
-                            # The smaller factor first: the product overflows where the result does.
-                            acc[i, j0 + j] += (v * f0) * g if abs(f0) < abs(g) else (v * g) * f0
-                    continue
-                for k in range(0, padded, 4):
-                    r0, r1, r2, r3 = place[i, k], place[i, k + 1], place[i, k + 2], place[i, k + 3]
-                    m0, m1, m2, m3 = mantissa[i, k], mantissa[i, k + 1], mantissa[i, k + 2], mantissa[i, k + 3]
-                    f0, f1, f2, f3 = factor[i, k], factor[i, k + 1], factor[i, k + 2], factor[i, k + 3]
-                    if some_zero:
-                        for j in range(nj):
-                            b0, b1, b2, b3 = panel[r0, j], panel[r1, j], panel[r2, j], panel[r3, j]
-                            acc[i, j0 + j] += (
-                                (_as_float(b0 + m0, zero) if b0 != 0 else zero) * f0
-                                + (_as_float(b1 + m1, zero) if b1 != 0 else zero) * f1
-                                + (_as_float(b2 + m2, zero) if b2 != 0 else zero) * f2
-                                + (_as_float(b3 + m3, zero) if b3 != 0 else zero) * f3
-                            )
-                    else:
-                        for j in range(nj):
-                            acc[i, j0 + j] += (
-                                _as_float(panel[r0, j] + m0, zero) * f0
-                                + _as_float(panel[r1, j] + m1, zero) * f1
-                                + _as_float(panel[r2, j] + m2, zero) * f2
-                                + _as_float(panel[r3, j] + m3, zero) * f3
-                            )
+                for i in range(rows):
+                    # Slices, since indices from 0 on are known not to wrap: that lets the loops vectorise.
+                    total = acc[i, j0 : j0 + nj]
+                    r = place[i, k0 : k0 + padded]
+                    x = mantissa[i, k0 : k0 + padded]
+                    f = factor[i, k0 : k0 + padded]
+                    if some_wild:
+                        for k in range(n):
+                            m0 = x[k]
+                            f0 = f[k]
+                            p0 = panel[r[k]]
+                            for j in range(nj):
+                                v = _as_float(_add(p0[j], m0), zero)
+                                g = power[k, j]
+                                # The smaller factor first: the product overflows where the result does.
+                                total[j] += (v * f0) * g if abs(f0) < abs(g) else (v * g) * f0
+                        continue
+                    for k in range(0, padded, 4):
+                        p0, p1, p2, p3 = panel[r[k]], panel[r[k + 1]], panel[r[k + 2]], panel[r[k + 3]]
+                        m0, m1, m2, m3 = x[k], x[k + 1], x[k + 2], x[k + 3]
+                        f0, f1, f2, f3 = f[k], f[k + 1], f[k + 2], f[k + 3]
+                        if some_zero:
+                            for j in range(nj):
+                                b0, b1, b2, b3 = p0[j], p1[j], p2[j], p3[j]
+                                total[j] += (
+                                    (_as_float(_add(b0, m0), zero) if b0 != 0 else zero) * f0
+                                    + (_as_float(_add(b1, m1), zero) if b1 != 0 else zero) * f1
+                                    + (_as_float(_add(b2, m2), zero) if b2 != 0 else zero) * f2
+                                    + (_as_float(_add(b3, m3), zero) if b3 != 0 else zero) * f3
+                                )
+                        else:
+                            for j in range(nj):
+                                total[j] += (
+                                    _as_float(_add(p0[j], m0), zero) * f0
+                                    + _as_float(_add(p1[j], m1), zero) * f1
+                                    + _as_float(_add(p2[j], m2), zero) * f2
+                                    + _as_float(_add(p3[j], m3), zero) * f3
+                                )
 
 
 def _matmul_signature(word: Any, real: Any) -> Any:
-    return types.void(_given(word, 2, "A"), _given(word, 2, "A"), real[:, ::1], _WORDS, _WORDS)
+    return types.void(_given(word, 2, "A"), _given(word, 2), real[:, ::1], _WORDS, _WORDS)
 
 
 matmul32 = kernel(_matmul_signature(types.int32, types.float32), fastmath={"contract"})(_matmul)
@@ -681,7 +746,8 @@ def _matmul_slope(a, b, dy, acc, p, table):  # type: ignore[no-untyped-def]
     inf = ((1 << p[EXPONENT]) - 1) << m
     bias = (inf >> 1) & ~fraction
     magnitude = inf | fraction
-    upper = ~fraction
+    word = a.dtype.type
+    upper = word(~fraction)
     least = one << 1
     span = inf - 2 * one - least
     zero = acc.dtype.type(0)
@@ -708,42 +774,51 @@ def _matmul_slope(a, b, dy, acc, p, table):  # type: ignore[no-untyped-def]
                     acc[i, k0 + k] = nan
         for j0 in range(0, terms, depth):
             n = min(depth, terms - j0)
-            general = segments != 0
+            state = 0
             for j in range(n):
-                for k in range(nk):
-                    size = np.int64(b[j0 + j, k0 + k]) & magnitude
-                    general |= size >= one and (size < least or size - least >= span)
+                state |= _survey(b[j0 + j, k0 : k0 + nk], word(one), word(least), word(span))
+            general = segments != 0 or state & 2 != 0
+            # A row of zeros, with a zero for dy, makes the rows even in number.
+            padded = (n + 1) // 2 * 2
+            panel[padded - 1] = 0
             for j in range(n):
+                if not general:
+                    _copy_normal(b[j0 + j, k0 : k0 + nk], word(one), word(~fraction | keep), panel[j])
+                    continue
                 for k in range(nk):
                     bits = np.int64(b[j0 + j, k0 + k])
                     size = bits & magnitude
                     y = bits & fraction & keep
                     column[j, k] = y >> segment_shift
-                    if general:
-                        panel[j, k] = bias | y
-                        power[j, k] = zero
-                        if size > inf:
-                            power[j, k] = nan
-                        elif size >= one:
-                            power[j, k] = _as_float(bits & upper, zero)
-                    else:
-                        panel[j, k] = (bits & upper) | y if size >= one else 0
+                    panel[j, k] = bias | y
+                    power[j, k] = zero
+                    if size > inf:
+                        power[j, k] = nan
+                    elif size >= one:
+                        power[j, k] = _as_float(bits & ~fraction, zero)
             for i in range(rows):
-                for j in range(n):
-                    g = dy[i, j0 + j]
-                    if general:
+                total = acc[i, k0 : k0 + nk]
+                x = mantissa[i]
+                if general:
+                    for j in range(n):
+                        g = dy[i, j0 + j]
                         for k in range(nk):
                             c = table[place[i, k] + column[j, k]]
-                            v = _as_float((panel[j, k] + mantissa[i, k] + c) & upper, zero)
-                            acc[i, k0 + k] += g * power[j, k] * v
-                    else:
-                        for k in range(nk):
-                            y = panel[j, k]
-                            acc[i, k0 + k] += g * (_as_float((y + mantissa[i, k]) & upper, zero) if y != 0 else zero)
+                            v = _as_float((panel[j, k] + x[k] + c) & ~fraction, zero)
+                            total[k] += g * power[j, k] * v
+                    continue
+                for j in range(0, padded, 2):
+                    g0, g1 = dy[i, j0 + j], dy[i, j0 + j + 1] if j + 1 < n else zero
+                    p0, p1 = panel[j], panel[j + 1]
+                    for k in range(nk):
+                        b0, b1 = p0[k], p1[k]
+                        total[k] += (_as_float(_and(_add(b0, x[k]), upper), zero) if b0 != 0 else zero) * g0 + (
+                            _as_float(_and(_add(b1, x[k]), upper), zero) if b1 != 0 else zero
+                        ) * g1
 
 
 def _slope_signature(word: Any, real: Any) -> Any:
-    return types.void(_given(word, 2, "A"), _given(word, 2, "A"), _given(real, 2, "A"), real[:, ::1], _WORDS, _WORDS)
+    return types.void(_given(word, 2, "A"), _given(word, 2), _given(real, 2, "A"), real[:, ::1], _WORDS, _WORDS)
 
 
 matmul_slope32 = kernel(_slope_signature(types.int32, types.float32), fastmath={"contract"})(_matmul_slope)

@@ -125,41 +125,46 @@ def _fast(op: str, spec: OpSpec, word: np.dtype[Any], p: Array) -> _Fast | None:
         offset & everything,
         one,
         sign - 2 * one,
-        int(product),
+        everything if product else 0,
     )
     kernel = kernels.fast32 if width == 32 else kernels.fast64
     return _Fast(kernel, tuple(word.type(value) for value in constants))
 
 
-def _slow_run(plan: _Plan, a: Array, b: Array, out: Array) -> int:
-    if plan.word.itemsize == 8:
-        return int(kernels.floats(plan.op, a.view(np.int64), b.view(np.int64), out.view(np.int64), plan.p, plan.table))
-    left = a.astype(np.int64)
-    right = left if b is a else b.astype(np.int64)
-    flags = kernels.floats(plan.op, left, right, left, plan.p, plan.table)
-    out[...] = left
-    return int(flags)
+def _any_operands(plan: _Plan, a: Array, b: Array, out: Array) -> int:
+    """The operation by the kernel that takes whatever comes; in chunks, whose temporaries stay in the cache."""
+    flags = 0
+    for start in range(0, out.size, _CHUNK):
+        piece = slice(start, start + _CHUNK)
+        if plan.word.itemsize == 8:
+            left, right, result = (v[piece].view(np.int64) for v in (a, b, out))
+            flags |= kernels.floats(plan.op, left, right, result, plan.p, plan.table)
+            continue
+        left = a[piece].astype(np.int64)
+        right = left if b is a else b[piece].astype(np.int64)
+        flags |= kernels.floats(plan.op, left, right, left, plan.p, plan.table)
+        out[piece] = left
+    return flags
 
 
 def _run(plan: _Plan, a: Array, b: Array, out: Array) -> int:
     """The operation on contiguous words of one length; `out` is apart from the operands. Returns IEEE flags."""
+    if plan.fast is None:
+        return _any_operands(plan, a, b, out)
+    odd = np.empty(-(-out.size // _BLOCK), np.bool_)
+    plan.fast.kernel(a, b, out, odd, _BLOCK, *plan.fast.constants)
+    count = int(np.count_nonzero(odd))
+    if count == 0:
+        return 0
+    if 4 * count > odd.size:
+        return _any_operands(plan, a, b, out)
+    # Runs of blocks that hold a special operand or result.
     flags = 0
-    for start in range(0, out.size, _CHUNK):
-        piece = slice(start, start + _CHUNK)
-        left, result = a[piece], out[piece]
-        right = left if b is a else b[piece]
-        if plan.fast is None:
-            flags |= _slow_run(plan, left, right, result)
-            continue
-        odd = np.empty(-(-result.size // _BLOCK), np.bool_)
-        plan.fast.kernel(left, right, result, odd, _BLOCK, *plan.fast.constants)
-        if not odd.any():
-            continue
-        # Runs of blocks that hold a special operand or result.
-        edges = np.flatnonzero(np.diff(odd, prepend=False, append=False))
-        for first, last in zip((edges[::2] * _BLOCK).tolist(), (edges[1::2] * _BLOCK).tolist(), strict=True):
-            run = slice(first, last)
-            flags |= _slow_run(plan, left[run], left[run] if b is a else right[run], result[run])
+    edges = np.flatnonzero(np.diff(odd, prepend=False, append=False))
+    for first, last in zip((edges[::2] * _BLOCK).tolist(), (edges[1::2] * _BLOCK).tolist(), strict=True):
+        run = slice(first, last)
+        left = a[run]
+        flags |= _any_operands(plan, left, left if b is a else b[run], out[run])
     return flags
 
 
@@ -183,7 +188,14 @@ _INTEGER_KINDS = "iu"
 
 
 def _flat(array: Array, shape: tuple[int, ...]) -> Array:
-    return np.ascontiguousarray(np.broadcast_to(array, shape)).reshape(-1)
+    if array.shape != shape:
+        array = np.broadcast_to(array, shape)
+    return (array if _simple(array) else np.array(array, array.dtype.newbyteorder("="), order="C")).reshape(-1)
+
+
+def _simple(array: Array) -> bool:
+    flags = array.flags
+    return flags.c_contiguous and flags.aligned and array.dtype.isnative
 
 
 class _Operation:
@@ -235,7 +247,9 @@ class _Operation:
             piece = slice(start, start + _CHUNK)
             left = a[piece].astype(np.int64)
             right = left if b is a else b[piece].astype(np.int64)
-            kernels.integers(_OPS[self.op], left, right, left, signed, out.dtype.itemsize * 8 - signed, saturate, p, table)
+            kernels.integers(
+                _OPS[self.op], left, right, left, signed, out.dtype.itemsize * 8 - signed, saturate, p, table
+            )
             out[piece] = left.view(np.uint64) if out.dtype.kind == "u" else left
 
     def __call__(self, args: tuple[Any, ...], out: Any, where: Any, dtype: Any) -> Any:
@@ -251,7 +265,7 @@ class _Operation:
             shapes.append(mask.shape)
         shape = shapes[0] if len(set(shapes)) == 1 else np.broadcast_shapes(*shapes)
         if out is not None:
-            if np.broadcast_shapes(shape, out.shape) != out.shape:
+            if out.shape != shape and np.broadcast_shapes(shape, out.shape) != out.shape:
                 raise ValueError(f"out must be of shape {shape}, got {out.shape}")
             if not np.can_cast(result, out.dtype, "same_kind"):
                 raise TypeError(f"out must be of a dtype that {result} casts to, got {out.dtype}")
@@ -261,18 +275,15 @@ class _Operation:
         if mask is not None:
             return self._masked(operand, result, arrays, np.broadcast_to(mask, shape), out)
         flat = [_flat(v, shape) for v in arrays]
-        direct = (
-            out is not None
-            and out.dtype == result
-            and out.flags.c_contiguous
-            and out.flags.aligned
-            and not any(np.may_share_memory(out, v) for v in flat)
-        )
-        target = out.reshape(-1) if direct else np.empty(flat[0].size, result)
-        self.compute(operand, flat, target)
         if out is None:
+            target = np.empty(flat[0].size, result)
+            self.compute(operand, flat, target)
             return target.reshape(shape)[()]
-        if not direct:
+        if out.dtype == result and _simple(out) and not any(np.may_share_memory(out, v) for v in flat):
+            self.compute(operand, flat, out.reshape(-1))
+        else:
+            target = np.empty(flat[0].size, result)
+            self.compute(operand, flat, target)
             np.copyto(out, target.reshape(shape), casting="same_kind")
         return out
 
@@ -338,7 +349,7 @@ def _share(pieces: Iterable[tuple[Any, ...]], work: Callable[..., None], total: 
                 return
             try:
                 work(*piece)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 (raised again by the calling thread)
                 queue.clear()
                 errors.append(error)
                 return
@@ -371,11 +382,11 @@ class _Accumulator(NamedTuple):
 
 def _accumulator(spec: OpSpec, dtype: np.dtype[Any]) -> _Accumulator:
     double = dtype == np.float64
-    p, table = _parameters(
-        spec, 52 if double else 23, 11 if double else 8, constant_bits=FORMATS[dtype.name].bits
-    )
+    p, table = _parameters(spec, 52 if double else 23, 11 if double else 8, constant_bits=FORMATS[dtype.name].bits)
     below = 2.0 ** FORMATS[dtype.name].emin if spec.flush or dtype != np.float16 else 0.0
-    return _Accumulator(np.dtype(np.float64 if double else np.float32), np.dtype(np.int64 if double else np.int32), p, table, below)
+    return _Accumulator(
+        np.dtype(np.float64 if double else np.float32), np.dtype(np.int64 if double else np.int32), p, table, below
+    )
 
 
 def _operand(a: Array, how: _Accumulator) -> Array:
@@ -388,7 +399,9 @@ def _operand(a: Array, how: _Accumulator) -> Array:
 
 def _native(value: Array) -> Array:
     """Aligned and in this machine's byte order, as the kernels and views need it."""
-    if value.flags.aligned and value.dtype.isnative and not any(s % value.itemsize for s in value.strides):
+    if _simple(value) or (
+        value.flags.aligned and value.dtype.isnative and not any(s % value.itemsize for s in value.strides)
+    ):
         return value
     return np.array(value, value.dtype.newbyteorder("="), order="C")
 
@@ -400,7 +413,11 @@ def _normal(value: Array, how: _Accumulator) -> Array:
 
 def _power(value: Array) -> Array:
     """s 2**e of normal numbers; zeros, infinities and NaN as they are."""
-    return np.where(np.isfinite(value), np.copysign(np.ldexp(value.dtype.type(1), np.frexp(value)[1] - 1), value) * (value != 0), value)
+    return np.where(
+        np.isfinite(value),
+        np.copysign(np.ldexp(value.dtype.type(1), np.frexp(value)[1] - 1), value) * (value != 0),
+        value,
+    )
 
 
 def _truncated(value: Array, how: _Accumulator) -> Array:
@@ -476,7 +493,7 @@ def _matmul(spec: OpSpec, how: _Accumulator, a: Array, b: Array, out: Array | No
     acc = out if usable and out is not None else np.empty((*batch, rows, columns), how.real)
     acc[...] = 0
     left = np.broadcast_to(a.view(how.word), (*batch, rows, terms))
-    right = np.broadcast_to(b.view(how.word), (*batch, terms, columns))
+    right = np.broadcast_to(np.ascontiguousarray(b).view(how.word), (*batch, terms, columns))
     kernel = kernels.matmul32 if how.word.itemsize == 4 else kernels.matmul64
     step = _steps(rows, columns, terms)
 
@@ -578,7 +595,10 @@ def _elementwise_grad(op: str, a: Array, b: Array, dy: Array, multiplier: Multip
 
 
 def _summed(gradients: tuple[Array, Array], a: Array, b: Array) -> tuple[Array, Array]:
-    da, db = (_sum_to(np.asarray(d).astype(np.float64), v.shape).astype(v.dtype) for d, v in zip(gradients, (a, b), strict=True))
+    da, db = (
+        _sum_to(np.asarray(d).astype(np.float64), v.shape).astype(v.dtype)
+        for d, v in zip(gradients, (a, b), strict=True)
+    )
     return da, db
 
 
@@ -616,12 +636,12 @@ def _one_grad(spec: OpSpec, how: _Accumulator, a: Array, b: Array, dy: Array, ta
     if spec.form != LOG_ADD:
         b = _truncated(_normal(b, how), how)
         slope = _power(b) if spec.form == EQUATION else np.where(np.isfinite(b), b - _remainder(b, how), b)
-        return np.where(np.isnan(a), how.real.type(np.nan), np.matmul(dy, slope))
+        return np.asarray(np.where(np.isnan(a), how.real.type(np.nan), np.matmul(dy, slope)))
     rows, columns = a.shape[-2:]
     terms = b.shape[-2]
     acc = np.zeros((*batch, rows, columns), how.real)
     left = np.broadcast_to(a.view(how.word), acc.shape)
-    right = np.broadcast_to(b.view(how.word), (*batch, terms, columns))
+    right = np.broadcast_to(np.ascontiguousarray(b).view(how.word), (*batch, terms, columns))
     kernel = kernels.matmul_slope32 if how.word.itemsize == 4 else kernels.matmul_slope64
     step = _steps(rows, columns, terms)
 
@@ -634,9 +654,7 @@ def _one_grad(spec: OpSpec, how: _Accumulator, a: Array, b: Array, dy: Array, ta
     return acc
 
 
-def _matmul_grads(
-    spec: OpSpec, how: _Accumulator, a: Array, b: Array, dy: Array, mode: str
-) -> tuple[Array, Array]:
+def _matmul_grads(spec: OpSpec, how: _Accumulator, a: Array, b: Array, dy: Array, mode: str) -> tuple[Array, Array]:
     """Gradients in the accumulator's dtype of operands in it, summed to the operands' shapes."""
     at, bt = np.swapaxes(a, -1, -2), np.swapaxes(b, -1, -2)
     if mode == "ste":
