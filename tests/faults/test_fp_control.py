@@ -82,7 +82,10 @@ def test_control_register_is_left_alone(fp_control: str, target: str) -> None:
 
 @unsanitized
 def test_results_do_not_depend_on_the_callers_control_register(fp_control: str, target: str) -> None:
-    """A library linked with -ffast-math has set flush-to-zero: the results are still those of the documentation."""
+    """A library linked with -ffast-math has set flush-to-zero: the results are still those of the documentation.
+
+    Element-wise results round as the caller's register says, as NumPy's do; products of matrices do not.
+    """
     code = """
     usual = fp.fp_control()
     for threads in (1, 3):
@@ -94,7 +97,8 @@ def test_results_do_not_depend_on_the_callers_control_register(fp_control: str, 
                 got = results()
             finally:
                 fp.set_fp_control(usual)
-            bad = [name for name in want if not all(same(g, v) for g, v in zip(got[name], want[name]))]
+            names = [name for name in want if bits == fp.flush_bits() or name.startswith(("matmul", "conv2d", "lut"))]
+            bad = [name for name in names if not all(same(g, v) for g, v in zip(got[name], want[name]))]
             assert not bad, (hex(bits), threads, bad)
     """
     run(CALLS, code, arguments=[fp_control], env=_env(target))

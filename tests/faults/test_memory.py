@@ -175,6 +175,8 @@ def test_failed_calls_leave_nothing_behind(failing_malloc: str) -> None:
                 finally:
                     disarm()
         return failed
+    for call in ARRAY_LEVEL.values():
+        call()
     for _ in range(3):
         failed = failing_round()
     before = held()

@@ -36,7 +36,7 @@ def send():
 @pytest.mark.parametrize("call", ["matmul", "matmul, segments", "matmul_grad", "lut_matmul", "conv2d"])
 @unsanitized
 def test_interrupt_ends_a_long_call(call: str, threads: int) -> None:
-    """KeyboardInterrupt within 100 ms on an idle machine; 300 ms are allowed where others compute too."""
+    """KeyboardInterrupt within 100 ms on an idle machine; 300 ms are allowed, and more where others crowd the CPUs."""
     code = """
     fastops.set_num_threads(int(sys.argv[2]))
     call = CALLS[sys.argv[1]]
@@ -49,8 +49,9 @@ def test_interrupt_ends_a_long_call(call: str, threads: int) -> None:
         seen = time.monotonic()
     timer.join()
     assert seen is not None, "the call ended by itself: too short for this test" if sent is None else "not interrupted"
-    print(f"{sys.argv[1]}: {1e3 * (seen - sent):.0f} ms")
-    assert seen - sent < 0.3, seen - sent
+    crowd = max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+    print(f"{sys.argv[1]}: {1e3 * (seen - sent):.0f} ms, {crowd:.1f} runnable threads a CPU")
+    assert seen - sent < 0.3 * crowd, seen - sent
     assert fastops.mitchell_matmul(small, small)[3, 3] == 150, "usable afterwards"
     """
     run(LONG, code, arguments=[call, str(threads)])
