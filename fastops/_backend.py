@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from importlib import import_module
 from types import ModuleType
@@ -19,6 +18,13 @@ _HOW_TO_BUILD = (
 )
 
 
+def installed(module: str) -> bool:
+    """Whether a module could be imported, without importing it."""
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None
+
+
 def _built_without_native() -> bool:
     """Whether the install was asked to leave the compiled module out (FASTOPS_NATIVE=off)."""
     try:
@@ -30,14 +36,14 @@ def _built_without_native() -> bool:
 
 def load(backend: str) -> ModuleType:
     """The module of a backend; ImportError with what to do where it cannot be had."""
-    if backend == "numba" and importlib.util.find_spec("numba") is None:
+    if backend == "numba" and not installed("numba"):
         raise ImportError("FASTOPS_BACKEND=numba needs numba: pip install 'fastops[numba]'")
     return import_module(f"{__package__}.{backend}")
 
 
 def core_missing(error: ImportError) -> ImportError:
     """The error of an import of `_core`: how to build it where it is absent, the loader's own words where it is broken."""
-    if importlib.util.find_spec(f"{__package__}._core") is None:
+    if not installed(f"{__package__}._core"):
         return ImportError(_HOW_TO_BUILD, name=f"{__package__}._core")
     return error
 
@@ -50,7 +56,7 @@ def choose() -> tuple[str, str]:
             raise _validate.wrong_choice(VARIABLE, CHOICES, asked)
         return asked, f"{VARIABLE}={asked}"
     if _built_without_native():
-        if importlib.util.find_spec("numba") is not None:
+        if installed("numba"):
             return "numba", "installed with FASTOPS_NATIVE=off, and numba is there"
         return "reference", "installed with FASTOPS_NATIVE=off, and numba is not there"
     return "native", "the default: the compiled module is there"

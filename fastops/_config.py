@@ -248,9 +248,7 @@ def default_num_threads() -> int:
 
 def _import_version(module: str) -> str:
     """The version of a module that may not be there, without importing it."""
-    import importlib.util
-
-    if importlib.util.find_spec(module) is None:
+    if not _backend.installed(module):
         return "not installed"
     from importlib.metadata import PackageNotFoundError, version
 

@@ -12,14 +12,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 try:
     from ml_dtypes import bfloat16 as _bfloat16
 except ImportError:
     _bfloat16 = None
 
-AnyArray = NDArray[Any]
+AnyArray = np.ndarray[Any, np.dtype[Any]]
 
 FLOAT_DTYPES: tuple[np.dtype[Any], ...] = tuple(
     np.dtype(t) for t in (np.float16, _bfloat16, np.float32, np.float64) if t is not None

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from . import _validate
 from ._backend import backend as _backend
 from ._multiplier import Multiplier
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 __all__ = [
     "lmul",
@@ -31,7 +33,7 @@ __all__ = [
     "mitchell_square",
 ]
 
-AnyArray = NDArray[Any]
+AnyArray = np.ndarray[Any, np.dtype[Any]]
 
 mitchell_mul: np.ufunc = _backend.mitchell_mul
 mitchell_div: np.ufunc = _backend.mitchell_div

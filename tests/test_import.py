@@ -67,7 +67,7 @@ def test_import_adds_few_modules_and_no_thread(native: ModuleType):
     assert ran.returncode == 0, ran.stderr
     new = ran.stdout.split()
     assert len(new) <= 12, new
-    assert [name for name in new if not name.startswith("fastops")] == []
+    assert [name for name in new if not name.startswith("fastops")] in ([], ["__future__"])
 
 
 def test_import_without_ml_dtypes(tmp_path: pathlib.Path):

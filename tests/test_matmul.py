@@ -65,18 +65,31 @@ def close(got: Any, want: Any, bound: Any) -> None:
         )
 
 
-def magnitude(function: Any, *arrays: Any, **keywords: Any) -> Any:
-    """The reference's result for the absolute values, in float64: the sum of |products| that bounds scale with."""
+_known: dict[Any, Any] = {}
+
+
+def oracle(name: str, *arrays: Any, **keywords: Any) -> Any:
+    """The reference's result; each is computed once for all backends and levels."""
+    operands = tuple((x.shape, x.dtype.name, x.tobytes()) for x in arrays)
+    key = hash((name, operands, tuple(sorted(keywords.items()))))
+    if key not in _known:
+        if name in ("mitchell_matmul", "mitchell_conv2d"):
+            keywords["out"] = None
+        _known[key] = getattr(reference, name)(*arrays, **keywords)
+    return _known[key]
+
+
+def magnitude(name: str, *arrays: Any, **keywords: Any) -> Any:
+    """The oracle's result for the absolute values, in float64: the sum of |products| that bounds scale with."""
+    finite = (np.abs(np.nan_to_num(x.astype(np.float64), posinf=0, neginf=0)) for x in arrays)
     with np.errstate(all="ignore"):
-        result = function(
-            *(np.abs(np.nan_to_num(x.astype(np.float64), posinf=0, neginf=0)) for x in arrays), **keywords
-        )
+        result = oracle(name, *finite, **keywords)
     return result if isinstance(result, tuple) else (result,)
 
 
 def check_matmul(backend: ModuleType, multiplier: Multiplier, a: Any, b: Any) -> Any:
     got = backend.mitchell_matmul(a, b, multiplier=multiplier, out=None)
-    want = reference.mitchell_matmul(a, b, multiplier=multiplier, out=None)
+    want = oracle("mitchell_matmul", a, b, multiplier=multiplier)
     with np.errstate(all="ignore"):
         sizes = np.matmul(*(np.abs(np.nan_to_num(x.astype(np.float64), posinf=0, neginf=0)) for x in (a, b)))
         bound = tolerance.matmul(2.0 * sizes, a.shape[-1], a.dtype)
@@ -263,7 +276,7 @@ def test_matmul_of_blocks_larger_than_the_caches(backend: ModuleType, target: st
     a, b = normal((150, 1100), FLOATS["f32"], 1), normal((1100, 270), FLOATS["f32"], 2)
     got = backend.mitchell_matmul(a, b, multiplier=PLAIN, out=None)
     rows, columns = [0, 5, 77, 149], [0, 1, 63, 64, 255, 269]
-    want = reference.mitchell_matmul(a[rows], b[:, columns], multiplier=PLAIN, out=None)
+    want = oracle("mitchell_matmul", a[rows], b[:, columns], multiplier=PLAIN)
     sizes = np.abs(a[rows].astype(np.float64)) @ np.abs(b[:, columns].astype(np.float64))
     close(got[np.ix_(rows, columns)], want, tolerance.matmul(sizes, 1100, a.dtype))
 
@@ -317,7 +330,7 @@ CONVOLUTIONS: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
     ((2, 2, 5, 5), (3, 2, 5, 5), {}),
     ((1, 2, 4, 4), (3, 2, 1, 1), {"stride": 2}),
     ((1, 1, 1, 20), (2, 1, 1, 7), {"padding": (0, 3)}),
-    ((1, 3, 18, 17), (40, 3, 3, 3), {"padding": 5}),
+    ((1, 2, 9, 19), (37, 2, 3, 3), {"padding": 3}),
     ((0, 3, 5, 5), (4, 3, 3, 3), {}),
     ((1, 0, 5, 5), (4, 0, 3, 3), {}),
     ((1, 3, 5, 5), (0, 3, 3, 3), {}),
@@ -339,8 +352,8 @@ def test_conv2d(backend: ModuleType, target: str, case: int, name: str):
     dtype = FLOATS[name]
     x, w = normal(x_shape, dtype, 1), normal(w_shape, dtype, 2)
     got = backend.mitchell_conv2d(x, w, **steps, multiplier=PLAIN, out=None)
-    want = reference.mitchell_conv2d(x, w, **steps, multiplier=PLAIN, out=None)
-    (sizes,) = magnitude(reference.mitchell_conv2d, x, w, **steps, multiplier=PLAIN, out=None)
+    want = oracle("mitchell_conv2d", x, w, **steps, multiplier=PLAIN)
+    (sizes,) = magnitude("mitchell_conv2d", x, w, **steps, multiplier=PLAIN)
     bound = tolerance.matmul(2.0 * sizes, int(np.prod(w_shape[1:])), dtype)
     close(got, want, bound)
     out = np.full((*want.shape[:3], 2 * want.shape[3]), 7, dtype)[..., ::2]
@@ -360,8 +373,8 @@ def test_conv2d_multipliers(backend: ModuleType, target: str, option: str):
     x, w = normal((2, 4, 7, 8), dtype, 1), normal((6, 2, 3, 3), dtype, 2)
     steps = pairs({"groups": 2, "padding": 1, "stride": 2})
     got = backend.mitchell_conv2d(x, w, **steps, multiplier=OPTIONS[option], out=None)
-    want = reference.mitchell_conv2d(x, w, **steps, multiplier=OPTIONS[option], out=None)
-    (sizes,) = magnitude(reference.mitchell_conv2d, x, w, **steps, multiplier=PLAIN, out=None)
+    want = oracle("mitchell_conv2d", x, w, **steps, multiplier=OPTIONS[option])
+    (sizes,) = magnitude("mitchell_conv2d", x, w, **steps, multiplier=PLAIN)
     close(got, want, tolerance.matmul(2.0 * sizes, 18, dtype))
 
 
@@ -373,8 +386,8 @@ def test_conv2d_special_values(backend: ModuleType, target: str, value: float):
         (x if where == "x" else w)[0, 1, 1, 2] = value
         steps = pairs({"padding": 2})
         got = backend.mitchell_conv2d(x, w, **steps, multiplier=PLAIN, out=None)
-        want = reference.mitchell_conv2d(x, w, **steps, multiplier=PLAIN, out=None)
-        (sizes,) = magnitude(reference.mitchell_conv2d, x, w, **steps, multiplier=PLAIN, out=None)
+        want = oracle("mitchell_conv2d", x, w, **steps, multiplier=PLAIN)
+        (sizes,) = magnitude("mitchell_conv2d", x, w, **steps, multiplier=PLAIN)
         close(got, want, tolerance.matmul(2.0 * sizes, 18, dtype))
 
 
@@ -489,7 +502,7 @@ def test_mul_grad(backend: ModuleType, target: str, option: str, mode: str):
     for dtype in FLOATS.values():
         a, b, dy = (normal((301,), dtype, seed) for seed in (1, 2, 3))
         got = backend.mitchell_mul_grad(a, b, dy, multiplier=OPTIONS[option], mode=mode)
-        want = reference.mitchell_mul_grad(a, b, dy, multiplier=OPTIONS[option], mode=mode)
+        want = oracle("mitchell_mul_grad", a, b, dy, multiplier=OPTIONS[option], mode=mode)
         for x, y in zip(got, want, strict=True):
             close(x, y, tolerance.gradient(np.abs(y.astype(np.float64)), 1, dtype))
 
@@ -500,7 +513,7 @@ def test_div_grad(backend: ModuleType, target: str, option: str, mode: str):
     for dtype in FLOATS.values():
         a, b, dy = normal((301,), dtype, 1), near_one(dtype, 301, 2), normal((301,), dtype, 3)
         got = backend.mitchell_div_grad(a, b, dy, multiplier=OPTIONS[option], mode=mode)
-        want = reference.mitchell_div_grad(a, b, dy, multiplier=OPTIONS[option], mode=mode)
+        want = oracle("mitchell_div_grad", a, b, dy, multiplier=OPTIONS[option], mode=mode)
         for x, y in zip(got, want, strict=True):
             close(x, y, 2 * tolerance.gradient(np.abs(y.astype(np.float64)), 1, dtype))
 
@@ -523,10 +536,9 @@ def test_elementwise_gradients_sum_to_the_operands(backend: ModuleType, target: 
             dy = normal(np.broadcast_shapes(a_shape, b_shape), dtype, 3)
             for op in ("mul", "div"):
                 function = getattr(backend, f"mitchell_{op}_grad")
-                oracle = getattr(reference, f"mitchell_{op}_grad")
                 got = function(a, b, dy, multiplier=PLAIN, mode=mode)
-                want = oracle(a, b, dy, multiplier=PLAIN, mode=mode)
-                sizes = magnitude(oracle, a, b, dy, multiplier=PLAIN, mode=mode)
+                want = oracle(f"mitchell_{op}_grad", a, b, dy, multiplier=PLAIN, mode=mode)
+                sizes = magnitude(f"mitchell_{op}_grad", a, b, dy, multiplier=PLAIN, mode=mode)
                 for x, y, size, shape in zip(got, want, sizes, (a_shape, b_shape), strict=True):
                     assert x.shape == shape, name
                     close(x, y, 4 * tolerance.gradient(np.abs(size), max(dy.size, 1), dtype))
@@ -539,7 +551,7 @@ def test_elementwise_gradients_of_special_values(backend: ModuleType, target: st
     a, b = (x.ravel() for x in np.meshgrid(values, values))
     dy = np.full(a.shape, 1.25, np.float32)
     got = getattr(backend, f"mitchell_{op}_grad")(a, b, dy, multiplier=PLAIN, mode=mode)
-    want = getattr(reference, f"mitchell_{op}_grad")(a, b, dy, multiplier=PLAIN, mode=mode)
+    want = oracle(f"mitchell_{op}_grad", a, b, dy, multiplier=PLAIN, mode=mode)
     for x, y in zip(got, want, strict=True):
         close(x, y, tolerance.gradient(np.abs(np.nan_to_num(y.astype(np.float64), posinf=0, neginf=0)), 1, a.dtype))
 
@@ -579,8 +591,8 @@ def test_matmul_grad(backend: ModuleType, target: str, option: str, mode: str):
 
 def check_matmul_grad(backend: ModuleType, multiplier: Multiplier, a: Any, b: Any, dy: Any, mode: str) -> None:
     got = backend.mitchell_matmul_grad(a, b, dy, multiplier=multiplier, mode=mode)
-    want = reference.mitchell_matmul_grad(a, b, dy, multiplier=multiplier, mode=mode)
-    sizes = magnitude(reference.mitchell_matmul_grad, a, b, dy, multiplier=PLAIN, mode="ste")
+    want = oracle("mitchell_matmul_grad", a, b, dy, multiplier=multiplier, mode=mode)
+    sizes = magnitude("mitchell_matmul_grad", a, b, dy, multiplier=PLAIN, mode="ste")
     terms = (dy.size // max(1, a.shape[-2]), dy.size // max(1, b.shape[-1]))
     for x, y, size, count, operand in zip(got, want, sizes, terms, (a, b), strict=True):
         assert x.shape == operand.shape
@@ -623,7 +635,7 @@ def test_conv2d_grad(backend: ModuleType, target: str, case: int, mode: str):
     steps = pairs(given_settings)
     for dtype in (FLOATS["f32"], FLOATS["f64"], FLOATS["f16"]):
         x, w = normal(x_shape, dtype, 1), normal(w_shape, dtype, 2)
-        shape = reference.mitchell_conv2d(x, w, **steps, multiplier=PLAIN, out=None).shape
+        shape = oracle("mitchell_conv2d", x, w, **steps, multiplier=PLAIN).shape
         check_conv2d_grad(backend, PLAIN, x, w, normal(shape, dtype, 3), steps, mode)
 
 
@@ -631,8 +643,8 @@ def check_conv2d_grad(
     backend: ModuleType, multiplier: Multiplier, x: Any, w: Any, dy: Any, steps: dict[str, Any], mode: str
 ) -> None:
     got = backend.mitchell_conv2d_grad(x, w, dy, **steps, multiplier=multiplier, mode=mode)
-    want = reference.mitchell_conv2d_grad(x, w, dy, **steps, multiplier=multiplier, mode=mode)
-    sizes = magnitude(reference.mitchell_conv2d_grad, x, w, dy, **steps, multiplier=PLAIN, mode="ste")
+    want = oracle("mitchell_conv2d_grad", x, w, dy, **steps, multiplier=multiplier, mode=mode)
+    sizes = magnitude("mitchell_conv2d_grad", x, w, dy, **steps, multiplier=PLAIN, mode="ste")
     for g, y, size, operand in zip(got, want, sizes, (x, w), strict=True):
         assert g.shape == operand.shape
         close(g, y, tolerance.gradient(4.0 * size, max(dy.size, w.size), x.dtype))
@@ -647,7 +659,7 @@ def test_conv2d_grad_multipliers(backend: ModuleType, target: str, option: str, 
         normal((6, 2, 3, 2), dtype, 2),
         pairs({"groups": 2, "padding": 1, "stride": 2}),
     )
-    shape = reference.mitchell_conv2d(x, w, **steps, multiplier=PLAIN, out=None).shape
+    shape = oracle("mitchell_conv2d", x, w, **steps, multiplier=PLAIN).shape
     check_conv2d_grad(backend, OPTIONS[option], x, w, normal(shape, dtype, 3), steps, mode)
 
 

@@ -91,12 +91,13 @@ template <class To, class From> FASTOPS_INLINE To bits(From v) {
 template <class M, class V> FASTOPS_INLINE V select(M mask, V yes, V no) { return mask ? yes : no; }
 
 // The same value, of which the compiler knows nothing: arithmetic on it happens, and raises its flags, at run time.
+// Volatile: otherwise the compiler computes it early, for the one arm of a later select that looks at the result.
 template <class V>
 FASTOPS_INLINE V opaque(V v) {
 #if defined(__x86_64__)
-  __asm__("" : "+x"(v));
+  __asm__ volatile("" : "+x"(v));
 #else
-  __asm__("" : "+w"(v));
+  __asm__ volatile("" : "+w"(v));
 #endif
   return v;
 }

@@ -515,6 +515,10 @@ fastops_status conv2d_grad_x(const fastops_mitchell* m, fastops_gradient mode, f
   const std::size_t depth = patches.channels * kernel;
   const std::size_t images = s.batch * s.groups;
   if (images == 0 || patches.channels == 0 || plane == 0) return FASTOPS_OK;
+  if (filters == 0) {
+    std::memset(dx, 0, images * patches.channels * plane * item_size(dtype));
+    return FASTOPS_OK;
+  }
   Product<T> p{};
   Table<T> table;
   const bool slope = mode == FASTOPS_GRADIENT_EXACT, flush = flushes(m) && mode != FASTOPS_GRADIENT_STE;

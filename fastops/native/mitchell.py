@@ -4,21 +4,21 @@
 from __future__ import annotations
 
 import contextlib
-import threading
+from _thread import allocate_lock
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import _core, _docs
 from .._multiplier import Multiplier, OpSpec
 
-AnyArray = NDArray[Any]
+AnyArray = np.ndarray[Any, np.dtype[Any]]
 Pair = tuple[int, int]
 
 _ufuncs: dict[tuple[str, Multiplier], np.ufunc] = {}
-_lock = threading.Lock()
+# The module `threading` is not imported for one lock.
+_lock = allocate_lock()
 
 
 def mitchell_op(op: str, multiplier: Multiplier) -> np.ufunc:
