@@ -78,8 +78,8 @@ class Kernel:
             if self._compiled is None:
                 try:
                     self._compiled = njit(self._signature, nogil=True, cache=True, **self._options)(self._function)
-                except (OSError, RuntimeError):
-                    # No place for the cache, or one that cannot be written: every process then compiles for itself.
+                except Exception:  # noqa: BLE001 (what is wrong with the function itself is raised again)
+                    # No place for the cache, one that cannot be written, or a damaged one: this process compiles for itself.
                     self._compiled = njit(self._signature, nogil=True, **self._options)(self._function)
         return self._compiled
 
@@ -287,20 +287,17 @@ def floats(op, a, b, out, p, table):  # type: ignore[no-untyped-def]
                 u = one | x
                 whole = 0
                 part = 0  # in units of 2^-62
-                if ea < 0:
-                    shift = m - 62 - ea
-                    if shift <= 0:
-                        part = u << -shift
-                    elif shift < 62:
-                        part = u >> shift
-                        sticky = u & ((1 << shift) - 1)
-                    else:
-                        sticky = 1
-                elif ea < m:
-                    whole = u >> (m - ea)
-                    part = (u & ((1 << (m - ea)) - 1)) << (62 - m + ea)
+                shift = m - ea
+                if shift <= 0:
+                    whole = u << -shift
+                elif shift <= 62:
+                    whole = u >> shift
+                    part = (u & ((1 << shift) - 1)) << (62 - shift)
+                elif shift <= 124:
+                    part = u >> (shift - 62)
+                    sticky = u & ((1 << (shift - 62)) - 1)
                 else:
-                    whole = u << (ea - m)
+                    sticky = 1
                 if sa != 0:
                     whole = -whole
                     if part != 0 or sticky != 0:

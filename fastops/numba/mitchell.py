@@ -42,7 +42,7 @@ _CHUNK = 1 << 14
 _BLOCK = 256
 # Rows of a matrix product that are one piece of work, and multiplications in one call of a kernel (Ctrl-C waits for it).
 _ROWS = 128
-_WORK = 1 << 27
+_WORK = 1 << 26
 # Multiplications below which a second thread does not pay.
 _THREAD_WORK = 1 << 24
 
@@ -472,15 +472,18 @@ def _bilinear(spec: OpSpec, how: _Accumulator, a: Array, b: Array) -> Array:
     return np.asarray(np.matmul(scale_a, b) + np.matmul(mantissa, np.where(np.isfinite(b), scale_b, 0)))
 
 
-def _slabs(batch: tuple[int, ...], rows: int) -> Iterable[tuple[tuple[int, ...], slice]]:
+def _slabs(batch: tuple[int, ...], rows: int, columns: int) -> Iterable[tuple[tuple[int, ...], slice]]:
+    """Pieces of a product: a matrix of the batch and some of its rows, as many as the shape allows."""
+    step = max(8, min(_ROWS, _WORK // max(1, 64 * columns)))
     for index in np.ndindex(*batch):
-        for start in range(0, rows, _ROWS):
-            yield index, slice(start, start + _ROWS)
+        for start in range(0, rows, step):
+            yield index, slice(start, start + step)
 
 
-def _steps(rows: int, columns: int, terms: int) -> int:
-    """Terms of a sum that one call of a kernel takes, a multiple of what it packs together."""
-    return max(512, _WORK // max(1, min(rows, _ROWS) * columns) // 512 * 512)
+def _steps(rows: int, columns: int, terms: int) -> Iterable[slice]:
+    """Pieces of the sums, one for each call of a kernel: multiples of what it packs together."""
+    step = max(64, _WORK // max(1, min(rows, _ROWS) * columns) // 64 * 64)
+    return [slice(start, start + step) for start in range(0, terms, step)]
 
 
 def _matmul(spec: OpSpec, how: _Accumulator, a: Array, b: Array, out: Array | None = None) -> Array:
@@ -495,14 +498,13 @@ def _matmul(spec: OpSpec, how: _Accumulator, a: Array, b: Array, out: Array | No
     left = np.broadcast_to(a.view(how.word), (*batch, rows, terms))
     right = np.broadcast_to(np.ascontiguousarray(b).view(how.word), (*batch, terms, columns))
     kernel = kernels.matmul32 if how.word.itemsize == 4 else kernels.matmul64
-    step = _steps(rows, columns, terms)
+    steps = _steps(rows, columns, terms)
 
     def work(index: tuple[int, ...], slab: slice) -> None:
-        for start in range(0, terms, step):
-            piece = slice(start, start + step)
+        for piece in steps:
             kernel(left[index][slab, piece], right[index][piece], acc[index][slab], how.p, how.table)
 
-    _share(_slabs(batch, rows), work, acc.size * terms)
+    _share(_slabs(batch, rows, columns), work, acc.size * terms)
     return acc
 
 
@@ -529,18 +531,17 @@ def lut_matmul(a: Array, b: Array, table: Array, *, out: Array) -> Array:
     left = np.broadcast_to(a.view(np.uint8), (*batch, rows, terms))
     right = np.broadcast_to(b.view(np.uint8), (*batch, terms, columns))
     entries = np.ascontiguousarray(table, np.int64)
-    step = _steps(rows, columns, terms)
+    steps = _steps(rows, columns, terms)
 
     def work(index: tuple[int, ...], slab: slice) -> None:
         acc = np.zeros((len(range(rows)[slab]), columns), np.int64)
-        for start in range(0, terms, step):
-            piece = slice(start, start + step)
+        for piece in steps:
             kernels.lut_matmul(
                 np.ascontiguousarray(left[index][slab, piece]), np.ascontiguousarray(right[index][piece]), entries, acc
             )
         out[index][slab] = acc
 
-    _share(_slabs(batch, rows), work, out.size * terms)
+    _share(_slabs(batch, rows, columns), work, out.size * terms)
     return out
 
 
@@ -643,14 +644,13 @@ def _one_grad(spec: OpSpec, how: _Accumulator, a: Array, b: Array, dy: Array, ta
     left = np.broadcast_to(a.view(how.word), acc.shape)
     right = np.broadcast_to(np.ascontiguousarray(b).view(how.word), (*batch, terms, columns))
     kernel = kernels.matmul_slope32 if how.word.itemsize == 4 else kernels.matmul_slope64
-    step = _steps(rows, columns, terms)
+    steps = _steps(rows, columns, terms)
 
     def work(index: tuple[int, ...], slab: slice) -> None:
-        for start in range(0, terms, step):
-            piece = slice(start, start + step)
+        for piece in steps:
             kernel(left[index][slab], right[index][piece], dy[index][slab, piece], acc[index][slab], how.p, table)
 
-    _share(_slabs(batch, rows), work, acc.size * terms)
+    _share(_slabs(batch, rows, columns), work, acc.size * terms)
     return acc
 
 
