@@ -332,16 +332,17 @@ def error_stats(
         with np.errstate(all="ignore"):
             exact = _EXACT[op](*(v.astype(np.float64) for v in args))
             error = _difference(op, np.asarray(operation(*args)), args, exact).ravel()
-            relative = error / np.where(exact == 0, 1.0, exact).ravel()
+            exact = exact.ravel()
+            relative = error / np.where(exact == 0, 1.0, exact)
         size = np.abs(error)
         count += error.size
         wrong += int(np.count_nonzero(error))
         mae += float(size.sum())
         wce = max(wce, float(size.max()))
-        mse += float(error @ error)
+        mse += float(np.square(error).sum())
         largest = max(largest, float(np.abs(exact).max()))
         bias += float(relative.sum())
-        square += float(relative @ relative)
+        square += float(np.square(relative).sum())
         mre += float(np.abs(relative).sum())
         low, high = min(low, float(relative.min())), max(high, float(relative.max()))
         index = (
@@ -479,7 +480,7 @@ def optimal_offset(op: str, a: ArrayLike | None = None, b: ArrayLike | None = No
             return bool(error.sum() >= 0.0)
         if objective == "max":
             return bool(error.max() + error.min() >= 0.0)
-        return bool(error @ slope >= 0.0)
+        return bool((error * slope).sum() >= 0.0)
 
     low, high = -_LIMIT, _LIMIT
     if objective == "mse":
