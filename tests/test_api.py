@@ -97,6 +97,9 @@ def test_every_public_function_has_a_full_docstring(name: str):
         return
     for section in ("Examples", *(() if name == "get_num_threads" else ("Parameters", "Raises"))):
         assert re.search(rf"^{section}\n-+$", text, re.MULTILINE), f"{name} has no section {section}"
+    if isinstance(item, np.ufunc) and not hasattr(np.add, "__signature__"):
+        # NumPy before 2.4 gives no ufunc a signature.
+        return
     assert inspect.signature(item).parameters or name == "get_num_threads"
 
 

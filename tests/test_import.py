@@ -146,6 +146,22 @@ def test_sub_interpreter_is_refused_or_works():
     assert ran.stdout.strip() in ("refused", "None")
 
 
+def test_sub_interpreter_cannot_load_the_compiled_module(native: ModuleType):
+    if sys.version_info < (3, 13):
+        pytest.skip("_interpreters came with Python 3.13")
+    from fastops import _core
+
+    code = (
+        "import _interpreters\n"
+        "load = 'import importlib.util as u; s = u.spec_from_file_location(\"fastops._core\", ' + repr(path) + '); u.module_from_spec(s)'\n"
+        "r = _interpreters.exec(_interpreters.create(), load)\n"
+        "print(r.type.__name__, r.msg)"
+    )
+    ran = run("-c", f"path = {_core.__file__!r}\n{code}", FASTOPS_BACKEND="native")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("ImportError module fastops._core does not support loading in subinterpreters")
+
+
 def _bare_tree(tmp_path: pathlib.Path) -> str:
     """The Python files of the package alone, as a source tree that nobody built."""
     ignored = shutil.ignore_patterns(
