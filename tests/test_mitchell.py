@@ -333,6 +333,35 @@ def test_half_precision_figures(backend: ModuleType, target: str):
     assert error.max() == 0.125
 
 
+@pytest.mark.nightly
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("name", [name for name in ("f16", "bf16") if name in FLOATS])
+def test_all_pairs_of_half_precision(native: ModuleType, name: str):
+    """All 2^32 pairs of bit patterns at every level; signs and order are covered by symmetry of the oracle, not of the kernel."""
+    from fastops import _core
+
+    positive = np.arange(1 << 15, dtype=np.uint16).view(FLOATS[name])
+    sign = np.uint16(1 << 15)
+    before = _core.get_target()
+    try:
+        for first in range(0, positive.size, 32):
+            a, b = positive[first : first + 32, None], positive[None, first:]
+            with np.errstate(all="ignore"):
+                want = bits(reference.mitchell_mul(a, b))
+                nan = np.isnan(want.view(FLOATS[name]))
+                for level in _core.targets():
+                    _core.set_target(level)
+                    for flip_a, flip_b in ((0, 0), (0, sign), (sign, 0), (sign, sign)):
+                        x, y = (
+                            (bits(v) | np.uint16(flip)).view(FLOATS[name]) for v, flip in ((a, flip_a), (b, flip_b))
+                        )
+                        for got in (native.mitchell_mul(x, y), native.mitchell_mul(y, x)):
+                            same = bits(got) == (want | np.uint16(flip_a ^ flip_b))
+                            assert (same | (nan & np.isnan(got))).all(), (level, first)
+    finally:
+        _core.set_target(before)
+
+
 # --- layouts ------------------------------------------------------------------------------------------------------------------------
 
 
