@@ -195,12 +195,12 @@ void convolution(const char* level, const Case& one, const fastops_mitchell* mit
                   const float right =
                       x[((image * s.channels + group * per_group + c) * s.height + ih - s.padding_h) * s.width + iw -
                         s.padding_w];
-                  // Segments: the first operand is the image's, as in x * w.
-                  const double term = product(one.params, right, left);
+                  // The weights are the first operand: their segment picks the row of a table.
+                  const double term = product(one.params, left, right);
                   want += term;
                   magnitude += std::fabs(term);
                 }
-            close(level, "convolution", s.batch, per_group * 6, at, out[at], want, magnitude);
+            close(level, one.name, s.batch, per_group * 6, at, out[at], want, magnitude);
           }
   }
 }
