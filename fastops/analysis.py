@@ -301,7 +301,7 @@ def error_stats(
 
     Notes
     -----
-    The exact result is the real number, not its rounding to the dtype. All 2**32 pairs of 16-bit integers take one to three minutes and
+    The exact result is the real number, not its rounding to the dtype. All 2**32 pairs of 16-bit integers take about two minutes of a core and
     no more memory than a small call; a chunk of 65536 pairs is looked at in turn. Mrazek et al., "EvoApprox8b", DATE 2017.
 
     Examples

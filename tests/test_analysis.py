@@ -110,6 +110,7 @@ def test_uint16_in_strata_of_its_own_and_bounded_memory() -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(1800)
 def test_uint16_exhaustive() -> None:
     stats = error_stats(Multiplier(), np.uint16, exhaustive=True)
     assert stats.count == 2**32
@@ -137,7 +138,7 @@ def test_normal_operands() -> None:
         assert not stats.exhaustive
         assert -1 / 9 - tolerance.QUOTIENT <= stats.low <= stats.high <= 0
         assert stats.bias == -stats.mre < 0
-        assert stats != error_stats(Multiplier(), dtype)
+        assert stats != error_stats(Multiplier(), dtype, exhaustive=False)
 
 
 @pytest.mark.parametrize(
