@@ -41,11 +41,15 @@ def load(backend: str) -> ModuleType:
     return import_module(f"{__package__}.{backend}")
 
 
-def core_missing(error: ImportError) -> ImportError:
-    """The error of an import of `_core`: how to build it where it is absent, the loader's own words where it is broken."""
-    if not installed(f"{__package__}._core"):
-        return ImportError(_HOW_TO_BUILD, name=f"{__package__}._core")
-    return error
+def require_core() -> None:
+    """Imports `_core`; ImportError that says how to build it where it is absent, the loader's own words where it is broken."""
+    core = f"{__package__}._core"
+    try:
+        import_module(core)
+    except ModuleNotFoundError as error:
+        if error.name == core:
+            raise ImportError(_HOW_TO_BUILD, name=core) from None
+        raise
 
 
 def choose() -> tuple[str, str]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from .. import _backend
 
-try:
-    from .. import _core
-except ImportError as error:
-    raise _backend.core_missing(error) from None
+_backend.require_core()
+
+from .. import _core
 
 if (_cpu := _core.cpu_info())["architecture"] == "x86_64" and _cpu["level"] < 2:
     raise ImportError("fastops needs a CPU of level x86-64-v2 (SSE4.2, POPCNT); FASTOPS_BACKEND=reference runs on any")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 from _thread import allocate_lock
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -50,10 +49,14 @@ mitchell_exp2 = mitchell_op("exp2", Multiplier())
 lmul = mitchell_op("mul", Multiplier("lmul"))
 
 
-@lru_cache(maxsize=256)
+_specs: dict[tuple[str, Multiplier], OpSpec] = {}
+
+
 def _spec(op: str, multiplier: Multiplier) -> OpSpec:
     """The description that the kernels take; `_core` knows an object that it has met before by its address."""
-    return multiplier.spec(op)
+    key = (op, multiplier)
+    found = _specs.get(key)
+    return found if found is not None else _specs.setdefault(key, multiplier.spec(op))
 
 
 def _is_regular(x: AnyArray) -> bool:
