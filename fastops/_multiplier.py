@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The description of an approximate multiplier: which form, which correction constant, how many mantissa bits.
 
-A description computes nothing itself. It turns into an `OpSpec` per operation, which every backend (and the C ABI) takes.
+A description computes nothing itself. It turns into an `OpSpec` per operation, which every backend (and the C ABI)
+takes.
 """
 
 from __future__ import annotations
@@ -83,12 +84,13 @@ class Multiplier:
     Parameters
     ----------
     compensation : str or float, default "none"
-        What is added to the sum of the two logarithms. "none": nothing (Mitchell 1962). "zero-mean", "min-mse", "minimax": the constant
-        that is best in that sense over uniform mantissas, one per operation. "lmul": L-Mul's 2**-l(m), the carry going into
-        the exponent. "lmul-equation": L-Mul's equation as printed, no carry. A float in (-0.5, 0.5): that constant, for every operation.
+        What is added to the sum of the two logarithms. "none": nothing (Mitchell 1962). "zero-mean", "min-mse",
+        "minimax": the constant that is best in that sense over uniform mantissas, one per operation. "lmul": L-Mul's
+        2**-l(m), the carry going into the exponent. "lmul-equation": L-Mul's equation as printed, no carry. A float in
+        (-0.5, 0.5): that constant, for every operation.
     segments : {2, 4, 8, 16}, optional
-        One constant of least mean squared error per segment (pair of segments) of the mantissas; `compensation` is then "none" or
-        "min-mse", which mean the same here.
+        One constant of least mean squared error per segment (pair of segments) of the mantissas; `compensation` is then
+        "none" or "min-mse", which mean the same here.
     mantissa_bits : int in [1, 52], optional
         The operands' mantissas are truncated to so many bits first; more than the dtype has changes nothing.
     subnormals : {"keep", "flush"}, default "keep"
@@ -105,10 +107,11 @@ class Multiplier:
 
     Notes
     -----
-    With a = s 2**ea (1 + x) and b likewise, the product is s 2**(ea + eb) PL(x + y + c), PL(S) = 2**floor(S) (1 + S - floor(S)).
-    The constant is rounded once per dtype to a multiple of 2**-M, M the dtype's mantissa bits. It costs nothing, and it costs exactness at powers of two: 1 * 1
-    gives 1 + c. Mitchell, IRE Trans. EC-11, 1962; Saadat et al. (REALM), DATE 2020; Luo & Sun (L-Mul), arXiv 2410.00907; Babic et al.,
-    Microprocessors and Microsystems 35, 2011.
+    With a = s 2**ea (1 + x) and b likewise, the product is s 2**(ea + eb) PL(x + y + c), with
+    PL(S) = 2**floor(S) (1 + S - floor(S)). The constant is rounded once per dtype to a multiple of 2**-M, M the dtype's
+    mantissa bits. It costs nothing, and it costs exactness at powers of two: 1 * 1 gives 1 + c. Mitchell, IRE Trans.
+    EC-11, 1962; Saadat et al. (REALM), DATE 2020; Luo & Sun (L-Mul), arXiv 2410.00907; Babic et al., Microprocessors
+    and Microsystems 35, 2011.
 
     Instances are hashable, compare by value, pickle, and threads may share them.
 
@@ -210,8 +213,6 @@ class Multiplier:
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, self._fields()
 
-    # --- what a backend needs ---------------------------------------------------------------------------------------------
-
     def _form(self) -> int:
         if self._corrections is not None:
             return ITERATIVE
@@ -233,7 +234,8 @@ class Multiplier:
         Returns
         -------
         OpSpec
-            Form, options and constants. "log2" and "exp2" are Mitchell's own approximations: of the options they heed `subnormals` only.
+            Form, options and constants. "log2" and "exp2" are Mitchell's own approximations: of the options they heed
+            `subnormals` only.
 
         Raises
         ------
@@ -264,8 +266,6 @@ class Multiplier:
             bits = self._mantissa_bits or 52
             return math.ldexp(1.0, -(bits if bits <= 3 else 3 if bits == 4 else 4))
         return _CONSTANTS[self._compensation][op] if self._compensation != "none" else 0.0
-
-    # --- names that parse back --------------------------------------------------------------------------------------------
 
     def _token(self) -> str:
         """The description as text for a name: letters, digits and underscores, parts split by two underscores."""
@@ -307,8 +307,6 @@ class Multiplier:
         if op == "mul" and self == Multiplier("lmul"):
             return "lmul"
         return f"mitchell_{op}" if self == Multiplier() else f"mitchell_{op}__{self._token()}"
-
-    # --- operations -------------------------------------------------------------------------------------------------------
 
     def _op(self, op: str) -> Any:
         if not self._has(op):
@@ -524,16 +522,17 @@ def _check_compensation(value: object) -> str | float:
 def segment_table(op: str, segments: int) -> tuple[float, ...]:
     """Per segment (pair of segments) of the mantissas, the constant c of least mean squared relative error.
 
-    Uniform mantissas; integrals by Gauss-Legendre between the kinks of PL. With t the exact result and S the uncompensated logarithm the
-    derivative of the error is 2 E[(PL(S + c)/t - 1) r], r = 2**floor(S + c)/t, as PL is continuous; its zero is found by steps that take the
-    second derivative for 2 E[r**2], what it is where no kink moves. Constants are multiples of 2**-30, so that the last bits of this machine's
-    arithmetic do not show.
+    Uniform mantissas; integrals by Gauss-Legendre between the kinks of PL. With t the exact result and S the
+    uncompensated logarithm the derivative of the error is 2 E[(PL(S + c)/t - 1) r], r = 2**floor(S + c)/t, as PL is
+    continuous; its zero is found by steps that take the second derivative for 2 E[r**2], what it is where no kink
+    moves. Constants are multiples of 2**-30, so that the last bits of this machine's arithmetic do not show.
     """
     edges = np.arange(segments) / segments
     inner, inner_weight = (0.5 * (v + s) for v, s in zip(np.polynomial.legendre.leggauss(6), (1.0, 0.0), strict=True))
     low = np.full((1, 1, 1), 0.0)
     if op in ("mul", "div"):
-        # Cells (row, column) x outer nodes of the first mantissa: along the second one the logarithm is start + slope * y.
+        # Cells (row, column) x outer nodes of the first mantissa: along the second one the logarithm is
+        # start + slope * y.
         outer, outer_weight = (
             0.5 * (v + s) for v, s in zip(np.polynomial.legendre.leggauss(16), (1.0, 0.0), strict=True)
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How far an approximate multiplier is off: error figures with EvoApproxLib's names, and the constant that suits one's own data."""
+"""How far an approximate multiplier is off: EvoApproxLib's figures, and the constant that suits one's own data."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ class ErrorStats:
     exhaustive : bool
         Whether those were all there are.
     full_scale : float
-        What EvoApproxLib's "MAE%" and "WCE%" are shares of: 2**(2 bits) for integers; for floats the largest exact result.
+        What EvoApproxLib's "MAE%" and "WCE%" are shares of: 2**(2 bits) for integers; for floats the largest exact
+        result.
 
     Examples
     --------
@@ -277,16 +278,18 @@ def error_stats(
     multiplier : Multiplier
         What to measure.
     dtype_or_bits : dtype or int
-        The operands: float16, bfloat16, float32, float64; an integer dtype up to 32 bits; or a number of bits in [1, 16] for
-        unsigned integers of that width, 0 included.
+        The operands: float16, bfloat16, float32, float64; an integer dtype up to 32 bits; or a number of bits in
+        [1, 16] for unsigned integers of that width, 0 included.
     distribution : "uniform", "normal", array or (array, array), default "uniform"
-        "uniform": all integers of the width, or all mantissas in [1, 2) (in [1, 4) for roots). "normal": mean 0 and deviation 1 for
-        floats, mid-range and an eighth of the range for integers. An array of samples: all pairs of them, of the two arrays for a pair.
+        "uniform": all integers of the width, or all mantissas in [1, 2) (in [1, 4) for roots). "normal": mean 0 and
+        deviation 1 for floats, mid-range and an eighth of the range for integers. An array of samples: all pairs of
+        them, of the two arrays for a pair.
     op : {"mul", "div", "square", "reciprocal", "sqrt", "rsqrt"}, default "mul"
         The operation; integers have "mul" and "square".
     exhaustive : bool, optional
-        Whether "uniform" takes all values. By default it does up to 20 bits of a pair (float16 and bfloat16 mantissas, integers to 10 bits),
-        and for all integers to 16 bits unless the backend is the reference; beyond, it takes 1024 values of each operand, one in each stratum.
+        Whether "uniform" takes all values. By default it does up to 20 bits of a pair (float16 and bfloat16 mantissas,
+        integers to 10 bits), and for all integers to 16 bits unless the backend is the reference; beyond, it takes 1024
+        values of each operand, one in each stratum.
 
     Returns
     -------
@@ -297,12 +300,14 @@ def error_stats(
     TypeError
         A dtype that is not supported, samples of another kind.
     ValueError
-        An unknown name, an operation that integers or the multiplier do not have, samples out of range, `exhaustive` beyond 16 bits.
+        An unknown name, an operation that integers or the multiplier do not have, samples out of range, `exhaustive`
+        beyond 16 bits.
 
     Notes
     -----
-    The exact result is the real number, not its rounding to the dtype. All 2**32 pairs of 16-bit integers take about two minutes of a core and
-    no more memory than a small call; a chunk of 65536 pairs is looked at in turn. Mrazek et al., "EvoApprox8b", DATE 2017.
+    The exact result is the real number, not its rounding to the dtype. All 2**32 pairs of 16-bit integers take about
+    two minutes of a core and no more memory than a small call; a chunk of 65536 pairs is looked at in turn. Mrazek et
+    al., "EvoApprox8b", DATE 2017.
 
     Examples
     --------
@@ -371,8 +376,6 @@ def error_stats(
     )
 
 
-# --- the best constant -------------------------------------------------------------------------------------------------------
-
 _LIMIT = 0.5 - 2.0**-10
 _PAIRS = 2**16
 
@@ -385,7 +388,7 @@ def _sample(name: str, values: ArrayLike) -> Array:
 
 
 def _offset_samples(op: str, a: ArrayLike | None, b: ArrayLike | None) -> tuple[Array, Array]:
-    """Per sample Mitchell's logarithm of the result without a constant, and the exact result, both modulo a power of two."""
+    """Mitchell's logarithm of each result without a constant, and the exact result, both up to a power of two."""
     if op not in _BINARY:
         if b is not None:
             raise _validate.wrong_value("b", f"None for {op}, which has one operand", b)
@@ -431,10 +434,12 @@ def optimal_offset(op: str, a: ArrayLike | None = None, b: ArrayLike | None = No
     op : {"mul", "div", "square", "reciprocal", "sqrt", "rsqrt"}
         The operation.
     a, b : array_like of real numbers, optional
-        Samples of the operands, of shapes that broadcast (give one a new axis to pair all with all). An operand that is left out has
-        uniform mantissas. Zeros, infinities and nan need no constant and are left out; signs do not matter.
+        Samples of the operands, of shapes that broadcast (give one a new axis to pair all with all). An operand that is
+        left out has uniform mantissas. Zeros, infinities and nan need no constant and are left out; signs do not
+        matter.
     objective : {"mse", "mean", "max"}, default "mse"
-        What becomes least of the relative error: its mean square, its mean (which becomes 0), or its largest absolute value.
+        What becomes least of the relative error: its mean square, its mean (which becomes 0), or its largest absolute
+        value.
 
     Returns
     -------
@@ -450,9 +455,9 @@ def optimal_offset(op: str, a: ArrayLike | None = None, b: ArrayLike | None = No
 
     Notes
     -----
-    The result for a sample grows with c, and so do the mean, the smallest and the largest relative error: the last two objectives are
-    zeros of monotone functions. The mean square is piecewise quadratic; of its minima the one by the best of 33 constants is taken. Found by
-    bisection, the same at every call. Roughly 80 passes over the samples.
+    The result for a sample grows with c, and so do the mean, the smallest and the largest relative error: the last two
+    objectives are zeros of monotone functions. The mean square is piecewise quadratic; of its minima the one by the
+    best of 33 constants is taken. Found by bisection, the same at every call. Roughly 80 passes over the samples.
 
     Examples
     --------

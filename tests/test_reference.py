@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The oracle itself: against published figures, against the definition in rational arithmetic, and against its symmetries."""
+"""The oracle itself: against published figures, its definition in rational arithmetic, and its symmetries."""
 
 from __future__ import annotations
 
@@ -58,9 +58,6 @@ def relative_errors(multiplier: Multiplier, op: str, m: Array) -> Array:
 
 def rms(error: Array) -> float:
     return math.sqrt(float(np.square(error).mean()))
-
-
-# --- published figures -----------------------------------------------------------------------------------------------------------
 
 
 def test_mul_float16_enumeration() -> None:
@@ -312,7 +309,8 @@ def test_uint16_rows() -> None:
     error = 100 * (
         reference.mitchell_mul(octave.astype(np.uint16), columns) / (octave * columns.astype(np.float64)) - 1
     )
-    # The middle of each of 32 strata stands for one octave of rows, and octaves are alike: off by the midpoint rule's error.
+    # The middle of each of 32 strata stands for one octave of rows, and octaves are alike: off by the midpoint rule's
+    # error.
     assert float(error.mean()) == pytest.approx(-3.84856, abs=tolerance.SAMPLED)
     assert rms(error) == pytest.approx(4.84187, abs=tolerance.SAMPLED)
     assert int(reference.mitchell_mul(np.uint16(49152), np.uint16(49152))) == 49152**2 - 268435456
@@ -348,9 +346,6 @@ def test_uint8_division_is_of_reals() -> None:
     )
     assert float(error.mean()) == pytest.approx(4.10221, abs=tolerance.printed(5))
     assert float(error.max()) == pytest.approx(12.5, abs=tolerance.printed(9))
-
-
-# --- the definition, in rational arithmetic -----------------------------------------------------------------------------------
 
 
 def two_to(e: int) -> Fraction:
@@ -505,9 +500,6 @@ def test_integers_square_as_they_multiply() -> None:
         assert_same_bits(reference.mitchell_square(a), reference.mitchell_mul(a, a), a)
 
 
-# --- special values and flags ----------------------------------------------------------------------------------------------------
-
-
 def flags(function: Callable[..., Any], *args: Any) -> tuple[Any, set[str]]:
     """The result, and which flags it raised but underflow (that of a rounded subnormal result)."""
     raised: set[str] = set()
@@ -592,9 +584,6 @@ def test_function_arguments_are_those_of_a_ufunc() -> None:
         mul(a, a, out=np.empty((1,), np.float32))
 
 
-# --- symmetries --------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", sorted(MULTIPLIERS))
 @pytest.mark.parametrize("name", sorted(FLOATS))
 def test_mul_symmetries(name: str, kind: str) -> None:
@@ -628,9 +617,6 @@ def test_mul_grows_with_its_operand(kind: str) -> None:
         for factor in (0.3, 1.0, 1.5, 1.999, 57.0, 6e-8):
             product = mul(a, np.float16(factor))
             assert (product[1:] >= product[:-1]).all()
-
-
-# --- products ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", sorted(MULTIPLIERS))
@@ -727,8 +713,6 @@ def test_lut_matmul_indexes_by_the_raw_bytes(dtype: Any) -> None:
         assert out[n, i, j] == sum(int(table[int(a[n, i, k]) % 256, int(b[k, j]) % 256]) for k in range(5))
 
 
-# --- gradients ---------------------------------------------------------------------------------------------------------------
-
 SMOOTH = ["plain", "min-mse", "segments-16", "equation", "k0", "k2"]
 
 
@@ -737,7 +721,7 @@ def _multiplier(kind: str) -> Multiplier:
 
 
 def check_gradient(function: Callable[..., Array], dy: Array, args: list[Array], gradients: tuple[Array, ...]) -> None:
-    """Central differences in a few elements of each operand, where the step stays in one linear piece: both half steps agree there."""
+    """Differences in a few elements of each operand, where both half steps agree: one linear piece."""
     rng = np.random.default_rng(14)
     bound = tolerance.finite_difference(float(np.abs(dy).sum() * 40), 1)
     checked = 0

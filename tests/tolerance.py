@@ -28,18 +28,20 @@ FIGURE = 1e-9
 # The quotient of two float64 numbers that stand for the exact error: three roundings.
 QUOTIENT = 4 * 2.0**-53
 
-# The following are in per cent. Extremes of the error sit on kinks, between grid points 2**-10 apart, where its slope is below 1; figures named
-# "minimax" print one number for both ends, which differ by the constant's own rounding.
+# The following are in per cent. Extremes of the error sit on kinks, between grid points 2**-10 apart, where its slope
+# is below 1; figures named "minimax" print one number for both ends, which differ by the constant's own rounding.
 EXTREME = 0.03
-# A mean over 2**5 or 2**10 strata in the middle of each, of a function with kinks of total slope 1: (2**-5)**2 / 4 at most, and the printed figure's own grid.
+# A mean over 2**5 or 2**10 strata in the middle of each, of a function with kinks of total slope 1: (2**-5)**2 / 4 at
+# most, and the printed figure's own grid.
 SAMPLED = 0.005
-# Means over 2**10 mantissas from the lower ends of their intervals against an integral: half an interval times the slope, 2**-11 of some 20 per cent.
+# Means over 2**10 mantissas from the lower ends of their intervals against an integral: half an interval times the
+# slope, 2**-11 of some 20 per cent.
 CONTINUUM = 0.02
 # Results of 2**16 mantissas in float32: half a unit of it.
 ENUMERATED = 1e-5
 
-# Constants found on 2**18 or 2**16 mantissas against those printed from finer grids. The mean square is flat around its least value: a
-# constant off by 3e-5 makes it worse by 1e-9. The extremes sit between grid points, 1/512 apart.
+# Constants found on 2**18 or 2**16 mantissas against those printed from finer grids. The mean square is flat around its
+# least value: a constant off by 3e-5 makes it worse by 1e-9. The extremes sit between grid points, 1/512 apart.
 OFFSET = {"mse": 3e-5, "mean": 2e-6, "max": 3e-4}
 
 _EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
@@ -47,17 +49,17 @@ _TINY = {"float16": 2.0**-126, "bfloat16": 2.0**-126, "float32": 2.0**-126, "flo
 
 
 def rounding(dtype: np.dtype[Any]) -> float:
-    """Bound of a relative error beside the approximation's own: one rounding to the dtype, and those of its float64 measurement."""
+    """Bound of a relative error beside the approximation's own: one rounding to the dtype, those of the measurement."""
     return _EPS[dtype.name]
 
 
 def matmul(magnitude: NDArray[Any], terms: int, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Bound of |product - oracle|, element by element; `magnitude` is the oracle's sum of |products|, `terms` is K.
 
-    A sum of K terms in any order is off by at most (K - 1) u sum |p| (Higham 2002, 4.4), u = eps / 2 of the accumulator; signs of
-    roundings being as good as random, sqrt(K) in place of K is exceeded with negligible probability when multiplied by 8. The oracle in float64
-    has the same bound for float64. Rounding to the dtype adds half an eps of it, and each product that is flushed to zero adds the smallest
-    normal number of the accumulator.
+    A sum of K terms in any order is off by at most (K - 1) u sum |p| (Higham 2002, 4.4), u = eps / 2 of the
+    accumulator; signs of roundings being as good as random, sqrt(K) in place of K is exceeded with negligible
+    probability when multiplied by 8. The oracle in float64 has the same bound for float64. Rounding to the dtype adds
+    half an eps of it, and each product that is flushed to zero adds the smallest normal number of the accumulator.
     """
     accumulator = "float64" if dtype == np.float64 else "float32"
     accumulated = 8.0 * np.sqrt(max(terms, 1)) * _EPS[accumulator] * magnitude
@@ -67,9 +69,10 @@ def matmul(magnitude: NDArray[Any], terms: int, dtype: np.dtype[Any]) -> NDArray
 
 
 def gradient(magnitude: NDArray[Any], terms: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Bound of a gradient against the oracle's: a sum of `terms` products of dy with a slope, `magnitude` its sum of absolute values.
+    """Bound of a gradient against the oracle's: a sum of `terms` products of dy with slopes.
 
-    As `matmul`, with one more rounding a term, where dy times a slope that is no power of two is rounded before it is added.
+    As `matmul`, with one more rounding a term, where dy times a slope that is no power of two is rounded before it is
+    added.
     """
     return np.asarray(
         matmul(magnitude, terms, dtype) + _EPS["float64" if dtype == np.float64 else "float32"] * magnitude

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Mitchell arithmetic in plain NumPy: what every other backend must return, written to be read.
 
-A finite non-zero value, subnormals included, is s 2**e (1 + X / 2**M): X an integer of M mantissa bits, e unbounded. Taking X / 2**M for
-log2(1 + X / 2**M) turns a product into the integer sum S = X + Y + C of mantissas, whose carry S >> M goes into the exponent
-(Mitchell 1962). All sums are integers, so that the only rounding is the last one, to the result's dtype.
+A finite non-zero value, subnormals included, is s 2**e (1 + X / 2**M): X an integer of M mantissa bits, e unbounded.
+Taking X / 2**M for log2(1 + X / 2**M) turns a product into the integer sum S = X + Y + C of mantissas, whose carry
+S >> M goes into the exponent (Mitchell 1962). All sums are integers, so that the only rounding is the last one, to the
+result's dtype.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ PLAIN = Multiplier()
 _BLOCK = 2**17
 
 
-# --- integers: bits of arrays of int64, or of Python integers (dtype object) where 64 bits do not suffice ------------------
+# Integers are arrays of int64, or of Python integers (dtype object) where 64 bits do not suffice.
 
 _bit_length = np.frompyfunc(int.bit_length, 1, 1)
 
@@ -89,9 +90,6 @@ def _constant(spec: OpSpec, bits: int, x: Array, y: Array | None = None, round_t
     index = x >> shift if y is None else (x >> shift) * spec.segments + (y >> shift)
     c = table[index.astype(np.int64)]
     return c.astype(x.dtype) << (bits - rounded)
-
-
-# --- floating point ----------------------------------------------------------------------------------------------------------
 
 
 def _decompose(a: Array, bits: int, kept: int = 0) -> tuple[Array, Array]:
@@ -220,10 +218,8 @@ def _float_op(op: str, spec: OpSpec, dtype: np.dtype[Any], args: Sequence[Array]
     return np.where(regular, _round(value, dtype), special.astype(dtype))
 
 
-# --- integers: sign and magnitude, the same definition, truncated towards zero -------------------------------------------------
-
-
 def _integer_op(spec: OpSpec, dtype: np.dtype[Any], result: np.dtype[Any], a: Array, b: Array) -> Array:
+    """The same definition on sign and magnitude of integers, truncated towards zero."""
     wide: Any = np.int64 if dtype.itemsize <= 2 else object
     bits, round_to = (23, 23) if dtype.itemsize <= 2 else (63, 52)
     a, b = a.astype(wide), b.astype(wide)
@@ -247,11 +243,8 @@ def _integer_op(spec: OpSpec, dtype: np.dtype[Any], result: np.dtype[Any], a: Ar
     return np.asarray(product & (2**64 - 1)).astype(np.uint64).view(result)
 
 
-# --- element-wise operations ---------------------------------------------------------------------------------------------------
-
-
 def _resolve(op: str, name: str, args: Sequence[Any], dtype: Any) -> tuple[np.dtype[Any], np.dtype[Any]]:
-    """Dtypes of the operands and of the result, found as NumPy finds a ufunc's loop: the first that takes the operands safely."""
+    """Dtypes of operands and result, found as NumPy finds a ufunc's loop: the first that takes the operands safely."""
     weak = [type(v) in (int, float) for v in args]
     dtypes = [np.asarray(v).dtype for v, w in zip(args, weak, strict=True) if not w]
     common = np.result_type(*dtypes) if dtypes else np.result_type(*args)
@@ -323,11 +316,8 @@ mitchell_exp2 = mitchell_op("exp2", Multiplier())
 lmul = mitchell_op("mul", Multiplier("lmul"))
 
 
-# --- matrix products -----------------------------------------------------------------------------------------------------------
-
-
 def _matmul_operand(a: Array, spec: OpSpec) -> Array:
-    """As float64, with the subnormals that count as zero: all but float16's, which are normal where they are accumulated."""
+    """As float64, with zeros for subnormals but those of float16, which are normal numbers in the accumulator."""
     value = a.astype(np.float64)
     return value if a.dtype == np.float16 and not spec.flush else _flush(value, FORMATS[a.dtype.name])
 
@@ -346,7 +336,7 @@ def _product(spec: OpSpec, dtype: np.dtype[Any], a: Array, b: Array) -> Array:
 def _blocked_sum(
     term: Callable[[slice], Array], axis: int, length: int, shape: tuple[int, ...], dtype: Any = np.float64
 ) -> Array:
-    """The sum along `axis` of term(block) over blocks of range(length): temporaries of one block, whatever the length."""
+    """The sum along `axis` of term(block) over blocks of range(length); temporaries are of one block."""
     total = np.zeros(shape, dtype)
     step = max(1, _BLOCK // max(1, total.size))
     for start in range(0, length, step):
@@ -387,7 +377,7 @@ def lut_matmul(a: Array, b: Array, table: Array, *, out: Array) -> Array:
 
 
 def _columns(x: Array, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> tuple[Array, Pair]:
-    """Patches of x (N, C, H, W) as (N, groups, C / groups * KH * KW, OH * OW), and (OH, OW). Padding is zeros like any other."""
+    """Patches of x as (N, groups, C / groups * KH * KW, OH * OW), and (OH, OW). Padding is zeros like any other."""
     padded = np.pad(x, ((0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2))
     extent = tuple((k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True))
     windows = np.lib.stride_tricks.sliding_window_view(padded, extent, axis=(2, 3))
@@ -432,15 +422,21 @@ def mitchell_conv2d(
         return _store(_matmul(spec, x.dtype, kernels, columns).reshape(x.shape[0], o, *size), x.dtype, out)
 
 
-# --- gradients -----------------------------------------------------------------------------------------------------------------
-# "exact": of the linear piece that the operands lie in (the carry of S stands still); truncation of the mantissa counts as the identity.
-# "ste": of the exact product. "mimic": the exact product's gradient, computed with the approximate operations themselves.
+# Gradients.
+# "exact": of the linear piece that the operands lie in (the carry of S stands still); truncation of the mantissa counts
+# as the identity. "ste": of the exact product. "mimic": the exact product's gradient, computed with the approximate
+# operations themselves.
 
 
 def _sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
     """The gradient of a broadcast operand: summed over the axes along which it was repeated."""
     gradient = gradient.sum(axis=tuple(range(gradient.ndim - len(shape))))
     return np.asarray(gradient.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1), keepdims=True).reshape(shape))
+
+
+def _reduced(gradient: Array, operand: Array) -> Array:
+    """The gradient with the operand's shape and dtype, summed in float64."""
+    return _sum_to(gradient.astype(np.float64), operand.shape).astype(operand.dtype)
 
 
 def _mul_slope(spec: OpSpec, dtype: np.dtype[Any], a: Array, b: Array, dy: Array) -> Array:
@@ -491,7 +487,7 @@ def mitchell_mul_grad(
             if spec.flush:
                 x, y = (_flush(v, FORMATS[a.dtype.name]) for v in (x, y))
             da, db = _mul_slope(spec, a.dtype, x, y, g), _mul_slope(spec, a.dtype, y, x, g)
-        return tuple(_sum_to(d.astype(np.float64), v.shape).astype(a.dtype) for d, v in ((da, a), (db, b)))  # type: ignore[return-value]
+        return _reduced(da, a), _reduced(db, b)
 
 
 def mitchell_div_grad(
@@ -510,7 +506,7 @@ def mitchell_div_grad(
             if spec.flush:
                 x, y = (_flush(v, FORMATS[a.dtype.name]) for v in (x, y))
             da, db = _div_slopes(spec, a.dtype, x, y, g)
-        return tuple(_sum_to(d.astype(np.float64), v.shape).astype(a.dtype) for d, v in ((da, a), (db, b)))  # type: ignore[return-value]
+        return _reduced(da, a), _reduced(db, b)
 
 
 def _matmul_grad(spec: OpSpec, dtype: np.dtype[Any], a: Array, b: Array, dy: Array, mode: str) -> tuple[Array, Array]:
@@ -557,7 +553,7 @@ def mitchell_conv2d_grad(
     multiplier: Multiplier = PLAIN,
     mode: str = "exact",
 ) -> tuple[Array, Array]:
-    """Gradients of sum(dy * conv2d(x, w)) with respect to x (N, C, H, W) and w (O, C / groups, KH, KW); dy (N, O, OH, OW)."""
+    """Gradients of sum(dy * conv2d(x, w)) along x (N, C, H, W) and w (O, C / groups, KH, KW); dy (N, O, OH, OW)."""
     spec = multiplier.spec("mul")
     o, _, kh, kw = w.shape
     with np.errstate(all="ignore"):
