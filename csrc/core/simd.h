@@ -94,7 +94,9 @@ template <class M, class V> FASTOPS_INLINE V select(M mask, V yes, V no) { retur
 // Volatile: otherwise the compiler computes it early, for the one arm of a later select that looks at the result.
 template <class V>
 FASTOPS_INLINE V opaque(V v) {
-#if defined(__x86_64__)
+#if defined(FASTOPS_LANE_BYTES)
+  __asm__ volatile("" : "+m"(v));
+#elif defined(__x86_64__)
   __asm__ volatile("" : "+x"(v));
 #else
   __asm__ volatile("" : "+w"(v));
