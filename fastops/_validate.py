@@ -126,6 +126,9 @@ def array(name: str, value: object) -> AnyArray:
 def float_arrays(**values: object) -> list[AnyArray]:
     """The arguments as arrays of one floating-point dtype in native byte order, promoted as NumPy promotes."""
     arrays = {name: array(name, value) for name, value in values.items()}
+    first, *others = (item.dtype for item in arrays.values())
+    if first in FLOAT_DTYPES and first.isnative and all(dtype is first for dtype in others):
+        return list(arrays.values())
     for name, item in arrays.items():
         if item.dtype.newbyteorder("=") not in FLOAT_DTYPES:
             raise wrong_type(name, FLOAT_NAMES, Text(str(item.dtype)))
@@ -168,6 +171,8 @@ def matmul_shape(a: AnyArray, b: AnyArray) -> tuple[int, ...]:
             f"of shape (..., {a.shape[-1]}, N) to follow a of shape {_clip(str(a.shape))}",
             Text(_clip(str(b.shape))),
         )
+    if a.ndim == b.ndim == 2:
+        return a.shape[0], b.shape[1]
     try:
         batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     except ValueError:
@@ -227,13 +232,14 @@ def out_array(
     out: object, shape: tuple[int, ...], dtypes: Sequence[np.dtype[Any]], inputs: dict[str, AnyArray]
 ) -> AnyArray:
     """`out` if the result can be written there without a copy and without touching an input."""
-    wanted = " or ".join(str(dtype) for dtype in dtypes)
     if not isinstance(out, np.ndarray):
-        raise wrong_type("out", f"an ndarray of dtype {wanted} or None", out)
+        raise wrong_type("out", f"an ndarray of dtype {_either(dtypes)} or None", out)
     if hasattr(out, "mask"):
         raise wrong_type("out", "an array without a mask", Text("a masked array"))
     if out.dtype not in dtypes:
-        raise wrong_type("out", f"of dtype {wanted}", Text(str(out.dtype) if out.dtype.isnative else f"{out.dtype!r}"))
+        raise wrong_type(
+            "out", f"of dtype {_either(dtypes)}", Text(str(out.dtype) if out.dtype.isnative else f"{out.dtype!r}")
+        )
     same_shape("out", out, shape)
     if not out.flags.writeable:
         raise wrong_value("out", "writable", Text("a read-only array"))
@@ -255,7 +261,13 @@ def _share_memory(x: AnyArray, y: AnyArray) -> bool:
         return True
 
 
+def _either(dtypes: Sequence[np.dtype[Any]]) -> str:
+    return " or ".join(str(dtype) for dtype in dtypes)
+
+
 def _overlaps_itself(x: AnyArray) -> bool:
+    if x.flags.c_contiguous:
+        return False
     reach = x.itemsize
     for stride, length in sorted((abs(stride), length) for stride, length in zip(x.strides, x.shape, strict=True)):
         if length > 1:

@@ -61,7 +61,8 @@ def _spec(op: str, multiplier: Multiplier) -> OpSpec:
 
 def _is_regular(x: AnyArray) -> bool:
     """Whether the elements are aligned and whole elements apart."""
-    return x.flags.aligned and all(stride % x.itemsize == 0 for stride in x.strides)
+    flags = x.flags
+    return flags.aligned and (flags.c_contiguous or all(stride % x.itemsize == 0 for stride in x.strides))
 
 
 def _regular(x: AnyArray) -> AnyArray:
@@ -86,18 +87,22 @@ def _deliver(result: AnyArray, out: AnyArray | None) -> AnyArray:
     return out
 
 
+def _product_shape(a: AnyArray, b: AnyArray) -> tuple[int, ...]:
+    if a.ndim == b.ndim == 2:
+        return a.shape[0], b.shape[1]
+    return (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+
+
 def mitchell_matmul(a: AnyArray, b: AnyArray, *, multiplier: Multiplier, out: AnyArray | None = None) -> AnyArray:
     """The product of a (..., M, K) and b (..., K, N) under a multiplier."""
-    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    result = _into(out, (*batch, a.shape[-2], b.shape[-1]), a.dtype)
+    result = _into(out, _product_shape(a, b), a.dtype)
     _core.matmul(_regular(a), _regular(b), _spec("mul", multiplier), result)
     return _deliver(result, out)
 
 
 def exact_matmul(a: AnyArray, b: AnyArray, *, out: AnyArray | None = None) -> AnyArray:
     """The exact product of a (..., M, K) and b (..., K, N), by the same tiling as the approximate one."""
-    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    result = _into(out, (*batch, a.shape[-2], b.shape[-1]), a.dtype)
+    result = _into(out, _product_shape(a, b), a.dtype)
     _core.exact_matmul(_regular(a), _regular(b), result)
     return _deliver(result, out)
 
