@@ -25,16 +25,13 @@ int find_level(const char* name) noexcept {
   return -1;
 }
 
-std::atomic<int> g_level{-1};
-
 }  // namespace
 
-int active_level() noexcept {
-  int level = g_level.load(std::memory_order_relaxed);
-  if (level < 0) {
-    level = best_level();
-    g_level.store(level, std::memory_order_relaxed);
-  }
+std::atomic<int> g_level{-1};
+
+int choose_level() noexcept {
+  const int level = best_level();
+  g_level.store(level, std::memory_order_relaxed);
   return level;
 }
 

@@ -17,8 +17,13 @@ inline constexpr const char* kLevelNames[] = {"neon"};
 #endif
 inline constexpr int kLevels = sizeof(kLevelNames) / sizeof(kLevelNames[0]);
 
-// Index into kLevelNames of the level in force.
-int active_level() noexcept;
+// Index into kLevelNames of the level in force; inline, because every call of an element-wise operation asks.
+extern std::atomic<int> g_level;  // below 0 before the first question
+int choose_level() noexcept;
+inline int active_level() noexcept {
+  const int level = g_level.load(std::memory_order_relaxed);
+  return level >= 0 ? level : choose_level();
+}
 
 // A family declares its level functions with these and picks by `select(...)[active_level()]`.
 #if defined(__x86_64__)

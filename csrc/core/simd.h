@@ -106,12 +106,56 @@ FASTOPS_INLINE V opaque(V v) {
 
 // The first n < lanes elements; the rest is `fill`. Nothing past p + n is read.
 template <class V, class T> FASTOPS_INLINE V load_first(const T* p, std::size_t n, T fill) {
+#if defined(FASTOPS_AVX512)
+  if constexpr (sizeof(T) == 4 && sizeof(V) == kBytes) {
+    const V filled = splat<V>(fill);
+    return (V)_mm512_mask_loadu_epi32((__m512i)filled, __mmask16((1u << n) - 1), p);
+  } else if constexpr (sizeof(T) == 8 && sizeof(V) == kBytes) {
+    const V filled = splat<V>(fill);
+    return (V)_mm512_mask_loadu_epi64((__m512i)filled, __mmask8((1u << n) - 1), p);
+  }
+#elif defined(FASTOPS_AVX2)
+  if constexpr (sizeof(T) == 4 && sizeof(V) == kBytes) {
+    const i32 mask = lanes<std::int32_t>{0, 1, 2, 3, 4, 5, 6, 7} < static_cast<std::int32_t>(n);
+    return select(mask, (V)_mm256_maskload_epi32((const int*)p, (__m256i)mask), splat<V>(fill));
+  } else if constexpr (sizeof(T) == 8 && sizeof(V) == kBytes) {
+    const i64 mask = lanes<std::int64_t>{0, 1, 2, 3} < static_cast<std::int64_t>(n);
+    return select(mask, (V)_mm256_maskload_epi64((const long long*)p, (__m256i)mask), splat<V>(fill));
+  }
+#endif
   alignas(sizeof(V)) T t[kLanes<V>];
   for (std::size_t i = 0; i < kLanes<V>; ++i) t[i] = fill;
   std::memcpy(t, p, n * sizeof(T));
   return load<V>(t);
 }
 template <class V, class T> FASTOPS_INLINE void store_first(T* p, V v, std::size_t n) {
+#if defined(FASTOPS_AVX512)
+  if constexpr (sizeof(T) == 4 && sizeof(V) == kBytes)
+    return _mm512_mask_storeu_epi32(p, __mmask16((1u << n) - 1), (__m512i)v);
+  else if constexpr (sizeof(T) == 8 && sizeof(V) == kBytes)
+    return _mm512_mask_storeu_epi64(p, __mmask8((1u << n) - 1), (__m512i)v);
+#elif defined(FASTOPS_AVX2)
+  // Masked stores take many steps on some CPUs: halves, quarters and eighths in their place.
+  if constexpr (sizeof(T) >= 4 && sizeof(V) == kBytes) {
+    constexpr std::size_t half = 16 / sizeof(T);
+    __m128i part = _mm256_castsi256_si128((__m256i)v);
+    if (n & half) {
+      _mm_storeu_si128((__m128i*)p, part);
+      part = _mm256_extracti128_si256((__m256i)v, 1);
+      p += half;
+    }
+    if (n & (half / 2)) {
+      _mm_storel_epi64((__m128i*)p, part);
+      part = _mm_unpackhi_epi64(part, part);
+      p += half / 2;
+    }
+    if (half == 4 && (n & 1)) {
+      const int last = _mm_cvtsi128_si32(part);
+      std::memcpy(p, &last, 4);
+    }
+    return;
+  }
+#endif
   alignas(sizeof(V)) T t[kLanes<V>];
   store(t, v);
   std::memcpy(p, t, n * sizeof(T));

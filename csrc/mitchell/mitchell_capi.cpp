@@ -27,6 +27,10 @@ constexpr std::size_t kThreadsFrom = 1000000;
 // A block of a long array: independent of the thread count, small enough to spread, large against the hand-over.
 constexpr std::size_t kBlock = 65536;
 
+// Operations that the forms without a logarithm do not have.
+constexpr unsigned kLogFormOnly =
+    1u << FASTOPS_DIV | 1u << FASTOPS_RECIPROCAL | 1u << FASTOPS_SQRT | 1u << FASTOPS_RSQRT;
+
 // Outputs beyond half of the last cache are written past it: nothing of them would be left when they are read.
 std::size_t stream_from() noexcept {
   static const std::size_t bytes = [] {
@@ -68,27 +72,24 @@ bool is_valid(const fastops_mitchell_params& p) noexcept {
   return true;
 }
 
-using Apply = void (*)(const fastops_mitchell*, const MitchellArrays&, std::size_t, bool) noexcept;
-
 struct Job {
-  Apply apply;
+  MitchellApply apply;
   const fastops_mitchell* m;
+  int op;
+  fastops_dtype dtype;
   MitchellArrays arrays;
   std::size_t n;
-  bool stream;
   std::atomic<int> flags;
 };
 // Each block's status flags are collected: a worker's would be lost, and np.errstate depend on the length.
 void run_block(void* context, std::size_t block, unsigned) noexcept {
   auto& job = *static_cast<Job*>(context);
+  const MitchellArrays& p = job.arrays;
   const std::size_t first = block * kBlock, count = job.n - first < kBlock ? job.n - first : kBlock;
   const auto at = static_cast<std::ptrdiff_t>(first);
-  MitchellArrays p = job.arrays;
-  p.a += at * p.stride_a;
-  p.b += at * p.stride_b;
-  p.out += at * p.stride_out;
   std::feclearexcept(FE_ALL_EXCEPT);
-  job.apply(job.m, p, count, job.stream);
+  job.apply(job.m, job.op, job.dtype, p.a + at * p.stride_a, p.stride_a, p.b + at * p.stride_b, p.stride_b,
+            p.out + at * p.stride_out, p.stride_out, count);
   job.flags.fetch_or(std::fetestexcept(FE_ALL_EXCEPT), std::memory_order_relaxed);
 }
 
@@ -100,22 +101,23 @@ bool overlap(const char* in, std::ptrdiff_t step, const MitchellArrays& p, std::
   return i_low < o_low + 2 * reach(p.stride_out) && o_low < i_low + 2 * reach(step);
 }
 
-__attribute__((noinline)) void apply_long(Apply apply, const fastops_mitchell* m, fastops_mitchell_op op,
-                                          fastops_dtype dtype, const MitchellArrays& arrays, std::size_t n) noexcept {
-  const std::size_t bytes = n * kResultSize[dtype];
-  const bool stream = bytes > stream_from();
+__attribute__((noinline)) fastops_status apply_long(MitchellApply apply, const fastops_mitchell* m, int op,
+                                                    fastops_dtype dtype, const MitchellArrays& p,
+                                                    std::size_t n) noexcept {
+  const bool aligned = reinterpret_cast<std::uintptr_t>(p.out) % kResultSize[dtype] == 0;
+  if (aligned && n * kResultSize[dtype] > stream_from()) op |= kMitchellStream;
   // A reduction or accumulation reads what it wrote: one thread, in order.
-  const bool parallel = n >= kThreadsFrom && worker_count() > 1 && arrays.stride_out != 0 &&
-                        !overlap(arrays.a, arrays.stride_a, arrays, n) &&
-                        (op > FASTOPS_DIV || !overlap(arrays.b, arrays.stride_b, arrays, n));
-  if (!parallel) return apply(m, arrays, n, stream);
-  Job job{apply, m, arrays, n, stream, {0}};
+  const bool parallel =
+      worker_count() > 1 && p.stride_out != 0 && !overlap(p.a, p.stride_a, p, n) && !overlap(p.b, p.stride_b, p, n);
+  if (!parallel) return apply(m, op, dtype, p.a, p.stride_a, p.b, p.stride_b, p.out, p.stride_out, n);
+  Job job{apply, m, op, dtype, p, n, {0}};
   const int before = std::fetestexcept(FE_ALL_EXCEPT);
   const double work_ns = static_cast<double>(n * (2 * kItemSize[dtype] + kResultSize[dtype])) / 10.0;
   parallel_run((n + kBlock - 1) / kBlock, run_block, &job, work_ns, fastops_poll{nullptr, nullptr});
   std::feclearexcept(FE_ALL_EXCEPT);
   const int flags = before | job.flags.load(std::memory_order_relaxed);
   if (flags) std::feraiseexcept(flags);
+  return FASTOPS_OK;
 }
 
 }  // namespace
@@ -143,21 +145,16 @@ fastops_status fastops_mitchell_apply(const fastops_mitchell* m, fastops_mitchel
                                       ptrdiff_t stride_out, size_t n) noexcept {
   if (m == nullptr || static_cast<unsigned>(op) >= kMitchellOps || static_cast<unsigned>(dtype) >= kMitchellTypes)
     return FASTOPS_INVALID;
-  const Apply apply = kKernels[active_level()]->apply[op][dtype];
-  if (apply == nullptr || (m->params.form != FASTOPS_FORM_LOG && op != FASTOPS_MUL && op != FASTOPS_SQUARE &&
-                           op != FASTOPS_LOG2 && op != FASTOPS_EXP2))
+  const MitchellApply apply = kKernels[active_level()]->apply[op][dtype];
+  if (apply == nullptr || (m->params.form != FASTOPS_FORM_LOG && ((1u << op) & kLogFormOnly) != 0))
     return FASTOPS_INVALID;
-  const MitchellArrays arrays{static_cast<const char*>(a),
-                              static_cast<const char*>(op > FASTOPS_DIV ? a : b),
-                              static_cast<char*>(out),
-                              stride_a,
-                              op > FASTOPS_DIV ? stride_a : stride_b,
-                              stride_out};
-  if (__builtin_expect(n < kThreadsFrom, 1))
-    apply(m, arrays, n, false);
-  else
-    apply_long(apply, m, op, dtype, arrays, n);
-  return FASTOPS_OK;
+  // A jump, not a call: the arguments stay where they are.
+  if (__builtin_expect(n < kThreadsFrom, 1)) return apply(m, op, dtype, a, stride_a, b, stride_b, out, stride_out, n);
+  const bool binary = op <= FASTOPS_DIV;
+  return apply_long(apply, m, op, dtype,
+                    {static_cast<const char*>(a), static_cast<const char*>(binary ? b : a), static_cast<char*>(out),
+                     stride_a, binary ? stride_b : stride_a, stride_out},
+                    n);
 }
 
 fastops_status fastops_mitchell_grad(const fastops_mitchell* m, fastops_mitchell_op op, fastops_gradient mode,

@@ -21,6 +21,7 @@ constexpr bool is_binary(int op) { return op == FASTOPS_MUL || op == FASTOPS_DIV
 constexpr bool is_sum(int op) { return op <= FASTOPS_RSQRT; }
 
 // ---- dtypes: what lies in memory (S), the lanes (F) and the scalar (E) it is computed in ---------------------------
+// store_normal: of a value known to be normal in its dtype. load_first fills up with ones.
 struct Float32 {
   using S = float;
   using F = f32;
@@ -28,6 +29,9 @@ struct Float32 {
   static constexpr bool kStreams = true;
   static FASTOPS_INLINE F load(const S* p) { return simd::load<F>(p); }
   static FASTOPS_INLINE void store(S* p, F v) { simd::store(p, v); }
+  static FASTOPS_INLINE void store_normal(S* p, F v) { simd::store(p, v); }
+  static FASTOPS_INLINE F load_first(const S* p, std::size_t n) { return simd::load_first<F>(p, n, S{1}); }
+  static FASTOPS_INLINE void store_first(S* p, F v, std::size_t n) { simd::store_first(p, v, n); }
   static FASTOPS_INLINE E get(S s) { return s; }
   static FASTOPS_INLINE S put(E e) { return e; }
   static const MitchellConstants<std::int32_t>& constants(const fastops_mitchell& m) { return m.single[FASTOPS_F32]; }
@@ -39,6 +43,11 @@ struct Float16 {
   static constexpr bool kStreams = false;
   static FASTOPS_INLINE F load(const S* p) { return half::from_f16(simd::load<simd::half_u16>(p)); }
   static FASTOPS_INLINE void store(S* p, F v) { simd::store(p, half::to_f16(v)); }
+  static FASTOPS_INLINE void store_normal(S* p, F v) { simd::store(p, half::to_f16(v)); }
+  static FASTOPS_INLINE F load_first(const S* p, std::size_t n) {
+    return half::from_f16(simd::load_first<simd::half_u16>(p, n, S{0x3c00}));
+  }
+  static FASTOPS_INLINE void store_first(S* p, F v, std::size_t n) { simd::store_first(p, half::to_f16(v), n); }
   static FASTOPS_INLINE E get(S s) { return half::from_f16(s); }
   static FASTOPS_INLINE S put(E e) { return half::to_f16(e); }
   static const MitchellConstants<std::int32_t>& constants(const fastops_mitchell& m) { return m.single[FASTOPS_F16]; }
@@ -50,6 +59,11 @@ struct BFloat16 {
   static constexpr bool kStreams = false;
   static FASTOPS_INLINE F load(const S* p) { return half::from_bf16(simd::load<simd::half_u16>(p)); }
   static FASTOPS_INLINE void store(S* p, F v) { simd::store(p, half::to_bf16(v)); }
+  static FASTOPS_INLINE void store_normal(S* p, F v) { simd::store(p, half::normal_to_bf16(v)); }
+  static FASTOPS_INLINE F load_first(const S* p, std::size_t n) {
+    return half::from_bf16(simd::load_first<simd::half_u16>(p, n, S{0x3f80}));
+  }
+  static FASTOPS_INLINE void store_first(S* p, F v, std::size_t n) { simd::store_first(p, half::to_bf16(v), n); }
   static FASTOPS_INLINE E get(S s) { return half::from_bf16(s); }
   static FASTOPS_INLINE S put(E e) { return half::to_bf16(e); }
   static const MitchellConstants<std::int32_t>& constants(const fastops_mitchell& m) { return m.single[FASTOPS_BF16]; }
@@ -61,6 +75,9 @@ struct Float64 {
   static constexpr bool kStreams = true;
   static FASTOPS_INLINE F load(const S* p) { return simd::load<F>(p); }
   static FASTOPS_INLINE void store(S* p, F v) { simd::store(p, v); }
+  static FASTOPS_INLINE void store_normal(S* p, F v) { simd::store(p, v); }
+  static FASTOPS_INLINE F load_first(const S* p, std::size_t n) { return simd::load_first<F>(p, n, S{1}); }
+  static FASTOPS_INLINE void store_first(S* p, F v, std::size_t n) { simd::store_first(p, v, n); }
   static FASTOPS_INLINE E get(S s) { return s; }
   static FASTOPS_INLINE S put(E e) { return e; }
   static const MitchellConstants<std::int64_t>& constants(const fastops_mitchell& m) { return m.wide; }
@@ -166,9 +183,54 @@ template <int op, class F, bool cut> struct Short {
   }
   FASTOPS_INLINE bool in_range() const {
     constexpr bool root = op == FASTOPS_SQRT || op == FASTOPS_RSQRT;
-    bool r = true;
-    if constexpr (op != FASTOPS_SQUARE) r = all_bits(seen_a, root ? N::kTopBit | N::kSign : N::kTopBit);
-    if constexpr (is_binary(op) || op == FASTOPS_SQUARE) r = r && all_bits(seen_b, N::kTopTwo);
+    if constexpr (is_binary(op))
+      return all_bits(seen_a, N::kTopBit) && all_bits(seen_b, N::kTopTwo);
+    else if constexpr (op == FASTOPS_SQUARE)
+      return all_bits(seen_b, N::kTopTwo);
+    else
+      return all_bits(seen_a, root ? N::kTopBit | N::kSign : N::kTopBit);
+  }
+};
+
+// ---- products and quotients by a power of two ----------------------------------------------------------------------
+// One operand's exponent and sign become a float by which the sum of the rest is multiplied: exactly, or with the one
+// rounding of a subnormal result. `rest` marks lanes for the full path: subnormals, inf, nan and the outermost octaves.
+template <int op, class F> struct Scaled {
+  using N = Unit<F>;
+  using U = typename N::U;
+  using W = std::make_unsigned_t<typename N::S>;
+  struct Split {
+    F significand, scale;
+    decltype(U{} < U{}) rest;
+  };
+  U c, keep;
+
+  template <class Constants> FASTOPS_INLINE explicit Scaled(const Constants& k) {
+    c = U{} + static_cast<W>(k.c);
+    keep = U{} + (static_cast<W>(k.mantissa_mask) | static_cast<W>(~N::kMantissa));
+  }
+  FASTOPS_INLINE Split operator()(F a, F b) const {
+    constexpr W mantissa = N::kMantissa, octave = N::kMinNormal, one = N::kOne;
+    const U x = bits<U>(a), y = bits<U>(b);
+    // The operand that gives its exponent: normal. The other: room for the sum, which is
+    // within two octaves either way. Zeros beside. Which is which shows
+    // before mantissas are cut: a subnormal's leading bits are not where they are cut.
+    const U power = op == FASTOPS_MUL ? x : y, other = op == FASTOPS_MUL ? y : x;
+    const U part = power & keep & mantissa, twice_power = power + power, twice_other = other + other;
+    Split r;
+    U sum = op == FASTOPS_MUL ? (other & keep) + part + c : (other & keep) - part + c;
+    sum = select(twice_other == 0, other, sum);
+    r.significand = bits<F>(sum);
+    const auto far = twice_other - 6 * octave >= U{} + (2 * (2 * W{N::kBias} - 4)) * octave;
+    r.rest = far & (twice_other != 0);
+    if constexpr (op == FASTOPS_MUL) {
+      r.scale = bits<F>(power & ~mantissa);
+      const auto odd = twice_power - 2 * octave >= U{} + (4 * W{N::kBias}) * octave;
+      r.rest = r.rest | (odd & (twice_power != 0));
+    } else {
+      r.scale = bits<F>((one + one) - (power & ~mantissa));
+      r.rest = r.rest | (twice_power - 2 * octave >= U{} + (4 * W{N::kBias} - 2) * octave);
+    }
     return r;
   }
 };
@@ -181,100 +243,151 @@ template <class S> FASTOPS_INLINE S read(const char* p) {
 }
 template <class S> FASTOPS_INLINE void write(char* p, S s) { std::memcpy(p, &s, sizeof s); }
 
-// Whole vectors, or fewer elements than one.
+// Operands of any kind. Whole vectors, then fewer elements than one.
 template <int op, class T>
 __attribute__((noinline)) void full_vectors(const fastops_mitchell& m, const typename T::S* a, const typename T::S* b,
                                             typename T::S* out, std::size_t n) noexcept {
   using F = typename T::F;
   constexpr std::size_t lanes = simd::kLanes<F>;
   const auto& k = T::constants(m);
-  for (; n >= lanes; n -= lanes) {
-    const F x = T::load(a), y = is_binary(op) ? T::load(b) : x;
-    T::store(out, full<op>(x, y, m, k));
-    a += lanes;
-    b += lanes;
-    out += lanes;
+  std::size_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    const F x = T::load(a + i), y = is_binary(op) ? T::load(b + i) : x;
+    T::store(out + i, full<op>(x, y, m, k));
   }
-  if (n == 0) return;
-  typename T::S pad_a[lanes], pad_b[lanes], pad_out[lanes];
-  for (std::size_t i = 0; i < lanes; ++i) {
-    pad_a[i] = i < n ? a[i] : T::put(1);
-    pad_b[i] = is_binary(op) && i < n ? b[i] : T::put(1);
-  }
-  T::store(pad_out, full<op>(T::load(pad_a), T::load(pad_b), m, k));
-  std::memcpy(out, pad_out, n * sizeof(typename T::S));
+  if (i == n) return;
+  const F x = T::load_first(a + i, n - i), y = is_binary(op) ? T::load_first(b + i, n - i) : x;
+  T::store_first(out + i, full<op>(x, y, m, k), n - i);
 }
 
-template <int op, class T, bool cut, bool streams>
-void short_vectors(const fastops_mitchell& m, const typename T::S* a, const typename T::S* b, typename T::S* out,
-                   std::size_t n) noexcept {
+// Products and quotients of normal numbers and zeros; vectors with anything else take the full path. n in whole
+// vectors.
+template <int op, class T>
+__attribute__((noinline)) void scaled_vectors(const fastops_mitchell& m, const typename T::S* a, const typename T::S* b,
+                                              typename T::S* out, std::size_t n) noexcept {
   using F = typename T::F;
-  using S = typename T::S;
+  constexpr std::size_t lanes = simd::kLanes<F>;
+  const auto& k = T::constants(m);
+  if (!is_binary(op) || k.flush_below != 0) return full_vectors<op, T>(m, a, b, out, n);
+  const Scaled<op, F> scaled(k);
+  for (std::size_t i = 0; i < n; i += lanes) {
+    const auto split = scaled(T::load(a + i), T::load(b + i));
+    if (__builtin_expect(simd::any(split.rest), 0))
+      full_vectors<op, T>(m, a + i, b + i, out + i, lanes);
+    else
+      T::store(out + i, split.significand * split.scale);
+  }
+}
+
+// The short path as far as it goes: all of n, or up to the first block or vector with an operand that is not in range.
+template <int op, class T, bool cut, bool streams>
+FASTOPS_INLINE std::size_t short_vectors(const fastops_mitchell& m, const typename T::S* a, const typename T::S* b,
+                                         typename T::S* out, std::size_t n) noexcept {
+  using F = typename T::F;
   constexpr std::size_t lanes = simd::kLanes<F>, block = 4 * lanes;
   const Short<op, F, cut> prototype(T::constants(m));
-  if constexpr (streams) {
-    const std::size_t head = (-reinterpret_cast<std::uintptr_t>(out) % kBytes) / sizeof(S);
-    full_vectors<op, T>(m, a, b, out, head);
-    a += head;
-    b += head;
-    out += head;
-    n -= head;
-  }
-  for (; n >= block; n -= block) {
+  std::size_t i = 0;
+  for (; i + block <= n; i += block) {
     auto s = prototype;
     F r[4];
 #pragma GCC unroll 4
-    for (std::size_t i = 0; i < 4; ++i) {
-      const F x = T::load(a + i * lanes);
-      r[i] = s(x, is_binary(op) ? T::load(b + i * lanes) : x);
+    for (std::size_t v = 0; v < 4; ++v) {
+      const F x = T::load(a + i + v * lanes);
+      r[v] = s(x, is_binary(op) ? T::load(b + i + v * lanes) : x);
     }
-    if (__builtin_expect(s.in_range(), 1)) {
+    if (__builtin_expect(!s.in_range(), 0)) return i;
 #pragma GCC unroll 4
-      for (std::size_t i = 0; i < 4; ++i) {
-        if constexpr (streams)
-          simd::stream(out + i * lanes, r[i]);
-        else
-          T::store(out + i * lanes, r[i]);
-      }
-    } else {
-      full_vectors<op, T>(m, a, b, out, block);
+    for (std::size_t v = 0; v < 4; ++v) {
+      if constexpr (streams)
+        simd::stream(out + i + v * lanes, r[v]);
+      else
+        T::store_normal(out + i + v * lanes, r[v]);
     }
-    a += block;
-    b += block;
-    out += block;
   }
-  for (; n >= lanes; n -= lanes) {
+#pragma GCC unroll 1
+  for (; i + lanes <= n; i += lanes) {
     auto s = prototype;
-    const F x = T::load(a), r = s(x, is_binary(op) ? T::load(b) : x);
-    if (__builtin_expect(s.in_range(), 1))
-      T::store(out, r);
-    else
-      full_vectors<op, T>(m, a, b, out, lanes);
-    a += lanes;
-    b += lanes;
-    out += lanes;
+    const F x = T::load(a + i), r = s(x, is_binary(op) ? T::load(b + i) : x);
+    if (__builtin_expect(!s.in_range(), 0)) return i;
+    T::store_normal(out + i, r);
   }
-  if (n) full_vectors<op, T>(m, a, b, out, n);
-  if constexpr (streams) simd::stream_fence();
+  if (i < n) {
+    auto s = prototype;
+    const F x = T::load_first(a + i, n - i), r = s(x, is_binary(op) ? T::load_first(b + i, n - i) : x);
+    if (__builtin_expect(!s.in_range(), 0)) return i;
+    T::store_first(out + i, r, n - i);
+  }
+  return n;
+}
+
+// From element i, where the short path does not apply. Such operands seldom come alone: a stretch of the way is gone
+// without looking for better ones.
+template <int op, class T, bool cut, bool streams>
+__attribute__((noinline)) fastops_status detour(const fastops_mitchell& m, const typename T::S* a,
+                                                const typename T::S* b, typename T::S* out, std::size_t n,
+                                                std::size_t i) noexcept {
+  constexpr std::size_t lanes = simd::kLanes<typename T::F>;
+  for (;;) {
+    const std::size_t left = n - i;
+    if (left < lanes) {
+      full_vectors<op, T>(m, a + i, b + i, out + i, left);
+      return FASTOPS_OK;
+    }
+    const std::size_t stretch = left < 32 * lanes ? left / lanes * lanes : 32 * lanes;
+    scaled_vectors<op, T>(m, a + i, b + i, out + i, stretch);
+    i += stretch;
+    i += short_vectors<op, T, cut, streams>(m, a + i, b + i, out + i, n - i);
+    if (i == n) return FASTOPS_OK;
+  }
+}
+
+// Past the caches; the first elements up to a whole vector's boundary are not.
+template <int op, class T, bool cut>
+__attribute__((noinline)) fastops_status streamed(const fastops_mitchell& m, const typename T::S* a,
+                                                  const typename T::S* b, typename T::S* out, std::size_t n) noexcept {
+  std::size_t i = (-reinterpret_cast<std::uintptr_t>(out) % kBytes) / sizeof(typename T::S);
+  if (i > n) i = n;
+  full_vectors<op, T>(m, a, b, out, i);
+  i += short_vectors<op, T, cut, true>(m, a + i, b + i, out + i, n - i);
+  if (i < n) detour<op, T, cut, true>(m, a, b, out, n, i);
+  simd::stream_fence();
+  return FASTOPS_OK;
+}
+template <int op, class T>
+__attribute__((noinline)) fastops_status cut_vectors(const fastops_mitchell& m, const typename T::S* a,
+                                                     const typename T::S* b, typename T::S* out,
+                                                     std::size_t n) noexcept {
+  const std::size_t i = short_vectors<op, T, true, false>(m, a, b, out, n);
+  return i < n ? detour<op, T, true, false>(m, a, b, out, n, i) : FASTOPS_OK;
+}
+template <int op, class T>
+__attribute__((noinline)) fastops_status uncommon(const fastops_mitchell& m, const typename T::S* a,
+                                                  const typename T::S* b, typename T::S* out, std::size_t n,
+                                                  bool stream) noexcept {
+  const auto& k = T::constants(m);
+  if constexpr (is_sum(op)) {
+    const bool cut = k.mantissa_mask != -1;
+    if constexpr (T::kStreams)
+      if (k.fast && stream)
+        return cut ? streamed<op, T, true>(m, a, b, out, n) : streamed<op, T, false>(m, a, b, out, n);
+    if (k.fast && cut) return cut_vectors<op, T>(m, a, b, out, n);
+  }
+  full_vectors<op, T>(m, a, b, out, n);
+  return FASTOPS_OK;
 }
 
 template <int op, class T>
-void contiguous(const fastops_mitchell& m, const typename T::S* a, const typename T::S* b, typename T::S* out,
-                std::size_t n, bool stream) noexcept {
+FASTOPS_INLINE fastops_status contiguous(const fastops_mitchell& m, const typename T::S* a, const typename T::S* b,
+                                         typename T::S* out, std::size_t n, bool stream) noexcept {
   if constexpr (is_sum(op)) {
     const auto& k = T::constants(m);
-    if (k.fast) {
-      const bool cut = k.mantissa_mask != -1;
-      if constexpr (T::kStreams) {
-        if (stream)
-          return cut ? short_vectors<op, T, true, true>(m, a, b, out, n)
-                     : short_vectors<op, T, false, true>(m, a, b, out, n);
-      }
-      return cut ? short_vectors<op, T, true, false>(m, a, b, out, n)
-                 : short_vectors<op, T, false, false>(m, a, b, out, n);
+    // No call on the way of a short array of common numbers: it would cost as much as the array.
+    if (__builtin_expect(k.fast && k.mantissa_mask == -1 && !(T::kStreams && stream), 1)) {
+      const std::size_t i = short_vectors<op, T, false, false>(m, a, b, out, n);
+      return __builtin_expect(i == n, 1) ? FASTOPS_OK : detour<op, T, false, false>(m, a, b, out, n, i);
     }
   }
-  full_vectors<op, T>(m, a, b, out, n);
+  return uncommon<op, T>(m, a, b, out, n, stream);
 }
 
 // One element after another, each reading what the ones before it wrote: reductions and accumulations.
@@ -343,22 +456,47 @@ __attribute__((noinline)) void strided(const fastops_mitchell& m, const Mitchell
 }
 
 template <int op, class T>
-void apply(const fastops_mitchell* m, const MitchellArrays& p, std::size_t n, bool stream) noexcept {
+__attribute__((noinline)) fastops_status general(const fastops_mitchell& m, const MitchellArrays& p,
+                                                 std::size_t n) noexcept {
   using S = typename T::S;
-  constexpr auto size = static_cast<std::ptrdiff_t>(sizeof(S));
-  if (n == 0) return;
+  if (n == 0) return FASTOPS_OK;
   if (meets(p.a, p.stride_a, sizeof(S), p, sizeof(S), n) ||
       (is_binary(op) && meets(p.b, p.stride_b, sizeof(S), p, sizeof(S), n)))
-    return in_order<op, T>(*m, p, n);
-  if (p.stride_a == size && p.stride_out == size && (!is_binary(op) || p.stride_b == size))
-    return contiguous<op, T>(*m, reinterpret_cast<const S*>(p.a), reinterpret_cast<const S*>(p.b),
-                             reinterpret_cast<S*>(p.out), n, stream);
-  strided<op, T>(*m, p, n);
+    in_order<op, T>(m, p, n);
+  else
+    strided<op, T>(m, p, n);
+  return FASTOPS_OK;
+}
+
+// Apart from `out`, or exactly `out`: `size` bytes each.
+FASTOPS_INLINE bool is_clear(const void* in, const void* out, std::size_t size) {
+  const auto distance = reinterpret_cast<std::uintptr_t>(out) - reinterpret_cast<std::uintptr_t>(in);
+  return distance == 0 || distance + (size - 1) >= 2 * size - 1;
+}
+
+template <int op, class T>
+fastops_status apply(const fastops_mitchell* m, int mode, fastops_dtype, const void* a, std::ptrdiff_t stride_a,
+                     const void* b, std::ptrdiff_t stride_b, void* out, std::ptrdiff_t stride_out,
+                     std::size_t n) noexcept {
+  using S = typename T::S;
+  constexpr auto size = static_cast<std::ptrdiff_t>(sizeof(S));
+  const std::size_t bytes = n * sizeof(S);
+  if (__builtin_expect(stride_a == size && stride_out == size && (!is_binary(op) || stride_b == size) && n != 0 &&
+                           is_clear(a, out, bytes) && (!is_binary(op) || is_clear(b, out, bytes)),
+                       1)) {
+    return contiguous<op, T>(*m, static_cast<const S*>(a), static_cast<const S*>(b), static_cast<S*>(out), n,
+                             (mode & kMitchellStream) != 0);
+  }
+  const auto *pa = static_cast<const char*>(a), *pb = is_binary(op) ? static_cast<const char*>(b) : pa;
+  return general<op, T>(
+      *m, {pa, pb, static_cast<char*>(out), stride_a, is_binary(op) ? stride_b : stride_a, stride_out}, n);
 }
 
 // ---- integers -----------------------------------------------------------------------------------------------------
 template <int op, class In, class Out>
-void apply_integer(const fastops_mitchell* m, const MitchellArrays& p, std::size_t n, bool) noexcept {
+fastops_status apply_integer(const fastops_mitchell* m, int, fastops_dtype, const void* pa, std::ptrdiff_t stride_a,
+                             const void* pb, std::ptrdiff_t stride_b, void* pout, std::ptrdiff_t stride_out,
+                             std::size_t n) noexcept {
   using W = std::make_unsigned_t<Out>;
   constexpr bool small = sizeof(In) <= 2, wraps = sizeof(In) == sizeof(Out);
   constexpr auto limit = static_cast<std::uint64_t>(std::numeric_limits<Out>::max());
@@ -372,8 +510,8 @@ void apply_integer(const fastops_mitchell* m, const MitchellArrays& p, std::size
   k.segment_bits = m->wide.segment_bits;
   k.unary = op == FASTOPS_SQUARE;
   const bool plain = params.form == FASTOPS_FORM_LOG && k.c == 0 && k.mantissa_bits == 0 && k.segment_bits == 0;
-  const char *a = p.a, *b = p.b;
-  char* out = p.out;
+  const auto *a = static_cast<const char*>(pa), *b = static_cast<const char*>(pb);
+  auto* out = static_cast<char*>(pout);
   for (std::size_t i = 0; i < n; ++i) {
     const In x = read<In>(a), y = op == FASTOPS_MUL ? read<In>(b) : x;
     const std::uint64_t u = x < 0 ? 0 - static_cast<std::uint64_t>(x) : static_cast<std::uint64_t>(x);
@@ -387,10 +525,11 @@ void apply_integer(const fastops_mitchell* m, const MitchellArrays& p, std::size
       r = integer_product(u, v, k, m->wide.table, limit, wraps);
     if ((x < 0) != (y < 0)) r = 0 - r;
     write(out, static_cast<Out>(static_cast<W>(r)));
-    a += p.stride_a;
-    b += p.stride_b;
-    out += p.stride_out;
+    a += stride_a;
+    b += stride_b;
+    out += stride_out;
   }
+  return FASTOPS_OK;
 }
 
 // ---- gradients ----------------------------------------------------------------------------------------------------

@@ -15,15 +15,22 @@ inline constexpr int kMitchellTypes = FASTOPS_U64 + 1;
 
 struct MitchellArrays {
   const char* a;
-  const char* b;  // unary operations: not read
+  const char* b;  // unary operations: like a
   char* out;
   std::ptrdiff_t stride_a, stride_b, stride_out;  // bytes
 };
 
+// Added to a kernel's op: write past the caches where the arrays are contiguous.
+inline constexpr int kMitchellStream = 0x100;
+
+// fastops_mitchell_apply itself, so that it can hand its arguments on as they stand.
+using MitchellApply = fastops_status (*)(const fastops_mitchell* m, int op, fastops_dtype dtype, const void* a,
+                                         std::ptrdiff_t stride_a, const void* b, std::ptrdiff_t stride_b, void* out,
+                                         std::ptrdiff_t stride_out, std::size_t n) noexcept;
+
 struct MitchellKernels {
-  // Null where the type has no such operation. `stream`: write past the caches (contiguous float32 and float64 only).
-  void (*apply[kMitchellOps][kMitchellTypes])(const fastops_mitchell* m, const MitchellArrays& arrays, std::size_t n,
-                                              bool stream) noexcept;
+  // Null where the type has no such operation.
+  MitchellApply apply[kMitchellOps][kMitchellTypes];
   // By FASTOPS_F16 .. FASTOPS_F64; contiguous; op FASTOPS_MUL or FASTOPS_DIV.
   void (*grad[4])(const fastops_mitchell* m, fastops_mitchell_op op, fastops_gradient mode, const void* a,
                   const void* b, const void* dy, void* da, void* db, std::size_t n) noexcept;
