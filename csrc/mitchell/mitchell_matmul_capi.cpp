@@ -40,7 +40,7 @@ constexpr std::size_t kSmallProducts = std::size_t{1} << 22;
 constexpr std::size_t kPassDepth = 2048;
 constexpr std::size_t kSharedElements = std::size_t{1} << 22;
 constexpr std::size_t kOwnElements = std::size_t{1} << 18;
-constexpr std::size_t kBlocksWanted = 16;
+constexpr std::size_t kBlocksWanted = 8;
 
 // Where each matrix of a batch lies.
 struct Pointers {

@@ -429,7 +429,7 @@ template <TileBody kBody> constexpr Sizes sizes() {
   return {6, 4, 512, 120};
 #else
   if (kBody == TileBody::kExact) return {6, 2, 256, 120};
-  if (kBody == TileBody::kLog) return {4, 2, 256, 120};
+  if (kBody == TileBody::kLog) return {3, 3, 256, 120};
   if (kBody == TileBody::kSegments) return {4, 2, 128, 48};
   return {4, 2, 256, 120};
 #endif
@@ -585,7 +585,7 @@ FASTOPS_INLINE void tile_of_rows(const BodyType& body, const TileTarget& target,
   if constexpr (MaxVectors > 2) {
     if (vectors == 1) return tile<Rows, 1>(body, target, c);
     if (vectors == 2) return tile<Rows, 2>(body, target, c);
-    if (MaxVectors > 3 && vectors == 3) return tile<Rows, 3>(body, target, c);
+    if (vectors == 3) return tile<Rows, 3>(body, target, c);
   } else if constexpr (MaxVectors > 1) {
     if (vectors == 1) return tile<Rows, 1>(body, target, c);
   }
