@@ -13,6 +13,13 @@ else()
   message(FATAL_ERROR "fastops is written for x86-64 and aarch64, not ${CMAKE_SYSTEM_PROCESSOR}")
 endif()
 
+# Instrumented code takes minutes to optimise, and nobody times it.
+if(FASTOPS_SANITIZE)
+  set(FASTOPS_OPTIMIZE -O1)
+else()
+  set(FASTOPS_OPTIMIZE -O3)
+endif()
+
 function(fastops_common_options target)
   target_include_directories(${target} PRIVATE "${PROJECT_SOURCE_DIR}/csrc" "${PROJECT_SOURCE_DIR}/csrc/include")
   set_target_properties(${target} PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden
@@ -35,7 +42,7 @@ function(fastops_level_sources)
     fastops_common_options(fastops_${level})
     target_compile_definitions(fastops_${level} PRIVATE FASTOPS_LEVEL=${level})
     # Which products fuse is the source's choice (explicit fma), so that results can be equal; errno and traps unused.
-    target_compile_options(fastops_${level} PRIVATE ${FASTOPS_FLAGS_${level}} -O3 -fno-math-errno -fno-trapping-math
+    target_compile_options(fastops_${level} PRIVATE ${FASTOPS_FLAGS_${level}} ${FASTOPS_OPTIMIZE} -fno-math-errno -fno-trapping-math
                                                     -ffp-contract=off -fno-exceptions -fno-rtti)
     list(APPEND objects $<TARGET_OBJECTS:fastops_${level}>)
   endforeach()
