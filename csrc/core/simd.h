@@ -161,6 +161,43 @@ template <class V, class T> FASTOPS_INLINE void store_first(T* p, V v, std::size
   std::memcpy(p, t, n * sizeof(T));
 }
 
+// As many small integers as i32 has lanes, widened.
+template <class T> FASTOPS_INLINE i32 load_widened(const T* p) {
+  static_assert(sizeof(T) <= 2);
+#if defined(FASTOPS_AVX512)
+  if constexpr (sizeof(T) == 1) {
+    const __m128i v = _mm_loadu_si128((const __m128i*)p);
+    return T(-1) < T(0) ? (i32)_mm512_maskz_cvtepi8_epi32(__mmask16(-1), v)
+                        : (i32)_mm512_maskz_cvtepu8_epi32(__mmask16(-1), v);
+  } else {
+    const __m256i v = _mm256_loadu_si256((const __m256i*)p);
+    return T(-1) < T(0) ? (i32)_mm512_maskz_cvtepi16_epi32(__mmask16(-1), v)
+                        : (i32)_mm512_maskz_cvtepu16_epi32(__mmask16(-1), v);
+  }
+#elif defined(FASTOPS_AVX2)
+  if constexpr (sizeof(T) == 1) {
+    const __m128i v = _mm_loadl_epi64((const __m128i*)p);
+    return T(-1) < T(0) ? (i32)_mm256_cvtepi8_epi32(v) : (i32)_mm256_cvtepu8_epi32(v);
+  } else {
+    const __m128i v = _mm_loadu_si128((const __m128i*)p);
+    return T(-1) < T(0) ? (i32)_mm256_cvtepi16_epi32(v) : (i32)_mm256_cvtepu16_epi32(v);
+  }
+#elif defined(FASTOPS_SSE)
+  if constexpr (sizeof(T) == 1) {
+    std::int32_t four;
+    std::memcpy(&four, p, 4);
+    const __m128i v = _mm_cvtsi32_si128(four);
+    return T(-1) < T(0) ? (i32)_mm_cvtepi8_epi32(v) : (i32)_mm_cvtepu8_epi32(v);
+  } else {
+    const __m128i v = _mm_loadl_epi64((const __m128i*)p);
+    return T(-1) < T(0) ? (i32)_mm_cvtepi16_epi32(v) : (i32)_mm_cvtepu16_epi32(v);
+  }
+#else
+  typedef T Packed __attribute__((vector_size(kLanes<i32> * sizeof(T))));
+  return __builtin_convertvector(load<Packed>(p), i32);
+#endif
+}
+
 // a * b + c, rounded once wherever the level has FMA (all but v2).
 FASTOPS_INLINE f32 fma(f32 a, f32 b, f32 c) {
 #if defined(FASTOPS_AVX512)

@@ -112,6 +112,8 @@ FASTOPS_INLINE F full(F a, F b, const fastops_mitchell& m, const Constants& k) {
     if (m.params.form != FASTOPS_FORM_LOG) {
       if constexpr (sizeof(F) == sizeof(k.c)) {
         return other_form(a, op == FASTOPS_MUL ? b : a, m, k);
+      } else if constexpr (sizeof(k.c) == 4) {
+        return wide_product(a, op == FASTOPS_MUL ? b : a, widen(m.params, k));
       } else {
         F r = a;
         for (std::size_t i = 0; i < simd::kLanes<F>; ++i)
@@ -493,6 +495,93 @@ fastops_status apply(const fastops_mitchell* m, int mode, fastops_dtype, const v
 }
 
 // ---- integers -----------------------------------------------------------------------------------------------------
+// Lanes of integers in the float format that holds them exactly, and the float products as integers.
+template <class In> struct IntegerLanes {
+  using F = std::conditional_t<(sizeof(In) <= 2), f32, f64>;
+  static constexpr std::size_t lanes = simd::kLanes<F>;
+  typedef In Packed __attribute__((vector_size(lanes * sizeof(In))));
+  static FASTOPS_INLINE F load(const In* p) {
+    using I = IntOf<F>;
+    if constexpr (sizeof(In) <= 2) {
+      return __builtin_convertvector(simd::load_widened(p), F);
+    } else if constexpr (std::is_signed_v<In>) {
+      return __builtin_convertvector(simd::load<Packed>(p), F);
+    } else {
+      const double magic = 0x1p52;  // its last bit is one
+      return bits<F>(__builtin_convertvector(simd::load<Packed>(p), I) | bits<std::int64_t>(magic)) - magic;
+    }
+  }
+};
+template <class Out> FASTOPS_INLINE void store_integers(Out* p, f32 product, simd::i32 nonzero) {
+  using I = simd::i32;
+  // The sum of bits means nothing where an operand is zero: converting it could raise invalid.
+  product = bits<f32>(bits<I>(product) & nonzero);
+  I r;
+  if constexpr (std::is_same_v<Out, std::uint32_t>) {
+    // The conversion is to signed integers: the upper half is taken through zero. Beyond 2^32 it stays at the end.
+    const I large = product >= 0x1p31f, most = product >= 0x1p32f;
+    const f32 moved = select(large, product - 0x1p31f, product);
+    r = __builtin_convertvector(select(most, f32{}, moved), I) ^ (large & std::numeric_limits<std::int32_t>::min());
+    r = r | most;
+  } else {
+    r = __builtin_convertvector(product, I);
+  }
+  if constexpr (std::is_same_v<Out, std::uint16_t>) r = select(r > 0xffff, I{} + 0xffff, r);
+  if constexpr (sizeof(Out) == 4)
+    simd::store(reinterpret_cast<std::int32_t*>(p), r);
+  else
+    simd::store(reinterpret_cast<std::uint16_t*>(p), half::narrow_bits(r & 0xffff));
+}
+template <class Out> FASTOPS_INLINE void store_integers(Out* p, f64 product, simd::i64 nonzero) {
+  using I = simd::i64;
+  using N = Unit<f64>;
+  const I raw = bits<I>(product), magnitude = raw & N::kMagnitude;
+  const I exponent = (magnitude >> 52) - (N::kBias + 52);
+  const I left = select(exponent > 11, I{} + 11, select(exponent > 0, exponent, I{}));
+  const I right = select(exponent < -63, I{} + 63, select(exponent < 0, -exponent, I{}));
+  const simd::u64 significand = bits<simd::u64>((magnitude & N::kMantissa) | N::kMinNormal);
+  I r = bits<I>((significand << bits<simd::u64>(left)) >> bits<simd::u64>(right));
+  if constexpr (std::is_signed_v<Out>) {
+    const I sign = raw < 0;
+    r = (r ^ sign) - sign;
+  } else {
+    r = select(exponent > 11, ~I{}, r);  // 2^64 and beyond
+  }
+  simd::store(reinterpret_cast<std::int64_t*>(p), r & nonzero);
+}
+// Shifts by different counts in each lane, which 32-bit operands need, are slow before AVX2.
+template <class In> constexpr bool has_lanes() {
+#if defined(FASTOPS_SSE)
+  return sizeof(In) <= 2;
+#else
+  return sizeof(In) <= 4;
+#endif
+}
+// Whole vectors of Mitchell's form with one constant; returns how many elements they were.
+template <int op, class In, class Out>
+__attribute__((noinline)) std::size_t integer_vectors(const fastops_mitchell& m, const In* a, const In* b, Out* out,
+                                                      std::size_t n) noexcept {
+  using L = IntegerLanes<In>;
+  using F = typename L::F;
+  using I = IntOf<F>;
+  constexpr bool small = sizeof(In) <= 2;
+  const auto constants = [&]() -> const auto& {
+    if constexpr (small)
+      return m.single[FASTOPS_F32];
+    else
+      return m.wide;
+  };
+  const I c = I{} + (constants().c - Unit<F>::kOne);
+  const I keep = I{} + (constants().mantissa_mask | ~Unit<F>::kMantissa);
+  std::size_t i = 0;
+  for (; i + L::lanes <= n; i += L::lanes) {
+    const F x = L::load(a + i), y = op == FASTOPS_MUL ? L::load(b + i) : x;
+    // Of integers only zero has no bits.
+    store_integers(out + i, float_product(x, y, c, keep), (bits<I>(x) != 0) & (bits<I>(y) != 0));
+  }
+  return i;
+}
+
 template <int op, class In, class Out>
 fastops_status apply_integer(const fastops_mitchell* m, int, fastops_dtype, const void* pa, std::ptrdiff_t stride_a,
                              const void* pb, std::ptrdiff_t stride_b, void* pout, std::ptrdiff_t stride_out,
@@ -510,9 +599,24 @@ fastops_status apply_integer(const fastops_mitchell* m, int, fastops_dtype, cons
   k.segment_bits = m->wide.segment_bits;
   k.unary = op == FASTOPS_SQUARE;
   const bool plain = params.form == FASTOPS_FORM_LOG && k.c == 0 && k.mantissa_bits == 0 && k.segment_bits == 0;
-  const auto *a = static_cast<const char*>(pa), *b = static_cast<const char*>(pb);
+  const auto *a = static_cast<const char*>(pa), *b = op == FASTOPS_MUL ? static_cast<const char*>(pb) : a;
   auto* out = static_cast<char*>(pout);
-  for (std::size_t i = 0; i < n; ++i) {
+  std::size_t i = 0;
+  if constexpr (has_lanes<In>()) {
+    constexpr auto in_size = static_cast<std::ptrdiff_t>(sizeof(In));
+    const MitchellArrays arrays{a, b, out, stride_a, op == FASTOPS_MUL ? stride_b : stride_a, stride_out};
+    if (n != 0 && params.form == FASTOPS_FORM_LOG && k.segment_bits == 0 && stride_a == in_size &&
+        arrays.stride_b == in_size && stride_out == static_cast<std::ptrdiff_t>(sizeof(Out)) &&
+        !meets(a, in_size, sizeof(In), arrays, sizeof(Out), n) &&
+        !meets(b, in_size, sizeof(In), arrays, sizeof(Out), n)) {
+      i = integer_vectors<op>(*m, reinterpret_cast<const In*>(a), reinterpret_cast<const In*>(b),
+                              reinterpret_cast<Out*>(out), n);
+      a += i * sizeof(In);
+      b += i * sizeof(In);
+      out += i * sizeof(Out);
+    }
+  }
+  for (; i < n; ++i) {
     const In x = read<In>(a), y = op == FASTOPS_MUL ? read<In>(b) : x;
     const std::uint64_t u = x < 0 ? 0 - static_cast<std::uint64_t>(x) : static_cast<std::uint64_t>(x);
     const std::uint64_t v = y < 0 ? 0 - static_cast<std::uint64_t>(y) : static_cast<std::uint64_t>(y);

@@ -255,6 +255,22 @@ template <class F> FASTOPS_INLINE F wide_product(F a, F b, const WideConstants& 
   return select(special, ieee, bits<F>(bits<I>(product) | (p.sign ^ q.sign)));
 }
 
+// Lanes of float32 as two vectors of float64, and back, rounding once.
+typedef float HalfVector __attribute__((vector_size(kBytes / 2)));
+FASTOPS_INLINE simd::f32 wide_product(simd::f32 a, simd::f32 b, const WideConstants& k) {
+  simd::f32 r;
+  for (std::size_t part = 0; part < 2; ++part) {
+    HalfVector x, y;
+    std::memcpy(&x, reinterpret_cast<const char*>(&a) + part * sizeof x, sizeof x);
+    std::memcpy(&y, reinterpret_cast<const char*>(&b) + part * sizeof y, sizeof y);
+    const simd::f64 product =
+        wide_product<simd::f64>(__builtin_convertvector(x, simd::f64), __builtin_convertvector(y, simd::f64), k);
+    const HalfVector narrow = __builtin_convertvector(product, HalfVector);
+    std::memcpy(reinterpret_cast<char*>(&r) + part * sizeof narrow, &narrow, sizeof narrow);
+  }
+  return r;
+}
+
 // value 2^exponent rounded once to double; value > 0.
 inline double round_scaled(unsigned __int128 value, int exponent) {
   const auto high = static_cast<std::uint64_t>(value >> 64);
@@ -361,15 +377,23 @@ inline std::uint64_t integer_product(std::uint64_t a, std::uint64_t b, const Int
   if (!wraps && value > limit) return limit;
   return static_cast<std::uint64_t>(value);
 }
-// The same for the plain multiplier.
+// The plain multiplier modulo 2^64: the fractions of both logarithms as 64-bit numbers, whose sum's carry is an octave.
 FASTOPS_INLINE std::uint64_t plain_product(std::uint64_t a, std::uint64_t b) {
   if (a == 0 || b == 0) return 0;
   const int ka = 63 - __builtin_clzll(a), kb = 63 - __builtin_clzll(b);
-  using Wide = unsigned __int128;
-  const Wide whole = Wide{1} << (ka + kb);
-  const Wide rest =
-      (static_cast<Wide>(a ^ (std::uint64_t{1} << ka)) << kb) + (static_cast<Wide>(b ^ (std::uint64_t{1} << kb)) << ka);
-  return static_cast<std::uint64_t>(rest < whole ? whole + rest : rest << 1);
+  const std::uint64_t x = a << (63 - ka) << 1, sum = x + (b << (63 - kb) << 1);
+  const int octave = ka + kb + (sum < x ? 1 : 0);
+  if (octave >= 64) return sum << (octave - 64);
+  // An integer: no bit is lost.
+  return (std::uint64_t{1} << octave) + (octave == 0 ? 0 : sum >> (64 - octave));
+}
+
+// The same in lanes, for operands that the format F holds exactly: the float whose bits are the sum of the operands'
+// bits is the product, zeros apart, with whatever fraction a constant brings.
+template <class F> FASTOPS_INLINE F float_product(F a, F b, IntOf<F> c, IntOf<F> keep) {
+  using U = typename Unit<F>::U;
+  const U k = bits<U>(keep);
+  return bits<F>((bits<U>(a) & k) + (bits<U>(b) & k) + bits<U>(c));
 }
 
 }  // namespace fastops::FASTOPS_LEVEL::mitchell
