@@ -222,7 +222,7 @@ struct WideConstants {
 };
 FASTOPS_INLINE WideConstants widen(const fastops_mitchell_params& params, const MitchellConstants<std::int32_t>& k) {
   WideConstants w;
-  w.mantissa_mask = (static_cast<std::int64_t>(k.mantissa_mask) << 29) | 0x1fffffff;
+  w.mantissa_mask = (static_cast<std::int64_t>(k.mantissa_mask) * (std::int64_t{1} << 29)) | 0x1fffffff;
   w.lowest_exponent = k.flush_below ? k.lowest_exponent : -5000;
   w.flush_below = k.flush_below ? (static_cast<std::int64_t>(k.lowest_exponent) + 1023) << 52 : 0;
   w.c = static_cast<double>(k.c) * 0x1p-23;

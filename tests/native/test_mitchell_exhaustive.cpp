@@ -96,7 +96,10 @@ Half oracle_unary(fastops_mitchell_op op, Half h, const Number& a, int c, bool f
   if (op == FASTOPS_EXP2) {
     if (a.infinite) return a.sign ? 0 : kInf;
     std::int64_t x = 0;  // in units of 2^-24
-    if (!a.zero) x = static_cast<std::int64_t>(1024 + a.mantissa) * (std::int64_t{1} << (a.exponent + 14));
+    const std::int64_t significand = 1024 + a.mantissa;
+    // A subnormal's significand was normalised: its low bits are zero.
+    if (!a.zero)
+      x = a.exponent >= -14 ? significand * (std::int64_t{1} << (a.exponent + 14)) : significand >> (-14 - a.exponent);
     if (a.sign) x = -x;
     const std::int64_t whole = x >> 24, unit = 1 << 24;
     return round_to_half(static_cast<std::uint64_t>(unit + (x - whole * unit)), static_cast<int>(whole) - 24, flush);
