@@ -92,8 +92,7 @@ template <class M, class V> FASTOPS_INLINE V select(M mask, V yes, V no) { retur
 
 // The same value, of which the compiler knows nothing: arithmetic on it happens, and raises its flags, at run time.
 // Volatile: otherwise the compiler computes it early, for the one arm of a later select that looks at the result.
-template <class V>
-FASTOPS_INLINE V opaque(V v) {
+template <class V> FASTOPS_INLINE V opaque(V v) {
 #if defined(FASTOPS_LANE_BYTES)
   __asm__ volatile("" : "+m"(v));
 #elif defined(__x86_64__)
@@ -341,8 +340,7 @@ FASTOPS_INLINE std::int32_t gather(const std::int32_t* table, std::int32_t index
 FASTOPS_INLINE std::int64_t gather(const std::int64_t* table, std::int64_t index) { return table[index]; }
 
 // True where every lane of `v` has all the bits of `mask` set.
-template <class V, class T>
-FASTOPS_INLINE bool all_set(V v, T mask) {
+template <class V, class T> FASTOPS_INLINE bool all_set(V v, T mask) {
   const V wanted = splat<V>(mask);
 #if defined(FASTOPS_AVX512)
   const V missing = ~v & wanted;
@@ -369,8 +367,7 @@ FASTOPS_INLINE i64 lookup16(const std::int64_t* table, i64 index) {
 }
 
 #if !defined(FASTOPS_AVX512) && !defined(FASTOPS_AVX2) && !defined(FASTOPS_SSE) && !defined(FASTOPS_NEON)
-template <int Size, int Offset>
-FASTOPS_INLINE i32 interleave_generic(i32 a, i32 b) {
+template <int Size, int Offset> FASTOPS_INLINE i32 interleave_generic(i32 a, i32 b) {
   unsigned char from_a[kBytes], from_b[kBytes], to[kBytes];
   std::memcpy(from_a, &a, kBytes);
   std::memcpy(from_b, &b, kBytes);
@@ -384,8 +381,7 @@ FASTOPS_INLINE i32 interleave_generic(i32 a, i32 b) {
 #endif
 
 // Interleaves elements of Size bytes within each 128-bit part: a0 b0 a1 b1 ... of the lower or the upper halves.
-template <int Size>
-FASTOPS_INLINE i32 interleave_low(i32 a, i32 b) {
+template <int Size> FASTOPS_INLINE i32 interleave_low(i32 a, i32 b) {
   static_assert(Size == 2 || Size == 4 || Size == 8);
 #if defined(FASTOPS_AVX512)
   if constexpr (Size == 2) return (i32)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b);
@@ -407,8 +403,7 @@ FASTOPS_INLINE i32 interleave_low(i32 a, i32 b) {
   return interleave_generic<Size, 0>(a, b);
 #endif
 }
-template <int Size>
-FASTOPS_INLINE i32 interleave_high(i32 a, i32 b) {
+template <int Size> FASTOPS_INLINE i32 interleave_high(i32 a, i32 b) {
   static_assert(Size == 2 || Size == 4 || Size == 8);
 #if defined(FASTOPS_AVX512)
   if constexpr (Size == 2) return (i32)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b);
