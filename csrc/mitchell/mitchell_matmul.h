@@ -20,9 +20,8 @@ struct Patches {
 };
 
 enum class Layout : std::int32_t {
-  kMatrix,             // strided
-  kPatches,            // rows: channel and kernel position, columns: output position
-  kPatchesTransposed,  // rows: image and output position, columns: channel and kernel position
+  kMatrix,   // strided
+  kPatches,  // rows: channel and kernel position, columns: image and output position
 };
 
 struct Operand {
@@ -31,11 +30,11 @@ struct Operand {
   Layout layout;
   bool flush;  // a half type's subnormals read as zero
   std::ptrdiff_t row_stride, col_stride;
-  // Where not zero, column c of a matrix lies at (c / col_inner) col_outer_stride + (c % col_inner) col_stride.
-  std::size_t col_inner;
-  std::ptrdiff_t col_outer_stride;
+  // Where not zero, row r of a matrix lies at (r / row_inner) row_outer_stride + (r % row_inner) row_stride.
+  std::size_t row_inner;
+  std::ptrdiff_t row_outer_stride;
   const Patches* patches;
-  std::size_t row_offset;  // kPatchesTransposed: added to every row
+  std::size_t first_col;  // kPatches: added to every column
 };
 
 // What a step of the tile does with an element of a (one per row) and a vector of b.
@@ -45,8 +44,10 @@ enum class TileBody : std::int32_t {
   kSegments,       // the same, the mantissa looked up by the segment of b
   kSlope,          // acc += a slope(point, b)
   kSlopeSegments,  // the same, the constant looked up
+  kSlopeA,         // acc += slope(point, a) b
+  kSlopeASegments,
 };
-inline constexpr int kBodies = 5;
+inline constexpr int kBodies = 7;
 
 // What packing makes of an operand of kExact; every form but kRaw reads subnormals as zero and cuts mantissas.
 enum class Pack : std::int32_t {
@@ -74,7 +75,7 @@ template <class T> struct Product {
   int corrections;  // kIterative, kTop
   std::size_t rows, cols, depth;
   Operand a, b;
-  Operand point;     // shaped as out: where the slope is taken; kSlope and kSlopeSegments
+  Operand point;     // shaped as out: where the slope is taken
   bool poison;       // a nan in `point` makes the element nan
   Int c;             // in units of the last mantissa bit
   Int keep;          // mantissa bits that count, and all others

@@ -286,6 +286,7 @@ enum class Kind {
   kForward,  // approximate products
   kExact,    // exact products
   kSlope,    // a times the slope in `point` at b
+  kSlopeA,   // the slope in `point` at a, times b
 };
 
 // Fills in what the multiplier decides. `transposed`: point is the second operand of the multiplication.
@@ -305,17 +306,20 @@ void set_arithmetic(Product<T>* p, const fastops_mitchell* m, fastops_dtype dtyp
   p->keep = k.mantissa_mask | ~((typename IntegerOf<T>::type{1} << kMantissa) - 1);
   p->c = k.c;
   p->corrections = params.corrections;
-  p->poison = kind == Kind::kSlope;
+  const bool slope = kind == Kind::kSlope || kind == Kind::kSlopeA;
+  p->poison = slope;
   if (params.form == FASTOPS_FORM_LOG) {
     if (params.segments != 0) {
       fill_table(m, dtype, transposed, table);
       p->table = table->entries;
-      p->body = kind == Kind::kSlope ? TileBody::kSlopeSegments : TileBody::kSegments;
+      p->body = kind == Kind::kSlope    ? TileBody::kSlopeSegments
+                : kind == Kind::kSlopeA ? TileBody::kSlopeASegments
+                                        : TileBody::kSegments;
     } else {
-      p->body = kind == Kind::kSlope ? TileBody::kSlope : TileBody::kLog;
+      p->body = kind == Kind::kSlope ? TileBody::kSlope : kind == Kind::kSlopeA ? TileBody::kSlopeA : TileBody::kLog;
     }
-  } else if (kind == Kind::kSlope) {
-    p->pack_b = params.form == FASTOPS_FORM_EQUATION ? Pack::kPower : Pack::kTop;
+  } else if (slope) {
+    (kind == Kind::kSlopeA ? p->pack_a : p->pack_b) = params.form == FASTOPS_FORM_EQUATION ? Pack::kPower : Pack::kTop;
   } else {
     p->pack_a = p->pack_b = params.form == FASTOPS_FORM_EQUATION ? Pack::kEquation : Pack::kIterative;
     p->steps = 2;
@@ -424,8 +428,14 @@ fastops_status conv2d(const fastops_mitchell* m, fastops_dtype dtype, const fast
   p.cols = patches.out_height * patches.out_width;
   p.a = matrix(dtype, flushes(m), static_cast<std::ptrdiff_t>(p.depth), 1);
   p.b = matrix(dtype, flushes(m), 0, 0);
-  p.b.layout = Layout::kPatches;
-  p.b.patches = &patches;
+  if (s.kernel_height * s.kernel_width * s.stride_h * s.stride_w == 1 && s.padding_h + s.padding_w == 0) {
+    // The patches are the image itself.
+    p.b.row_stride = static_cast<std::ptrdiff_t>(p.cols);
+    p.b.col_stride = 1;
+  } else {
+    p.b.layout = Layout::kPatches;
+    p.b.patches = &patches;
+  }
   p.out_row_stride = static_cast<std::ptrdiff_t>(p.cols);
   p.out_col_stride = 1;
   const std::size_t count = s.batch * s.groups;
@@ -442,7 +452,12 @@ fastops_status conv2d(const fastops_mitchell* m, fastops_dtype dtype, const fast
   return multiply_batch(p, count, {list, list + count, nullptr, outs}, poll);
 }
 
-// dw: for each group, dy (filters x images and positions) times patches transposed.
+Kind gradient_kind(fastops_gradient mode) noexcept {
+  return mode == FASTOPS_GRADIENT_EXACT ? Kind::kSlopeA : mode == FASTOPS_GRADIENT_STE ? Kind::kExact : Kind::kForward;
+}
+
+// dw transposed: for each group, patches (depth x images and positions) times dy transposed. Patches are read along
+// their rows, where the image lies together.
 template <class T>
 fastops_status conv2d_grad_w(const fastops_mitchell* m, fastops_gradient mode, fastops_dtype dtype,
                              const fastops_conv2d& s, const void* x, const void* w, const void* dy, void* dw,
@@ -452,58 +467,56 @@ fastops_status conv2d_grad_w(const fastops_mitchell* m, fastops_gradient mode, f
   Product<T> p{};
   Table<T> table;
   const bool slope = mode == FASTOPS_GRADIENT_EXACT, flush = flushes(m) && mode != FASTOPS_GRADIENT_STE;
-  set_arithmetic(&p, m, dtype,
-                 slope                          ? Kind::kSlope
-                 : mode == FASTOPS_GRADIENT_STE ? Kind::kExact
-                                                : Kind::kForward,
-                 false, &table);
-  p.rows = s.filters / s.groups;
+  // "mimic" multiplies dy by the patch, in this order; the slope is taken in the first operand.
+  set_arithmetic(&p, m, dtype, gradient_kind(mode), !slope, &table);
+  p.rows = patches.channels * s.kernel_height * s.kernel_width;
   p.depth = s.batch * positions;
-  p.cols = patches.channels * s.kernel_height * s.kernel_width;
-  p.a = matrix(dtype, flush && !slope, static_cast<std::ptrdiff_t>(positions), 1);
-  p.a.col_inner = positions;
-  p.a.col_outer_stride = static_cast<std::ptrdiff_t>(s.filters * positions);
-  p.b = matrix(dtype, flush, 0, 0);
-  p.b.layout = Layout::kPatchesTransposed;
-  p.b.patches = &patches;
-  p.point = matrix(dtype, flush, static_cast<std::ptrdiff_t>(p.cols), 1);
-  p.out_row_stride = static_cast<std::ptrdiff_t>(p.cols);
-  p.out_col_stride = 1;
+  p.cols = s.filters / s.groups;
+  p.a = matrix(dtype, flush, 0, 0);
+  p.a.layout = Layout::kPatches;
+  p.a.patches = &patches;
+  p.b = matrix(dtype, flush && !slope, 1, static_cast<std::ptrdiff_t>(positions));
+  p.b.row_inner = positions;
+  p.b.row_outer_stride = static_cast<std::ptrdiff_t>(s.filters * positions);
+  p.point = matrix(dtype, flush, 1, static_cast<std::ptrdiff_t>(p.rows));
+  p.out_row_stride = 1;
+  p.out_col_stride = static_cast<std::ptrdiff_t>(p.rows);
   Workspace memory;
   if (!memory.reserve({s.groups, 4, sizeof(void*)})) return FASTOPS_NO_MEMORY;
   const void** const list = memory.get<const void*>();
   void** const outs = memory.get<void*>() + 3 * s.groups;
   for (std::size_t i = 0; i < s.groups; ++i) {
-    list[i] = element_at(dy, dtype, i * p.rows * positions);
-    list[s.groups + i] = element_at(x, dtype, i * patches.channels * s.height * s.width);
-    list[2 * s.groups + i] = element_at(w, dtype, i * p.rows * p.cols);
-    outs[i] = element_at(dw, dtype, i * p.rows * p.cols);
+    list[i] = element_at(x, dtype, i * patches.channels * s.height * s.width);
+    list[s.groups + i] = element_at(dy, dtype, i * p.cols * positions);
+    list[2 * s.groups + i] = element_at(w, dtype, i * p.cols * p.rows);
+    outs[i] = element_at(dw, dtype, i * p.cols * p.rows);
   }
   return multiply_batch(p, s.groups, {list, list + s.groups, list + 2 * s.groups, outs}, poll);
 }
 
-// Adds columns (position, channel and kernel position) of positions [first, first + count) to an image.
+// Adds rows of patches (channel and kernel position x positions [first, first + count)) to an image.
 template <class T>
-void add_patches(const Patches& p, std::size_t channels, std::size_t first, std::size_t count, const T* columns,
+void add_patches(const Patches& p, std::size_t channels, std::size_t first, std::size_t count, const T* rows,
                  T* image) noexcept {
-  for (std::size_t i = 0; i < count; ++i) {
-    const std::size_t top = (first + i) / p.out_width * p.stride_h - p.padding_h;  // both wrap in the padding
-    const std::size_t left = (first + i) % p.out_width * p.stride_w - p.padding_w;
-    T* plane = image;
-    for (std::size_t c = 0; c < channels; ++c, plane += p.height * p.width)
-      for (std::size_t kh = 0; kh < p.kernel_height; ++kh, columns += p.kernel_width) {
-        const std::size_t ih = top + kh * p.dilation_h;
-        if (ih >= p.height) continue;
-        T* line = plane + ih * p.width;
-        for (std::size_t kw = 0; kw < p.kernel_width; ++kw) {
-          const std::size_t iw = left + kw * p.dilation_w;
-          if (iw < p.width) line[iw] += columns[kw];
+  for (std::size_t c = 0; c < channels; ++c, image += p.height * p.width)
+    for (std::size_t kh = 0; kh < p.kernel_height; ++kh)
+      for (std::size_t kw = 0; kw < p.kernel_width; ++kw, rows += count) {
+        std::size_t oy = first / p.out_width, ox = first % p.out_width;
+        for (std::size_t done = 0; done < count; ox = 0, ++oy) {
+          const std::size_t run = min_of(count - done, p.out_width - ox);
+          const std::size_t y = oy * p.stride_h + kh * p.dilation_h - p.padding_h;  // wraps in the padding
+          const T* from = rows + done;
+          done += run;
+          if (y >= p.height) continue;
+          T* line = image + y * p.width;
+          std::size_t at = ox * p.stride_w + kw * p.dilation_w - p.padding_w;
+          for (std::size_t i = 0; i < run; ++i, at += p.stride_w)
+            if (at < p.width) line[at] += from[i];
         }
       }
-  }
 }
 
-// dx: for each image, group and range of channels, the gradient of the patches (positions x depth), block by block of
+// dx: for each image, group and range of channels, the gradient of the patches (depth x positions), block by block of
 // positions, summed into the image.
 template <class T>
 fastops_status conv2d_grad_x(const fastops_mitchell* m, fastops_gradient mode, fastops_dtype dtype,
@@ -522,23 +535,20 @@ fastops_status conv2d_grad_x(const fastops_mitchell* m, fastops_gradient mode, f
   Product<T> p{};
   Table<T> table;
   const bool slope = mode == FASTOPS_GRADIENT_EXACT, flush = flushes(m) && mode != FASTOPS_GRADIENT_STE;
-  set_arithmetic(&p, m, dtype,
-                 slope                          ? Kind::kSlope
-                 : mode == FASTOPS_GRADIENT_STE ? Kind::kExact
-                                                : Kind::kForward,
-                 true, &table);
+  // The slope is taken in the second operand; "mimic" multiplies w by dy, in this order.
+  set_arithmetic(&p, m, dtype, gradient_kind(mode), slope, &table);
   const std::size_t wanted = images >= kBlocksWanted ? 1 : ceil_div(kBlocksWanted, images);
   const std::size_t channels = ceil_div(patches.channels, min_of(patches.channels, wanted));
   const std::size_t ranges = ceil_div(patches.channels, channels);
   constexpr std::size_t kPositions = 480;
   const std::size_t block = min_of(positions, kPositions);
-  p.rows = block;
+  p.rows = channels * kernel;
   p.depth = filters;
-  p.cols = channels * kernel;
-  p.a = matrix(dtype, flush && !slope, 1, static_cast<std::ptrdiff_t>(positions));
-  p.b = matrix(dtype, flush, static_cast<std::ptrdiff_t>(depth), 1);
+  p.cols = block;
+  p.a = matrix(dtype, flush, 1, static_cast<std::ptrdiff_t>(depth));
+  p.b = matrix(dtype, flush && !slope, static_cast<std::ptrdiff_t>(positions), 1);
   p.point = matrix(dtype, flush, 0, 0);
-  p.point.layout = Layout::kPatchesTransposed;
+  p.point.layout = Layout::kPatches;
   p.point.patches = &patches;
   p.out_row_stride = static_cast<std::ptrdiff_t>(p.cols);
   p.out_col_stride = 1;
@@ -553,8 +563,8 @@ fastops_status conv2d_grad_x(const fastops_mitchell* m, fastops_gradient mode, f
   }
   const unsigned workers = worker_count();
   Buffers<T> buffers;
-  Workspace columns, sums;
-  if (!buffers.reserve(plan, workers) || !columns.reserve({workers, block, p.cols, sizeof(T)}) ||
+  Workspace parts, sums;
+  if (!buffers.reserve(plan, workers) || !parts.reserve({workers, p.rows, block, sizeof(T)}) ||
       !sums.reserve({workers, channels, plane, sizeof(T)}))
     return FASTOPS_NO_MEMORY;
   const MatmulKernels<T>& kernels = matmul_kernels<T>();
@@ -562,23 +572,23 @@ fastops_status conv2d_grad_x(const fastops_mitchell* m, fastops_gradient mode, f
     const std::size_t image = i / ranges, channel = i % ranges * channels, group = image % s.groups;
     const std::size_t count = min_of(channels, patches.channels - channel);
     T* const sum = sums.get<T>() + worker * channels * plane;
-    T* const part = columns.get<T>() + worker * block * p.cols;
+    T* const part = parts.get<T>() + worker * p.rows * block;
     std::memset(static_cast<void*>(sum), 0, count * plane * sizeof(T));
     Product<T> one = p;
-    one.cols = count * kernel;
+    one.rows = count * kernel;
     one.out = part;
-    one.out_row_stride = static_cast<std::ptrdiff_t>(one.cols);
-    one.b.data = element_at(w, dtype, group * filters * depth + channel * kernel);
+    one.a.data = element_at(w, dtype, group * filters * depth + channel * kernel);
     one.point.data = element_at(x, dtype, (image * patches.channels + channel) * plane);
     for (std::size_t first = 0; first < positions && filters != 0; first += block) {
-      one.rows = min_of(block, positions - first);
-      one.a.data = element_at(dy, dtype, image * filters * positions + first);
-      one.point.row_offset = first;
+      one.cols = min_of(block, positions - first);
+      one.out_row_stride = static_cast<std::ptrdiff_t>(one.cols);
+      one.b.data = element_at(dy, dtype, image * filters * positions + first);
+      one.point.first_col = first;
       multiply_one(plan, one, buffers, worker, [&](std::size_t blocks, double, auto&& work) noexcept {
         for (std::size_t b = 0; b < blocks; ++b) work(b, worker);
         return FASTOPS_OK;
       });
-      add_patches(patches, count, first, one.rows, part, sum);
+      add_patches(patches, count, first, one.cols, part, sum);
     }
     Product<T> result{};
     result.out = element_at(dx, dtype, (image * patches.channels + channel) * plane);

@@ -59,11 +59,16 @@ template <class T> FASTOPS_INLINE T element(const Operand& x, std::ptrdiff_t off
   }
 }
 
+template <class T> FASTOPS_INLINE bool is_native(const Operand& x) { return sizeof(T) == 8 || x.dtype == FASTOPS_F32; }
+
 template <class T>
 FASTOPS_INLINE void read_strided(const Operand& x, std::ptrdiff_t offset, std::ptrdiff_t stride, std::size_t n, T* to) {
-  if (sizeof(T) == 8 || x.dtype == FASTOPS_F32) {
+  if (is_native<T>(x)) {
     const T* from = static_cast<const T*>(x.data) + offset;
-    for (std::size_t i = 0; i < n; ++i) to[i] = from[static_cast<std::ptrdiff_t>(i) * stride];
+    if (stride == 1)
+      for (std::size_t i = 0; i < n; ++i) to[i] = from[i];
+    else
+      for (std::size_t i = 0; i < n; ++i) to[i] = from[static_cast<std::ptrdiff_t>(i) * stride];
   } else if constexpr (sizeof(T) == 4) {
     std::size_t i = 0;
     if (stride == 1 && !x.flush) {
@@ -78,86 +83,79 @@ FASTOPS_INLINE void read_strided(const Operand& x, std::ptrdiff_t offset, std::p
   }
 }
 
-// Output positions col .. col + n of one channel and kernel position; what the padding covers is zero.
-template <class T> void read_patches(const Operand& x, std::size_t row, std::size_t col, std::size_t n, T* to) {
+// A row of patches (channel and kernel position) that moves on without dividing.
+struct PatchRow {
+  std::size_t channel, kernel_row, kernel_col;
+
+  PatchRow(const Patches& p, std::size_t row)
+      : channel(row / (p.kernel_height * p.kernel_width)),
+        kernel_row(row / p.kernel_width % p.kernel_height),
+        kernel_col(row % p.kernel_width) {}
+  void advance(const Patches& p) {
+    if (++kernel_col < p.kernel_width) return;
+    kernel_col = 0;
+    if (++kernel_row < p.kernel_height) return;
+    kernel_row = 0;
+    ++channel;
+  }
+};
+struct PatchCol {
+  std::size_t image, y, x;
+
+  PatchCol(const Patches& p, std::size_t col)
+      : image(col / (p.out_height * p.out_width)), y(col / p.out_width % p.out_height), x(col % p.out_width) {}
+};
+
+// n output positions from `at`; in place where they lie together in the image as T. What the padding covers is zero.
+template <class T> const T* read_patches(const Operand& x, const PatchRow& row, PatchCol at, std::size_t n, T* buffer) {
   const Patches& p = *x.patches;
-  const std::size_t kernel = p.kernel_height * p.kernel_width;
-  const std::size_t channel = row / kernel, position = row % kernel;
-  const std::size_t down = position / p.kernel_width * p.dilation_h, right = position % p.kernel_width * p.dilation_w;
-  std::size_t oh = col / p.out_width, ow = col % p.out_width;
-  while (n > 0) {
-    const std::size_t run = min_of(n, p.out_width - ow);
-    const std::size_t ih = oh * p.stride_h + down - p.padding_h;  // wraps above the image
+  const std::size_t down = row.kernel_row * p.dilation_h, right = row.kernel_col * p.dilation_w;
+  for (std::size_t done = 0; done < n;) {
+    const std::size_t run = min_of(n - done, p.out_width - at.x);
+    const std::size_t y = at.y * p.stride_h + down - p.padding_h;  // wraps above the image
+    T* const to = buffer + done;
     std::size_t begin = run, end = run;
-    if (ih < p.height) {
-      // The image's columns are ow stride + right - padding for ow in [ow, ow + run).
-      const std::size_t first = ow * p.stride_w + right, step = p.stride_w;
-      begin = first >= p.padding_w ? 0 : min_of(run, (p.padding_w - first + step - 1) / step);
-      const std::size_t limit = p.width + p.padding_w;
-      end = first >= limit ? begin : min_of(run, (limit - first + step - 1) / step);
+    if (y < p.height) {
+      // Column x stride + right - padding of the image, for x from at.x; begin and end bound those inside it.
+      const std::size_t first = at.x * p.stride_w + right, limit = p.width + p.padding_w;
+      begin = first >= p.padding_w ? 0 : min_of(run, (p.padding_w - first + p.stride_w - 1) / p.stride_w);
+      if (first >= limit)
+        end = begin;
+      else if (first + (run - 1) * p.stride_w >= limit)
+        end = (limit - first + p.stride_w - 1) / p.stride_w;
       if (end < begin) end = begin;
     }
     for (std::size_t i = 0; i < begin; ++i) to[i] = T{};
     if (begin < end) {
-      const std::size_t iw = (ow + begin) * p.stride_w + right - p.padding_w;
-      const std::size_t offset = (channel * p.height + ih) * p.width + iw;
-      read_strided(x, static_cast<std::ptrdiff_t>(offset), static_cast<std::ptrdiff_t>(p.stride_w), end - begin,
-                   to + begin);
+      const std::size_t column = (at.x + begin) * p.stride_w + right - p.padding_w;
+      const std::ptrdiff_t offset = static_cast<std::ptrdiff_t>(at.image) * p.image_stride +
+                                    static_cast<std::ptrdiff_t>((row.channel * p.height + y) * p.width + column);
+      if (begin == 0 && end == n && p.stride_w == 1 && is_native<T>(x)) return static_cast<const T*>(x.data) + offset;
+      read_strided(x, offset, static_cast<std::ptrdiff_t>(p.stride_w), end - begin, to + begin);
     }
     for (std::size_t i = end; i < run; ++i) to[i] = T{};
-    to += run;
-    n -= run;
-    ow = 0;
-    ++oh;
-  }
-}
-
-// Channels and kernel positions col .. col + n of one image's output position.
-template <class T> void read_patch(const Operand& x, std::size_t row, std::size_t col, std::size_t n, T* to) {
-  const Patches& p = *x.patches;
-  const std::size_t kernel = p.kernel_height * p.kernel_width, size = p.out_height * p.out_width;
-  const std::ptrdiff_t image = static_cast<std::ptrdiff_t>(row / size) * p.image_stride;
-  const std::size_t top = row % size / p.out_width * p.stride_h - p.padding_h;
-  const std::size_t left = row % size % p.out_width * p.stride_w - p.padding_w;
-  std::size_t channel = col / kernel, kh = col % kernel / p.kernel_width, kw = col % p.kernel_width;
-  for (std::size_t i = 0; i < n; ++channel, kh = 0) {
-    for (; kh < p.kernel_height && i < n; ++kh, kw = 0) {
-      const std::size_t ih = top + kh * p.dilation_h;
-      const std::ptrdiff_t line = image + static_cast<std::ptrdiff_t>((channel * p.height + ih) * p.width);
-      for (; kw < p.kernel_width && i < n; ++kw, ++i) {
-        const std::size_t iw = left + kw * p.dilation_w;
-        to[i] = ih < p.height && iw < p.width ? element<T>(x, line + static_cast<std::ptrdiff_t>(iw)) : T{};
-      }
+    done += run;
+    at.x = 0;
+    if (++at.y == p.out_height) {
+      at.y = 0;
+      ++at.image;
     }
   }
+  return buffer;
 }
 
 // Elements (row, col) .. (row, col + n): in place where they lie together as T, else in `buffer`.
 template <class T> const T* read(const Operand& x, std::size_t row, std::size_t col, std::size_t n, T* buffer) {
-  if (x.layout == Layout::kPatches) {
-    read_patches(x, row, col, n, buffer);
-    return buffer;
+  if (x.layout == Layout::kPatches)
+    return read_patches(x, PatchRow(*x.patches, row), PatchCol(*x.patches, x.first_col + col), n, buffer);
+  std::ptrdiff_t offset = static_cast<std::ptrdiff_t>(col) * x.col_stride;
+  if (x.row_inner != 0) {
+    offset += static_cast<std::ptrdiff_t>(row / x.row_inner) * x.row_outer_stride;
+    row %= x.row_inner;
   }
-  if (x.layout == Layout::kPatchesTransposed) {
-    read_patch(x, x.row_offset + row, col, n, buffer);
-    return buffer;
-  }
-  std::ptrdiff_t offset = static_cast<std::ptrdiff_t>(row) * x.row_stride;
-  if (x.col_inner == 0) {
-    offset += static_cast<std::ptrdiff_t>(col) * x.col_stride;
-    if (x.col_stride == 1 && (sizeof(T) == 8 || x.dtype == FASTOPS_F32)) return static_cast<const T*>(x.data) + offset;
-    read_strided(x, offset, x.col_stride, n, buffer);
-    return buffer;
-  }
-  for (std::size_t done = 0; done < n;) {
-    const std::size_t outer = (col + done) / x.col_inner, inner = (col + done) % x.col_inner;
-    const std::size_t run = min_of(n - done, x.col_inner - inner);
-    read_strided(x,
-                 offset + static_cast<std::ptrdiff_t>(outer) * x.col_outer_stride +
-                     static_cast<std::ptrdiff_t>(inner) * x.col_stride,
-                 x.col_stride, run, buffer + done);
-    done += run;
-  }
+  offset += static_cast<std::ptrdiff_t>(row) * x.row_stride;
+  if (x.col_stride == 1 && is_native<T>(x)) return static_cast<const T*>(x.data) + offset;
+  read_strided(x, offset, x.col_stride, n, buffer);
   return buffer;
 }
 
@@ -208,7 +206,8 @@ template <class T> FASTOPS_INLINE Pair<T> pack_pair_a(const Product<T>& product,
   using I = typename B::I;
   if (product.pack_a == Pack::kRaw) return {x, F{}};
   x = clean<T>(x, product.keep);
-  if (product.pack_a == Pack::kIterative) {
+  if (product.pack_a == Pack::kPower) return {power<T>(x), F{}};
+  if (product.pack_a != Pack::kEquation) {
     const F rest = residue<T>(x, product.corrections);
     const auto special = (bits<I>(x) & B::kMagnitude) >= B::kInfinity;
     return {select(special, x, x - rest), rest};
@@ -415,6 +414,53 @@ template <class T, int RowsOfPanel, int ColsOfPanel> struct SegmentSlopeBody : S
   }
 };
 
+// The same with a and b in each other's place: a is where the other operand's power of two comes from.
+template <class T, int RowsOfPanel, int ColsOfPanel> struct SlopeABody {
+  using Int = typename Bits<T>::Int;
+  using Vector = typename Bits<T>::F;
+  using I = typename Bits<T>::I;
+  using Row = I;
+  using Column = Vector;
+  const T* a;
+  const T* b;
+  const Int* mantissas;
+  FASTOPS_INLINE Row row(std::size_t k, int i) const { return splat<I>(bits<Int>(a[k * RowsOfPanel + i])); }
+  FASTOPS_INLINE Column column(std::size_t k, int v) const {
+    return load<Vector>(b + k * ColsOfPanel + v * Bits<T>::kWidth);
+  }
+  FASTOPS_INLINE I mantissa(int i, int v) const { return load<I>(mantissas + i * ColsOfPanel + v * Bits<T>::kWidth); }
+  FASTOPS_INLINE Vector step(Row r, Column c, int i, int v, Vector acc) const {
+    return simd::fma(bits<Vector>((r + mantissa(i, v)) & ~Bits<T>::kFraction), c, acc);
+  }
+};
+
+template <class T, int RowsOfPanel, int ColsOfPanel> struct AnySlopeABody : SlopeABody<T, RowsOfPanel, ColsOfPanel> {
+  using Base = SlopeABody<T, RowsOfPanel, ColsOfPanel>;
+  using Vector = typename Base::Vector;
+  FASTOPS_INLINE Vector step(typename Base::Row r, typename Base::Column c, int i, int v, Vector acc) const {
+    return acc + any_term<T>(r, this->mantissa(i, v), c, ~Bits<T>::kFraction);
+  }
+};
+
+template <class T, int RowsOfPanel, int ColsOfPanel>
+struct SegmentSlopeABody : SlopeABody<T, RowsOfPanel, ColsOfPanel> {
+  using Base = SlopeABody<T, RowsOfPanel, ColsOfPanel>;
+  using Int = typename Base::Int;
+  using Vector = typename Base::Vector;
+  using I = typename Base::I;
+  const Int* rows;
+  const Int* table;
+  FASTOPS_INLINE Vector step(typename Base::Row r, typename Base::Column c, int i, int v, Vector acc) const {
+    const I row = load<I>(rows + i * ColsOfPanel + v * Bits<T>::kWidth);
+    const I constant = simd::gather(table, row + ((r >> (Bits<T>::kMantissa - 4)) & 15));
+    return acc + any_term<T>(r, this->mantissa(i, v) + constant, c, ~Bits<T>::kFraction);
+  }
+};
+
+template <TileBody kBody> constexpr bool kSlopeOfA = kBody == TileBody::kSlopeA || kBody == TileBody::kSlopeASegments;
+template <TileBody kBody>
+constexpr bool kSlopeOfTable = kBody == TileBody::kSlopeSegments || kBody == TileBody::kSlopeASegments;
+
 // ---- tile sizes ----
 // Chosen by measurement: all accumulators, the vectors of b and what a step holds fit the registers (32 at v4 and
 // NEON, 16 at v3 and v2), and a panel of b (cols * depth) fits the first-level cache at v3, the second at v4.
@@ -425,7 +471,7 @@ struct Sizes {
 template <TileBody kBody> constexpr Sizes sizes() {
 #if defined(FASTOPS_32_REGISTERS)
   if (kBody == TileBody::kExact || kBody == TileBody::kLog) return {6, 4, 512, 120};
-  if (kBody == TileBody::kSegments) return {6, 4, 128, 48};
+  if (kBody == TileBody::kSegments) return {5, 4, 128, 45};
   return {6, 4, 512, 120};
 #else
   if (kBody == TileBody::kExact) return {6, 2, 256, 120};
@@ -460,14 +506,15 @@ void pack_b(const Product<T>& product, const PackedB<T>& packed, std::size_t p, 
   const std::size_t k0 = packed.depth0 + d * block, k1 = min_of(k0 + block, depth1);
   T* to = packed.data + (d * packed.panels + p) * packed.panel_size;
   I flagged{};
-  for (std::size_t k = k0; k < k1; ++k) {
-    const T* from = read(product.b, k, col, n, buffer);
+  const auto pack_row = [&](const T* from) {
     for (std::size_t j = 0; j < static_cast<std::size_t>(S::kCols); j += B::kWidth) {
       const F x = j < n ? load_some(from + j, n - j) : F{};
       if constexpr (kBody == TileBody::kExact) {
         const Pair<T> pair = pack_pair_b(product, x);
         store(to + j, pair.first);
         if (steps == 2) store(to + S::kCols + j, pair.second);
+      } else if constexpr (kSlopeOfA<kBody>) {
+        store(to + j, x);
       } else {
         I u;
         flagged |= log_b<T>(x, product.keep, &u);
@@ -475,6 +522,14 @@ void pack_b(const Product<T>& product, const PackedB<T>& packed, std::size_t p, 
       }
     }
     to += S::kCols * steps;
+  };
+  if (product.b.layout == Layout::kPatches) {
+    const Patches& patches = *product.b.patches;
+    const PatchCol at(patches, product.b.first_col + col);
+    PatchRow row(patches, k0);
+    for (std::size_t k = k0; k < k1; ++k, row.advance(patches)) pack_row(read_patches(product.b, row, at, n, buffer));
+  } else {
+    for (std::size_t k = k0; k < k1; ++k) pack_row(read(product.b, k, col, n, buffer));
   }
   packed.flags[d * packed.panels + p] = simd::any(flagged) ? 1 : 0;
 }
@@ -543,6 +598,13 @@ bool pack_a(const Product<T>& product, std::size_t row, std::size_t rows, std::s
           const std::size_t at = (k + l) * S::kRows + i;
           pack_segments(product, values[l], mantissas + at * 16, scales + at, &segments_flagged);
         }
+      } else if constexpr (kSlopeOfA<kBody>) {
+        I u;
+        flagged |= log_b<T>(x, product.keep, &u);
+        alignas(64) T values[B::kWidth];
+        store(values, bits<F>(u));
+        T* to = static_cast<T*>(panel) + k * S::kRows + i;
+        for (std::size_t l = 0; l < lanes; ++l) to[l * S::kRows] = values[l];
       } else {
         const Pair<T> pair = pack_pair_a(product, x);
         alignas(64) T first[B::kWidth], second[B::kWidth];
@@ -621,7 +683,7 @@ __attribute__((noinline)) void slope_point(const Product<T>& product, std::size_
       const I u = bits<I>(clean<T>(x, product.keep));
       const I m = select((u & B::kMagnitude) >= B::kInfinity, I{}, u & B::kFraction);
       const std::size_t at = i * S::kCols + j;
-      if constexpr (kBody == TileBody::kSlope) {
+      if constexpr (!kSlopeOfTable<kBody>) {
         const I sum = m + product.c;
         const auto up = sum >= B::kSmallest, down = sum < 0;
         store(mantissas + at, sum - select(up, I{} + B::kSmallest, select(down, I{} - B::kSmallest, I{})));
@@ -661,21 +723,31 @@ FASTOPS_INLINE void one_tile(const Product<T>& product, const void* a, bool flag
     const T* values = static_cast<const T*>(a);
     using F = typename B::F;
     F acc[kR][kV];
-    if constexpr (kBody == TileBody::kSlope) {
+    if constexpr (kSlopeOfTable<kBody>) {
+      alignas(64) typename B::Int rows[kR * kC];
+      slope_point<T, kBody>(product, row, col, target, mantissas, rows, nullptr);
+      if constexpr (kSlopeOfA<kBody>)
+        run_tile<kR, kV>(SegmentSlopeABody<T, kR, kC>{{values, b, mantissas}, rows, product.table}, target.steps, acc);
+      else
+        run_tile<kR, kV>(SegmentSlopeBody<T, kR, kC>{{values, b, mantissas}, rows, product.table}, target.steps, acc);
+    } else {
       alignas(64) T factors[kR * kC];
       slope_point<T, kBody>(product, row, col, target, mantissas, nullptr, factors);
-      if (flagged)
-        run_tile<kR, kV>(AnySlopeBody<T, kR, kC>{{values, b, mantissas}}, target.steps, acc);
-      else
-        run_tile<kR, kV>(SlopeBody<T, kR, kC>{values, b, mantissas}, target.steps, acc);
+      if constexpr (kSlopeOfA<kBody>) {
+        if (flagged)
+          run_tile<kR, kV>(AnySlopeABody<T, kR, kC>{{values, b, mantissas}}, target.steps, acc);
+        else
+          run_tile<kR, kV>(SlopeABody<T, kR, kC>{values, b, mantissas}, target.steps, acc);
+      } else {
+        if (flagged)
+          run_tile<kR, kV>(AnySlopeBody<T, kR, kC>{{values, b, mantissas}}, target.steps, acc);
+        else
+          run_tile<kR, kV>(SlopeBody<T, kR, kC>{values, b, mantissas}, target.steps, acc);
+      }
 #pragma GCC unroll 12
       for (int i = 0; i < kR; ++i)
 #pragma GCC unroll 4
         for (int v = 0; v < kV; ++v) acc[i][v] *= load<F>(factors + i * kC + v * B::kWidth);
-    } else {
-      alignas(64) typename B::Int rows[kR * kC];
-      slope_point<T, kBody>(product, row, col, target, mantissas, rows, nullptr);
-      run_tile<kR, kV>(SegmentSlopeBody<T, kR, kC>{{values, b, mantissas}, rows, product.table}, target.steps, acc);
     }
     store_tile<kR, kV>(acc, c, target.ldc, target.rows, target.cols, target.first);
   }
@@ -774,6 +846,10 @@ void pack_b_any(const Product<T>& product, const PackedB<T>& packed, std::size_t
       return pack_b<T, TileBody::kSlope>(product, packed, p, d, depth1);
     case TileBody::kSlopeSegments:
       return pack_b<T, TileBody::kSlopeSegments>(product, packed, p, d, depth1);
+    case TileBody::kSlopeA:
+      return pack_b<T, TileBody::kSlopeA>(product, packed, p, d, depth1);
+    case TileBody::kSlopeASegments:
+      return pack_b<T, TileBody::kSlopeASegments>(product, packed, p, d, depth1);
   }
 }
 
@@ -791,6 +867,10 @@ void multiply_any(const Product<T>& product, const PackedB<T>& packed, const Blo
       return multiply<T, TileBody::kSlope>(product, packed, range, scratch, c, ldc, first);
     case TileBody::kSlopeSegments:
       return multiply<T, TileBody::kSlopeSegments>(product, packed, range, scratch, c, ldc, first);
+    case TileBody::kSlopeA:
+      return multiply<T, TileBody::kSlopeA>(product, packed, range, scratch, c, ldc, first);
+    case TileBody::kSlopeASegments:
+      return multiply<T, TileBody::kSlopeASegments>(product, packed, range, scratch, c, ldc, first);
   }
 }
 
@@ -800,7 +880,8 @@ template <class T, TileBody kBody> constexpr TileShape shape() {
 }
 template <class T> constexpr MatmulKernels<T> kernels() {
   return {{shape<T, TileBody::kExact>(), shape<T, TileBody::kLog>(), shape<T, TileBody::kSegments>(),
-           shape<T, TileBody::kSlope>(), shape<T, TileBody::kSlopeSegments>()},
+           shape<T, TileBody::kSlope>(), shape<T, TileBody::kSlopeSegments>(), shape<T, TileBody::kSlopeA>(),
+           shape<T, TileBody::kSlopeASegments>()},
           &pack_b_any<T>,
           &multiply_any<T>,
           &finish<T>};
