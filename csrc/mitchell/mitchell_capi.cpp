@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The C interface of element-wise Mitchell arithmetic: constants rounded once, the level's kernel, threads for long
 // arrays.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cfenv>
 #include <cmath>
@@ -31,14 +35,33 @@ constexpr std::size_t kBlock = 65536;
 constexpr unsigned kLogFormOnly =
     1u << FASTOPS_DIV | 1u << FASTOPS_RECIPROCAL | 1u << FASTOPS_SQRT | 1u << FASTOPS_RSQRT;
 
-// Outputs beyond half of the last cache are written past it: nothing of them would be left when they are read.
+// Bytes of the last cache that one core uses, 0 where unknown. Not sysconf's figure: on some CPUs and in virtual
+// machines that is the sum over the whole socket.
+std::size_t last_cache() noexcept {
+#if defined(__x86_64__)
+  // Cache parameters by sub-leaf: Intel's leaf 4, AMD's 0x8000001d of the same layout.
+  for (const unsigned leaf : {0x8000001du, 4u}) {
+    for (unsigned i = 0; i < 8; ++i) {
+      unsigned a = 0, b = 0, c = 0, d = 0;
+      if (!__get_cpuid_count(leaf, i, &a, &b, &c, &d) || (a & 31) == 0) break;
+      if (((a >> 5) & 7) != 3) continue;
+      return std::size_t{(b >> 22) + 1} * (((b >> 12) & 1023) + 1) * ((b & 4095) + 1) * (std::size_t{c} + 1);
+    }
+  }
+#elif defined(_SC_LEVEL3_CACHE_SIZE)
+  const long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (size > 0) return static_cast<std::size_t>(size);
+#endif
+  return 0;
+}
+
+// Outputs beyond half of the last cache are written past it: nothing of them would be left when they are read. A cache
+// that claims more than 64 MiB is shared by more than this thread.
 std::size_t stream_from() noexcept {
   static const std::size_t bytes = [] {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    const long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (size > 0) return static_cast<std::size_t>(size) / 2;
-#endif
-    return std::size_t{16} << 20;
+    constexpr std::size_t most = std::size_t{64} << 20;
+    const std::size_t size = last_cache();
+    return (size == 0 || size > most ? most / 2 : size) / 2;
   }();
   return bytes;
 }
@@ -93,12 +116,16 @@ void run_block(void* context, std::size_t block, unsigned) noexcept {
   job.flags.fetch_or(std::fetestexcept(FE_ALL_EXCEPT), std::memory_order_relaxed);
 }
 
-bool overlap(const char* in, std::ptrdiff_t step, const MitchellArrays& p, std::size_t n) noexcept {
+bool overlap(const char* in, std::ptrdiff_t step, std::size_t size, const MitchellArrays& p, std::size_t out_size,
+             std::size_t n) noexcept {
   if (in == p.out && step == p.stride_out) return false;
-  const auto reach = [n](std::ptrdiff_t s) { return static_cast<std::intptr_t>(n) * (s < 0 ? -s : s) + 8; };
   const auto i = reinterpret_cast<std::intptr_t>(in), o = reinterpret_cast<std::intptr_t>(p.out);
-  const std::intptr_t i_low = step < 0 ? i - reach(step) : i, o_low = p.stride_out < 0 ? o - reach(p.stride_out) : o;
-  return i_low < o_low + 2 * reach(p.stride_out) && o_low < i_low + 2 * reach(step);
+  const auto last = static_cast<std::intptr_t>(n - 1);
+  const std::intptr_t i_span = last * step, o_span = last * p.stride_out;
+  const std::intptr_t i_low = i + std::min<std::intptr_t>(i_span, 0), o_low = o + std::min<std::intptr_t>(o_span, 0);
+  const std::intptr_t i_high = i + std::max<std::intptr_t>(i_span, 0) + static_cast<std::intptr_t>(size);
+  const std::intptr_t o_high = o + std::max<std::intptr_t>(o_span, 0) + static_cast<std::intptr_t>(out_size);
+  return i_low < o_high && o_low < i_high;
 }
 
 __attribute__((noinline)) fastops_status apply_long(MitchellApply apply, const fastops_mitchell* m, int op,
@@ -107,8 +134,9 @@ __attribute__((noinline)) fastops_status apply_long(MitchellApply apply, const f
   const bool aligned = reinterpret_cast<std::uintptr_t>(p.out) % kResultSize[dtype] == 0;
   if (aligned && n * kResultSize[dtype] > stream_from()) op |= kMitchellStream;
   // A reduction or accumulation reads what it wrote: one thread, in order.
-  const bool parallel =
-      worker_count() > 1 && p.stride_out != 0 && !overlap(p.a, p.stride_a, p, n) && !overlap(p.b, p.stride_b, p, n);
+  const bool parallel = worker_count() > 1 && p.stride_out != 0 &&
+                        !overlap(p.a, p.stride_a, kItemSize[dtype], p, kResultSize[dtype], n) &&
+                        !overlap(p.b, p.stride_b, kItemSize[dtype], p, kResultSize[dtype], n);
   if (!parallel) return apply(m, op, dtype, p.a, p.stride_a, p.b, p.stride_b, p.out, p.stride_out, n);
   Job job{apply, m, op, dtype, p, n, {0}};
   const int before = std::fetestexcept(FE_ALL_EXCEPT);
