@@ -15,6 +15,9 @@ import pytest
 import fastops
 from fastops import _backend
 
+# Children of a test import what this process imports: `-m` and `-c` would put the source tree, their folder, first.
+os.environ["PYTHONSAFEPATH"] = "1"
+
 # No deadline: the first call of a Numba kernel compiles it. Shared machines stall too.
 hypothesis.settings.register_profile("default", max_examples=30, deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True, database=None)
