@@ -512,7 +512,10 @@ def _check_compensation(value: object) -> str | float:
     wanted = "a name or a finite number in (-0.5, 0.5)"
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise _validate.wrong_type("compensation", wanted, value)
-    c = float(value) + 0.0  # -0.0 becomes 0.0: equal descriptions have one text
+    try:
+        c = float(value) + 0.0  # -0.0 becomes 0.0: equal descriptions have one text
+    except OverflowError:
+        raise _validate.wrong_value("compensation", wanted, value) from None
     if not abs(c) < 0.5:
         raise _validate.wrong_value("compensation", wanted, c)
     return c

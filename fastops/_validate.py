@@ -30,6 +30,8 @@ MAX_THREADS = 1024
 # A product of sizes above this cannot be an array on a 64-bit machine.
 _MAX_BYTES = 2**63 - 1
 _MAX_TEXT = 60
+# Python refuses to print much longer integers.
+_MAX_BITS = 1024
 
 
 class Text(str):
@@ -41,11 +43,13 @@ def describe(value: object) -> str:
     if isinstance(value, Text):
         return value
     if isinstance(value, np.ndarray):
-        return f"an array of shape {_clip(str(value.shape))} and dtype {value.dtype}"
+        return f"an array of shape {_clip(str(value.shape))} and dtype {_clip(str(value.dtype))}"
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        return f"an integer of {value.bit_length()} bits"
     if isinstance(value, (str, bytes, int, float, complex, np.generic)) or value is None:
         return _clip(repr(value))
     if isinstance(value, tuple) and all(isinstance(item, (int, float)) for item in value):
-        return _clip(repr(value))
+        return _clip("(" + ", ".join(map(describe, value)) + ("," if len(value) == 1 else "") + ")")
     return f"an object of type {_clip(type(value).__name__)}"
 
 
@@ -131,8 +135,13 @@ def float_arrays(**values: object) -> list[AnyArray]:
         return list(arrays.values())
     for name, item in arrays.items():
         if item.dtype.newbyteorder("=") not in FLOAT_DTYPES:
-            raise wrong_type(name, FLOAT_NAMES, Text(str(item.dtype)))
-    dtype = np.result_type(*(item.dtype for item in arrays.values()))
+            raise wrong_type(name, FLOAT_NAMES, Text(_clip(str(item.dtype))))
+    try:
+        dtype = np.result_type(*(item.dtype for item in arrays.values()))
+    except TypeError:  # float16 and bfloat16 have none
+        got = " and ".join(str(item.dtype) for item in arrays.values())
+        wanted = f"of dtypes with a common one among {FLOAT_NAMES}"
+        raise wrong_type(" and ".join(arrays), wanted, Text(got)) from None
     if dtype not in FLOAT_DTYPES:
         names = " and ".join(arrays)
         raise wrong_type(names, f"of dtypes with a common one among {FLOAT_NAMES}", Text(str(dtype)))
@@ -143,7 +152,7 @@ def byte_array(name: str, value: object) -> AnyArray:
     """`value` as a uint8 or int8 array."""
     result = array(name, value)
     if result.dtype not in (np.dtype(np.uint8), np.dtype(np.int8)):
-        raise wrong_type(name, "uint8 or int8", Text(str(result.dtype)))
+        raise wrong_type(name, "uint8 or int8", Text(_clip(str(result.dtype))))
     return result
 
 
@@ -151,7 +160,7 @@ def table(name: str, value: object) -> tuple[AnyArray, int]:
     """`value` as a C-contiguous (256, 256) array of int32 (int64 where an entry exceeds it), and the largest magnitude."""
     result = array(name, value)
     if result.dtype.kind not in "iu":
-        raise wrong_type(name, "an integer array", Text(str(result.dtype)))
+        raise wrong_type(name, "an integer array", Text(_clip(str(result.dtype))))
     if result.shape != (256, 256):
         raise wrong_value(name, "of shape (256, 256)", Text(str(result.shape)))
     try:
@@ -175,6 +184,8 @@ def matmul_shape(a: AnyArray, b: AnyArray) -> tuple[int, ...]:
         return a.shape[0], b.shape[1]
     try:
         batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    except RuntimeError:
+        raise _too_many_dimensions(a=a, b=b) from None
     except ValueError:
         raise wrong_value(
             "b",
@@ -182,6 +193,12 @@ def matmul_shape(a: AnyArray, b: AnyArray) -> tuple[int, ...]:
             Text(_clip(str(b.shape[:-2]))),
         ) from None
     return (*batch, a.shape[-2], b.shape[-1])
+
+
+def _too_many_dimensions(**arrays: AnyArray) -> ValueError:
+    """What NumPy's broadcasting of shapes cannot take: more than 32 dimensions."""
+    name, item = max(arrays.items(), key=lambda pair: pair[1].ndim)
+    return wrong_value(name, "of at most 32 dimensions that broadcast", Text(f"an array of {item.ndim} dimensions"))
 
 
 def at_least_2d(a: AnyArray, b: AnyArray) -> tuple[AnyArray, AnyArray, tuple[int, ...]]:
@@ -209,6 +226,8 @@ def broadcast_shape(**arrays: AnyArray) -> tuple[int, ...]:
     """The common shape of the arrays."""
     try:
         return np.broadcast_shapes(*(item.shape for item in arrays.values()))
+    except RuntimeError:
+        raise _too_many_dimensions(**arrays) from None
     except ValueError:
         (_, first), *others = arrays.items()
         name = others[-1][0]
@@ -238,7 +257,9 @@ def out_array(
         raise wrong_type("out", "an array without a mask", Text("a masked array"))
     if out.dtype not in dtypes:
         raise wrong_type(
-            "out", f"of dtype {_either(dtypes)}", Text(str(out.dtype) if out.dtype.isnative else f"{out.dtype!r}")
+            "out",
+            f"of dtype {_either(dtypes)}",
+            Text(_clip(str(out.dtype) if out.dtype.isnative else f"{out.dtype!r}")),
         )
     same_shape("out", out, shape)
     if not out.flags.writeable:

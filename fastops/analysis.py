@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -91,8 +91,8 @@ class ErrorStats:
     rms: float
     low: float
     high: float
-    histogram: tuple[int, ...]
-    edges: tuple[float, ...]
+    histogram: tuple[int, ...] = field(repr=False)
+    edges: tuple[float, ...] = field(repr=False)
     count: int
     exhaustive: bool
     full_scale: float
@@ -207,7 +207,11 @@ def _samples(dtype: np.dtype[Any], bits: int, values: ArrayLike) -> Array:
             raise _validate.wrong_value("distribution", f"samples in [{low}, {high})", _validate.Text("others"))
     elif not np.isfinite(array).all():
         raise _validate.wrong_value("distribution", "finite samples", _validate.Text("inf or nan among them"))
-    return array.astype(dtype)
+    with np.errstate(over="ignore"):
+        samples = array.astype(dtype)
+    if dtype.kind not in "iu" and not np.isfinite(samples).all():
+        raise _validate.wrong_value("distribution", f"samples that {dtype} holds", _validate.Text("larger ones"))
+    return samples
 
 
 def _operands(
@@ -321,6 +325,8 @@ def error_stats(
     if not isinstance(multiplier, Multiplier):
         raise _validate.wrong_type("multiplier", "a fastops.Multiplier", multiplier)
     _validate.choice("op", op, OPS)
+    if exhaustive is not None and not isinstance(exhaustive, (bool, np.bool_)):
+        raise _validate.wrong_type("exhaustive", "True, False or None", exhaustive)
     dtype, bits = _kind(dtype_or_bits)
     if dtype.kind in "iu" and op not in ("mul", "square"):
         raise _validate.wrong_value("op", "'mul' or 'square' for integers", op)

@@ -132,6 +132,12 @@ def test_histogram_covers_all_errors() -> None:
     assert abs(float(middle @ stats.histogram) / stats.count - stats.bias) < 1 / 4096
 
 
+def test_figures_print_without_the_histogram() -> None:
+    text = repr(Multiplier().error_stats(8))
+    assert text.startswith("ErrorStats(mae=606.39")
+    assert len(text) < 500
+
+
 def test_normal_operands() -> None:
     for dtype in (np.float32, np.int8, np.uint16, 5):
         stats = error_stats(Multiplier(), dtype, "normal")

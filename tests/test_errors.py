@@ -60,6 +60,13 @@ def _overlapping_out() -> Any:
     return fastops.mitchell_matmul(base[:12].reshape(3, 4), B, out=base[10:25].reshape(3, 5))
 
 
+def _deep(array: Any) -> Any:
+    """The array with as many dimensions as NumPy has; NumPy 1 has none that are too many."""
+    if np.lib.NumpyVersion(np.__version__) < "2.0.0":
+        pytest.skip("NumPy 1 has no arrays of more than 32 dimensions")
+    return array.reshape((1,) * (64 - array.ndim) + array.shape)
+
+
 def _out_is_a() -> Any:
     square = np.ones((4, 4))
     return fastops.mitchell_matmul(square, square, out=square)
@@ -112,6 +119,12 @@ CASES: dict[str, Wrong] = {
     ),
     "matmul out overlaps": Wrong(_overlapping_out, ValueError, "out", "apart from a", "overlaps a"),
     "matmul out folded": Wrong(_folded_out, ValueError, "out", "distinct in memory", "overlapping"),
+    "matmul many dimensions": Wrong(
+        lambda: fastops.mitchell_matmul(_deep(A), B), ValueError, "a", "at most 32 dimensions", "64 dimensions"
+    ),
+    "matmul structured": Wrong(
+        _matmul(a=np.zeros((3, 4), [(f"field_{i}", "f4") for i in range(40)])), TypeError, "a", FLOATS, "..."
+    ),
     "matmul too large": Wrong(
         _matmul(a=np.broadcast_to(np.float64(SECRET), (2**40, 1)), b=np.broadcast_to(np.float64(SECRET), (1, 2**40))),
         ValueError,
@@ -145,6 +158,9 @@ CASES: dict[str, Wrong] = {
     "conv2d groups zero": Wrong(_conv(groups=0), ValueError, "groups", "[1, 2147483647]", "0"),
     "conv2d groups float": Wrong(_conv(groups=2.0), TypeError, "groups", "an integer", "2.0"),
     "conv2d stride": Wrong(_conv(stride=0), ValueError, "stride", "[1,", "0"),
+    "conv2d stride huge": Wrong(
+        _conv(stride=(1, -(10**5000))), ValueError, "stride", "[1, 2147483647]", "an integer of 16610 bits"
+    ),
     "conv2d stride pair": Wrong(_conv(stride=(1, 2, 3)), ValueError, "stride", "a pair", "3 items"),
     "conv2d stride bool": Wrong(_conv(stride=True), TypeError, "stride", "an integer", "True"),
     "conv2d padding": Wrong(_conv(padding=(0, -1)), ValueError, "padding", "[0,", "-1"),
@@ -170,6 +186,9 @@ CASES: dict[str, Wrong] = {
     "lut out too narrow": Wrong(_lut(table=TABLE + 2**30), TypeError, "out", "int64", "int32", ((3, 3), "i4")),
     # element-wise gradients
     "mul_grad shape": Wrong(_grad(fastops.mitchell_mul_grad, b=B), ValueError, "b", "(3, 4)", "(4, 5)"),
+    "mul_grad many dimensions": Wrong(
+        lambda: fastops.mitchell_mul_grad(A, _deep(A), A), ValueError, "b", "at most 32 dimensions", "64 dimensions"
+    ),
     "mul_grad dy": Wrong(_grad(fastops.mitchell_mul_grad, dy=A[0]), ValueError, "dy", "(3, 4)", "(4,)"),
     "mul_grad dtype": Wrong(_grad(fastops.mitchell_mul_grad, a=A.astype(np.uint8)), TypeError, "a", FLOATS, "uint8"),
     "div_grad multiplier": Wrong(
@@ -183,6 +202,10 @@ CASES: dict[str, Wrong] = {
     "Multiplier long name": Wrong(lambda: M("m" * 500), ValueError, "compensation", "'minimax'", "mmm..."),
     "Multiplier constant": Wrong(lambda: M(0.5), ValueError, "compensation", "(-0.5, 0.5)", "0.5"),
     "Multiplier nan": Wrong(lambda: M(float("nan")), ValueError, "compensation", "(-0.5, 0.5)", "nan"),
+    "Multiplier huge": Wrong(lambda: M(10**400), ValueError, "compensation", "(-0.5, 0.5)", "an integer of 1329 bits"),
+    "Multiplier bits huge": Wrong(
+        lambda: M(mantissa_bits=10**5000), ValueError, "mantissa_bits", "[1, 52]", "an integer of 16610 bits"
+    ),
     "Multiplier list": Wrong(lambda: M([0.1]), TypeError, "compensation", "a name or a", "list"),
     "Multiplier segments": Wrong(lambda: M(segments=3), ValueError, "segments", "2, 4, 8, 16", "3"),
     "Multiplier segments float": Wrong(lambda: M(segments=4.0), TypeError, "segments", "an integer", "4.0"),
@@ -207,6 +230,12 @@ CASES: dict[str, Wrong] = {
     ),
     "error_stats distribution": Wrong(
         lambda: error_stats(M(), 8, "gauss"), ValueError, "distribution", "'uniform'", "'gauss'"
+    ),
+    "error_stats exhaustive": Wrong(
+        lambda: error_stats(M(), 8, exhaustive="no"), TypeError, "exhaustive", "True, False or None", "'no'"
+    ),
+    "error_stats overflow": Wrong(
+        lambda: error_stats(M(), "f2", np.array([1e30])), ValueError, "distribution", "float16 holds", "larger ones"
     ),
     # configuration
     "show_config mode": Wrong(lambda: fastops.show_config("yaml"), ValueError, "mode", "'json'", "'yaml'"),
@@ -242,6 +271,12 @@ def test_wrong_call(case: Wrong):
     assert all((item == 77).all() for item in arguments.values())
     assert inputs == [array.tobytes() for array in (A, B, DY, X, W, BYTES, TABLE)]
     assert fastops.get_num_threads() == threads
+
+
+def test_float16_and_bfloat16_have_no_common_dtype():
+    half = pytest.importorskip("ml_dtypes").bfloat16
+    with pytest.raises(TypeError, match=r"^a and b must be of dtypes with a common one .*, got float16 and bfloat16$"):
+        fastops.mitchell_matmul(A.astype(np.float16), B.astype(half))
 
 
 ELEMENTWISE: dict[str, tuple[Callable[[Any], Any], type[Exception], tuple[int, ...], str]] = {
