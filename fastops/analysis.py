@@ -349,13 +349,14 @@ def error_stats(
         count += error.size
         wrong += int(np.count_nonzero(error))
         mae += float(size.sum())
-        wce = max(wce, float(size.max()))
+        # NumPy's extremes keep a nan, Python's lose it.
+        wce = float(np.maximum(wce, size.max()))
         mse += float(np.square(error).sum())
-        largest = max(largest, float(np.abs(exact).max()))
+        largest = float(np.maximum(largest, np.abs(exact).max()))
         bias += float(relative.sum())
         square += float(np.square(relative).sum())
         mre += float(np.abs(relative).sum())
-        low, high = min(low, float(relative.min())), max(high, float(relative.max()))
+        low, high = float(np.minimum(low, relative.min())), float(np.maximum(high, relative.max()))
         index = (
             np.floor(np.clip(np.nan_to_num(relative, nan=1.0), -2.0, 2.0) * _BINS_PER_UNIT).astype(np.int64)
             + _BINS_PER_UNIT

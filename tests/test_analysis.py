@@ -138,6 +138,12 @@ def test_figures_print_without_the_histogram() -> None:
     assert len(text) < 500
 
 
+def test_results_that_are_nan_show_in_every_figure() -> None:
+    stats = error_stats(Multiplier("min-mse"), np.float32, np.array([1.0, 0.0]), op="div")
+    for name in ("mae", "wce", "mse", "mre", "wcre", "bias", "rms", "low", "high"):
+        assert np.isnan(getattr(stats, name)), name
+
+
 def test_normal_operands() -> None:
     for dtype in (np.float32, np.int8, np.uint16, 5):
         stats = error_stats(Multiplier(), dtype, "normal")
