@@ -27,6 +27,15 @@ import os, sys, time
 import numpy as np
 import fastops
 assert fastops.show_config("dict")["backend"] == "native"
+def pool_threads():
+    found = 0
+    for task in os.listdir("/proc/self/task"):
+        try:
+            with open(f"/proc/self/task/{task}/comm") as file:
+                found += file.read().strip() == "fastops"
+        except OSError:
+            pass  # it has just ended
+    return found
 """
 
 

@@ -15,7 +15,7 @@ pytestmark = once
 
 WORK = """
 rng = np.random.default_rng(5)
-a, b = (rng.standard_normal((160, 160)).astype(np.float32) for _ in range(2))
+a, b = (rng.standard_normal((400, 400)).astype(np.float32) for _ in range(2))
 x = rng.standard_normal((2, 3, 12, 12)).astype(np.float32)
 w = rng.standard_normal((4, 3, 3, 3)).astype(np.float32)
 u8 = rng.integers(0, 256, (64, 64), dtype=np.uint8)
@@ -43,10 +43,13 @@ def answer_in_child(threads=None):
         if threads:
             fastops.set_num_threads(threads)
         code = 0 if right() and right() else 3
+        if code == 0 and pool_threads() == 0 and fastops.get_num_threads() > 1:
+            code = 4  # the child has no pool of its own
     finally:
         os._exit(code)
 fastops.set_num_threads(4)
 WANT = answers()
+assert pool_threads() > 0, "the pool is in use"
 """
 
 
@@ -115,20 +118,24 @@ def test_fork_from_a_signal_handler_in_a_call() -> None:
     big = np.ones((1800, 1800), np.float32)
     parent = os.getpid()
     threading.Timer(0.05, lambda: os.kill(parent, signal.SIGUSR1)).start()
-    code = 9
     try:
-        fastops.mitchell_matmul(big, big)
-    except BaseException as error:  # in the child the call may end with an error, but must end
+        # In the child the call may end with an error, but must end, and not with half a result.
+        whole = bool((fastops.mitchell_matmul(big, big) == 1800).all())
+    except RuntimeError as error:
         assert os.getpid() != parent, repr(error)
+        whole = True
     if os.getpid() != parent:
+        if not whole:
+            os._exit(6)
         answer_in_child()
+    assert whole
     assert child is not None and end(child) == 0
     assert right()
     """
     run(WORK, code, env={"PYTHONWARNINGS": "ignore::DeprecationWarning"})
 
 
-@pytest.mark.parametrize("count", [1500, pytest.param(10_000, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("count", [800, pytest.param(10_000, marks=pytest.mark.nightly)])
 def test_thread_churn_leaves_nothing(count: int) -> None:
     """Short threads call kernels while eight others set the number of threads."""
     code = """
@@ -171,7 +178,14 @@ def test_thread_churn_leaves_nothing(count: int) -> None:
     assert after[0] <= before[0] + 3 and after[1] == before[1]  # the pool itself may still have grown to its 3 threads
     assert after[2] <= before[2] + 2048, "kB"
     """
-    run(WORK, code, arguments=[str(count)], timeout=30 if count < 5000 else 300)
+    # Large blocks straight from the system and back: what the allocator keeps for each thread is not a leak.
+    run(
+        WORK,
+        code,
+        arguments=[str(count)],
+        timeout=30 if count < 5000 else 300,
+        env={"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "65536"},
+    )
 
 
 def test_workers_of_every_start_method(tmp_path: Path) -> None:
