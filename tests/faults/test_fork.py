@@ -264,16 +264,17 @@ def test_subinterpreter_is_refused_or_works() -> None:
         import _interpreters as interpreters
     except ImportError:
         import _xxsubinterpreters as interpreters
+    inner = [
+        "try:",
+        "    import fastops",
+        "    assert fastops.mitchell_mul(3.0, 3.0) == 8.0",
+        "except ImportError as error:",
+        "    assert 'interpreter' in str(error), error",
+    ]
     for _ in range(3):
         child = interpreters.create()
-        found = interpreters.run_string(child, '''
-try:
-    import fastops
-    assert fastops.mitchell_mul(3.0, 3.0) == 8.0
-except ImportError as error:
-    assert "interpreter" in str(error), error
-''')
-        assert found is None, found
+        failure = interpreters.run_string(child, chr(10).join(inner))
+        assert failure is None, failure
         interpreters.destroy(child)
     assert right()
     """
