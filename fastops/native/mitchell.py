@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from _thread import allocate_lock
 from typing import Any
 
@@ -18,6 +19,15 @@ Pair = tuple[int, int]
 _ufuncs: dict[tuple[str, Multiplier], np.ufunc] = {}
 # The module `threading` is not imported for one lock.
 _lock = allocate_lock()
+
+
+def _renew_lock() -> None:
+    """In the child of a fork: the thread that may have held the lock is not there to let it go."""
+    global _lock
+    _lock = allocate_lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def mitchell_op(op: str, multiplier: Multiplier) -> np.ufunc:

@@ -105,6 +105,19 @@ def test_fork_at_any_moment(seconds: int) -> None:
     )
 
 
+def test_fork_while_another_thread_holds_a_python_lock() -> None:
+    code = """
+    from fastops.native import mitchell
+    with mitchell._lock:  # as a thread that makes a ufunc holds it
+        child = os.fork()
+        if child == 0:
+            fastops.Multiplier(0.0123).mul(a, b)
+            answer_in_child()
+    assert end(child) == 0
+    """
+    run(WORK, code, env={"PYTHONWARNINGS": "ignore::DeprecationWarning"})
+
+
 def test_fork_from_a_signal_handler_in_a_call() -> None:
     """The poll of a long call runs Python's handlers: one that forks leaves a child without the pool's threads."""
     code = """
