@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from child import SANITIZED, once, run
+from child import SANITIZED, once, run, unsanitized
 
 # An array of any length that ends at an unreadable page, or begins after one.
 GUARDED = """
@@ -142,6 +142,7 @@ def test_products_stay_inside(target: str) -> None:
 
 
 @once
+@unsanitized
 @pytest.mark.parametrize(
     "call",
     [
