@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -185,7 +185,7 @@ def matmul_shape(a: AnyArray, b: AnyArray) -> tuple[int, ...]:
     try:
         batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     except RuntimeError:
-        raise _too_many_dimensions(a=a, b=b) from None
+        _refuse_dimensions(a=a, b=b)
     except ValueError:
         raise wrong_value(
             "b",
@@ -195,10 +195,11 @@ def matmul_shape(a: AnyArray, b: AnyArray) -> tuple[int, ...]:
     return (*batch, a.shape[-2], b.shape[-1])
 
 
-def _too_many_dimensions(**arrays: AnyArray) -> ValueError:
+def _refuse_dimensions(**arrays: AnyArray) -> NoReturn:
     """What NumPy's broadcasting of shapes cannot take: more than 32 dimensions."""
     name, item = max(arrays.items(), key=lambda pair: pair[1].ndim)
-    return wrong_value(name, "of at most 32 dimensions that broadcast", Text(f"an array of {item.ndim} dimensions"))
+    wanted = "of at most 32 dimensions that broadcast"
+    raise wrong_value(name, wanted, Text(f"an array of {item.ndim} dimensions")) from None
 
 
 def at_least_2d(a: AnyArray, b: AnyArray) -> tuple[AnyArray, AnyArray, tuple[int, ...]]:
@@ -227,7 +228,7 @@ def broadcast_shape(**arrays: AnyArray) -> tuple[int, ...]:
     try:
         return np.broadcast_shapes(*(item.shape for item in arrays.values()))
     except RuntimeError:
-        raise _too_many_dimensions(**arrays) from None
+        _refuse_dimensions(**arrays)
     except ValueError:
         (_, first), *others = arrays.items()
         name = others[-1][0]
