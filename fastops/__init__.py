@@ -2,7 +2,7 @@
 """fastops: numeric operations with native kernels, NumPy arrays in and NumPy arrays out.
 
 Mitchell arithmetic (multiplication by adding approximate logarithms) as NumPy ufuncs, with matrix products, convolutions
-and gradients. `show_config()` says what is compiled in and what was chosen.
+and gradients; moving averages and optimizer steps over lists of tensors, in place. `show_config()` says what is compiled in and what was chosen.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ._config import get_num_threads, set_num_threads, show_config, target
 from ._multiplier import OPS as _OPS
 from ._multiplier import Multiplier
+from ._tensors import TensorList
 from .mitchell import (
     lmul,
     lut_matmul,
@@ -31,6 +32,15 @@ from .mitchell import (
     mitchell_sqrt,
     mitchell_square,
 )
+from .optim import (
+    adamw_step_,
+    adaptive_eg_step_,
+    eg_step_,
+    ema_update_,
+    lazy_adamw_rows_,
+    lookahead_sync_,
+    sgd_step_,
+)
 
 try:
     __version__: str = _import_module(f"{__name__}._version").__version__
@@ -43,9 +53,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Multiplier",
+    "TensorList",
     "__version__",
+    "adamw_step_",
+    "adaptive_eg_step_",
+    "eg_step_",
+    "ema_update_",
     "get_num_threads",
+    "lazy_adamw_rows_",
     "lmul",
+    "lookahead_sync_",
     "lut_matmul",
     "mitchell_conv2d",
     "mitchell_conv2d_grad",
@@ -63,6 +80,7 @@ __all__ = [
     "mitchell_square",
     "optimal_offset",
     "set_num_threads",
+    "sgd_step_",
     "show_config",
     "target",
 ]

@@ -34,6 +34,11 @@ _MAX_TEXT = 60
 _MAX_BITS = 1024
 
 
+def bfloat16() -> np.dtype[Any] | None:
+    """The dtype of ml_dtypes where it is installed."""
+    return None if _bfloat16 is None else np.dtype(_bfloat16)
+
+
 class Text(str):
     """What came, already put in words."""
 
@@ -65,6 +70,16 @@ def wrong_type(name: str, wanted: str, got: object) -> TypeError:
 def wrong_value(name: str, wanted: str, got: object) -> ValueError:
     """The ValueError for an argument of the wrong shape or value."""
     return ValueError(f"{name} must be {wanted}, got {describe(got)}")
+
+
+def busy(name: str) -> RuntimeError:
+    """The RuntimeError for an object that a call of another thread is using."""
+    return RuntimeError(f"{name} must be used by one thread at a time, got a call during another")
+
+
+def no_pickle(name: str, why: str) -> TypeError:
+    """The TypeError for an object that stands for something of this process alone."""
+    return TypeError(f"{name} must not be pickled: {why}")
 
 
 def wrong_choice(name: str, choices: Iterable[str], got: object) -> ValueError:
@@ -99,6 +114,33 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     if number < low or (high is not None and number > high):
         raise wrong_value(name, wanted, number)
     return number
+
+
+def number(
+    name: str, value: object, low: float, high: float | None = None, *, open_low: bool = False, open_high: bool = False
+) -> float:
+    """`value` as a finite float in the interval; bool and arrays with axes are refused."""
+    left, right = "(" if open_low else "[", ")" if open_high or high is None else "]"
+    wanted = f"a finite number in {left}{low:g}, {'inf' if high is None else f'{high:g}'}{right}"
+    if type(value) is not float:
+        if isinstance(value, (bool, np.bool_, str, bytes)) or getattr(value, "ndim", None):
+            raise wrong_type(name, wanted, value)
+        try:
+            value = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):
+            raise wrong_type(name, wanted, value) from None
+    above = low < value if open_low else low <= value
+    below = value < np.inf if high is None else value < high if open_high else value <= high
+    if not (above and below):
+        raise wrong_value(name, wanted, value)
+    return value
+
+
+def boolean(name: str, value: object) -> bool:
+    """`value` as a bool; numbers are refused."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    raise wrong_type(name, "True or False", value)
 
 
 def integer_pair(name: str, value: object, low: int) -> tuple[int, int]:
@@ -265,15 +307,25 @@ def out_array(
     same_shape("out", out, shape)
     if not out.flags.writeable:
         raise wrong_value("out", "writable", Text("a read-only array"))
-    if _overlaps_itself(out):
+    if overlaps_itself(out):
         raise wrong_value("out", "an array whose elements are all distinct in memory", Text("overlapping strides"))
     for name, item in inputs.items():
-        if _share_memory(out, item):
+        if share_memory(out, item):
             raise wrong_value("out", f"memory apart from {name}", Text(f"an array that overlaps {name}"))
     return out
 
 
-def _share_memory(x: AnyArray, y: AnyArray) -> bool:
+def byte_bounds(x: AnyArray) -> tuple[int, int]:
+    """The first address of an array and the one past its last."""
+    low = high = x.__array_interface__["data"][0]
+    for stride, length in zip(x.strides, x.shape, strict=True):
+        reach = stride * (length - 1)
+        low, high = low + min(reach, 0), high + max(reach, 0)
+    return low, high + x.itemsize
+
+
+def share_memory(x: AnyArray, y: AnyArray) -> bool:
+    """Whether an element of one lies in the memory of the other."""
     if not np.may_share_memory(x, y):
         return False
     try:
@@ -287,7 +339,8 @@ def _either(dtypes: Sequence[np.dtype[Any]]) -> str:
     return " or ".join(str(dtype) for dtype in dtypes)
 
 
-def _overlaps_itself(x: AnyArray) -> bool:
+def overlaps_itself(x: AnyArray) -> bool:
+    """Whether two elements share memory."""
     if x.flags.c_contiguous:
         return False
     reach = x.itemsize

@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Lists of tensors and the steps over them: what may stand in a list, the one check that words its errors, `TensorList`.
+
+The native backend reads well-formed lists by itself and comes here with all others; the Numba and reference backends always do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import _validate
+from ._validate import AnyArray, Text
+
+WIDE_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+_WIDE = "float32 or float64"
+_HOST_ARRAY = "an array in host memory (numpy, torch, the buffer protocol or DLPack)"
+
+
+class Role(NamedTuple):
+    """An argument that is a list of tensors.
+
+    `dtypes` says which are allowed: "wide" (float32, float64), "shadow" (those and bfloat16), "float" (any of the four), "same"
+    (that of the first role's tensor) or "gradient" (the same, or a half type beside float32).
+    """
+
+    name: str
+    written: bool
+    dtypes: str = "same"
+
+
+class SgdStep(NamedTuple):
+    """m = keep m + gain (g + weight_decay p); where `moves`, p -= lr (nesterov ? g + momentum m : m)."""
+
+    lr: float
+    momentum: float
+    keep: float
+    gain: float
+    weight_decay: float
+    nesterov: bool
+    moves: bool
+    ema_weight: float
+    zero_grad: bool
+
+
+class AdamStep(NamedTuple):
+    """The numbers of one AdamW step, formed in double: `decay` = 1 - lr weight_decay, `l2` its coupled form, w = 1 - beta,
+    `step_size` = lr / (1 - beta1^t), `scale` = 1 / sqrt(1 - beta2^t)."""
+
+    decay: float
+    l2: float
+    w1: float
+    beta2: float
+    w2: float
+    step_size: float
+    scale: float
+    eps: float
+    ema_weight: float
+    zero_grad: bool
+
+
+class EgStep(NamedTuple):
+    """The numbers of the adaptive exponentiated gradient; see `fastops.adaptive_eg_step_`."""
+
+    lr: float
+    beta: float
+    mu: float
+    gain_lr: float
+    gain_low: float
+    gain_high: float
+    scale_lr: float
+    scale_low: float
+    scale_high: float
+
+
+def ema_roles(sets: int) -> list[Role]:
+    """`sets` lists of shadows and the parameters."""
+    names = ["shadows"] if sets == 1 else [f"shadows of profile {k}" for k in range(sets)]
+    return [Role("params", False, "float"), *(Role(name, True, "shadow") for name in names)]
+
+
+def _step_roles(*states: str, ema: object = None, zero_grad: bool = False, moves: bool = True) -> list[Role]:
+    shadows = [] if ema is None else [Role("ema", True)]
+    written = [Role(name, True) for name in states]
+    return [Role("params", moves, "wide"), Role("grads", zero_grad, "gradient"), *written, *shadows]
+
+
+def sgd_roles(buffers: object, ema: object, step: SgdStep) -> list[Role]:
+    """Parameters, gradients, momentum and the shadows that follow the parameters, where there are such."""
+    states = [] if buffers is None else ["momentum_buffers"]
+    return _step_roles(*states, ema=ema, zero_grad=step.zero_grad, moves=step.moves)
+
+
+def adamw_roles(ema: object, step: AdamStep) -> list[Role]:
+    """Parameters, gradients, both moments and the shadows, where there are such."""
+    return _step_roles("exp_avg", "exp_avg_sq", ema=ema, zero_grad=step.zero_grad)
+
+
+LOOKAHEAD_ROLES = [Role("slow", True, "wide"), Role("fast", True)]
+FINITE_ROLES = [Role("params", False, "float")]
+EG_ROLES = _step_roles()
+ADAPTIVE_EG_ROLES = _step_roles("momentum", "update", "gain")
+
+
+class TensorList(Sequence[Any]):
+    """A list of tensors that many calls use: it keeps them alive, and the native backend what it knows of them.
+
+    Give it wherever a function takes a list of arrays. Each call verifies, from the fields of the array objects, that every
+    array still is where and what it was; one that was resized, or a torch tensor whose storage was exchanged, is read anew.
+
+    Parameters
+    ----------
+    arrays : iterable of arrays
+        NumPy arrays, torch CPU tensors, or objects with the buffer protocol or DLPack. The list is fixed; the contents of the
+        arrays are not.
+
+    Raises
+    ------
+    TypeError
+        `arrays` is not iterable, or an element is no array in host memory.
+
+    Notes
+    -----
+    A call that finds the list in use by a call of another thread raises RuntimeError. Does not pickle: it stands for memory
+    of this process.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastops
+    >>> shadows = fastops.TensorList([np.zeros(3, np.float32) for _ in range(2)])
+    >>> params = fastops.TensorList([np.ones(3, np.float32) for _ in range(2)])
+    >>> fastops.ema_update_(shadows, params, 0.5)
+    >>> shadows[1]
+    array([0.5, 0.5, 0.5], dtype=float32)
+    """
+
+    __slots__ = ("_arrays", "_busy")
+
+    def __init__(self, arrays: Iterable[Any]) -> None:
+        self._arrays = as_list("arrays", arrays)
+        for i, item in enumerate(self._arrays):
+            as_ndarray(f"arrays[{i}]", item)
+        self._busy = False
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._arrays[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._arrays)
+
+    def __repr__(self) -> str:
+        return f"<fastops.TensorList of {len(self._arrays)} arrays>"
+
+    def __reduce__(self) -> Any:
+        raise _validate.no_pickle("a TensorList", "it stands for memory of this process; pickle a list of its arrays")
+
+
+@contextlib.contextmanager
+def in_use(*lists: object) -> Iterator[None]:
+    """Marks the `TensorList`s among the arguments as taken by this call."""
+    taken: list[TensorList] = []
+    try:
+        for item in lists:
+            if isinstance(item, TensorList):
+                if item._busy and not any(item is other for other in taken):
+                    raise _validate.busy("a TensorList")
+                item._busy = True
+                taken.append(item)
+        yield
+    finally:
+        for item in taken:
+            item._busy = False
+
+
+def as_list(name: str, value: object) -> list[Any]:
+    """The tensors of an argument: those of a list, tuple, `TensorList` or other iterable; an array alone is a list of one."""
+    if isinstance(value, list):
+        return value
+    if isinstance(value, (str, bytes, dict, set, frozenset)):
+        raise _validate.wrong_type(name, "a list of arrays", value)
+    if _is_array(value):
+        return [value]
+    try:
+        return list(value)  # type: ignore[call-overload, no-any-return]
+    except TypeError:
+        raise _validate.wrong_type(name, "a list of arrays", value) from None
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, (np.ndarray, memoryview, bytearray)) or hasattr(value, "__dlpack__")
+
+
+def as_ndarray(name: str, value: Any) -> AnyArray:
+    """The memory of one tensor as an ndarray, never a copy."""
+    if type(value) is np.ndarray:
+        return value
+    if isinstance(value, np.ndarray):
+        if hasattr(value, "mask"):
+            raise _validate.wrong_type(name, "an array without a mask", Text("a masked array"))
+        return value.view(np.ndarray)
+    if hasattr(value, "data_ptr") and hasattr(value, "detach"):
+        return _from_torch(name, value)
+    if hasattr(value, "__cuda_array_interface__"):
+        raise _validate.wrong_type(name, _HOST_ARRAY, Text("an array on a GPU"))
+    if isinstance(value, (bool, int, float, complex, str, bytes, list, tuple, dict, np.generic)) or value is None:
+        raise _validate.wrong_type(name, _HOST_ARRAY, value)
+    with contextlib.suppress(TypeError, ValueError):
+        return np.asarray(memoryview(value))
+    if hasattr(value, "__dlpack__"):
+        with contextlib.suppress(BufferError, TypeError, ValueError, RuntimeError):
+            return np.from_dlpack(value)
+    if hasattr(value, "__array__"):
+        # Its own conversion may copy, so nothing is written there.
+        with contextlib.suppress(Exception):
+            array = np.asarray(value).view()
+            array.flags.writeable = False
+            return array
+    raise _validate.wrong_type(name, _HOST_ARRAY, value)
+
+
+def _from_torch(name: str, tensor: Any) -> AnyArray:
+    if tensor.device.type != "cpu":
+        raise _validate.wrong_type(name, _HOST_ARRAY, Text(f"a tensor on {str(tensor.device)[:20]}"))
+    try:
+        plain = tensor.detach()
+        if str(plain.dtype) == "torch.bfloat16":
+            bfloat16 = _validate.bfloat16()
+            if bfloat16 is None:
+                raise _validate.wrong_type(name, "of a dtype that NumPy knows", Text("bfloat16 without ml_dtypes"))
+            import torch
+
+            return plain.view(torch.int16).numpy().view(bfloat16)  # type: ignore[no-any-return]
+        return plain.numpy()  # type: ignore[no-any-return]
+    except RuntimeError:
+        raise _validate.wrong_type(name, "a dense tensor", Text(f"a tensor of layout {tensor.layout}")) from None
+
+
+def _allowed(role: Role, main: np.dtype[Any]) -> tuple[tuple[np.dtype[Any], ...], str]:
+    if role.dtypes == "wide":
+        return WIDE_DTYPES, _WIDE
+    if role.dtypes == "shadow":
+        return tuple(d for d in _validate.FLOAT_DTYPES if d != np.float16), "bfloat16, float32 or float64"
+    if role.dtypes == "float":
+        return _validate.FLOAT_DTYPES, _validate.FLOAT_NAMES
+    if role.dtypes == "gradient" and main == np.float32:
+        return tuple(d for d in _validate.FLOAT_DTYPES if d != np.float64), "float16, bfloat16 or float32"
+    return (main,), f"{main}, as the first list has there"
+
+
+@contextlib.contextmanager
+def prepared(roles: Sequence[Role], values: Sequence[object]) -> Iterator[list[list[AnyArray]]]:
+    """The arrays of every role, checked, for a block that writes them."""
+    with in_use(*values):
+        lists = [as_list(role.name, value) for role, value in zip(roles, values, strict=True)]
+        yield check(roles, lists)
+        bump_versions(item for role, items in zip(roles, lists, strict=True) if role.written for item in items)
+
+
+def bump_versions(written: Iterable[Any]) -> None:
+    """Tells torch's autograd that tensors changed in place; without it a backward pass would use the new values silently."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    tensors = [item for item in written if isinstance(item, torch.Tensor) and not item.is_inference()]
+    if tensors:
+        torch.autograd.graph.increment_version(tensors)
+
+
+def check(roles: Sequence[Role], lists: Sequence[list[Any]]) -> list[list[AnyArray]]:
+    """The arrays of every role, checked: lengths, dtypes, shapes, writability, byte order, overlap."""
+    count = len(lists[0])
+    for role, items in zip(roles, lists, strict=True):
+        if len(items) != count:
+            raise _validate.wrong_value(
+                role.name, f"a list of {count} arrays, as many as {roles[0].name}", Text(str(len(items)))
+            )
+    arrays: list[list[AnyArray]] = [[] for _ in roles]
+    for i in range(count):
+        main: AnyArray | None = None
+        for role, items, checked in zip(roles, lists, arrays, strict=True):
+            name = f"{role.name}[{i}]"
+            array = as_ndarray(name, items[i])
+            main = array if main is None else main
+            dtypes, wanted = _allowed(role, main.dtype)
+            if array.dtype not in dtypes or not array.dtype.isnative:
+                text = str(array.dtype) if array.dtype.isnative else repr(array.dtype)
+                raise _validate.wrong_type(name, f"of dtype {wanted}", Text(text[:40]))
+            if array.shape != main.shape:
+                raise _validate.wrong_value(
+                    name, f"of shape {main.shape} as {roles[0].name}[{i}]"[:90], Text(str(array.shape)[:40])
+                )
+            if role.written:
+                if not array.flags.writeable:
+                    raise _validate.wrong_value(name, "writable", Text("a read-only array"))
+                if _validate.overlaps_itself(array):
+                    wanted = "an array whose elements are all distinct in memory"
+                    raise _validate.wrong_value(name, wanted, Text("overlapping strides"))
+            checked.append(array)
+    _refuse_overlap(roles, arrays)
+    return arrays
+
+
+def _refuse_overlap(roles: Sequence[Role], arrays: Sequence[Sequence[AnyArray]]) -> None:
+    """A tensor that is written must share no memory with any other of the call."""
+    spans = []
+    for r, (role, items) in enumerate(zip(roles, arrays, strict=True)):
+        for i, array in enumerate(items):
+            if array.size:
+                low, high = _validate.byte_bounds(array)
+                spans.append((low, high, role.written, r, i))
+    spans.sort()
+    # Spans that may still reach the next one; few, unless arrays overlap.
+    live: list[tuple[int, int, bool, int, int]] = []
+    for span in spans:
+        live = [other for other in live if other[1] > span[0]]
+        for other in live:
+            if not (span[2] or other[2]):
+                continue
+            first, second = arrays[span[3]][span[4]], arrays[other[3]][other[4]]
+            if _validate.share_memory(first, second):
+                written, beside = (span, other) if span[2] else (other, span)
+                raise _validate.wrong_value(
+                    f"{roles[written[3]].name}[{written[4]}]",
+                    f"memory apart from {roles[beside[3]].name}[{beside[4]}]",
+                    Text("arrays that overlap"),
+                )
+        live.append(span)
+
+
+def check_rounding(roles: Sequence[Role], sets: Sequence[Sequence[AnyArray]], seed: int | None) -> None:
+    """Refuses bfloat16 shadows that would round to nearest: there, small updates are lost for ever."""
+    if seed is not None:
+        return
+    shadows = [role for role in roles if role.dtypes == "shadow"]
+    for role, items in zip(shadows, sets, strict=True):
+        for i, array in enumerate(items):
+            if array.dtype not in WIDE_DTYPES:
+                raise _validate.wrong_type(
+                    f"{role.name}[{i}]", f"of dtype {_WIDE}, or bfloat16 with rounding='stochastic'", Text("bfloat16")
+                )
+
+
+Rows = tuple[list[AnyArray], list[AnyArray], list[AnyArray], list[AnyArray], "list[AnyArray] | None"]
+
+
+@contextlib.contextmanager
+def prepared_rows(params: object, grads: object, exp_avg: object, exp_avg_sq: object, rows: object) -> Iterator[Rows]:
+    """The arrays of a step on rows, checked, and the rows of each tensor as int64 where they are given."""
+    states = [Role("params", True, "wide"), Role("exp_avg", True), Role("exp_avg_sq", True)]
+    gradient = Role("grads", False, "gradient")
+    with in_use(params, grads, exp_avg, exp_avg_sq):
+        named = zip(states, (params, exp_avg, exp_avg_sq), strict=True)
+        lists = [as_list(role.name, value) for role, value in named]
+        gradients = as_list("grads", grads)
+        if rows is None:
+            p, m, v, g = check([*states, gradient], [*lists, gradients])
+            for i, table in enumerate(p):
+                _want_rows(table, i)
+            yield p, g, m, v, None
+        else:
+            p, m, v = check(states, lists)
+            g, live = _check_rows(gradient, p, gradients, as_list("rows", rows))
+            _refuse_overlap([*states, gradient], [p, m, v, g])
+            yield p, g, m, v, live
+        bump_versions(item for items in lists for item in items)
+
+
+def _check_rows(
+    gradient: Role, p: list[AnyArray], gradients: list[Any], rows: list[Any]
+) -> tuple[list[AnyArray], list[AnyArray]]:
+    for name, items in (("rows", rows), ("grads", gradients)):
+        if len(items) != len(p):
+            raise _validate.wrong_value(name, f"a list of {len(p)} arrays, as many as params", Text(str(len(items))))
+    live, checked = [], []
+    for i, table in enumerate(p):
+        _want_rows(table, i)
+        index = as_ndarray(f"rows[{i}]", rows[i])
+        if index.dtype.kind not in "iu" or index.ndim != 1:
+            raise _validate.wrong_type(f"rows[{i}]", "a 1-D integer array", index)
+        g = as_ndarray(f"grads[{i}]", gradients[i])
+        dtypes, wanted = _allowed(gradient, table.dtype)
+        if g.dtype not in dtypes or not g.dtype.isnative:
+            raise _validate.wrong_type(f"grads[{i}]", f"of dtype {wanted}", Text(str(g.dtype)[:40]))
+        if g.shape != (len(index), *table.shape[1:]):
+            raise _validate.wrong_value(
+                f"grads[{i}]",
+                f"of shape {(len(index), *table.shape[1:])}, a row for each of rows[{i}]",
+                Text(str(g.shape)[:40]),
+            )
+        if len(index):
+            low, high = int(index.min()), int(index.max())
+            if low < 0 or high >= len(table):
+                raise _validate.wrong_value(
+                    f"rows[{i}]", f"of indices in [0, {len(table)})", Text(f"indices from {low} to {high}")
+                )
+        index = index.astype(np.int64)
+        seen = np.zeros(len(table), bool)
+        seen[index] = True
+        if int(seen.sum()) != len(index):
+            raise _validate.wrong_value(
+                f"rows[{i}]", "of distinct indices (add up their gradients)", Text("repeated ones")
+            )
+        live.append(index)
+        checked.append(g)
+    return checked, live
+
+
+def _want_rows(table: AnyArray, i: int) -> None:
+    if table.ndim == 0:
+        raise _validate.wrong_value(f"params[{i}]", "an array with rows", Text("a 0-d array"))
