@@ -8,6 +8,7 @@
 #include "core/cpuid.h"
 #include "fastops/fastops.h"
 #include "mitchell/mitchell_bind.h"
+#include "optim/optim_bind.h"
 
 namespace py = pybind11;
 
@@ -71,4 +72,5 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("default_num_threads", &fastops_default_num_threads);
   m.def("cpu_info", &cpu_info);
   fastops::bind_mitchell(m);
+  fastops::bind_optim(m);
 }

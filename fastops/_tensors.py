@@ -142,7 +142,7 @@ class TensorList(Sequence[Any]):
     __slots__ = ("_arrays", "_busy")
 
     def __init__(self, arrays: Iterable[Any]) -> None:
-        self._arrays = as_list("arrays", arrays)
+        self._arrays = tuple(as_list("arrays", arrays))
         for i, item in enumerate(self._arrays):
             as_ndarray(f"arrays[{i}]", item)
         self._busy = False
@@ -182,8 +182,10 @@ def in_use(*lists: object) -> Iterator[None]:
 
 def as_list(name: str, value: object) -> list[Any]:
     """The tensors of an argument: those of a list, tuple, `TensorList` or other iterable; an array alone is a list of one."""
-    if isinstance(value, list):
-        return value
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if isinstance(value, TensorList):
+        return list(value._arrays)
     if isinstance(value, (str, bytes, dict, set, frozenset)):
         raise _validate.wrong_type(name, "a list of arrays", value)
     if _is_array(value):
@@ -253,6 +255,11 @@ def _allowed(role: Role, main: np.dtype[Any]) -> tuple[tuple[np.dtype[Any], ...]
     if role.dtypes == "gradient" and main == np.float32:
         return tuple(d for d in _validate.FLOAT_DTYPES if d != np.float64), "float16, bfloat16 or float32"
     return (main,), f"{main}, as the first list has there"
+
+
+def changed() -> RuntimeError:
+    """The RuntimeError for arrays that another thread changed between their check and their use."""
+    return RuntimeError("arrays must stay as they are during a call, got others than were checked")
 
 
 @contextlib.contextmanager
@@ -348,7 +355,15 @@ def check_rounding(roles: Sequence[Role], sets: Sequence[Sequence[AnyArray]], se
                 )
 
 
-Rows = tuple[list[AnyArray], list[AnyArray], list[AnyArray], list[AnyArray], "list[AnyArray] | None"]
+class Rows(NamedTuple):
+    """What a step on rows works on; without `rows`, a row is live where its gradient is not all 0."""
+
+    params: list[AnyArray]
+    grads: list[AnyArray]
+    exp_avg: list[AnyArray]
+    exp_avg_sq: list[AnyArray]
+    rows: list[AnyArray] | None = None
+    live: list[AnyArray] | None = None  # a flag for each row of the tables, set for `rows`
 
 
 @contextlib.contextmanager
@@ -364,22 +379,24 @@ def prepared_rows(params: object, grads: object, exp_avg: object, exp_avg_sq: ob
             p, m, v, g = check([*states, gradient], [*lists, gradients])
             for i, table in enumerate(p):
                 _want_rows(table, i)
-            yield p, g, m, v, None
+            yield Rows(p, g, m, v)
         else:
             p, m, v = check(states, lists)
-            g, live = _check_rows(gradient, p, gradients, as_list("rows", rows))
+            g, index, live = _check_rows(gradient, p, gradients, as_list("rows", rows))
             _refuse_overlap([*states, gradient], [p, m, v, g])
-            yield p, g, m, v, live
+            yield Rows(p, g, m, v, index, live)
         bump_versions(item for items in lists for item in items)
 
 
 def _check_rows(
     gradient: Role, p: list[AnyArray], gradients: list[Any], rows: list[Any]
-) -> tuple[list[AnyArray], list[AnyArray]]:
+) -> tuple[list[AnyArray], list[AnyArray], list[AnyArray]]:
     for name, items in (("rows", rows), ("grads", gradients)):
         if len(items) != len(p):
             raise _validate.wrong_value(name, f"a list of {len(p)} arrays, as many as params", Text(str(len(items))))
-    live, checked = [], []
+    chosen: list[AnyArray] = []
+    live: list[AnyArray] = []
+    checked: list[AnyArray] = []
     for i, table in enumerate(p):
         _want_rows(table, i)
         index = as_ndarray(f"rows[{i}]", rows[i])
@@ -408,9 +425,10 @@ def _check_rows(
             raise _validate.wrong_value(
                 f"rows[{i}]", "of distinct indices (add up their gradients)", Text("repeated ones")
             )
-        live.append(index)
+        chosen.append(index)
+        live.append(seen)
         checked.append(g)
-    return checked, live
+    return checked, chosen, live
 
 
 def _want_rows(table: AnyArray, i: int) -> None:

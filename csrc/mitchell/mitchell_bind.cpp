@@ -2,12 +2,6 @@
 // Mitchell arithmetic for Python: arrays to pointers, the GIL released, one call.
 #include "mitchell/mitchell_bind.h"
 
-#include <pthread.h>
-#include <unistd.h>
-#if defined(__linux__)
-#include <sys/syscall.h>
-#endif
-
 #include <pybind11/numpy.h>
 
 #include <cstring>
@@ -15,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "core/python_call.h"
 #include "fastops/fastops.h"
 #include "mitchell/mitchell_ufuncs.h"
 
@@ -203,53 +198,6 @@ MultiplierPtr multiplier(const py::object& spec) {
 }
 
 // ---- calls ----
-
-// Lets Python's signal handlers run about every 20 ms, in the one thread that runs them: the process's first. No other
-// thread asks for the GIL here, since Python ends daemon threads inside such a request when the interpreter ends.
-class Signals {
- public:
-  fastops_poll poll() { return {is_first_thread() ? &Signals::check : nullptr, nullptr}; }
-
- private:
-  static int check(void*) noexcept {
-    const PyGILState_STATE state = PyGILState_Ensure();
-    const int answer = PyErr_CheckSignals();
-    PyGILState_Release(state);
-    return answer;
-  }
-  static bool is_first_thread() noexcept {
-#if defined(__linux__)
-    return syscall(SYS_gettid) == getpid();
-#else
-    return pthread_main_np() != 0;
-#endif
-  }
-};
-
-template <class F> void call(F&& f) {
-  Signals signals;
-  PyThreadState* const state = PyEval_SaveThread();
-  const fastops_status status = f(signals.poll());
-  try {
-    PyEval_RestoreThread(state);
-  } catch (...) {
-    // The interpreter has ended and unwinds this daemon thread (before Python 3.14). Destructors further up would
-    // touch Python's objects, so the thread stays here until the process is gone.
-    for (;;) pause();
-  }
-  switch (status) {
-    case FASTOPS_OK:
-      return;
-    case FASTOPS_NO_MEMORY:
-      throw std::bad_alloc();
-    case FASTOPS_INTERRUPTED:
-      // Without an error of its own: a signal handler forked, and this is the child.
-      if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, "the call ended in a fork by a signal handler");
-      throw py::error_already_set();
-    default:
-      bad_value("arguments do not fit each other");
-  }
-}
 
 void matmul_with(const fastops_mitchell* m, const py::object& a, const py::object& b, const py::object& out) {
   const ArrayView va = view(a, "a"), vb = view(b, "b"), vo = view(out, "out", true);

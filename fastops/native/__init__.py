@@ -39,9 +39,26 @@ from .mitchell import (
     mitchell_sqrt,
     mitchell_square,
 )
+from .optim import (
+    adamw_step,
+    adaptive_eg_step,
+    all_finite,
+    eg_step,
+    ema_update,
+    lazy_adamw_rows,
+    lookahead_sync,
+    sgd_step,
+)
 
 __all__ = [
+    "adamw_step",
+    "adaptive_eg_step",
+    "all_finite",
+    "eg_step",
+    "ema_update",
+    "lazy_adamw_rows",
     "lmul",
+    "lookahead_sync",
     "lut_matmul",
     "mitchell_conv2d",
     "mitchell_conv2d_grad",
@@ -58,4 +75,5 @@ __all__ = [
     "mitchell_rsqrt",
     "mitchell_sqrt",
     "mitchell_square",
+    "sgd_step",
 ]

@@ -179,16 +179,13 @@ def lazy_adamw_rows(
 
     `decays`: the moments of the other rows decay as under a gradient of zero.
     """
-    with (
-        _tensors.prepared_rows(params, grads, exp_avg, exp_avg_sq, rows) as (*lists, chosen),
-        np.errstate(all="ignore"),
-    ):
-        for i, (p, g, m, v) in enumerate(zip(*lists, strict=True)):
-            if chosen is None:
+    with _tensors.prepared_rows(params, grads, exp_avg, exp_avg_sq, rows) as lists, np.errstate(all="ignore"):
+        for i, (p, g, m, v) in enumerate(zip(*lists[:4], strict=True)):
+            if lists.rows is None:
                 live = np.flatnonzero((g != 0).reshape(len(g), -1).any(axis=1))
                 gradient = g[live]
             else:
-                live, gradient = chosen[i], g
+                live, gradient = lists.rows[i], g
             if decays:
                 dead = np.ones(len(p), bool)
                 dead[live] = False

@@ -168,6 +168,76 @@ FASTOPS_API fastops_status fastops_mitchell_grad(const fastops_mitchell* m, fast
                                                  const void* b, const void* dy, void* da, void* db,
                                                  size_t n) FASTOPS_NOEXCEPT;
 
+/* ---- optimizer steps and moving averages over lists of tensors ---- */
+#define FASTOPS_MAX_ROLES 16
+
+/* Shape and strides of a tensor that is not contiguous in all its roles. */
+typedef struct fastops_layout {
+  int ndim;
+  const ptrdiff_t* shape;
+  const ptrdiff_t* strides; /* strides[role * ndim + axis], in bytes */
+} fastops_layout;
+
+/* `count` tensors, each in the roles of the call (its parameter, gradient, state ...) with one shape. A tensor that a
+   call writes shares no memory with any other. */
+typedef struct fastops_tensor_list {
+  size_t count, roles;
+  const size_t* size;                  /* elements of tensor i */
+  void* const* data;                   /* data[i * roles + r]; any alignment */
+  const uint8_t* dtype;                /* dtype[i * roles + r], F16 .. F64 */
+  const fastops_layout* const* layout; /* null, or one for each tensor, null where all its roles are contiguous */
+} fastops_tensor_list;
+
+/* Roles: parameter, then a shadow for each of 1 .. 15 profiles. shadow += w (parameter - shadow), w = 1 - decay in
+   [0, 1]: weights[k] of profile k, or weights[k * count + i] with per_tensor. Shadows F32 or F64, or BF16 with a seed,
+   from which they are rounded at random. A call that has begun is finished. */
+FASTOPS_API fastops_status fastops_ema_update(const fastops_tensor_list* tensors, const double* weights, int per_tensor,
+                                              const uint64_t* seed) FASTOPS_NOEXCEPT;
+
+/* m = keep m + gain (g + weight_decay p); where `moves`, p -= lr (nesterov ? g + momentum m : m), and the shadow
+   follows by ema_weight. Roles: p, g, then m and the shadow where there are such. p F32 or F64; g as p, or F16 or BF16
+   beside F32; all others as p. */
+typedef struct fastops_sgd {
+  double lr, momentum, keep, gain, weight_decay, ema_weight;
+  int32_t nesterov, moves, zero_grad, has_momentum, has_ema;
+} fastops_sgd;
+FASTOPS_API fastops_status fastops_sgd_step(const fastops_tensor_list* tensors, const fastops_sgd* step) FASTOPS_NOEXCEPT;
+
+/* p *= decay; m += w1 (g - m), v = beta2 v + w2 g^2 with g += l2 p; p -= step_size m / (sqrt(v) scale + eps). Roles: p,
+   g, m, v, then the shadow where there is one; dtypes as fastops_sgd_step. */
+typedef struct fastops_adamw {
+  double decay, l2, w1, beta2, w2, step_size, scale, eps, ema_weight;
+  int32_t zero_grad, has_ema;
+} fastops_adamw;
+FASTOPS_API fastops_status fastops_adamw_step(const fastops_tensor_list* tensors,
+                                              const fastops_adamw* step) FASTOPS_NOEXCEPT;
+
+/* The same on rows of row_size[i] elements; every role contiguous. rows[i]: distinct rows of p, m and v, row_count[i]
+   of them, one for each row of g; live[i]: a flag a row of p, set for those, and the moments of the others decay (null:
+   they stay). rows == NULL: g has the shape of p, a row is live where it is not all zero, `decays` says what the others
+   do. */
+FASTOPS_API fastops_status fastops_lazy_adamw_rows(const fastops_tensor_list* tensors, const size_t* row_size,
+                                                   const int64_t* const* rows, const size_t* row_count,
+                                                   const uint8_t* const* live, int decays,
+                                                   const fastops_adamw* step) FASTOPS_NOEXCEPT;
+
+/* slow += alpha (fast - slow); fast = slow. Roles: slow, fast; F32 or F64. */
+FASTOPS_API fastops_status fastops_lookahead_sync(const fastops_tensor_list* tensors, double alpha) FASTOPS_NOEXCEPT;
+
+/* p *= exp(-lr g). Roles: p, g; dtypes as fastops_sgd_step. */
+FASTOPS_API fastops_status fastops_eg_step(const fastops_tensor_list* tensors, double lr) FASTOPS_NOEXCEPT;
+
+/* gain *= exp(gain_lr sign(m) sign(g)); scale *= exp(scale_lr cos(h, g)); m = beta m + (1 - beta) g;
+   h = mu h + lr gain g; p -= scale h. Roles: p, g, m, h, gain; one scale a tensor. */
+typedef struct fastops_adaptive_eg {
+  double lr, beta, mu, gain_lr, gain_low, gain_high, scale_lr, scale_low, scale_high;
+} fastops_adaptive_eg;
+FASTOPS_API fastops_status fastops_adaptive_eg_step(const fastops_tensor_list* tensors, double* scales,
+                                                    const fastops_adaptive_eg* step) FASTOPS_NOEXCEPT;
+
+/* *answer = 1 where no element of any tensor is infinite or nan. One role, F16 .. F64. */
+FASTOPS_API fastops_status fastops_all_finite(const fastops_tensor_list* tensors, int* answer) FASTOPS_NOEXCEPT;
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,597 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The optimizer steps for Python: lists of arrays to pointers, the GIL released, one call.
+//
+// A list is "plain" where every element is a NumPy array or a tensor that tells its memory through DLPack's C exchange
+// interface, all shapes and dtypes fit and nothing overlaps. What is not plain is left to the caller, who words the
+// error or brings arrays that fit.
+#include "optim/optim_bind.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstring>
+#include <deque>
+#include <optional>
+#include <vector>
+
+#include "core/python_call.h"
+#include "fastops/fastops.h"
+
+namespace py = pybind11;
+
+namespace fastops {
+namespace {
+
+constexpr std::size_t kItemSize[] = {2, 2, 4, 8};
+constexpr std::uint8_t kNoDtype = 255;
+
+// ---- DLPack's C interface, as of version 1.2: what is read of it ----
+
+struct DlTensor {
+  void* data;
+  std::int32_t device_type, device_id, ndim;
+  std::uint8_t code, bits;
+  std::uint16_t lanes;
+  std::int64_t *shape, *strides;
+  std::uint64_t byte_offset;
+};
+struct DlExchange {
+  std::uint32_t major, minor;
+  void* previous;
+  void* owners[3];  // functions that hand over ownership
+  int (*view)(void* object, DlTensor* tensor);
+};
+constexpr std::int32_t kDlCpu = 1;
+constexpr std::uint32_t kDlMajor = 1;
+
+// The interface of a type, null where it has none. The few types met are kept, for good.
+const DlExchange* exchange_of(PyTypeObject* type) {
+  struct Known {
+    PyTypeObject* type;
+    const DlExchange* exchange;
+  };
+  static thread_local std::vector<Known> known;
+  for (const Known& entry : known)
+    if (entry.type == type) return entry.exchange;
+  const DlExchange* exchange = nullptr;
+  for (const char* name : {"__dlpack_c_exchange_api__", "__c_dlpack_exchange_api__"}) {
+    const py::object capsule = py::getattr(reinterpret_cast<PyObject*>(type), name, py::none());
+    if (!PyCapsule_CheckExact(capsule.ptr())) continue;
+    exchange = static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule.ptr(), PyCapsule_GetName(capsule.ptr())));
+    if (exchange == nullptr) throw py::error_already_set();
+    if (exchange->major != kDlMajor) exchange = nullptr;
+    break;
+  }
+  constexpr std::size_t kMost = 64;
+  if (known.size() < kMost) {
+    Py_INCREF(type);
+    known.push_back({type, exchange});
+  }
+  return exchange;
+}
+
+// ---- one array ----
+
+struct View {
+  char* data;
+  std::size_t size;
+  std::uint8_t dtype;
+  bool contiguous, writable;
+  int ndim;
+  const py::ssize_t* shape;
+  const py::ssize_t* strides;  // in units of `unit` bytes; null where contiguous
+  py::ssize_t unit;
+};
+
+std::uint8_t dtype_of(PyObject* descriptor) {
+  struct Known {
+    PyObject* descriptor;
+    std::uint8_t dtype;
+  };
+  static thread_local std::vector<Known> known;
+  for (const Known& entry : known)
+    if (entry.descriptor == descriptor) return entry.dtype;
+  const py::dtype dtype = py::reinterpret_borrow<py::dtype>(descriptor);
+  std::uint8_t found = kNoDtype;
+  const bool native = dtype.byteorder() != (PY_BIG_ENDIAN ? '<' : '>');
+  if (native && dtype.num() == 23) found = FASTOPS_F16;
+  if (native && dtype.num() == 11) found = FASTOPS_F32;
+  if (native && dtype.num() == 12) found = FASTOPS_F64;
+  constexpr int kFirstUserType = 256;
+  if (dtype.num() >= kFirstUserType && dtype.itemsize() == 2 &&
+      py::str(static_cast<py::object>(dtype.attr("name"))).cast<std::string>() == "bfloat16")
+    found = FASTOPS_BF16;
+  constexpr std::size_t kMost = 16;
+  if (known.size() < kMost) {
+    Py_INCREF(descriptor);
+    known.push_back({descriptor, found});
+  }
+  return found;
+}
+
+bool is_contiguous(const py::ssize_t* shape, const py::ssize_t* strides, int ndim, py::ssize_t unit) {
+  for (int axis = ndim; axis-- > 0;) {
+    if (shape[axis] > 1 && strides[axis] != unit) return false;
+    unit *= shape[axis];
+  }
+  return true;
+}
+
+// False where the object is of another kind.
+bool view_tensor(PyObject* object, View* v) {
+  const DlExchange* const exchange = exchange_of(Py_TYPE(object));
+  if (exchange == nullptr) return false;
+  DlTensor t;
+  if (exchange->view(object, &t) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  if (t.device_type != kDlCpu || t.lanes != 1) return false;
+  constexpr std::uint8_t kFloat = 2, kBfloat = 4;
+  v->dtype = kNoDtype;
+  if (t.code == kFloat && t.bits == 16) v->dtype = FASTOPS_F16;
+  if (t.code == kFloat && t.bits == 32) v->dtype = FASTOPS_F32;
+  if (t.code == kFloat && t.bits == 64) v->dtype = FASTOPS_F64;
+  if (t.code == kBfloat && t.bits == 16) v->dtype = FASTOPS_BF16;
+  static_assert(sizeof(py::ssize_t) == sizeof(std::int64_t));
+  v->data = static_cast<char*>(t.data) + t.byte_offset;
+  v->ndim = t.ndim;
+  v->shape = reinterpret_cast<const py::ssize_t*>(t.shape);
+  v->strides = reinterpret_cast<const py::ssize_t*>(t.strides);
+  v->writable = true;
+  v->size = 1;
+  for (int axis = 0; axis < v->ndim; ++axis) v->size *= static_cast<std::size_t>(v->shape[axis]);
+  v->unit = v->dtype == kNoDtype ? 0 : static_cast<py::ssize_t>(kItemSize[v->dtype]);
+  v->contiguous = v->strides == nullptr || is_contiguous(v->shape, v->strides, v->ndim, 1);
+  return true;
+}
+
+void view_array(PyObject* object, View* v) {
+  const auto& array = *py::detail::array_proxy(object);
+  constexpr int kContiguous = 0x0001, kWriteable = 0x0400;
+  static thread_local PyObject* latest = nullptr;
+  static thread_local std::uint8_t latest_dtype = kNoDtype;
+  if (array.descr != latest) {
+    latest_dtype = dtype_of(array.descr);
+    latest = array.descr;  // kept alive by dtype_of, or asked for again at worst
+  }
+  v->dtype = latest_dtype;
+  v->data = array.data;
+  v->ndim = array.nd;
+  v->shape = array.dimensions;
+  v->strides = array.strides;
+  v->unit = 1;
+  v->writable = (array.flags & kWriteable) != 0;
+  v->contiguous = (array.flags & kContiguous) != 0;
+  v->size = 1;
+  for (int axis = 0; axis < v->ndim; ++axis) v->size *= static_cast<std::size_t>(v->shape[axis]);
+}
+
+// ---- lists of arrays ----
+
+PyTypeObject* g_tensor_list = nullptr;  // fastops.TensorList
+
+// The elements of an argument: those of a list, a tuple or a TensorList, which is then marked as taken.
+class Items {
+ public:
+  Items() = default;
+  Items(const Items&) = delete;
+  Items& operator=(const Items&) = delete;
+  ~Items() {
+    if (taken_ && PyObject_SetAttrString(owner_.ptr(), "_busy", Py_False) != 0) PyErr_Clear();
+  }
+  bool open(const py::object& argument, const Items* others, std::size_t count) {
+    owner_ = argument;
+    sequence_ = argument;
+    if (Py_TYPE(argument.ptr()) == g_tensor_list) {
+      bool mine = false;
+      for (std::size_t i = 0; i < count; ++i) mine = mine || others[i].owner_.ptr() == argument.ptr();
+      if (!mine) {
+        if (argument.attr("_busy").ptr() != Py_False) return false;
+        argument.attr("_busy") = true;
+        taken_ = true;
+      }
+      sequence_ = argument.attr("_arrays");
+      fixed_ = true;
+    }
+    return PyList_CheckExact(sequence_.ptr()) || PyTuple_CheckExact(sequence_.ptr());
+  }
+  std::size_t size() const { return static_cast<std::size_t>(PySequence_Fast_GET_SIZE(sequence_.ptr())); }
+  PyObject** items() const { return PySequence_Fast_ITEMS(sequence_.ptr()); }
+  // Whether nobody can drop an element while the call runs.
+  bool fixed() const { return fixed_; }
+
+ private:
+  py::object owner_, sequence_;
+  bool fixed_ = false, taken_ = false;
+};
+
+struct Span {
+  std::uintptr_t low, high;
+  bool written;
+};
+
+// The lists of one call, and what the latest calls of this thread were found to be: lists whose addresses, sizes and
+// dtypes are the same again need no second search for overlaps.
+class Lists {
+ public:
+  bool torch = false;
+
+  // False where the lists are not plain. `checked`: overlaps were ruled out.
+  bool read(const std::vector<py::object>& arguments, unsigned written, bool checked) {
+    const std::size_t roles = arguments.size();
+    if (roles > FASTOPS_MAX_ROLES) return false;
+    for (std::size_t r = 0; r < roles; ++r)
+      if (!items_[r].open(arguments[r], items_, r)) return false;
+    const std::size_t count = items_[0].size();
+    for (std::size_t r = 1; r < roles; ++r)
+      if (items_[r].size() != count) return false;
+    Memory& m = memory();
+    if (m.in_use) return false;  // a call from within a call of this thread
+    m.in_use = true;
+    memory_ = &m;
+    m.data.resize(count * roles);
+    m.dtype.resize(count * roles);
+    m.size.resize(count);
+    m.layout.clear();
+    m.layouts.clear();
+    for (std::size_t i = 0; i < count; ++i)
+      if (!read_tensor(m, i, roles, written)) return false;
+    list_ = {count, roles, m.size.data(), m.data.data(), m.dtype.data(), m.layout.empty() ? nullptr : m.layout.data()};
+    if (!checked && !m.known(roles, written)) {
+      if (overlaps(m, roles, written)) return false;
+      if (m.layout.empty()) m.remember(roles, written);
+    }
+    for (std::size_t r = 0; r < roles; ++r)
+      if (!items_[r].fixed())
+        for (std::size_t i = 0; i < count; ++i) Py_INCREF(items_[r].items()[i]), m.held.push_back(items_[r].items()[i]);
+    return true;
+  }
+  const fastops_tensor_list* get() const { return &list_; }
+  Lists() = default;
+  Lists(const Lists&) = delete;
+  Lists& operator=(const Lists&) = delete;
+  ~Lists() {
+    if (memory_ == nullptr) return;
+    // Dropping the last reference of an array may run Python code, which may call again.
+    std::vector<PyObject*> held;
+    held.swap(memory_->held);
+    memory_->in_use = false;
+    for (PyObject* object : held) Py_DECREF(object);
+    held.clear();
+    if (!memory_->in_use) held.swap(memory_->held);
+  }
+
+ private:
+  struct Signature {
+    std::size_t roles = 0;
+    unsigned written = 0;
+    std::vector<void*> data;
+    std::vector<std::size_t> size;
+    std::vector<std::uint8_t> dtype;
+  };
+  struct Layout {
+    fastops_layout head;
+    std::vector<std::ptrdiff_t> numbers;  // shape, then strides of every role
+  };
+  struct Memory {
+    bool in_use = false;
+    std::vector<void*> data;
+    std::vector<std::size_t> size;
+    std::vector<std::uint8_t> dtype;
+    std::vector<const fastops_layout*> layout;
+    std::deque<Layout> layouts;
+    std::vector<PyObject*> held;
+    std::vector<Span> spans;
+    static constexpr std::size_t kKept = 4;
+    Signature kept[kKept];
+    std::size_t next = 0;
+
+    bool known(std::size_t roles, unsigned written) const {
+      if (!layout.empty()) return false;
+      for (const Signature& s : kept)
+        if (s.roles == roles && s.written == written && s.size == size && s.data == data && s.dtype == dtype)
+          return true;
+      return false;
+    }
+    void remember(std::size_t roles, unsigned written) {
+      Signature& s = kept[next];
+      s.roles = 0;
+      s.data = data;
+      s.size = size;
+      s.dtype = dtype;
+      s.written = written;
+      s.roles = roles;
+      next = (next + 1) % kKept;
+    }
+  };
+  static Memory& memory() {
+    static thread_local Memory m;
+    return m;
+  }
+
+  bool read_tensor(Memory& m, std::size_t i, std::size_t roles, unsigned written) {
+    View views[FASTOPS_MAX_ROLES];
+    bool contiguous = true;
+    PyTypeObject* const array_type = array_type_();
+    for (std::size_t r = 0; r < roles; ++r) {
+      View& v = views[r];
+      PyObject* const object = items_[r].items()[i];
+      if (Py_TYPE(object) == array_type) {
+        view_array(object, &v);
+      } else {
+        if (!view_tensor(object, &v)) return false;
+        torch = true;
+      }
+      if (v.dtype == kNoDtype || ((written >> r & 1) && !v.writable)) return false;
+      if (v.ndim != views[0].ndim) return false;
+      for (int axis = 0; axis < v.ndim; ++axis)
+        if (v.shape[axis] != views[0].shape[axis]) return false;
+      contiguous = contiguous && v.contiguous;
+      m.data[i * roles + r] = v.data;
+      m.dtype[i * roles + r] = v.dtype;
+    }
+    m.size[i] = views[0].size;
+    if (!contiguous && views[0].size > 0) add_layout(m, i, views, roles);
+    if (!m.layout.empty()) m.layout.resize(i + 1, nullptr);
+    return true;
+  }
+
+  void add_layout(Memory& m, std::size_t i, const View* views, std::size_t roles) {
+    const auto ndim = static_cast<std::size_t>(views[0].ndim);
+    m.layouts.emplace_back();
+    Layout& layout = m.layouts.back();
+    layout.numbers.resize(ndim * (roles + 1));
+    std::ptrdiff_t* const numbers = layout.numbers.data();
+    for (std::size_t axis = 0; axis < ndim; ++axis) numbers[axis] = views[0].shape[axis];
+    for (std::size_t r = 0; r < roles; ++r) {
+      std::ptrdiff_t step = static_cast<std::ptrdiff_t>(kItemSize[views[r].dtype]);
+      for (std::size_t axis = ndim; axis-- > 0;) {
+        const bool dense = views[r].strides == nullptr;
+        numbers[(r + 1) * ndim + axis] = dense ? step : views[r].strides[axis] * views[r].unit;
+        step *= views[r].shape[axis];
+      }
+    }
+    layout.head = {views[0].ndim, numbers, numbers + ndim};
+    m.layout.resize(i, nullptr);
+    m.layout.push_back(&layout.head);
+  }
+
+  // Whether a written tensor may share memory with another, or with itself; the extents decide.
+  static bool overlaps(Memory& m, std::size_t roles, unsigned written) {
+    m.spans.clear();
+    for (std::size_t i = 0; i < m.size.size(); ++i) {
+      if (m.size[i] == 0) continue;
+      const fastops_layout* const layout = m.layout.empty() ? nullptr : m.layout[i];
+      for (std::size_t r = 0; r < roles; ++r) {
+        const std::size_t item = kItemSize[m.dtype[i * roles + r]];
+        auto low = reinterpret_cast<std::uintptr_t>(m.data[i * roles + r]), high = low + item * m.size[i];
+        const bool writes = (written >> r & 1) != 0;
+        if (layout != nullptr) {
+          high = low + item;
+          std::size_t reached = 1;
+          for (int axis = 0; axis < layout->ndim; ++axis) {
+            const std::ptrdiff_t span =
+                layout->strides[r * static_cast<std::size_t>(layout->ndim) + static_cast<std::size_t>(axis)] *
+                (layout->shape[axis] - 1);
+            (span < 0 ? low : high) += static_cast<std::uintptr_t>(span);
+            reached *= static_cast<std::size_t>(layout->shape[axis]);
+          }
+          // Fewer bytes than elements: some lie on each other. Other cases of that kind are left to the caller.
+          if (writes && !is_injective(*layout, r, item)) return true;
+        }
+        m.spans.push_back({low, high, writes});
+      }
+    }
+    std::sort(m.spans.begin(), m.spans.end(), [](const Span& a, const Span& b) { return a.low < b.low; });
+    std::uintptr_t reached = 0, written_to = 0;
+    for (const Span& span : m.spans) {
+      if (span.low < (span.written ? reached : written_to)) return true;
+      reached = std::max(reached, span.high);
+      if (span.written) written_to = std::max(written_to, span.high);
+    }
+    return false;
+  }
+  // Sorted by stride, each axis steps over all that the smaller ones reach.
+  static bool is_injective(const fastops_layout& layout, std::size_t role, std::size_t item) {
+    std::vector<std::pair<std::ptrdiff_t, std::ptrdiff_t>> axes;
+    const auto ndim = static_cast<std::size_t>(layout.ndim);
+    for (std::size_t axis = 0; axis < ndim; ++axis)
+      if (layout.shape[axis] > 1) axes.emplace_back(std::abs(layout.strides[role * ndim + axis]), layout.shape[axis]);
+    std::sort(axes.begin(), axes.end());
+    auto reach = static_cast<std::ptrdiff_t>(item);
+    for (const auto& [stride, length] : axes) {
+      if (stride < reach) return false;
+      reach += stride * (length - 1);
+    }
+    return true;
+  }
+  static PyTypeObject* array_type_() {
+    static PyTypeObject* const type = reinterpret_cast<PyTypeObject*>(py::detail::npy_api::get().PyArray_Type_);
+    return type;
+  }
+
+  Items items_[FASTOPS_MAX_ROLES];
+  fastops_tensor_list list_{};
+  Memory* memory_ = nullptr;
+};
+
+// ---- calls: 0 where the lists are not plain, 1 when it is done, 2 when tensors of another library were among them
+// ----
+
+template <class F>
+int call_lists(const std::vector<py::object>& arguments, unsigned written, bool checked, const F& f) {
+  Lists lists;
+  if (!lists.read(arguments, written, checked)) return 0;
+  const fastops_status status = unlocked([&](fastops_poll) { return f(lists.get()); });
+  if (status == FASTOPS_INVALID) return 0;
+  raise_unless_ok(status);
+  return lists.torch ? 2 : 1;
+}
+
+int ema_update(const py::object& shadow_sets, const py::object& params, const py::object& weights,
+               const py::object& seed, bool checked) {
+  std::vector<py::object> arguments{params};
+  for (const py::handle shadows : shadow_sets) arguments.push_back(py::reinterpret_borrow<py::object>(shadows));
+  const std::size_t profiles = arguments.size() - 1;
+  std::vector<double> numbers;
+  bool per_tensor = false;
+  for (const py::handle weight : weights) per_tensor = per_tensor || !PyFloat_CheckExact(weight.ptr());
+  std::size_t count = 1;
+  if (per_tensor) {
+    const py::ssize_t n = PyObject_Length(params.ptr());
+    if (n < 0) {
+      PyErr_Clear();
+      return 0;
+    }
+    count = static_cast<std::size_t>(n);
+  }
+  for (const py::handle weight : weights) {
+    if (PyFloat_CheckExact(weight.ptr())) {
+      numbers.insert(numbers.end(), count, PyFloat_AS_DOUBLE(weight.ptr()));
+    } else {
+      const auto many = weight.cast<std::vector<double>>();
+      if (many.size() != count) return 0;
+      numbers.insert(numbers.end(), many.begin(), many.end());
+    }
+  }
+  if (numbers.size() != profiles * count) return 0;
+  const bool random = !seed.is_none();
+  const std::uint64_t start = random ? seed.cast<std::uint64_t>() : 0;
+  return call_lists(arguments, ~1u, checked, [&](const fastops_tensor_list* list) {
+    if (list->count == 0) return FASTOPS_OK;
+    return fastops_ema_update(list, numbers.data(), per_tensor, random ? &start : nullptr);
+  });
+}
+
+fastops_adamw adamw_of(const py::tuple& t) {
+  return {t[0].cast<double>(),
+          t[1].cast<double>(),
+          t[2].cast<double>(),
+          t[3].cast<double>(),
+          t[4].cast<double>(),
+          t[5].cast<double>(),
+          t[6].cast<double>(),
+          t[7].cast<double>(),
+          t[8].cast<double>(),
+          t[9].cast<bool>(),
+          0};
+}
+
+int sgd_step(const py::object& params, const py::object& grads, const py::object& buffers, const py::object& ema,
+             const py::tuple& t, bool checked) {
+  fastops_sgd step{t[0].cast<double>(), t[1].cast<double>(), t[2].cast<double>(), t[3].cast<double>(),
+                   t[4].cast<double>(), t[7].cast<double>(), t[5].cast<bool>(),   t[6].cast<bool>(),
+                   t[8].cast<bool>(),   !buffers.is_none(),  !ema.is_none()};
+  std::vector<py::object> arguments{params, grads};
+  if (step.has_momentum) arguments.push_back(buffers);
+  if (step.has_ema) arguments.push_back(ema);
+  const unsigned written = (step.moves ? 1u : 0u) | (step.zero_grad ? 2u : 0u) | ~3u;
+  return call_lists(arguments, written, checked,
+                    [&](const fastops_tensor_list* list) { return fastops_sgd_step(list, &step); });
+}
+
+int adamw_step(const py::object& params, const py::object& grads, const py::object& exp_avg,
+               const py::object& exp_avg_sq, const py::object& ema, const py::tuple& numbers, bool checked) {
+  fastops_adamw step = adamw_of(numbers);
+  step.has_ema = !ema.is_none();
+  std::vector<py::object> arguments{params, grads, exp_avg, exp_avg_sq};
+  if (step.has_ema) arguments.push_back(ema);
+  return call_lists(arguments, step.zero_grad ? ~0u : ~2u, checked,
+                    [&](const fastops_tensor_list* list) { return fastops_adamw_step(list, &step); });
+}
+
+int lookahead_sync(const py::object& slow, const py::object& fast, double alpha, bool checked) {
+  return call_lists({slow, fast}, 3u, checked,
+                    [&](const fastops_tensor_list* list) { return fastops_lookahead_sync(list, alpha); });
+}
+
+int eg_step(const py::object& params, const py::object& grads, double lr, bool checked) {
+  return call_lists({params, grads}, 1u, checked,
+                    [&](const fastops_tensor_list* list) { return fastops_eg_step(list, lr); });
+}
+
+int adaptive_eg_step(const py::object& params, const py::object& grads, const py::object& momentum,
+                     const py::object& update, const py::object& gain, py::array_t<double, py::array::c_style> scales,
+                     const py::tuple& t, bool checked) {
+  const fastops_adaptive_eg step{t[0].cast<double>(), t[1].cast<double>(), t[2].cast<double>(),
+                                 t[3].cast<double>(), t[4].cast<double>(), t[5].cast<double>(),
+                                 t[6].cast<double>(), t[7].cast<double>(), t[8].cast<double>()};
+  double* const values = scales.mutable_data();
+  const auto count = static_cast<std::size_t>(scales.size());
+  return call_lists({params, grads, momentum, update, gain}, ~2u, checked, [&](const fastops_tensor_list* list) {
+    return list->count == count ? fastops_adaptive_eg_step(list, values, &step) : FASTOPS_INVALID;
+  });
+}
+
+int all_finite(const py::object& arrays, bool checked) {
+  int answer = 0;
+  const int done = call_lists({arrays}, 0u, checked,
+                              [&](const fastops_tensor_list* list) { return fastops_all_finite(list, &answer); });
+  return done == 0 ? -1 : answer;
+}
+
+// Lists of C-contiguous NumPy arrays of which everything was checked; rows of int64, flags of bool.
+void lazy_adamw_rows(const py::list& params, const py::list& grads, const py::list& exp_avg, const py::list& exp_avg_sq,
+                     const std::optional<py::list>& rows, const std::optional<py::list>& live, bool decays,
+                     const py::tuple& numbers) {
+  const fastops_adamw step = adamw_of(numbers);
+  const std::size_t count = params.size();
+  std::vector<std::size_t> size, row_size, row_count;
+  std::vector<void*> data;
+  std::vector<std::uint8_t> dtype;
+  std::vector<const std::int64_t*> indices;
+  std::vector<const std::uint8_t*> flags;
+  const auto array = [](const py::list& list, std::size_t i) {
+    View v{};
+    if (i >= list.size() || !py::isinstance<py::array>(list[i])) throw py::type_error("lists of arrays are wanted");
+    view_array(list[i].ptr(), &v);
+    if (!v.contiguous) throw py::value_error("arrays must be C-contiguous");
+    return v;
+  };
+  for (std::size_t i = 0; i < count; ++i) {
+    for (const py::list* list : {&params, &grads, &exp_avg, &exp_avg_sq}) {
+      const View v = array(*list, i);
+      data.push_back(v.data);
+      dtype.push_back(v.dtype);
+    }
+    const View v = array(params, i);
+    size.push_back(v.size);
+    row_size.push_back(v.shape[0] == 0 ? 0 : v.size / static_cast<std::size_t>(v.shape[0]));
+    if (rows) {
+      const View index = array(*rows, i);
+      indices.push_back(reinterpret_cast<const std::int64_t*>(index.data));
+      row_count.push_back(index.size);
+    }
+    if (live) flags.push_back(reinterpret_cast<const std::uint8_t*>(array(*live, i).data));
+  }
+  const fastops_tensor_list list{count, 4, size.data(), data.data(), dtype.data(), nullptr};
+  call([&](fastops_poll) {
+    return fastops_lazy_adamw_rows(&list, row_size.data(), rows ? indices.data() : nullptr, row_count.data(),
+                                   live ? flags.data() : nullptr, decays, &step);
+  });
+}
+
+}  // namespace
+
+void bind_optim(py::module_& m) {
+  using py::arg;
+  m.def(
+      "register_tensor_list",
+      [](const py::type& type) { g_tensor_list = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr()); }, arg("type"));
+  m.def("ema_update", &ema_update, arg("shadow_sets"), arg("params"), arg("weights"), arg("seed"), arg("checked"));
+  m.def("sgd_step", &sgd_step, arg("params"), arg("grads"), arg("momentum_buffers"), arg("ema"), arg("step"),
+        arg("checked"));
+  m.def("adamw_step", &adamw_step, arg("params"), arg("grads"), arg("exp_avg"), arg("exp_avg_sq"), arg("ema"),
+        arg("step"), arg("checked"));
+  m.def("lazy_adamw_rows", &lazy_adamw_rows, arg("params"), arg("grads"), arg("exp_avg"), arg("exp_avg_sq"),
+        arg("rows"), arg("live"), arg("decays"), arg("step"));
+  m.def("lookahead_sync", &lookahead_sync, arg("slow"), arg("fast"), arg("alpha"), arg("checked"));
+  m.def("eg_step", &eg_step, arg("params"), arg("grads"), arg("lr"), arg("checked"));
+  m.def("adaptive_eg_step", &adaptive_eg_step, arg("params"), arg("grads"), arg("momentum"), arg("update"), arg("gain"),
+        arg("scales"), arg("step"), arg("checked"));
+  m.def("all_finite", &all_finite, arg("arrays"), arg("checked"));
+}
+
+}  // namespace fastops
