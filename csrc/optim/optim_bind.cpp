@@ -10,6 +10,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <deque>
 #include <optional>
@@ -147,30 +148,100 @@ bool view_tensor(PyObject* object, View* v) {
   return true;
 }
 
-void view_array(PyObject* object, View* v) {
-  const auto& array = *py::detail::array_proxy(object);
-  constexpr int kContiguous = 0x0001, kWriteable = 0x0400;
-  static thread_local PyObject* latest = nullptr;
-  static thread_local std::uint8_t latest_dtype = kNoDtype;
-  if (array.descr != latest) {
-    latest_dtype = dtype_of(array.descr);
-    latest = array.descr;  // kept alive by dtype_of, or asked for again at worst
+constexpr int kContiguousFlag = 0x0001, kWriteableFlag = 0x0400;
+
+// The dtype asked for last: most lists hold one.
+struct LatestDtype {
+  PyObject* descriptor = nullptr;
+  std::uint8_t dtype = kNoDtype;
+  std::uint8_t of(PyObject* asked) {
+    if (asked != descriptor) {
+      dtype = dtype_of(asked);
+      descriptor = asked;
+    }
+    return dtype;
   }
-  v->dtype = latest_dtype;
-  v->data = array.data;
-  v->ndim = array.nd;
-  v->shape = array.dimensions;
-  v->strides = array.strides;
-  v->unit = 1;
-  v->writable = (array.flags & kWriteable) != 0;
-  v->contiguous = (array.flags & kContiguous) != 0;
-  v->size = 1;
-  for (int axis = 0; axis < v->ndim; ++axis) v->size *= static_cast<std::size_t>(v->shape[axis]);
+};
+
+inline const py::detail::PyArray_Proxy& fields(PyObject* array) { return *py::detail::array_proxy(array); }
+
+inline std::size_t size_of(const py::detail::PyArray_Proxy& array) {
+  std::size_t size = 1;
+  for (int axis = 0; axis < array.nd; ++axis) size *= static_cast<std::size_t>(array.dimensions[axis]);
+  return size;
 }
 
-// ---- lists of arrays ----
+inline void view_array(PyObject* object, LatestDtype& latest, View* v) {
+  const auto& array = fields(object);
+  *v = {array.data,
+        size_of(array),
+        latest.of(array.descr),
+        (array.flags & kContiguousFlag) != 0,
+        (array.flags & kWriteableFlag) != 0,
+        array.nd,
+        array.dimensions,
+        array.strides,
+        1};
+}
 
+PyTypeObject* g_array = nullptr;        // numpy.ndarray
 PyTypeObject* g_tensor_list = nullptr;  // fastops.TensorList
+
+inline bool is_array(PyObject* object) { return Py_TYPE(object) == g_array; }
+
+// What a TensorList's arrays were when they were last looked at.
+class Plan {
+ public:
+  Plan() : id_(++g_ids) {}
+  std::uint64_t id() const { return id_; }
+  std::uint64_t version() const { return version_; }
+  bool foreign() const { return foreign_; }
+
+  // Looks at every array; the version changes where one of them did. `trusts`: not at tensors of other libraries, once
+  // they were seen. False where an element cannot be read.
+  bool look(PyObject* const* items, std::size_t count, bool trusts) {
+    bool same = records_.size() == count;
+    if (!same) records_.assign(count, {});
+    for (std::size_t i = 0; i < count; ++i) {
+      Record& r = records_[i];
+      if (__builtin_expect(is_array(items[i]), 1)) {
+        const auto& array = fields(items[i]);
+        const std::size_t size = size_of(array);
+        if (array.data == r.data && array.descr == r.dtype && size == r.size && array.nd == r.ndim &&
+            array.flags == r.flags)
+          continue;
+        r = {array.data, array.descr, size, array.nd, array.flags};
+      } else {
+        if (same && trusts) continue;
+        View v;
+        if (!view_tensor(items[i], &v)) return false;
+        foreign_ = true;
+        const int flags = v.contiguous ? kContiguousFlag : 0;
+        PyObject* const dtype = reinterpret_cast<PyObject*>(static_cast<std::uintptr_t>(v.dtype));
+        if (v.data == r.data && dtype == r.dtype && v.size == r.size && v.ndim == r.ndim && flags == r.flags) continue;
+        r = {v.data, dtype, v.size, v.ndim, flags};
+      }
+      same = false;
+    }
+    if (!same) ++version_;
+    return true;
+  }
+
+ private:
+  struct Record {
+    char* data;
+    PyObject* dtype;  // the descriptor; of other libraries' tensors its number
+    std::size_t size;
+    int ndim, flags;
+  };
+  inline static std::atomic<std::uint64_t> g_ids{0};
+  const std::uint64_t id_;
+  std::uint64_t version_ = 0;
+  bool foreign_ = false;
+  std::vector<Record> records_;
+};
+
+// ---- lists of arrays ----
 
 // The elements of an argument: those of a list, a tuple or a TensorList, which is then marked as taken.
 class Items {
@@ -193,18 +264,26 @@ class Items {
         taken_ = true;
       }
       sequence_ = argument.attr("_arrays");
-      fixed_ = true;
+      trusts_ = argument.attr("_verify").ptr() == Py_False;
+      py::object plan = argument.attr("_plan");
+      if (plan.is_none()) {
+        plan = py::cast(new Plan, py::return_value_policy::take_ownership);
+        argument.attr("_plan") = plan;
+      }
+      plan_ = plan.cast<Plan*>();
     }
     return PyList_CheckExact(sequence_.ptr()) || PyTuple_CheckExact(sequence_.ptr());
   }
   std::size_t size() const { return static_cast<std::size_t>(PySequence_Fast_GET_SIZE(sequence_.ptr())); }
   PyObject** items() const { return PySequence_Fast_ITEMS(sequence_.ptr()); }
-  // Whether nobody can drop an element while the call runs.
-  bool fixed() const { return fixed_; }
+  // That of a TensorList, from which nobody can drop an element while the call runs.
+  Plan* plan() const { return plan_; }
+  bool look() const { return plan_->look(items(), size(), trusts_); }
 
  private:
   py::object owner_, sequence_;
-  bool fixed_ = false, taken_ = false;
+  Plan* plan_ = nullptr;
+  bool taken_ = false, trusts_ = false;
 };
 
 struct Span {
@@ -231,21 +310,40 @@ class Lists {
     if (m.in_use) return false;  // a call from within a call of this thread
     m.in_use = true;
     memory_ = &m;
+    bool planned = true;
+    for (std::size_t r = 0; r < roles; ++r) planned = planned && items_[r].plan() != nullptr;
+    std::vector<std::uint64_t> keys;
+    if (planned) {
+      for (std::size_t r = 0; r < roles; ++r) {
+        if (!items_[r].look()) return false;
+        torch = torch || items_[r].plan()->foreign();
+        keys.push_back(items_[r].plan()->id());
+        keys.push_back(items_[r].plan()->version());
+      }
+      for (const Signature& s : m.kept)
+        if (s.keys == keys && s.written == written) {
+          list_ = {count, roles, s.size.data(), s.data.data(), s.dtype.data(), nullptr};
+          return true;
+        }
+    }
     m.data.resize(count * roles);
     m.dtype.resize(count * roles);
     m.size.resize(count);
     m.layout.clear();
     m.layouts.clear();
+    for (std::size_t r = 0; r < roles; ++r) elements_[r] = items_[r].items();
     for (std::size_t i = 0; i < count; ++i)
-      if (!read_tensor(m, i, roles, written)) return false;
+      if (!read_contiguous(m, i, roles, written) && !read_tensor(m, i, roles, written)) return false;
     list_ = {count, roles, m.size.data(), m.data.data(), m.dtype.data(), m.layout.empty() ? nullptr : m.layout.data()};
-    if (!checked && !m.known(roles, written)) {
+    if (!checked && (planned || !m.known(roles, written))) {
       if (overlaps(m, roles, written)) return false;
-      if (m.layout.empty()) m.remember(roles, written);
+      if (m.layout.empty()) m.remember(roles, written, std::move(keys));
     }
-    for (std::size_t r = 0; r < roles; ++r)
-      if (!items_[r].fixed())
-        for (std::size_t i = 0; i < count; ++i) Py_INCREF(items_[r].items()[i]), m.held.push_back(items_[r].items()[i]);
+    for (std::size_t r = 0; r < roles; ++r) {
+      if (items_[r].plan() != nullptr) continue;
+      m.held.insert(m.held.end(), elements_[r], elements_[r] + count);
+      for (std::size_t i = 0; i < count; ++i) Py_INCREF(elements_[r][i]);
+    }
     return true;
   }
   const fastops_tensor_list* get() const { return &list_; }
@@ -270,6 +368,7 @@ class Lists {
     std::vector<void*> data;
     std::vector<std::size_t> size;
     std::vector<std::uint8_t> dtype;
+    std::vector<std::uint64_t> keys;  // id and version of every role's plan, where all have one
   };
   struct Layout {
     fastops_layout head;
@@ -295,14 +394,16 @@ class Lists {
           return true;
       return false;
     }
-    void remember(std::size_t roles, unsigned written) {
+    void remember(std::size_t roles, unsigned written, std::vector<std::uint64_t>&& keys) {
       Signature& s = kept[next];
       s.roles = 0;
+      s.keys.clear();
       s.data = data;
       s.size = size;
       s.dtype = dtype;
       s.written = written;
       s.roles = roles;
+      s.keys = std::move(keys);
       next = (next + 1) % kKept;
     }
   };
@@ -311,21 +412,36 @@ class Lists {
     return m;
   }
 
+  // The short way of the usual tensor: NumPy's arrays, contiguous, of the dtypes that the last one had.
+  bool read_contiguous(Memory& m, std::size_t i, std::size_t roles, unsigned written) {
+    if (!m.layout.empty() || !is_array(elements_[0][i])) return false;
+    const auto& first = fields(elements_[0][i]);
+    for (std::size_t r = 0; r < roles; ++r) {
+      if (!is_array(elements_[r][i])) return false;
+      const auto& array = fields(elements_[r][i]);
+      const int wanted = (written >> r & 1) ? kContiguousFlag | kWriteableFlag : kContiguousFlag;
+      if (array.descr != latest_[r].descriptor || (array.flags & wanted) != wanted || array.nd != first.nd)
+        return false;
+      for (int axis = 0; axis < first.nd; ++axis)
+        if (array.dimensions[axis] != first.dimensions[axis]) return false;
+      m.data[i * roles + r] = array.data;
+      m.dtype[i * roles + r] = latest_[r].dtype;
+    }
+    m.size[i] = size_of(first);
+    return true;
+  }
   bool read_tensor(Memory& m, std::size_t i, std::size_t roles, unsigned written) {
     View views[FASTOPS_MAX_ROLES];
     bool contiguous = true;
-    PyTypeObject* const array_type = array_type_();
     for (std::size_t r = 0; r < roles; ++r) {
       View& v = views[r];
-      PyObject* const object = items_[r].items()[i];
-      if (Py_TYPE(object) == array_type) {
-        view_array(object, &v);
+      if (is_array(elements_[r][i])) {
+        view_array(elements_[r][i], latest_[r], &v);
       } else {
-        if (!view_tensor(object, &v)) return false;
+        if (!view_tensor(elements_[r][i], &v)) return false;
         torch = true;
       }
-      if (v.dtype == kNoDtype || ((written >> r & 1) && !v.writable)) return false;
-      if (v.ndim != views[0].ndim) return false;
+      if (v.dtype == kNoDtype || ((written >> r & 1) && !v.writable) || v.ndim != views[0].ndim) return false;
       for (int axis = 0; axis < v.ndim; ++axis)
         if (v.shape[axis] != views[0].shape[axis]) return false;
       contiguous = contiguous && v.contiguous;
@@ -370,15 +486,12 @@ class Lists {
         const bool writes = (written >> r & 1) != 0;
         if (layout != nullptr) {
           high = low + item;
-          std::size_t reached = 1;
           for (int axis = 0; axis < layout->ndim; ++axis) {
             const std::ptrdiff_t span =
                 layout->strides[r * static_cast<std::size_t>(layout->ndim) + static_cast<std::size_t>(axis)] *
                 (layout->shape[axis] - 1);
             (span < 0 ? low : high) += static_cast<std::uintptr_t>(span);
-            reached *= static_cast<std::size_t>(layout->shape[axis]);
           }
-          // Fewer bytes than elements: some lie on each other. Other cases of that kind are left to the caller.
           if (writes && !is_injective(*layout, r, item)) return true;
         }
         m.spans.push_back({low, high, writes});
@@ -407,12 +520,9 @@ class Lists {
     }
     return true;
   }
-  static PyTypeObject* array_type_() {
-    static PyTypeObject* const type = reinterpret_cast<PyTypeObject*>(py::detail::npy_api::get().PyArray_Type_);
-    return type;
-  }
-
   Items items_[FASTOPS_MAX_ROLES];
+  LatestDtype latest_[FASTOPS_MAX_ROLES];
+  PyObject* const* elements_[FASTOPS_MAX_ROLES] = {};
   fastops_tensor_list list_{};
   Memory* memory_ = nullptr;
 };
@@ -545,8 +655,9 @@ void lazy_adamw_rows(const py::list& params, const py::list& grads, const py::li
   std::vector<const std::uint8_t*> flags;
   const auto array = [](const py::list& list, std::size_t i) {
     View v{};
+    LatestDtype latest;
     if (i >= list.size() || !py::isinstance<py::array>(list[i])) throw py::type_error("lists of arrays are wanted");
-    view_array(list[i].ptr(), &v);
+    view_array(list[i].ptr(), latest, &v);
     if (!v.contiguous) throw py::value_error("arrays must be C-contiguous");
     return v;
   };
@@ -577,6 +688,8 @@ void lazy_adamw_rows(const py::list& params, const py::list& grads, const py::li
 
 void bind_optim(py::module_& m) {
   using py::arg;
+  g_array = reinterpret_cast<PyTypeObject*>(py::detail::npy_api::get().PyArray_Type_);
+  py::class_<Plan>(m, "TensorPlan");
   m.def(
       "register_tensor_list",
       [](const py::type& type) { g_tensor_list = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr()); }, arg("type"));
