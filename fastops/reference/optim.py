@@ -182,7 +182,7 @@ def lazy_adamw_rows(
     with _tensors.prepared_rows(params, grads, exp_avg, exp_avg_sq, rows) as lists, np.errstate(all="ignore"):
         for i, (p, g, m, v) in enumerate(zip(*lists[:4], strict=True)):
             if lists.rows is None:
-                live = np.flatnonzero((g != 0).reshape(len(g), -1).any(axis=1))
+                live = np.flatnonzero((g != 0).any(axis=tuple(range(1, g.ndim))))
                 gradient = g[live]
             else:
                 live, gradient = lists.rows[i], g
