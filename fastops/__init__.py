@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from ._config import get_num_threads, set_num_threads, show_config, target
 from ._multiplier import OPS as _OPS
 from ._multiplier import Multiplier
-from ._tensors import TensorList
 from .mitchell import (
     lmul,
     lut_matmul,
@@ -32,15 +31,6 @@ from .mitchell import (
     mitchell_sqrt,
     mitchell_square,
 )
-from .optim import (
-    adamw_step_,
-    adaptive_eg_step_,
-    eg_step_,
-    ema_update_,
-    lazy_adamw_rows_,
-    lookahead_sync_,
-    sgd_step_,
-)
 
 try:
     __version__: str = _import_module(f"{__name__}._version").__version__
@@ -49,7 +39,17 @@ except ImportError:
     __version__ = "0+unknown"
 
 if TYPE_CHECKING:
+    from ._tensors import TensorList
     from .analysis import optimal_offset
+    from .optim import (
+        adamw_step_,
+        adaptive_eg_step_,
+        eg_step_,
+        ema_update_,
+        lazy_adamw_rows_,
+        lookahead_sync_,
+        sgd_step_,
+    )
 
 __all__ = [
     "Multiplier",
@@ -85,15 +85,26 @@ __all__ = [
     "target",
 ]
 
-_SUBMODULES = ("analysis", "bench", "native", "numba", "reference")
+_SUBMODULES = ("analysis", "bench", "native", "numba", "optim", "reference")
+# Public names that are loaded when they are first asked for, and their modules.
+_LATER = {
+    "TensorList": "_tensors",
+    "adamw_step_": "optim",
+    "adaptive_eg_step_": "optim",
+    "eg_step_": "optim",
+    "ema_update_": "optim",
+    "lazy_adamw_rows_": "optim",
+    "lookahead_sync_": "optim",
+    "optimal_offset": "analysis",
+    "sgd_step_": "optim",
+}
 
 
 def __getattr__(name: str) -> Any:
     """What is loaded on demand, and the operations of a `Multiplier` by their names (pickles hold those)."""
-    if name == "optimal_offset":
-        from .analysis import optimal_offset
-
-        return optimal_offset
+    if name in _LATER:
+        value = globals()[name] = getattr(_import_module(f"{__name__}.{_LATER[name]}"), name)
+        return value
     if name in _SUBMODULES:
         return _import_module(f"{__name__}.{name}")
     op, _, token = name.removeprefix("mitchell_").partition("__")

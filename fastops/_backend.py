@@ -4,18 +4,64 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from . import _validate
 
 CHOICES = ("native", "numba", "reference")
 VARIABLE = "FASTOPS_BACKEND"
 
+# What every backend offers, by the module of its package that holds it; loaded when it is first asked for.
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "mitchell": (
+        "lmul",
+        "lut_matmul",
+        "mitchell_conv2d",
+        "mitchell_conv2d_grad",
+        "mitchell_div",
+        "mitchell_div_grad",
+        "mitchell_exp2",
+        "mitchell_log2",
+        "mitchell_matmul",
+        "mitchell_matmul_grad",
+        "mitchell_mul",
+        "mitchell_mul_grad",
+        "mitchell_op",
+        "mitchell_reciprocal",
+        "mitchell_rsqrt",
+        "mitchell_sqrt",
+        "mitchell_square",
+    ),
+    "optim": (
+        "adamw_step",
+        "adaptive_eg_step",
+        "all_finite",
+        "eg_step",
+        "ema_update",
+        "lazy_adamw_rows",
+        "lookahead_sync",
+        "sgd_step",
+    ),
+}
+NAMES = sorted(name for names in FAMILIES.values() for name in names)
+
 _HOW_TO_BUILD = (
     "fastops has no compiled module _core: build it with 'pip install .' in the source tree (needs a C++17 compiler), or "
     "set FASTOPS_BACKEND=numba or reference"
 )
+
+
+def attribute(package: str, name: str) -> Any:
+    """The function `name` of the backend `package`, for its module's `__getattr__`."""
+    for family, names in FAMILIES.items():
+        if name in names:
+            value = getattr(import_module(f"{package}.{family}"), name)
+            setattr(sys.modules[package], name, value)
+            return value
+    raise AttributeError(f"module {package!r} has no attribute {name[:60]!r}")
 
 
 def installed(module: str) -> bool:

@@ -38,7 +38,7 @@ with open(sys.argv[1], "w") as file:
     json.dump(list({entry["file"]: entry for entry in entries}.values()), file)
 PY
   step clang-tidy --quiet -p "$work/build" csrc/core/*.cpp
-  step clang-tidy --quiet -p "$work/build" '--checks=-clang-analyzer-*' csrc/mitchell/*_capi.cpp csrc/mitchell/*_kernels.cpp
+  step clang-tidy --quiet -p "$work/build" '--checks=-clang-analyzer-*' csrc/*/*_capi.cpp csrc/*/*_kernels.cpp
 else
   echo '  lint: clang-tidy is not installed: not run'
 fi

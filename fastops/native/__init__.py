@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any as _Any
+
 from .. import _backend
 
 _backend.require_core()
@@ -20,60 +22,8 @@ else:
     # Loops for a dtype of another package go in when the ufunc is made, so this comes before the first one.
     _core.register_bfloat16(_bfloat16)
 
-from .mitchell import (
-    lmul,
-    lut_matmul,
-    mitchell_conv2d,
-    mitchell_conv2d_grad,
-    mitchell_div,
-    mitchell_div_grad,
-    mitchell_exp2,
-    mitchell_log2,
-    mitchell_matmul,
-    mitchell_matmul_grad,
-    mitchell_mul,
-    mitchell_mul_grad,
-    mitchell_op,
-    mitchell_reciprocal,
-    mitchell_rsqrt,
-    mitchell_sqrt,
-    mitchell_square,
-)
-from .optim import (
-    adamw_step,
-    adaptive_eg_step,
-    all_finite,
-    eg_step,
-    ema_update,
-    lazy_adamw_rows,
-    lookahead_sync,
-    sgd_step,
-)
+__all__ = list(_backend.NAMES)
 
-__all__ = [
-    "adamw_step",
-    "adaptive_eg_step",
-    "all_finite",
-    "eg_step",
-    "ema_update",
-    "lazy_adamw_rows",
-    "lmul",
-    "lookahead_sync",
-    "lut_matmul",
-    "mitchell_conv2d",
-    "mitchell_conv2d_grad",
-    "mitchell_div",
-    "mitchell_div_grad",
-    "mitchell_exp2",
-    "mitchell_log2",
-    "mitchell_matmul",
-    "mitchell_matmul_grad",
-    "mitchell_mul",
-    "mitchell_mul_grad",
-    "mitchell_op",
-    "mitchell_reciprocal",
-    "mitchell_rsqrt",
-    "mitchell_sqrt",
-    "mitchell_square",
-    "sgd_step",
-]
+
+def __getattr__(name: str) -> _Any:
+    return _backend.attribute(__name__, name)

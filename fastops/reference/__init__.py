@@ -1,60 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The plain NumPy backend: the oracle of every other backend, and the documentation of the semantics."""
 
-from .mitchell import (
-    lmul,
-    lut_matmul,
-    mitchell_conv2d,
-    mitchell_conv2d_grad,
-    mitchell_div,
-    mitchell_div_grad,
-    mitchell_exp2,
-    mitchell_log2,
-    mitchell_matmul,
-    mitchell_matmul_grad,
-    mitchell_mul,
-    mitchell_mul_grad,
-    mitchell_op,
-    mitchell_reciprocal,
-    mitchell_rsqrt,
-    mitchell_sqrt,
-    mitchell_square,
-)
-from .optim import (
-    adamw_step,
-    adaptive_eg_step,
-    all_finite,
-    eg_step,
-    ema_update,
-    lazy_adamw_rows,
-    lookahead_sync,
-    sgd_step,
-)
+from __future__ import annotations
 
-__all__ = [
-    "adamw_step",
-    "adaptive_eg_step",
-    "all_finite",
-    "eg_step",
-    "ema_update",
-    "lazy_adamw_rows",
-    "lmul",
-    "lookahead_sync",
-    "lut_matmul",
-    "mitchell_conv2d",
-    "mitchell_conv2d_grad",
-    "mitchell_div",
-    "mitchell_div_grad",
-    "mitchell_exp2",
-    "mitchell_log2",
-    "mitchell_matmul",
-    "mitchell_matmul_grad",
-    "mitchell_mul",
-    "mitchell_mul_grad",
-    "mitchell_op",
-    "mitchell_reciprocal",
-    "mitchell_rsqrt",
-    "mitchell_sqrt",
-    "mitchell_square",
-    "sgd_step",
-]
+from typing import Any as _Any
+
+from .. import _backend
+
+__all__ = list(_backend.NAMES)
+
+
+def __getattr__(name: str) -> _Any:
+    return _backend.attribute(__name__, name)
