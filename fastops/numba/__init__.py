@@ -6,10 +6,9 @@ from __future__ import annotations
 from typing import Any as _Any
 
 from .. import _backend
-from .mitchell import set_num_threads
+from .mitchell import set_num_threads as set_num_threads
 
-__all__ = ["set_num_threads"]
-__all__ += _backend.NAMES
+__all__ = list(_backend.NAMES)
 
 
 def __getattr__(name: str) -> _Any:
