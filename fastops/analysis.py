@@ -183,9 +183,12 @@ def _uniform(dtype: np.dtype[Any], bits: int, everything: bool) -> Array:
     return (1.0 + values / 2.0**bits).astype(dtype)
 
 
-def _normal(dtype: np.dtype[Any], bits: int) -> Array:
+def _normal(dtype: np.dtype[Any], bits: int, positive: bool) -> Array:
     """Quantiles of a normal distribution: mean 0, deviation 1; for integers mid-range and an eighth of the range."""
-    quantiles = np.array([NormalDist().inv_cdf((i + 0.5) / _STRATA) for i in range(_STRATA)])
+    shares = (np.arange(_STRATA) + 0.5) / _STRATA
+    if positive:
+        shares = 0.5 + 0.5 * shares
+    quantiles = np.array([NormalDist().inv_cdf(share) for share in shares])
     if dtype.kind not in "iu":
         return quantiles.astype(dtype)
     low, high = _range(dtype, bits)
@@ -229,7 +232,7 @@ def _operands(
         if exhaustive and total_bits > 32:
             raise _validate.wrong_value("exhaustive", "False or None beyond 16 bits an operand", True)
         if distribution == "normal":
-            exhaustive, values = False, _normal(dtype, bits)
+            exhaustive, values = False, _normal(dtype, bits, op in _ROOTS)
         else:
             values = _uniform(dtype, bits, exhaustive)
             if op in _ROOTS:
@@ -286,8 +289,8 @@ def error_stats(
         [1, 16] for unsigned integers of that width, 0 included.
     distribution : "uniform", "normal", array or (array, array), default "uniform"
         "uniform": all integers of the width, or all mantissas in [1, 2) (in [1, 4) for roots). "normal": mean 0 and
-        deviation 1 for floats, mid-range and an eighth of the range for integers. An array of samples: all pairs of
-        them, of the two arrays for a pair.
+        deviation 1 for floats (of these the positive ones for roots), mid-range and an eighth of the range for
+        integers. An array of samples: all pairs of them, of the two arrays for a pair.
     op : {"mul", "div", "square", "reciprocal", "sqrt", "rsqrt"}, default "mul"
         The operation; integers have "mul" and "square".
     exhaustive : bool, optional

@@ -153,6 +153,17 @@ def test_normal_operands() -> None:
         assert stats != error_stats(Multiplier(), dtype, exhaustive=False)
 
 
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_normal_operands_are_in_the_domain(op: str, dtype: Any) -> None:
+    """Half of a normal distribution's values have no root: those of roots follow its positive half."""
+    stats = error_stats(Multiplier(), dtype, "normal", op=op)
+    assert all(np.isfinite([stats.mae, stats.wce, stats.mse, stats.mre, stats.bias, stats.rms, stats.low, stats.high]))
+    assert stats.count == (1024 if op not in ("mul", "div") else 1024**2)
+    largest = {"sqrt": 3 / 8**0.5 - 1, "rsqrt": 0.0888}.get(op, 1 / 8)
+    assert stats.wcre <= largest + float(np.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize(
     ("args", "kwargs", "error", "match"),
     [
