@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tolerance
+from samples import MULTIPLIERS
 
 from fastops import Multiplier, optimal_offset
 from fastops._multiplier import _CONSTANTS
@@ -87,6 +88,20 @@ def test_strata_stand_for_wide_operands(dtype: Any) -> None:
     assert 100 * stats.bias == pytest.approx(-3.8488, abs=tolerance.SAMPLED)
     assert 100 * stats.rms == pytest.approx(4.842, abs=tolerance.SAMPLED)
     assert stats == error_stats(Multiplier(), dtype)
+
+
+@pytest.mark.parametrize("kind", sorted(MULTIPLIERS))
+def test_half_of_the_pairs_stand_for_all(kind: str) -> None:
+    """Of two pairs that are each other's mirror image one is looked at; two arrays of the same values have no such pairs."""
+    m = Multiplier(**MULTIPLIERS[kind])
+    for bits, dtype, values in ((9, np.uint16, np.arange(512)), (8, np.int8, np.arange(-128, 128))):
+        got = error_stats(m, bits if dtype is np.uint16 else dtype)
+        want = error_stats(m, dtype, (values, values.copy()))
+        assert (got.count, got.histogram, got.edges) == (want.count, want.histogram, want.edges)
+        for name in ("mae", "wce", "wcre", "ep", "mre", "mse", "bias", "rms", "low", "high"):
+            assert getattr(got, name) == pytest.approx(
+                getattr(want, name), rel=tolerance.FIGURE, abs=tolerance.FIGURE
+            ), name
 
 
 def test_wide_integers_have_exact_errors() -> None:
