@@ -109,12 +109,12 @@ def __getattr__(name: str) -> Any:
         return _import_module(f"{__name__}.{name}")
     op, _, token = name.removeprefix("mitchell_").partition("__")
     if token and op in _OPS and name.startswith("mitchell_"):
+        from ._backend import backend
+
         try:
-            multiplier = Multiplier._from_token(token)
+            return backend.mitchell_op(op, Multiplier._from_token(token))
         except (OverflowError, TypeError, ValueError):
             pass
-        else:
-            return getattr(multiplier, op)
     raise AttributeError(f"module {__name__!r} has no attribute {name[:60]!r}")
 
 

@@ -363,7 +363,7 @@ def _start() -> None:
             raise _validate.wrong_choice("FASTOPS_TARGET", _KNOWN_TARGETS, asked)
     count = os.environ.get("FASTOPS_NUM_THREADS", "")
     if count:
-        if not count.isdecimal() or len(count) > 9:
+        if not (count.isascii() and count.isdecimal()) or len(count) > 9:
             raise _validate.wrong_value("FASTOPS_NUM_THREADS", f"an integer in [1, {_validate.MAX_THREADS}]", count)
         _set_num_threads("FASTOPS_NUM_THREADS", int(count), f"FASTOPS_NUM_THREADS={count}")
     elif _core is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -225,9 +225,7 @@ def matmul_shape(a: AnyArray, b: AnyArray) -> tuple[int, ...]:
     if a.ndim == b.ndim == 2:
         return a.shape[0], b.shape[1]
     try:
-        batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    except RuntimeError:
-        _refuse_dimensions(a=a, b=b)
+        batch = broadcast_shapes(a.shape[:-2], b.shape[:-2])
     except ValueError:
         raise wrong_value(
             "b",
@@ -237,11 +235,34 @@ def matmul_shape(a: AnyArray, b: AnyArray) -> tuple[int, ...]:
     return (*batch, a.shape[-2], b.shape[-1])
 
 
-def _refuse_dimensions(**arrays: AnyArray) -> NoReturn:
-    """What NumPy's broadcasting of shapes cannot take: more than 32 dimensions."""
-    name, item = max(arrays.items(), key=lambda pair: pair[1].ndim)
-    wanted = "of at most 32 dimensions that broadcast"
-    raise wrong_value(name, wanted, Text(f"an array of {item.ndim} dimensions")) from None
+def broadcast_shapes(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """`numpy.broadcast_shapes` for as many dimensions as an array may have: NumPy's own stops at 32, its arrays at 64."""
+    common = [1] * max(map(len, shapes))
+    for shape in shapes:
+        for axis, length in enumerate(shape, len(common) - len(shape)):
+            if length != 1:
+                if common[axis] not in (1, length):
+                    raise ValueError(f"shapes {_clip(str(shapes))} do not broadcast")
+                common[axis] = length
+    return tuple(common)
+
+
+def without_common_ones(a: AnyArray, b: AnyArray) -> tuple[AnyArray, AnyArray, tuple[int, ...]]:
+    """Operands of more than 32 dimensions without the leading ones of length 1 in both, as views; and these axes' numbers.
+
+    Axes count from the end of the product's shape. Backends add an axis of their own, which the last of NumPy's dimensions
+    would leave no room for.
+    """
+    ndim = max(a.ndim, b.ndim)
+    if ndim <= 32:
+        return a, b, ()
+
+    def is_one(item: AnyArray, axis: int) -> bool:
+        return item.ndim < -axis or item.shape[axis] == 1
+
+    ones = tuple(axis for axis in range(-ndim, -2) if is_one(a, axis) and is_one(b, axis))
+    a, b = (item.squeeze(tuple(axis for axis in ones if item.ndim >= -axis)) for item in (a, b))
+    return a, b, ones
 
 
 def at_least_2d(a: AnyArray, b: AnyArray) -> tuple[AnyArray, AnyArray, tuple[int, ...]]:
@@ -268,9 +289,7 @@ def same_shape(name: str, value: AnyArray, shape: tuple[int, ...]) -> None:
 def broadcast_shape(**arrays: AnyArray) -> tuple[int, ...]:
     """The common shape of the arrays."""
     try:
-        return np.broadcast_shapes(*(item.shape for item in arrays.values()))
-    except RuntimeError:
-        _refuse_dimensions(**arrays)
+        return broadcast_shapes(*(item.shape for item in arrays.values()))
     except ValueError:
         (_, first), *others = arrays.items()
         name = others[-1][0]

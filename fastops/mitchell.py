@@ -111,16 +111,17 @@ def mitchell_matmul(
     left, right, drop = _validate.at_least_2d(left, right)
     shape = _validate.matmul_shape(left, right)
     _validate.fits_memory("a and b", shape, left.itemsize)
-    if not drop:
+    few_left, few_right, ones = _validate.without_common_ones(left, right)
+    if not drop and not ones:
         if out is not None:
             _validate.out_array(out, shape, (left.dtype,), {"a": left, "b": right})
         return _backend.mitchell_matmul(left, right, multiplier=chosen, out=out)
     kept = tuple(n for i, n in enumerate(shape, -len(shape)) if i not in drop)
     if out is not None:
         _validate.out_array(out, kept, (left.dtype,), {"a": left, "b": right})
-        _backend.mitchell_matmul(left, right, multiplier=chosen, out=np.expand_dims(out, drop))
+        _backend.mitchell_matmul(few_left, few_right, multiplier=chosen, out=np.expand_dims(out, drop).squeeze(ones))
         return out
-    return _backend.mitchell_matmul(left, right, multiplier=chosen, out=None).reshape(kept)[()]
+    return _backend.mitchell_matmul(few_left, few_right, multiplier=chosen, out=None).reshape(kept)[()]
 
 
 def mitchell_matmul_grad(
@@ -178,7 +179,9 @@ def mitchell_matmul_grad(
     left, right, drop = _validate.at_least_2d(left, right)
     shape = _validate.matmul_shape(left, right)
     _validate.same_shape("dy", upper, tuple(n for i, n in enumerate(shape, -len(shape)) if i not in drop))
-    da, db = _backend.mitchell_matmul_grad(left, right, upper.reshape(shape), multiplier=chosen, mode=mode)
+    left, right, ones = _validate.without_common_ones(left, right)
+    upper = upper.reshape(shape).squeeze(ones)
+    da, db = _backend.mitchell_matmul_grad(left, right, upper, multiplier=chosen, mode=mode)
     return da.reshape(shapes[0]), db.reshape(shapes[1])
 
 
@@ -388,10 +391,12 @@ def lut_matmul(a: ArrayLike, b: ArrayLike, table: ArrayLike, *, out: AnyArray | 
     kept = tuple(n for i, n in enumerate(shape, -len(shape)) if i not in drop)
     if out is not None:
         _validate.out_array(out, kept, dtypes, {"a": left, "b": right, "table": entries})
-        _backend.lut_matmul(left, right, entries, out=np.expand_dims(out, drop) if drop else out)
-        return out
-    result: AnyArray = _backend.lut_matmul(left, right, entries, out=np.empty(shape, dtypes[0]))
-    return result.reshape(kept)[()] if drop else result
+    result = np.empty(kept, dtypes[0]) if out is None else out
+    left, right, ones = _validate.without_common_ones(left, right)
+    _backend.lut_matmul(
+        left, right, entries, out=np.expand_dims(result, drop).squeeze(ones) if drop or ones else result
+    )
+    return result if out is not None or not drop else result[()]
 
 
 def mitchell_mul_grad(

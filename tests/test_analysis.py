@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tolerance
+from samples import MULTIPLIERS
 
 from fastops import Multiplier, optimal_offset
 from fastops._multiplier import _CONSTANTS
@@ -89,6 +90,20 @@ def test_strata_stand_for_wide_operands(dtype: Any) -> None:
     assert stats == error_stats(Multiplier(), dtype)
 
 
+@pytest.mark.parametrize("kind", sorted(MULTIPLIERS))
+def test_half_of_the_pairs_stand_for_all(kind: str) -> None:
+    """Of two pairs that are each other's mirror image one is looked at; two arrays of the same values have no such pairs."""
+    m = Multiplier(**MULTIPLIERS[kind])
+    for bits, dtype, values in ((9, np.uint16, np.arange(512)), (8, np.int8, np.arange(-128, 128))):
+        got = error_stats(m, bits if dtype is np.uint16 else dtype)
+        want = error_stats(m, dtype, (values, values.copy()))
+        assert (got.count, got.histogram, got.edges) == (want.count, want.histogram, want.edges)
+        for name in ("mae", "wce", "wcre", "ep", "mre", "mse", "bias", "rms", "low", "high"):
+            assert getattr(got, name) == pytest.approx(
+                getattr(want, name), rel=tolerance.FIGURE, abs=tolerance.FIGURE
+            ), name
+
+
 def test_wide_integers_have_exact_errors() -> None:
     a = np.array([2**32 - 1, 3 * 2**30, 12345], np.uint32)
     stats = error_stats(Multiplier(), np.uint32, (a, a))
@@ -151,6 +166,17 @@ def test_normal_operands() -> None:
         assert -1 / 9 - tolerance.QUOTIENT <= stats.low <= stats.high <= 0
         assert stats.bias == -stats.mre < 0
         assert stats != error_stats(Multiplier(), dtype, exhaustive=False)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_normal_operands_are_in_the_domain(op: str, dtype: Any) -> None:
+    """Half of a normal distribution's values have no root: those of roots follow its positive half."""
+    stats = error_stats(Multiplier(), dtype, "normal", op=op)
+    assert all(np.isfinite([stats.mae, stats.wce, stats.mse, stats.mre, stats.bias, stats.rms, stats.low, stats.high]))
+    assert stats.count == (1024 if op not in ("mul", "div") else 1024**2)
+    largest = {"sqrt": 3 / 8**0.5 - 1, "rsqrt": 0.0888}.get(op, 1 / 8)
+    assert stats.wcre <= largest + float(np.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize(

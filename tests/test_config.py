@@ -167,7 +167,11 @@ def test_thread_variable():
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("3 FASTOPS_NUM_THREADS=3")
     # Importing numba takes seconds each time.
-    wrong = ("0", "two") if _backend.name == "numba" else ("0", "-1", "two", "1025", "1.5", "9" * 5000)
+    wrong = (
+        ("0", "two")
+        if _backend.name == "numba"
+        else ("0", "-1", "two", "1025", "1.5", "9" * 5000, "\u0663", "2 ", "1_0")
+    )
     for bad in wrong:
         ran = python("import fastops", FASTOPS_BACKEND=_backend.name, FASTOPS_NUM_THREADS=bad)
         assert ran.returncode == 1

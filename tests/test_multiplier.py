@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from samples import FLOATS, MULTIPLIERS, assert_same_bits, near_one
 
 import fastops
-from fastops import Multiplier
+from fastops import Multiplier, _backend
 from fastops._multiplier import COMPENSATIONS, OPS, OpSpec, segment_table
 
 options = (
@@ -191,6 +191,17 @@ def test_operations_pickle_by_name(kind: str) -> None:
         if m._has(op):
             assert pickle.loads(pickle.dumps(getattr(m, op))) is getattr(m, op)
             assert getattr(fastops, m._op_name(op)) is getattr(m, op)
+    # No attributes of a multiplier, whose options they do not heed; the backends have them all the same.
+    for op in ("log2", "exp2"):
+        assert not hasattr(m, op)
+        found = _backend.backend.mitchell_op(op, m)
+        assert pickle.loads(pickle.dumps(found)) is found
+
+
+def test_names_of_undefined_operations_are_refused() -> None:
+    for name in ("mitchell_div__c_lmul", "mitchell_sqrt__c_none__k1", "mitchell_pow__c_none__m4"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(fastops, name)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from child import run
 from samples import FLOATS, assert_same_bits, near_one, patterns, specials
 
 from fastops import Multiplier, reference
@@ -156,6 +157,37 @@ def test_first_calls_at_once_compile_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert results == [9] * 4
     # The attempt with the cache, and one without where a lambda has no file to cache beside.
     assert len(compiled) <= 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_while_a_kernel_compiles() -> None:
+    """The child finds the lock free and no half of a compilation; by Numba's own lock too, so the fork waits for its end."""
+    code = """
+    import threading, warnings
+    from fastops.numba import _mitchell_kernels as kernels
+    compiling = threading.Event()
+    def slow(*signature, **options):
+        compiling.set()
+        time.sleep(0.3)
+        return lambda function: function
+    kernels.njit = slow
+    loops = [kernels.Kernel(lambda x: x + 1, kernels.types.int64(kernels.types.int64), {}) for _ in range(2)]
+    thread = threading.Thread(target=loops[0], args=(1,))
+    thread.start()
+    compiling.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: the process has threads
+        child = os.fork()
+    if child == 0:
+        os._exit(0 if [loop(2) for loop in loops] == [3, 3] else 1)
+    end = time.monotonic() + 10
+    while (state := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
+        time.sleep(0.01)
+    thread.join()
+    assert loops[1](2) == 3
+    assert state == (child, 0), state
+    """
+    run(code, timeout=60)
 
 
 @pytest.mark.parametrize("threads", [2, 5])

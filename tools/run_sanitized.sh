@@ -8,6 +8,8 @@ runtime() { "${CXX:-g++}" -print-file-name="$1"; }
 preload="$(runtime libasan.so) $(runtime libubsan.so) $(runtime libstdc++.so.6)"
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:allocator_may_return_null=1
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+# The other backends hold no code of ours that is instrumented, and Numba's compilations take most of the time.
+export FASTOPS_BACKEND=native FASTOPS_TEST_BACKENDS=native
 
 # Another build that shadows this one would make the whole run worthless (a tree on the path, an editable install).
 python -P - <<'PY'

@@ -16,6 +16,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "core/fp_control.h"
+
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/prctl.h>
@@ -30,31 +32,9 @@ constexpr int kSpins = 100;               // a few us: longer spins slow the nei
 constexpr std::int64_t kPollNs = 20'000'000;
 constexpr std::size_t kStackBytes = 512 * 1024;  // bodies use less than 16 KiB; the rest is thread-local data
 
-// The control and status of the floating-point unit. A new thread inherits its creator's, so none is left to chance.
 #if defined(__x86_64__)
-constexpr std::uint64_t kDefaultControl = 0x1f80, kStatus = 0x3f;
-std::uint64_t fp_state() noexcept {
-  unsigned state;
-  __asm__ volatile("stmxcsr %0" : "=m"(state) : : "memory");
-  return state;
-}
-void set_fp_state(std::uint64_t value) noexcept {
-  const unsigned state = static_cast<unsigned>(value);
-  __asm__ volatile("ldmxcsr %0" : : "m"(state) : "memory");
-}
 void pause() noexcept { __builtin_ia32_pause(); }
-#else  // aarch64: control register in the upper half, status register in the lower
-constexpr std::uint64_t kDefaultControl = 0, kStatus = 0x9f;
-std::uint64_t fp_state() noexcept {
-  std::uint64_t control, status;
-  __asm__ volatile("mrs %0, fpcr" : "=r"(control) : : "memory");
-  __asm__ volatile("mrs %0, fpsr" : "=r"(status) : : "memory");
-  return control << 32 | status;
-}
-void set_fp_state(std::uint64_t value) noexcept {
-  __asm__ volatile("msr fpcr, %0" : : "r"(value >> 32) : "memory");
-  __asm__ volatile("msr fpsr, %0" : : "r"(value & 0xffffffffu) : "memory");
-}
+#else
 void pause() noexcept { __asm__ volatile("yield" : : : "memory"); }
 #endif
 
@@ -145,7 +125,7 @@ void help_if_there_is_a_place() noexcept {
   do {
     if ((g & kPlaces) == 0) return;
   } while (!gate.compare_exchange_weak(g, g - kPlace + 1, std::memory_order_acq_rel, std::memory_order_acquire));
-  set_fp_state(kDefaultControl);
+  set_fp_state(kDefaultControl);  // a new thread inherits its creator's
   take_blocks(job.helpers - (g & kPlaces) / kPlace + 1);
   raised.fetch_or(fp_state() & kStatus, std::memory_order_relaxed);
   const std::uint32_t before = gate.fetch_sub(1, std::memory_order_acq_rel);
@@ -358,8 +338,7 @@ unsigned worker_count() noexcept {
 fastops_status parallel_run(std::size_t blocks, Body body, void* context, double work_ns, fastops_poll poll,
                             unsigned limit) noexcept {
   if (blocks == 0) return FASTOPS_OK;
-  const std::uint64_t caller = fp_state();
-  set_fp_state(kDefaultControl | (caller & kStatus));
+  const DefaultControl control;
   Poller poller(poll);
   unsigned helpers = 0;
   bool owner = false;
@@ -373,10 +352,7 @@ fastops_status parallel_run(std::size_t blocks, Body body, void* context, double
     busy.store(false, std::memory_order_release);
     owner = false;
   }
-  const fastops_status status =
-      owner ? run_shared(blocks, body, context, helpers, poller) : run_serial(blocks, body, context, poller);
-  set_fp_state(caller | (fp_state() & kStatus));
-  return status;
+  return owner ? run_shared(blocks, body, context, helpers, poller) : run_serial(blocks, body, context, poller);
 }
 
 }  // namespace fastops

@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "core/fp_control.h"
 #include "core/parallel.h"
 #include "mitchell/mitchell_kernels.h"
 
@@ -148,6 +149,15 @@ __attribute__((noinline)) fastops_status apply_long(MitchellApply apply, const f
   return FASTOPS_OK;
 }
 
+// Under the control that the kernels are written for: flush to zero would lose their subnormal results.
+__attribute__((noinline)) fastops_status apply_controlled(const fastops_mitchell* m, fastops_mitchell_op op,
+                                                          fastops_dtype dtype, const void* a, std::ptrdiff_t stride_a,
+                                                          const void* b, std::ptrdiff_t stride_b, void* out,
+                                                          std::ptrdiff_t stride_out, std::size_t n) noexcept {
+  const DefaultControl control;
+  return fastops_mitchell_apply(m, op, dtype, a, stride_a, b, stride_b, out, stride_out, n);
+}
+
 }  // namespace
 }  // namespace fastops
 
@@ -158,6 +168,7 @@ fastops_status fastops_mitchell_create(const fastops_mitchell_params* params, fa
   auto* m = new (std::nothrow) fastops_mitchell();
   if (m == nullptr) return FASTOPS_NO_MEMORY;
   m->params = *params;
+  const DefaultControl control;  // constants are rounded to nearest
   fill<std::int32_t>(m->single[FASTOPS_F16], *params, 10, 23, -14, 127);
   fill<std::int32_t>(m->single[FASTOPS_BF16], *params, 7, 23, -126, 127);
   fill<std::int32_t>(m->single[FASTOPS_F32], *params, 23, 23, -126, 127);
@@ -176,6 +187,8 @@ fastops_status fastops_mitchell_apply(const fastops_mitchell* m, fastops_mitchel
   const MitchellApply apply = kKernels[active_level()]->apply[op][dtype];
   if (apply == nullptr || (m->params.form != FASTOPS_FORM_LOG && ((1u << op) & kLogFormOnly) != 0))
     return FASTOPS_INVALID;
+  if (__builtin_expect(!has_default_control(), 0))
+    return apply_controlled(m, op, dtype, a, stride_a, b, stride_b, out, stride_out, n);
   // A jump, not a call: the arguments stay where they are.
   if (__builtin_expect(n < kThreadsFrom, 1)) return apply(m, op, dtype, a, stride_a, b, stride_b, out, stride_out, n);
   const bool binary = op <= FASTOPS_DIV;
@@ -191,6 +204,7 @@ fastops_status fastops_mitchell_grad(const fastops_mitchell* m, fastops_mitchell
   if (m == nullptr || (op != FASTOPS_MUL && op != FASTOPS_DIV) || static_cast<unsigned>(dtype) > FASTOPS_F64 ||
       static_cast<unsigned>(mode) > FASTOPS_GRADIENT_MIMIC || (op == FASTOPS_DIV && m->params.form != FASTOPS_FORM_LOG))
     return FASTOPS_INVALID;
+  const DefaultControl control;
   kKernels[active_level()]->grad[dtype](m, op, mode, a, b, dy, da, db, n);
   return FASTOPS_OK;
 }

@@ -12,6 +12,7 @@ import numpy as np
 
 from .. import _core, _docs
 from .._multiplier import Multiplier, OpSpec
+from .._validate import broadcast_shapes
 
 AnyArray = np.ndarray[Any, np.dtype[Any]]
 Pair = tuple[int, int]
@@ -100,7 +101,7 @@ def _deliver(result: AnyArray, out: AnyArray | None) -> AnyArray:
 def _product_shape(a: AnyArray, b: AnyArray) -> tuple[int, ...]:
     if a.ndim == b.ndim == 2:
         return a.shape[0], b.shape[1]
-    return (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+    return (*broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
 
 
 def mitchell_matmul(a: AnyArray, b: AnyArray, *, multiplier: Multiplier, out: AnyArray | None = None) -> AnyArray:
@@ -162,11 +163,11 @@ def _sum_to(gradient: AnyArray, shape: tuple[int, ...]) -> AnyArray:
 def _elementwise_grad(
     kernel: Any, op: str, a: AnyArray, b: AnyArray, dy: AnyArray, multiplier: Multiplier, mode: str
 ) -> tuple[AnyArray, AnyArray]:
-    left, right, upper = (_contiguous(item) for item in np.broadcast_arrays(a, b, dy))
+    shape = broadcast_shapes(a.shape, b.shape, dy.shape)
+    left, right, upper = (_contiguous(np.broadcast_to(item, shape)) for item in (a, b, dy))
     da, db = np.empty_like(upper), np.empty_like(upper)
     kernel(left, right, upper, _spec(op, multiplier), _mode(mode), da, db)
-    shape = np.broadcast_shapes(a.shape, b.shape, dy.shape)
-    return _sum_to(da.reshape(shape), a.shape), _sum_to(db.reshape(shape), b.shape)
+    return _sum_to(da, a.shape), _sum_to(db, b.shape)
 
 
 def mitchell_mul_grad(

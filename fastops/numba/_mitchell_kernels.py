@@ -8,6 +8,7 @@ dtype and every multiplier. Bit patterns travel as int64, since Numba turns a mi
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable
 from typing import Any, Final
@@ -55,6 +56,15 @@ njit: Any = numba.njit
 intrinsic: Any = extending.intrinsic
 
 
+# One for all kernels, as Numba has one for all compilations. A fork waits for it: the child would find Numba's own held for
+# ever by a thread that it has not.
+_compiling = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_compiling.acquire, after_in_parent=_compiling.release, after_in_child=_compiling.release
+    )
+
+
 class Kernel:
     """A loop that is compiled for its one signature when it is first called."""
 
@@ -65,7 +75,6 @@ class Kernel:
         self._signature = signature
         self._options = options
         self._compiled: Any = None
-        self._lock = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
         compiled = self._compiled
@@ -74,7 +83,7 @@ class Kernel:
         return compiled(*args)
 
     def _compile(self) -> Any:
-        with self._lock:
+        with _compiling:
             if self._compiled is None:
                 try:
                     self._compiled = njit(self._signature, nogil=True, cache=True, **self._options)(self._function)

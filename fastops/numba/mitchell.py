@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from .. import _docs
 from .._multiplier import EQUATION, ITERATIVE, LOG_ADD, Multiplier, OpSpec
+from .._validate import broadcast_shapes
 from ..reference.mitchell import FORMATS, _columns, _resolve, _sum_to, _uncolumns
 from . import _mitchell_kernels as kernels
 
@@ -263,9 +264,9 @@ class _Operation:
         shapes = [v.shape for v in arrays]
         if mask is not None:
             shapes.append(mask.shape)
-        shape = shapes[0] if len(set(shapes)) == 1 else np.broadcast_shapes(*shapes)
+        shape = shapes[0] if len(set(shapes)) == 1 else broadcast_shapes(*shapes)
         if out is not None:
-            if out.shape != shape and np.broadcast_shapes(shape, out.shape) != out.shape:
+            if out.shape != shape and broadcast_shapes(shape, out.shape) != out.shape:
                 raise ValueError(f"out must be of shape {shape}, got {out.shape}")
             if not np.can_cast(result, out.dtype, "same_kind"):
                 raise TypeError(f"out must be of a dtype that {result} casts to, got {out.dtype}")
@@ -447,7 +448,7 @@ def _overflows(a: Array, b: Array) -> bool:
 def _term_by_term(how: _Accumulator, a: Array, b: Array) -> Array:
     """The sum of element-wise products, each infinite where it overflows: any form, slowly."""
     plan = _Plan(kernels.MUL, how.real, np.dtype(f"u{how.real.itemsize}"), how.p, how.table, None)
-    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    batch = broadcast_shapes(a.shape[:-2], b.shape[:-2])
     acc = np.zeros((*batch, a.shape[-2], b.shape[-1]), how.real)
     product = np.empty(acc.size, plan.word)
     for k in range(a.shape[-1]):
@@ -488,7 +489,7 @@ def _steps(rows: int, columns: int, terms: int) -> Iterable[slice]:
 
 def _matmul(spec: OpSpec, how: _Accumulator, a: Array, b: Array, out: Array | None = None) -> Array:
     """The product of operands in the accumulator's dtype, in it; into `out` where that is given and of this dtype."""
-    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    batch = broadcast_shapes(a.shape[:-2], b.shape[:-2])
     rows, terms, columns = a.shape[-2], a.shape[-1], b.shape[-1]
     if spec.form != LOG_ADD:
         return np.broadcast_to(_bilinear(spec, how, a, b), (*batch, rows, columns))
@@ -585,7 +586,7 @@ def _elementwise_grad(op: str, a: Array, b: Array, dy: Array, multiplier: Multip
     spec = multiplier.spec(op)
     form = FORMATS[a.dtype.name]
     p, table = _parameters(spec, form.bits, 0)
-    shape = np.broadcast_shapes(a.shape, b.shape, dy.shape)
+    shape = broadcast_shapes(a.shape, b.shape, dy.shape)
     x, y, g = (v.astype(np.float64) for v in (a, b, dy))
     if spec.flush:
         x, y = (np.where(np.abs(v) < 2.0**form.emin, np.copysign(0.0, v), v) for v in (x, y))

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from .._docs import ufunc_doc
 from .._multiplier import EQUATION, ITERATIVE, LOG_ADD, Multiplier, OpSpec
+from .._validate import broadcast_shapes
 
 try:
     from ml_dtypes import bfloat16 as _bfloat16
@@ -268,7 +269,7 @@ def _apply(op: str, name: str, spec: OpSpec, args: Sequence[Any], out: Any, wher
         (out,) = out
     if out is not None and not isinstance(out, np.ndarray):
         raise TypeError(f"out must be an array, got an object of type {type(out).__name__}")
-    shape = np.broadcast_shapes(mask.shape, *(v.shape for v in arrays), *(() if out is None else (out.shape,)))
+    shape = broadcast_shapes(mask.shape, *(v.shape for v in arrays), *(() if out is None else (out.shape,)))
     if out is not None and out.shape != shape:
         raise ValueError(f"out must be of shape {shape}, got {out.shape}")
     if out is not None and not np.can_cast(result, out.dtype, "same_kind"):
@@ -339,14 +340,14 @@ def _blocked_sum(
     """The sum along `axis` of term(block) over blocks of range(length); temporaries are of one block."""
     total = np.zeros(shape, dtype)
     step = max(1, _BLOCK // max(1, total.size))
-    for start in range(0, length, step):
+    for start in range(0, length if total.size else 0, step):
         total += term(slice(start, start + step)).sum(axis=axis, dtype=dtype)
     return total
 
 
 def _matmul(spec: OpSpec, dtype: np.dtype[Any], a: Array, b: Array) -> Array:
     """Matrix product in float64 of float64 operands."""
-    shape = (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+    shape = (*broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
     return _blocked_sum(
         lambda k: _product(spec, dtype, a[..., :, k, np.newaxis], b[..., np.newaxis, k, :]), -2, a.shape[-1], shape
     )
