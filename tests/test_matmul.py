@@ -234,6 +234,20 @@ def test_matmul_special_values(backend: ModuleType, target: str, option: str, na
     assert np.isfinite(got.astype(np.float64)).all()
 
 
+@pytest.mark.parametrize("option", ["plain", "negative", "segments-4", "equation", "k0", "k1", "k3"])
+@pytest.mark.parametrize("name", ["bf16", "f32", "f64"])
+def test_matmul_products_overflow_one_by_one(backend: ModuleType, target: str, option: str, name: str):
+    """Each product is infinite where it overflows, before it is added: beside it one of the other sign gives nan."""
+    dtype = FLOATS[name]
+    huge = np.ldexp(1.75, 127 if name != "f64" else 1023)
+    a = np.array([[np.inf, huge], [-np.inf, huge], [huge, huge], [huge, 1.0]], dtype)
+    b = np.array([[1.0, huge, huge, 1.0, 2.0], [-huge, -huge, 1.0, -huge, -2.0]], dtype)
+    got = check_matmul(backend, OPTIONS[option], a, b)
+    assert np.isnan(got[0, :2].astype(np.float64)).all()
+    assert np.isnan(got[2, 1].astype(np.float64))
+    assert got[2, 2].astype(np.float64) == np.inf
+
+
 @pytest.mark.parametrize("name", FLOATS)
 def test_matmul_subnormal_operands(backend: ModuleType, target: str, name: str):
     dtype = FLOATS[name]
@@ -607,6 +621,25 @@ def test_matmul_grad_shapes(backend: ModuleType, target: str, shape: tuple[int, 
     check_matmul_grad(
         backend, PLAIN, normal((m, k), dtype, 1), normal((k, n), dtype, 2), normal((m, n), dtype, 3), mode
     )
+
+
+@pytest.mark.parametrize("option", ["plain", "negative", "minimax", "segments-4", "equation", "k1"])
+@pytest.mark.parametrize("name", ["bf16", "f32", "f64"])
+def test_matmul_exact_grad_near_overflow(backend: ModuleType, target: str, option: str, name: str):
+    """A gradient that its dtype holds is finite, however near to overflow the operands lie. One term each."""
+    dtype = FLOATS[name]
+    huge = np.ldexp(1.0, 127 if name != "f64" else 1023)
+    rng = np.random.default_rng(1)
+    for b_size, dy_size in ((huge, 1.0), (1.0, huge), (1 / huge, huge), (huge / 8, 4.0), (4.0, huge / 8)):
+        a, b, dy = (
+            (rng.uniform(1.0, 1.99, (40, 1, 1)) * size * rng.choice([-1, 1], (40, 1, 1))).astype(dtype)
+            for size in (1.0, b_size, dy_size)
+        )
+        got = backend.mitchell_matmul_grad(a, b, dy, multiplier=OPTIONS[option], mode="exact")[0]
+        want = oracle("mitchell_matmul_grad", a, b, dy, multiplier=OPTIONS[option], mode="exact")[0]
+        assert np.isfinite(want.astype(np.float64)).any()
+        size = np.abs(np.where(np.isfinite(want.astype(np.float64)), want, 0).astype(np.float64))
+        close(got, want, tolerance.gradient(size, 1, dtype))
 
 
 @pytest.mark.parametrize("mode", MODES)

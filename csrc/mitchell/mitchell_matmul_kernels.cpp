@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Packing and register tiles of the Mitchell, bilinear, exact and gradient matrix products, compiled once per CPU
 // level.
+#include <type_traits>
+
 #include "core/half.h"
 #include "core/simd.h"
 #include "core/tile.h"
@@ -196,6 +198,11 @@ template <class T> FASTOPS_INLINE typename Bits<T>::F residue(typename Bits<T>::
   return select(small, rest * (1 / kUp), rest);
 }
 
+// Whether a product with it could overflow.
+template <class T> FASTOPS_INLINE typename Bits<T>::I is_large(typename Bits<T>::F x) {
+  return (bits<typename Bits<T>::I>(x) & Bits<T>::kMagnitude) >= Bits<T>::kLarge;
+}
+
 template <class T> struct Pair {
   typename Bits<T>::F first, second;
 };
@@ -284,6 +291,19 @@ template <class T, int RowsOfPanel, int ColsOfPanel> struct ExactBody {
   FASTOPS_INLINE Vector step(Row r, Column c, int, int, Vector acc) const { return simd::fma(r, c, acc); }
 };
 
+// Two steps are one product, which overflows before it is added: for panels with huge, infinite or nan values.
+template <class T, int RowsOfPanel, int ColsOfPanel> struct AnyPairBody {
+  using Vector = typename Bits<T>::F;
+  using Row = Pair<T>;
+  using Column = Pair<T>;
+  ExactBody<T, RowsOfPanel, ColsOfPanel> one;
+  FASTOPS_INLINE Row row(std::size_t k, int i) const { return {one.row(2 * k, i), one.row(2 * k + 1, i)}; }
+  FASTOPS_INLINE Column column(std::size_t k, int v) const { return {one.column(2 * k, v), one.column(2 * k + 1, v)}; }
+  FASTOPS_INLINE Vector step(const Row& r, const Column& c, int, int, Vector acc) const {
+    return acc + simd::fma(r.second, c.second, r.first * c.first);
+  }
+};
+
 // The power of two multiplies exactly, so one rounding is left, that of the sum; it carries a's sign and specials.
 template <class T, int RowsOfPanel, int ColsOfPanel> struct LogBody {
   using Vector = typename Bits<T>::F;
@@ -308,10 +328,12 @@ template <class T, int RowsOfPanel, int ColsOfPanel> struct LogBody {
 };
 
 // A term with any operands, for panels that hold huge, tiny, infinite or nan values: b is moved away from the ends of
-// the exponent's range and the scale moved against it, what overflows does so before it is added.
+// the exponent's range and the scale moved against it, what overflows does so before it is added. `unit` is a power of
+// two that belongs to the mantissa.
 template <class T>
 FASTOPS_INLINE typename Bits<T>::F any_term(typename Bits<T>::I b, typename Bits<T>::I mantissa,
-                                            typename Bits<T>::F scale, typename Bits<T>::Int mask) {
+                                            typename Bits<T>::F scale, typename Bits<T>::Int mask,
+                                            typename Bits<T>::F unit = typename Bits<T>::F{} + T(1)) {
   using B = Bits<T>;
   using F = typename B::F;
   using I = typename B::I;
@@ -324,7 +346,7 @@ FASTOPS_INLINE typename Bits<T>::F any_term(typename Bits<T>::I b, typename Bits
   const F factor = select(huge, F{} + T(16), select(tiny, F{} + T(0.0625), F{} + T(1)));
   I t = (b + move + mantissa) & mask;
   t = select(special, b, select(magnitude < B::kSmallest, b & B::kSign, t));
-  return bits<F>(t) * (scale * factor);
+  return bits<F>(t) * unit * (scale * factor);
 }
 
 template <class T, int RowsOfPanel, int ColsOfPanel> struct AnyLogBody : LogBody<T, RowsOfPanel, ColsOfPanel> {
@@ -394,8 +416,10 @@ template <class T, int RowsOfPanel, int ColsOfPanel> struct SlopeBody {
 template <class T, int RowsOfPanel, int ColsOfPanel> struct AnySlopeBody : SlopeBody<T, RowsOfPanel, ColsOfPanel> {
   using Base = SlopeBody<T, RowsOfPanel, ColsOfPanel>;
   using Vector = typename Base::Vector;
+  const T* factors;
   FASTOPS_INLINE Vector step(typename Base::Row r, typename Base::Column c, int i, int v, Vector acc) const {
-    return acc + any_term<T>(c, this->mantissa(i, v), r, ~Bits<T>::kFraction);
+    return acc + any_term<T>(c, this->mantissa(i, v), r, ~Bits<T>::kFraction,
+                             load<Vector>(factors + i * ColsOfPanel + v * Bits<T>::kWidth));
   }
 };
 
@@ -437,8 +461,10 @@ template <class T, int RowsOfPanel, int ColsOfPanel> struct SlopeABody {
 template <class T, int RowsOfPanel, int ColsOfPanel> struct AnySlopeABody : SlopeABody<T, RowsOfPanel, ColsOfPanel> {
   using Base = SlopeABody<T, RowsOfPanel, ColsOfPanel>;
   using Vector = typename Base::Vector;
+  const T* factors;
   FASTOPS_INLINE Vector step(typename Base::Row r, typename Base::Column c, int i, int v, Vector acc) const {
-    return acc + any_term<T>(r, this->mantissa(i, v), c, ~Bits<T>::kFraction);
+    return acc + any_term<T>(r, this->mantissa(i, v), c, ~Bits<T>::kFraction,
+                             load<Vector>(factors + i * ColsOfPanel + v * Bits<T>::kWidth));
   }
 };
 
@@ -512,7 +538,10 @@ void pack_b(const Product<T>& product, const PackedB<T>& packed, std::size_t p, 
       if constexpr (kBody == TileBody::kExact) {
         const Pair<T> pair = pack_pair_b(product, x);
         store(to + j, pair.first);
-        if (steps == 2) store(to + S::kCols + j, pair.second);
+        if (steps == 2) {
+          store(to + S::kCols + j, pair.second);
+          flagged |= is_large<T>(x);
+        }
       } else if constexpr (kSlopeOfA<kBody>) {
         store(to + j, x);
       } else {
@@ -612,6 +641,7 @@ bool pack_a(const Product<T>& product, std::size_t row, std::size_t rows, std::s
         store(second, pair.second);
         T* to = static_cast<T*>(panel);
         if (product.steps == 2) {
+          flagged |= is_large<T>(x);
           for (std::size_t l = 0; l < lanes; ++l) {
             to[(2 * (k + l)) * S::kRows + i] = first[l];
             to[(2 * (k + l) + 1) * S::kRows + i] = second[l];
@@ -704,7 +734,14 @@ FASTOPS_INLINE void one_tile(const Product<T>& product, const void* a, bool flag
   constexpr int kR = S::kRows, kC = S::kCols, kV = S::kVectors;
   (void)product, (void)row, (void)col, (void)flagged;
   if constexpr (kBody == TileBody::kExact) {
-    tile_any_size<T, kBody>(ExactBody<T, kR, kC>{static_cast<const T*>(a), b}, target, c);
+    const ExactBody<T, kR, kC> body{static_cast<const T*>(a), b};
+    if (flagged) {
+      TileTarget pairs = target;
+      pairs.steps /= 2;
+      tile<kR, kV>(AnyPairBody<T, kR, kC>{body}, pairs, c);
+    } else {
+      tile_any_size<T, kBody>(body, target, c);
+    }
   } else if constexpr (kBody == TileBody::kLog) {
     const LogEntry<T>* entries = static_cast<const LogEntry<T>*>(a);
     if (flagged)
@@ -733,21 +770,19 @@ FASTOPS_INLINE void one_tile(const Product<T>& product, const void* a, bool flag
     } else {
       alignas(64) T factors[kR * kC];
       slope_point<T, kBody>(product, row, col, target, mantissas, nullptr, factors);
-      if constexpr (kSlopeOfA<kBody>) {
-        if (flagged)
-          run_tile<kR, kV>(AnySlopeABody<T, kR, kC>{{values, b, mantissas}}, target.steps, acc);
-        else
-          run_tile<kR, kV>(SlopeABody<T, kR, kC>{values, b, mantissas}, target.steps, acc);
+      using Short = std::conditional_t<kSlopeOfA<kBody>, SlopeABody<T, kR, kC>, SlopeBody<T, kR, kC>>;
+      using Any = std::conditional_t<kSlopeOfA<kBody>, AnySlopeABody<T, kR, kC>, AnySlopeBody<T, kR, kC>>;
+      const Short body{values, b, mantissas};
+      // A factor below 1 must not wait for the end: what it halves could be infinite by then.
+      if (flagged || product.c < 0) {
+        run_tile<kR, kV>(Any{body, factors}, target.steps, acc);
       } else {
-        if (flagged)
-          run_tile<kR, kV>(AnySlopeBody<T, kR, kC>{{values, b, mantissas}}, target.steps, acc);
-        else
-          run_tile<kR, kV>(SlopeBody<T, kR, kC>{values, b, mantissas}, target.steps, acc);
-      }
+        run_tile<kR, kV>(body, target.steps, acc);
 #pragma GCC unroll 12
-      for (int i = 0; i < kR; ++i)
+        for (int i = 0; i < kR; ++i)
 #pragma GCC unroll 4
-        for (int v = 0; v < kV; ++v) acc[i][v] *= load<F>(factors + i * kC + v * B::kWidth);
+          for (int v = 0; v < kV; ++v) acc[i][v] *= load<F>(factors + i * kC + v * B::kWidth);
+      }
     }
     store_tile<kR, kV>(acc, c, target.ldc, target.rows, target.cols, target.first);
   }

@@ -452,7 +452,7 @@ def _mul_slope(spec: OpSpec, dtype: np.dtype[Any], a: Array, b: Array, dy: Array
         e = f - ea + (s >> bits)
     elif spec.form == ITERATIVE:
         y = y + (1 << bits)
-        factor, e = factor * (y - _residue(y, spec.corrections)), e - bits
+        factor = factor * (y - _residue(y, spec.corrections)) * 2.0**-bits
     slope = np.where(np.isfinite(b) & (b != 0), np.ldexp(dy * factor, e), dy * b)
     return np.where(np.isnan(a), np.nan, slope)
 
