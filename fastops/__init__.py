@@ -50,8 +50,10 @@ except ImportError:
 
 if TYPE_CHECKING:
     from .analysis import optimal_offset
+    from .averaging import EMA, posthoc_ema_weights
 
 __all__ = [
+    "EMA",
     "Multiplier",
     "TensorList",
     "__version__",
@@ -79,21 +81,22 @@ __all__ = [
     "mitchell_sqrt",
     "mitchell_square",
     "optimal_offset",
+    "posthoc_ema_weights",
     "set_num_threads",
     "sgd_step_",
     "show_config",
     "target",
 ]
 
-_SUBMODULES = ("analysis", "bench", "native", "numba", "reference")
+# Loaded on demand: an import of fastops stays cheap.
+_LAZY = {"EMA": "averaging", "optimal_offset": "analysis", "posthoc_ema_weights": "averaging"}
+_SUBMODULES = ("analysis", "averaging", "bench", "native", "numba", "reference")
 
 
 def __getattr__(name: str) -> Any:
     """What is loaded on demand, and the operations of a `Multiplier` by their names (pickles hold those)."""
-    if name == "optimal_offset":
-        from .analysis import optimal_offset
-
-        return optimal_offset
+    if name in _LAZY:
+        return getattr(_import_module(f"{__name__}.{_LAZY[name]}"), name)
     if name in _SUBMODULES:
         return _import_module(f"{__name__}.{name}")
     op, _, token = name.removeprefix("mitchell_").partition("__")
