@@ -234,7 +234,7 @@ class EMA:
                 with np.errstate(all="ignore"):
                     shadow[...] = array
             first.append(shadow)
-        self._shadows = [first, *([_copy(shadow) for shadow in first] for _ in decays[1:])]
+        self._shadows = [first, *([_copy(shadow, shadow) for shadow in first] for _ in decays[1:])]
         self._progress = _Progress(0, 0, 0, 0, 0, (0.0,) * len(decays))
         self._held: tuple[int, list[AnyArray]] | None = None
         self._make_plans()
@@ -263,8 +263,10 @@ class EMA:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        # NumPy's own unpickling knows nothing of cache lines, and a shallow copy must not share the shadows.
-        self._shadows = [[_copy(shadow) for shadow in shadows] for shadows in self._shadows]
+        # Pickles keep neither cache lines nor the order of axes, and a shallow copy must not share the shadows.
+        arrays = self._arrays(self._sources)
+        likes = [array for entry, array in zip(self._entries, arrays, strict=True) if entry.kind != "skip"]
+        self._shadows = [[_copy(s, like) for s, like in zip(shadows, likes, strict=True)] for shadows in self._shadows]
         self._make_plans()
 
     def __repr__(self) -> str:
@@ -896,8 +898,8 @@ def _aligned(like: AnyArray, dtype: np.dtype[Any]) -> AnyArray:
     return array.transpose([axes.index(axis) for axis in range(like.ndim)])
 
 
-def _copy(array: AnyArray) -> AnyArray:
-    new = _aligned(array, array.dtype)
+def _copy(array: AnyArray, like: AnyArray) -> AnyArray:
+    new = _aligned(like if like.shape == array.shape else array, array.dtype)
     new[...] = array
     return new
 

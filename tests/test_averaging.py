@@ -285,7 +285,7 @@ def test_shadows_lie_on_cache_lines_in_the_order_of_their_parameters() -> None:
     base = np.zeros((4, 3, 5, 7), np.float32)
     params = [base, base.transpose(0, 3, 1, 2), np.asfortranarray(base[0, 0]), base[::2, :, 1:3], base[0, 0, 0, 0:1], np.zeros((0, 3)), np.array(1.0), np.broadcast_to(base[0, 0, :, :1], (5, 6))]  # fmt: skip
     for ema in (EMA(params), copy.copy(EMA(params)), pickle.loads(pickle.dumps(EMA(params)))):
-        for p, shadow in zip(params, ema.shadows, strict=True):
+        for p, shadow in zip(ema._sources, ema.shadows, strict=True):
             assert shadow.ctypes.data % 64 == 0 or not shadow.size
             assert shadow.shape == p.shape
             if p.size:
