@@ -123,8 +123,8 @@ def plot(history: History, path: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Train, compare, print; the table goes to stdout."""
     parser = argparse.ArgumentParser(description="Digits with and without a moving average of the weights.")
-    parser.add_argument("--epochs", type=int, default=30, help="passes over the training images (default: 30)")
-    parser.add_argument("--rate", type=float, default=0.15, help="learning rate (default: 0.15)")
+    parser.add_argument("--epochs", type=int, default=15, help="passes over the training images (default: 15)")
+    parser.add_argument("--rate", type=float, default=0.08, help="learning rate (default: 0.08)")
     parser.add_argument("--decay", type=float, default=0.998, help="of the moving average (default: 0.998)")
     parser.add_argument("--seed", type=int, default=0, help="of the split and the weights (default: 0)")
     parser.add_argument("--plot", metavar="FILE", help="draw the accuracies to an SVG or PNG file")

@@ -121,3 +121,8 @@ def stochastic_mean(decay: float, elements: int) -> float:
     1 / (1 - decay^2) of it; elements are independent. Six deviations.
     """
     return float(6.0 * 2.0**-9 / np.sqrt((1.0 - decay**2) * elements))
+
+
+# Points of accuracy by which the average of the digits example beats the raw weights over the later half of 12 epochs; five seeds
+# gave 1.1 to 2.7.
+AVERAGE_GAIN = 0.5
