@@ -41,6 +41,7 @@ except ImportError:
 if TYPE_CHECKING:
     from ._tensors import TensorList
     from .analysis import optimal_offset
+    from .averaging import EMA, posthoc_ema_weights
     from .optim import (
         adamw_step_,
         adaptive_eg_step_,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "EMA",
     "Multiplier",
     "TensorList",
     "__version__",
@@ -79,15 +81,17 @@ __all__ = [
     "mitchell_sqrt",
     "mitchell_square",
     "optimal_offset",
+    "posthoc_ema_weights",
     "set_num_threads",
     "sgd_step_",
     "show_config",
     "target",
 ]
 
-_SUBMODULES = ("analysis", "bench", "native", "numba", "optim", "reference")
+_SUBMODULES = ("analysis", "averaging", "bench", "native", "numba", "optim", "reference")
 # Public names that are loaded when they are first asked for, and their modules.
 _LATER = {
+    "EMA": "averaging",
     "TensorList": "_tensors",
     "adamw_step_": "optim",
     "adaptive_eg_step_": "optim",
@@ -96,6 +100,7 @@ _LATER = {
     "lazy_adamw_rows_": "optim",
     "lookahead_sync_": "optim",
     "optimal_offset": "analysis",
+    "posthoc_ema_weights": "averaging",
     "sgd_step_": "optim",
 }
 

@@ -248,10 +248,16 @@ def _from_torch(name: str, tensor: Any) -> AnyArray:
                 raise _validate.wrong_type(name, "of a dtype that NumPy knows", Text("bfloat16 without ml_dtypes"))
             import torch
 
-            return plain.view(torch.int16).numpy().view(bfloat16)  # type: ignore[no-any-return]
-        return plain.numpy()  # type: ignore[no-any-return]
+            array = plain.view(torch.int16).numpy().view(bfloat16)
+        else:
+            array = plain.numpy()
     except RuntimeError:
         raise _validate.wrong_type(name, "a dense tensor", Text(f"a tensor of layout {tensor.layout}")) from None
+    # A storage can be resized under its tensor; NumPy then shows memory that is not the tensor's.
+    reach = sum((length - 1) * stride for length, stride in zip(plain.shape, plain.stride(), strict=True)) + 1
+    if array.size and (plain.storage_offset() + reach) * array.itemsize > plain.untyped_storage().nbytes():
+        raise _validate.wrong_value(name, "a tensor whose storage holds its elements", Text("one resized to fewer"))
+    return array  # type: ignore[no-any-return]
 
 
 def _allowed(role: Role, main: np.dtype[Any]) -> tuple[tuple[np.dtype[Any], ...], str]:

@@ -77,6 +77,11 @@ def busy(name: str) -> RuntimeError:
     return RuntimeError(f"{name} must be used by one thread at a time, got a call during another")
 
 
+def wrong_moment(name: str, wanted: str, got: str) -> RuntimeError:
+    """The RuntimeError for a call that the state of its object does not allow."""
+    return RuntimeError(f"{name} must be {wanted}, got {got}")
+
+
 def no_pickle(name: str, why: str) -> TypeError:
     """The TypeError for an object that stands for something of this process alone."""
     return TypeError(f"{name} must not be pickled: {why}")

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import tolerance
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -71,3 +72,20 @@ def test_signed_table_is_the_integer_product_with_sign(network: ModuleType) -> N
     assert table[200, 256 - 3] == -544
     assert not table[0].any()
     assert not table[:, 0].any()
+
+
+def test_moving_average_beats_the_raw_weights(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    picture = tmp_path / "accuracy.svg"
+    command = [sys.executable, str(EXAMPLES / "moving_average.py"), "--epochs", "12", "--plot", str(picture)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert run.returncode == 0, run.stderr
+    header, *rows = run.stdout.splitlines()
+    assert header.split() == ["epoch", "raw", "average"]
+    assert [row.split()[0] for row in rows[:-2]] == ["1", "2", "3", "4", "5", "10", "12"]
+    mean = {name: float(text.split()[0]) for name, text in (row.split(": ") for row in rows[-2:])}
+    # Chance is 10 %; a network that did not learn would agree with anything.
+    assert mean["raw weights"] > 85
+    assert mean["moving average"] >= mean["raw weights"] + tolerance.AVERAGE_GAIN
+    assert picture.read_text(encoding="utf-8").count("<path") > 10

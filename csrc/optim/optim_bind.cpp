@@ -145,7 +145,8 @@ bool view_tensor(PyObject* object, View* v) {
   for (int axis = 0; axis < v->ndim; ++axis) v->size *= static_cast<std::size_t>(v->shape[axis]);
   v->unit = v->dtype == kNoDtype ? 0 : static_cast<py::ssize_t>(kItemSize[v->dtype]);
   v->contiguous = v->strides == nullptr || is_contiguous(v->shape, v->strides, v->ndim, 1);
-  return true;
+  // A storage that was resized to nothing under its tensor.
+  return t.data != nullptr || v->size == 0;
 }
 
 constexpr int kContiguousFlag = 0x0001, kWriteableFlag = 0x0400;
