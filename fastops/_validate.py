@@ -247,7 +247,7 @@ def broadcast_shapes(*shapes: tuple[int, ...]) -> tuple[int, ...]:
         for axis, length in enumerate(shape, len(common) - len(shape)):
             if length != 1:
                 if common[axis] not in (1, length):
-                    raise ValueError(f"shapes {_clip(str(shapes))} do not broadcast")
+                    raise wrong_value("shapes", "such that they broadcast", Text(_clip(str(shapes))))
                 common[axis] = length
     return tuple(common)
 
