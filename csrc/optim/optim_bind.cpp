@@ -46,11 +46,25 @@ struct DlExchange {
 constexpr std::int32_t kDlCpu = 1;
 constexpr std::uint32_t kDlMajor = 1;
 
-// The interface of a type, null where it has none. The few types met are kept, for good.
-const DlExchange* exchange_of(PyTypeObject* type) {
+struct Exchange {
+  const DlExchange* functions;  // null where the type has none
+  bool writable;
+};
+
+// The interface does not say whether memory may be written: torch's may, others' arrays may be immutable.
+bool is_torch(PyTypeObject* type) {
+  for (const py::handle base : py::reinterpret_borrow<py::tuple>(type->tp_mro)) {
+    const auto module = py::str(py::getattr(base, "__module__", py::str())).cast<std::string>();
+    if (module == "torch" || module.rfind("torch.", 0) == 0) return true;
+  }
+  return false;
+}
+
+// The few types met are kept, for good.
+Exchange exchange_of(PyTypeObject* type) {
   struct Known {
     PyTypeObject* type;
-    const DlExchange* exchange;
+    Exchange exchange;
   };
   static thread_local std::vector<Known> known;
   for (const Known& entry : known)
@@ -64,12 +78,13 @@ const DlExchange* exchange_of(PyTypeObject* type) {
     if (exchange->major != kDlMajor) exchange = nullptr;
     break;
   }
+  const Exchange found{exchange, exchange != nullptr && is_torch(type)};
   constexpr std::size_t kMost = 64;
   if (known.size() < kMost) {
+    known.push_back({type, found});
     Py_INCREF(type);
-    known.push_back({type, exchange});
   }
-  return exchange;
+  return found;
 }
 
 // ---- one array ----
@@ -105,8 +120,8 @@ std::uint8_t dtype_of(PyObject* descriptor) {
     found = FASTOPS_BF16;
   constexpr std::size_t kMost = 16;
   if (known.size() < kMost) {
-    Py_INCREF(descriptor);
     known.push_back({descriptor, found});
+    Py_INCREF(descriptor);
   }
   return found;
 }
@@ -121,10 +136,10 @@ bool is_contiguous(const py::ssize_t* shape, const py::ssize_t* strides, int ndi
 
 // False where the object is of another kind.
 bool view_tensor(PyObject* object, View* v) {
-  const DlExchange* const exchange = exchange_of(Py_TYPE(object));
-  if (exchange == nullptr) return false;
+  const Exchange exchange = exchange_of(Py_TYPE(object));
+  if (exchange.functions == nullptr) return false;
   DlTensor t;
-  if (exchange->view(object, &t) != 0) {
+  if (exchange.functions->view(object, &t) != 0) {
     PyErr_Clear();
     return false;
   }
@@ -140,7 +155,7 @@ bool view_tensor(PyObject* object, View* v) {
   v->ndim = t.ndim;
   v->shape = reinterpret_cast<const py::ssize_t*>(t.shape);
   v->strides = reinterpret_cast<const py::ssize_t*>(t.strides);
-  v->writable = true;
+  v->writable = exchange.writable;
   v->size = 1;
   for (int axis = 0; axis < v->ndim; ++axis) v->size *= static_cast<std::size_t>(v->shape[axis]);
   v->unit = v->dtype == kNoDtype ? 0 : static_cast<py::ssize_t>(kItemSize[v->dtype]);
