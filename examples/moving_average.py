@@ -15,8 +15,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 from dataclasses import dataclass, field
 from typing import Any
+
+# NumPy's BLAS reads it when it is loaded: matrices this small lose by threads.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 import numpy.typing as npt
