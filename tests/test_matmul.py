@@ -284,6 +284,37 @@ def test_matmul_bits_do_not_depend_on_the_threads(backend: ModuleType, target: s
         fastops.set_num_threads(before)
 
 
+@pytest.mark.parametrize("option", ["plain", "min-mse", "negative", "m7"])
+@pytest.mark.parametrize("name", ["f32", "f64"])
+def test_matmul_bits_do_not_depend_on_the_neighbours(backend: ModuleType, target: str, option: str, name: str):
+    """Which values a panel holds chooses the way it is multiplied, never the result of another row or column."""
+    if backend.__name__ == REFERENCE:
+        pytest.skip("its sums are NumPy's")
+    dtype = FLOATS[name]
+    plain = normal((9, 600), dtype, 1, zeros=0.0), normal((600, 70), dtype, 2, zeros=0.0)
+    wide = 2.0 ** np.random.default_rng(3).uniform(-40, 40, (9, 600))
+    edges = np.array([2.0**-21, np.nextafter(2.0**-21, 0), 2.0**12, np.nextafter(2.0**12, 0), 1 / 3])
+    edge = np.random.default_rng(4).choice(edges, (9, 600))
+    for left, right in ((0.0, 0.0), (0.3, 0.0), (0.0, 0.3), (0.3, 0.3)):
+        for scale in (1.0, wide.astype(dtype), edge.astype(dtype)):
+            a = plain[0] * scale * (normal((9, 600), dtype, 5, left) != 0)
+            b = plain[1] * (normal((600, 70), dtype, 6, right) != 0)
+            # Sums that cancel, and sums of nothing.
+            a[2, 1::2], b[1::2] = -a[2, ::2], b[::2]
+            a[3] = 0
+            b[:, 5] = 0
+            want = backend.mitchell_matmul(a, b, multiplier=OPTIONS[option], out=None)
+            assert not want[3].any()
+            assert not want[:, 5].any()
+            for value in (0.0, 1e-30, 1e-37, 1e30, np.inf):
+                x, y = a.copy(), b.copy()
+                x[4, 7] = y[8, 9] = value
+                got = backend.mitchell_matmul(x, b, multiplier=OPTIONS[option], out=None)
+                assert_same_bits(np.delete(got, 4, 0), np.delete(want, 4, 0))
+                got = backend.mitchell_matmul(a, y, multiplier=OPTIONS[option], out=None)
+                assert_same_bits(np.delete(got, 9, 1), np.delete(want, 9, 1))
+
+
 def test_matmul_of_blocks_larger_than_the_caches(backend: ModuleType, target: str):
     if backend.__name__ == REFERENCE:
         pytest.skip("compared with itself")

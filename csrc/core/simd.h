@@ -425,6 +425,39 @@ template <int Size> FASTOPS_INLINE i32 interleave_high(i32 a, i32 b) {
   return interleave_generic<Size, 8>(a, b);
 #endif
 }
+// Transposes, within each 128-bit part, the elements of Size bytes of as many vectors as a part has elements.
+template <int Size> FASTOPS_INLINE void turn(i32 (&x)[16 / Size]) {
+  static_assert(Size == 4 || Size == 8);
+  const i32 a = interleave_low<Size>(x[0], x[1]), b = interleave_high<Size>(x[0], x[1]);
+  if constexpr (Size == 8) {
+    x[0] = a;
+    x[1] = b;
+  } else {
+    const i32 c = interleave_low<4>(x[2], x[3]), d = interleave_high<4>(x[2], x[3]);
+    x[0] = interleave_low<8>(a, c);
+    x[1] = interleave_high<8>(a, c);
+    x[2] = interleave_low<8>(b, d);
+    x[3] = interleave_high<8>(b, d);
+  }
+}
+
+// The 128-bit parts, `stride` bytes apart.
+FASTOPS_INLINE void store_parts(char* to, std::size_t stride, i32 v) {
+#if defined(FASTOPS_AVX512)
+  _mm_storeu_si128((__m128i*)to, _mm512_castsi512_si128((__m512i)v));
+  _mm_storeu_si128((__m128i*)(to + stride), _mm512_maskz_extracti32x4_epi32(__mmask8(-1), (__m512i)v, 1));
+  _mm_storeu_si128((__m128i*)(to + 2 * stride), _mm512_maskz_extracti32x4_epi32(__mmask8(-1), (__m512i)v, 2));
+  _mm_storeu_si128((__m128i*)(to + 3 * stride), _mm512_maskz_extracti32x4_epi32(__mmask8(-1), (__m512i)v, 3));
+#elif defined(FASTOPS_AVX2)
+  _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128((__m256i)v));
+  _mm_storeu_si128((__m128i*)(to + stride), _mm256_extracti128_si256((__m256i)v, 1));
+#else
+  alignas(kBytes) char parts[kBytes];
+  std::memcpy(parts, &v, kBytes);
+  for (std::size_t p = 0; p < kBytes / 16; ++p) std::memcpy(to + p * stride, parts + 16 * p, 16);
+#endif
+}
+
 // Sums of neighbouring signed 16-bit elements.
 FASTOPS_INLINE i32 add_pairs16(i32 v) {
 #if defined(FASTOPS_AVX512)

@@ -52,16 +52,10 @@ template <int Width> FASTOPS_INLINE void build(const char* const* rows, char* ta
 #pragma GCC unroll 8
     for (std::size_t r = 0; r < kPart; ++r) x[r] = load_parts(rows, r, kPart, v * Width);
     const auto put = [&](std::size_t i, i32 value) { std::memcpy(table + i * kBytes, &value, kBytes); };
-    if constexpr (Width == 8) {
-      put(0, interleave_low<8>(x[0], x[1]));
-      put(1, interleave_high<8>(x[0], x[1]));
-    } else if constexpr (Width == 4) {
-      const i32 t0 = interleave_low<4>(x[0], x[1]), t1 = interleave_low<4>(x[2], x[3]);
-      const i32 t2 = interleave_high<4>(x[0], x[1]), t3 = interleave_high<4>(x[2], x[3]);
-      put(0, interleave_low<8>(t0, t1));
-      put(1, interleave_high<8>(t0, t1));
-      put(2, interleave_low<8>(t2, t3));
-      put(3, interleave_high<8>(t2, t3));
+    if constexpr (Width >= 4) {
+      simd::turn<Width>(x);
+#pragma GCC unroll 4
+      for (std::size_t i = 0; i < kPart; ++i) put(i, x[i]);
     } else {
       i32 t[8], u[8];
 #pragma GCC unroll 4

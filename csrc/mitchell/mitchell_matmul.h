@@ -88,7 +88,7 @@ template <class T> struct Product {
 // Tile sizes of a body: rows and columns of the register tile, steps of depth packed at once, rows packed at once.
 struct TileShape {
   std::size_t rows, cols, depth, block;
-  std::size_t bytes_a;  // of packed a, for one row and step
+  std::size_t scratch;  // bytes
 };
 
 // Rows row0 .. row1 and columns col0 .. col1 (col0 on a panel's edge) over depth0 .. depth1 (depth0 on a block's edge).
@@ -99,7 +99,7 @@ struct BlockRange {
 // b packed by panels of `cols` columns: block of depth d, panel p at data + (d panels + p) panel_size.
 template <class T> struct PackedB {
   T* data;
-  unsigned char* flags;  // one a panel: holds values that the short body cannot multiply
+  unsigned char* flags;  // one a panel: what its values allow
   std::size_t panels;    // of the columns packed
   std::size_t panel_size;
   std::size_t col0, depth0;  // where the packed part begins
@@ -110,7 +110,7 @@ template <class T> struct MatmulKernels {
   // Packs panel p of the depth block d.
   void (*pack_b)(const Product<T>& product, const PackedB<T>& packed, std::size_t p, std::size_t d, std::size_t depth1);
   // c, of leading dimension ldc and with (row0, col0) as its first element, becomes (first) or gains the product over
-  // the range. `scratch` holds block rows of packed a: block * depth * bytes_a + block bytes.
+  // the range.
   void (*multiply)(const Product<T>& product, const PackedB<T>& packed, const BlockRange& range, void* scratch, T* c,
                    std::ptrdiff_t ldc, bool first);
   // Writes rounded accumulators to product.out.

@@ -96,8 +96,7 @@ template <class T> Plan make_plan(const Product<T>& p) noexcept {
     // Even shares: not one short block at the end.
     plan.block_rows = ceil_div(ceil_div(p.rows, ceil_div(p.rows, plan.block_rows)), shape.rows) * shape.rows;
   }
-  plan.scratch = shape.block * shape.depth * shape.bytes_a + shape.block + 64;
-  plan.scratch = (plan.scratch + 63) / 64 * 64;
+  plan.scratch = ceil_div(shape.scratch, 64) * 64 + 64;
   if (!plan.direct) {
     const bool one_pass = plan.pass_depth == p.depth;
     plan.rows_kept = one_pass ? plan.block_rows : p.rows;

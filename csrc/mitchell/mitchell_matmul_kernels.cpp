@@ -42,9 +42,9 @@ template <class T> struct Bits : Number<T> {
   static constexpr Int kSign = static_cast<Int>(static_cast<std::uint64_t>(1) << (sizeof(T) * 8 - 1));
   static constexpr Int kMagnitude = ~kSign;
   static constexpr Int kInfinity = kMagnitude & ~kFraction;
+  static constexpr Int kOne = (kInfinity >> 1) & ~kFraction;
   // Half of the largest exponent: a product overflows only where an operand reaches it.
-  static constexpr Int kLarge =
-      (kInfinity >> 1 & ~kFraction) + (kInfinity >> kMantissa >> 2) * kSmallest - 2 * kSmallest;
+  static constexpr Int kLarge = kOne + (kInfinity >> kMantissa >> 2) * kSmallest - 2 * kSmallest;
 };
 
 // ---- reading operands ----
@@ -161,9 +161,10 @@ template <class T> const T* read(const Operand& x, std::size_t row, std::size_t 
   return buffer;
 }
 
+// Filled up with ones, which no product minds.
 template <class T> FASTOPS_INLINE typename Bits<T>::F load_some(const T* p, std::size_t n) {
   using F = typename Bits<T>::F;
-  return n >= Bits<T>::kWidth ? load<F>(p) : simd::load_first<F>(p, n, T{});
+  return n >= Bits<T>::kWidth ? load<F>(p) : simd::load_first<F>(p, n, T(1));
 }
 
 // ---- what packing makes of the values ----
@@ -240,6 +241,54 @@ template <class T> FASTOPS_INLINE Pair<T> pack_pair_b(const Product<T>& product,
   return {x, select(special, F{}, x - rest)};
 }
 
+// What a panel holds, and so which bodies can multiply it.
+constexpr unsigned char kZeros = 1;  // zeros
+constexpr unsigned char kWide = 2;   // values outside [Traces::kLeast, kMost)
+constexpr unsigned char kFar = 4;    // values whose product with another such leaves the exponent's range
+constexpr unsigned char kAny = 8;    // huge, tiny, infinite or nan: only the body that takes every value
+constexpr unsigned char flag_if(bool found, unsigned char flag) { return found ? flag : 0; }
+
+// SumBody has no zero: in a zero's place stands a power of two so small that its product, a trace, leaves every other
+// sum of the panel as it is. Products of operands in [kLeast, kMost) are multiples of kUnit = 2^-(2 low + 1 +
+// mantissa), so a sum of them is zero or at least kUnit, and a trace is below a quarter of its last bit. Only where the
+// sum is zero do traces add up, to less than kUnit, and are taken off at the end. Zeros of one operand only: a trace of
+// two would be too small for a number. With a constant in (-1, 1): 3 low + high <= bias - 2 mantissa - 6.
+template <class T> struct Traces {
+  using B = Bits<T>;
+  using Int = typename B::Int;
+  static constexpr Int kBias = B::kOne >> B::kMantissa;
+  static constexpr Int kLow = kBias / 6, kHigh = kBias / 10;
+  static_assert(3 * kLow + kHigh <= kBias - 2 * B::kMantissa - 6, "a trace would change a sum");
+  static constexpr Int kLeast = B::kOne - kLow * B::kSmallest, kMost = B::kOne + kHigh * B::kSmallest;
+  static constexpr Int kUnit = B::kOne - (2 * kLow + 1 + B::kMantissa) * B::kSmallest;
+  static constexpr Int kForA = kLow * B::kSmallest - B::kOne + B::kSmallest;  // in units of SumBody's a
+  static constexpr Int kForB = (kLow + 2) * B::kSmallest;
+};
+
+// The least and the largest magnitude that were added, zeros apart.
+template <class T> struct Extremes {
+  using B = Bits<T>;
+  using I = typename B::I;
+  I least = I{} + B::kMagnitude, most{}, zero{};
+  FASTOPS_INLINE void add(I u) {
+    const I magnitude = u & B::kMagnitude, below = (magnitude - 1) & B::kMagnitude;
+    zero |= magnitude == 0;
+    least = select(below < least, below, least);
+    most = select(magnitude > most, magnitude, most);
+  }
+  FASTOPS_INLINE unsigned char flags() const {
+    const bool far = simd::any((least < 2 * B::kOne - B::kLarge - 1) | (most >= B::kLarge));
+    const bool wide = simd::any((least < Traces<T>::kLeast - 1) | (most >= Traces<T>::kMost));
+    const bool any = simd::any((least < 2 * B::kSmallest - 1) | (most >= B::kLarge));
+    return flag_if(simd::any(zero), kZeros) | flag_if(wide, kWide) | flag_if(far, kFar) | flag_if(any, kAny);
+  }
+};
+
+// Whether SumBody can multiply two panels.
+constexpr bool sums_suffice(unsigned char a, unsigned char b) {
+  return ((a | b) & (kFar | kAny)) == 0 && ((a | b) & (kZeros | kWide)) != (kZeros | kWide) && (a & b & kZeros) == 0;
+}
+
 // The mantissa of a with the constant, brought into [0, 1) by moving a unit into the exponent of `scale`: then b = 0
 // stays below the smallest normal (which the tile reads as zero) and no other b overflows but those flagged.
 template <class T> struct LogEntry {
@@ -247,22 +296,25 @@ template <class T> struct LogEntry {
   T scale;
 };
 
+// As clean(), but subnormals stay: kAny tells of them.
+template <class T> FASTOPS_INLINE typename Bits<T>::I cut(typename Bits<T>::I u, typename Bits<T>::Int keep) {
+  return select((u & Bits<T>::kMagnitude) > Bits<T>::kInfinity, u, u & keep);
+}
+
 template <class T>
-FASTOPS_INLINE typename Bits<T>::I log_entry(typename Bits<T>::F x, typename Bits<T>::Int keep, typename Bits<T>::Int c,
-                                             typename Bits<T>::I* mantissa, typename Bits<T>::I* scale) {
+FASTOPS_INLINE void log_entry(typename Bits<T>::I u, typename Bits<T>::Int c, typename Bits<T>::I* mantissa,
+                              typename Bits<T>::I* scale) {
   using B = Bits<T>;
   using I = typename B::I;
-  const I u = bits<I>(clean<T>(x, keep)), magnitude = u & B::kMagnitude;
+  const I magnitude = u & B::kMagnitude;
   const I regular = (magnitude >= B::kSmallest) & (magnitude < B::kInfinity);
   const I m = select(regular, (u & B::kFraction) + c, I{});
   const I s = select(regular, u & ~B::kFraction, u);
   I move = select(m >= B::kSmallest, I{} + B::kSmallest, select(m < 0, I{} - B::kSmallest, I{}));
   const I moved = (s + move) & B::kInfinity;
-  const I stuck = (move != 0) & ((moved == B::kInfinity) | (moved == 0));
-  move = select(stuck, I{}, move);
+  move = select((moved == B::kInfinity) | (moved == 0), I{}, move);
   *mantissa = m - move;
   *scale = s + move;
-  return stuck | (regular & (magnitude >= B::kLarge));
 }
 
 // b as bits; true where the short body cannot multiply it.
@@ -303,6 +355,35 @@ template <class T, int RowsOfPanel, int ColsOfPanel> struct AnyPairBody {
     return acc + simd::fma(r.second, c.second, r.first * c.first);
   }
 };
+
+// Where no product can leave the exponent's range, a's exponent and sign are in the sum as well: the product is the
+// float of these bits.
+template <class T, int RowsOfPanel, int ColsOfPanel> struct SumBody {
+  using Vector = typename Bits<T>::F;
+  using Row = typename Bits<T>::I;
+  using Column = Row;
+  const typename Bits<T>::Int* a;
+  const T* b;
+  bool traces;
+  FASTOPS_INLINE Row row(std::size_t k, int i) const { return splat<Row>(a[k * RowsOfPanel + i]); }
+  FASTOPS_INLINE Column column(std::size_t k, int v) const {
+    return bits<Row>(load<Vector>(b + k * ColsOfPanel + v * Bits<T>::kWidth));
+  }
+  FASTOPS_INLINE Vector step(Row r, Column c, int, int, Vector acc) const { return acc + bits<Vector>(c + r); }
+};
+
+// Takes traces off finished sums.
+template <class Body, int Rows, int Vectors, class V> FASTOPS_INLINE void settle(const Body&, V (&)[Rows][Vectors]) {}
+template <class T, int RowsOfPanel, int ColsOfPanel, int Rows, int Vectors, class V>
+FASTOPS_INLINE void settle(const SumBody<T, RowsOfPanel, ColsOfPanel>& body, V (&acc)[Rows][Vectors]) {
+  using I = typename Bits<T>::I;
+  if (!body.traces) return;
+#pragma GCC unroll 12
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v)
+      acc[i][v] = select((bits<I>(acc[i][v]) & Bits<T>::kMagnitude) < Traces<T>::kUnit, V{}, acc[i][v]);
+}
 
 // The power of two multiplies exactly, so one rounding is left, that of the sum; it carries a's sign and specials.
 template <class T, int RowsOfPanel, int ColsOfPanel> struct LogBody {
@@ -501,7 +582,7 @@ template <TileBody kBody> constexpr Sizes sizes() {
   return {6, 4, 512, 120};
 #else
   if (kBody == TileBody::kExact) return {6, 2, 256, 120};
-  if (kBody == TileBody::kLog) return {3, 3, 256, 120};
+  if (kBody == TileBody::kLog) return {5, 2, 256, 120};
   if (kBody == TileBody::kSegments) return {4, 2, 128, 48};
   return {4, 2, 256, 120};
 #endif
@@ -513,9 +594,12 @@ template <class T, TileBody kBody> struct Tile {
   static constexpr int kCols = kVectors * static_cast<int>(Bits<T>::kWidth);
   static constexpr std::size_t kDepth = kSizes.depth;
   static constexpr std::size_t kBlock = kSizes.block / kRows * kRows;
-  static constexpr std::size_t kBytesA = kBody == TileBody::kLog        ? sizeof(LogEntry<T>)
-                                         : kBody == TileBody::kSegments ? 17 * sizeof(T)
-                                                                        : sizeof(T);
+  static constexpr std::size_t kBytesA = kBody == TileBody::kSegments ? 17 * sizeof(T) : sizeof(T);
+  // Scratch: packed a, for kLog also for LogBody and a panel of b with traces, a byte of flags for each panel.
+  static constexpr std::size_t kPanels = kBlock * kDepth * kBytesA;
+  static constexpr std::size_t kLogPanels = kBody == TileBody::kLog ? kBlock * kDepth * sizeof(LogEntry<T>) : 0;
+  static constexpr std::size_t kTraced = kBody == TileBody::kLog ? kCols * kDepth * sizeof(T) : 0;
+  static constexpr std::size_t kScratch = kPanels + kLogPanels + kTraced + kBlock;
 };
 
 // ---- packing ----
@@ -532,9 +616,11 @@ void pack_b(const Product<T>& product, const PackedB<T>& packed, std::size_t p, 
   const std::size_t k0 = packed.depth0 + d * block, k1 = min_of(k0 + block, depth1);
   T* to = packed.data + (d * packed.panels + p) * packed.panel_size;
   I flagged{};
-  const auto pack_row = [&](const T* from) {
+  Extremes<T> extremes;
+  const auto pack_row = [&](const T* from, std::size_t width) {
+#pragma GCC unroll 4
     for (std::size_t j = 0; j < static_cast<std::size_t>(S::kCols); j += B::kWidth) {
-      const F x = j < n ? load_some(from + j, n - j) : F{};
+      const F x = j < width ? load_some(from + j, width - j) : F{} + T(1);
       if constexpr (kBody == TileBody::kExact) {
         const Pair<T> pair = pack_pair_b(product, x);
         store(to + j, pair.first);
@@ -544,6 +630,9 @@ void pack_b(const Product<T>& product, const PackedB<T>& packed, std::size_t p, 
         }
       } else if constexpr (kSlopeOfA<kBody>) {
         store(to + j, x);
+      } else if constexpr (kBody == TileBody::kLog) {
+        extremes.add(bits<I>(x));
+        store(to + j, bits<F>(cut<T>(bits<I>(x), product.keep)));
       } else {
         I u;
         flagged |= log_b<T>(x, product.keep, &u);
@@ -552,15 +641,23 @@ void pack_b(const Product<T>& product, const PackedB<T>& packed, std::size_t p, 
     }
     to += S::kCols * steps;
   };
-  if (product.b.layout == Layout::kPatches) {
-    const Patches& patches = *product.b.patches;
-    const PatchCol at(patches, product.b.first_col + col);
+  const Operand& b = product.b;
+  if (b.layout == Layout::kPatches) {
+    const Patches& patches = *b.patches;
+    const PatchCol at(patches, b.first_col + col);
     PatchRow row(patches, k0);
-    for (std::size_t k = k0; k < k1; ++k, row.advance(patches)) pack_row(read_patches(product.b, row, at, n, buffer));
+    for (std::size_t k = k0; k < k1; ++k, row.advance(patches)) pack_row(read_patches(b, row, at, n, buffer), n);
+  } else if (n == S::kCols && b.col_stride == 1 && b.row_inner == 0 && is_native<T>(b)) {
+    const T* from = read(b, k0, col, n, buffer);
+    for (std::size_t k = k0; k < k1; ++k, from += b.row_stride) {
+      // Rows lie too far apart for the CPU to fetch them ahead.
+      __builtin_prefetch(from + 16 * b.row_stride);
+      pack_row(from, S::kCols);
+    }
   } else {
-    for (std::size_t k = k0; k < k1; ++k) pack_row(read(product.b, k, col, n, buffer));
+    for (std::size_t k = k0; k < k1; ++k) pack_row(read(b, k, col, n, buffer), n);
   }
-  packed.flags[d * packed.panels + p] = simd::any(flagged) ? 1 : 0;
+  packed.flags[d * packed.panels + p] = extremes.flags() | flag_if(simd::any(flagged), kAny);
 }
 
 template <class T>
@@ -588,71 +685,118 @@ void pack_segments(const Product<T>& product, T x, typename Bits<T>::Int* mantis
   *scale = bits<T>(s + move);
 }
 
-// Rows row .. row + rows of a over k0 .. k1 into a panel; true where only the long body can multiply them.
+// Rows vectors, turned: lane l of all goes to to + l stride.
+template <int Rows, class V, class E>
+FASTOPS_INLINE void store_turned(const V (&x)[Rows], std::size_t lanes, E* to, std::size_t stride) {
+  constexpr int kWidth = static_cast<int>(simd::kLanes<V>), kPart = 16 / sizeof(E);
+  const int whole = lanes == kWidth ? Rows / kPart * kPart : 0;
+#pragma GCC unroll 4
+  for (int i = 0; i < Rows / kPart * kPart; i += kPart) {
+    if (whole == 0) break;
+    simd::i32 part[kPart];
+#pragma GCC unroll 4
+    for (int j = 0; j < kPart; ++j) part[j] = bits<simd::i32>(x[i + j]);
+    simd::turn<sizeof(E)>(part);
+#pragma GCC unroll 4
+    for (int j = 0; j < kPart; ++j)
+      simd::store_parts(reinterpret_cast<char*>(to + j * stride + i), kPart * stride * sizeof(E), part[j]);
+  }
+  alignas(64) E rest[Rows * kWidth];
+#pragma GCC unroll 12
+  for (int i = 0; i < Rows; ++i)
+    if (i >= whole) store(rest + i * kWidth, x[i]);
+  for (int i = whole; i < Rows; ++i)
+    for (std::size_t l = 0; l < lanes; ++l) to[l * stride + i] = rest[i * kWidth + l];
+}
+
+// Rows row .. row + rows of a over k0 .. k1 into a panel; its flags. For kLog the panel is that of SumBody.
 template <class T, TileBody kBody>
-bool pack_a(const Product<T>& product, std::size_t row, std::size_t rows, std::size_t k0, std::size_t k1, void* panel) {
+unsigned char pack_a(const Product<T>& product, std::size_t row, std::size_t rows, std::size_t k0, std::size_t k1,
+                     void* panel) {
   using B = Bits<T>;
   using F = typename B::F;
   using I = typename B::I;
+  using Int = typename B::Int;
   using S = Tile<T, kBody>;
-  alignas(64) T buffer[S::kDepth];
-  const std::size_t n = k1 - k0;
+  constexpr std::size_t kChunk = 64;
+  alignas(64) T buffer[S::kRows][kChunk];
+  const T* from[S::kRows];
+  const std::size_t steps = static_cast<std::size_t>(product.steps), n = k1 - k0, stride = S::kRows * steps;
+  T* const values = static_cast<T*>(panel);
   I flagged{};
   bool segments_flagged = false;
-  for (std::size_t i = 0; i < static_cast<std::size_t>(S::kRows); ++i) {
-    const T* from = buffer;
-    if (i < rows) {
-      from = read(product.a, row + i, k0, n, buffer);
-    } else {
-      for (std::size_t k = 0; k < n; ++k) buffer[k] = T{};
-    }
-    for (std::size_t k = 0; k < n; k += B::kWidth) {
-      const std::size_t lanes = min_of(B::kWidth, n - k);
-      const F x = load_some(from + k, n - k);
+  Extremes<T> extremes;
+  const Int keep = product.keep, offset = product.c - B::kOne;
+  const auto pack = [&](std::size_t chunk, std::size_t k, std::size_t lanes) __attribute__((always_inline)) {
+    const std::size_t at = (chunk + k) * stride;
+    F first[S::kRows], second[S::kRows];
+#pragma GCC unroll 12
+    for (int i = 0; i < S::kRows; ++i) {
+      const F x = load_some(from[i] + k, lanes);
       if constexpr (kBody == TileBody::kLog) {
-        I m, s;
-        flagged |= log_entry<T>(x, product.keep, product.c, &m, &s);
-        alignas(64) typename B::Int mantissas[B::kWidth];
-        alignas(64) T scales[B::kWidth];
-        store(mantissas, m);
-        store(scales, bits<F>(s));
-        LogEntry<T>* to = static_cast<LogEntry<T>*>(panel) + k * S::kRows + i;
-        for (std::size_t l = 0; l < lanes; ++l) to[l * S::kRows] = {mantissas[l], scales[l]};
+        const I u = bits<I>(x);
+        extremes.add(u);
+        first[i] = bits<F>(select((u & B::kMagnitude) == 0, I{} + Traces<T>::kForA, cut<T>(u, keep) + offset));
       } else if constexpr (kBody == TileBody::kSegments) {
-        alignas(64) T values[B::kWidth];
-        store(values, clean<T>(x, product.keep));
-        typename B::Int* mantissas = static_cast<typename B::Int*>(panel);
-        T* scales = reinterpret_cast<T*>(mantissas + n * S::kRows * 16);
-        for (std::size_t l = 0; l < lanes; ++l) {
-          const std::size_t at = (k + l) * S::kRows + i;
-          pack_segments(product, values[l], mantissas + at * 16, scales + at, &segments_flagged);
-        }
+        first[i] = clean<T>(x, keep);
       } else if constexpr (kSlopeOfA<kBody>) {
         I u;
-        flagged |= log_b<T>(x, product.keep, &u);
-        alignas(64) T values[B::kWidth];
-        store(values, bits<F>(u));
-        T* to = static_cast<T*>(panel) + k * S::kRows + i;
-        for (std::size_t l = 0; l < lanes; ++l) to[l * S::kRows] = values[l];
+        flagged |= log_b<T>(x, keep, &u);
+        first[i] = bits<F>(u);
       } else {
         const Pair<T> pair = pack_pair_a(product, x);
-        alignas(64) T first[B::kWidth], second[B::kWidth];
-        store(first, pair.first);
-        store(second, pair.second);
-        T* to = static_cast<T*>(panel);
-        if (product.steps == 2) {
-          flagged |= is_large<T>(x);
-          for (std::size_t l = 0; l < lanes; ++l) {
-            to[(2 * (k + l)) * S::kRows + i] = first[l];
-            to[(2 * (k + l) + 1) * S::kRows + i] = second[l];
-          }
-        } else {
-          for (std::size_t l = 0; l < lanes; ++l) to[(k + l) * S::kRows + i] = first[l];
-        }
+        first[i] = pair.first;
+        second[i] = pair.second;
+        if (steps == 2) flagged |= is_large<T>(x);
       }
     }
+    if constexpr (kBody == TileBody::kSegments) {
+      alignas(64) T lane[S::kRows * B::kWidth];
+      store_turned<S::kRows>(first, lanes, lane, S::kRows);
+      for (std::size_t e = 0; e < lanes * S::kRows; ++e)
+        pack_segments(product, lane[e], static_cast<Int*>(panel) + (at + e) * 16, values + n * S::kRows * 16 + at + e,
+                      &segments_flagged);
+    } else {
+      store_turned<S::kRows>(first, lanes, values + at, stride);
+      if (kBody == TileBody::kExact && steps == 2)
+        store_turned<S::kRows>(second, lanes, values + at + S::kRows, stride);
+    }
+  };
+  for (std::size_t chunk = 0; chunk < n; chunk += kChunk) {
+    const std::size_t size = min_of(kChunk, n - chunk);
+    // Rows that do not exist repeat the first.
+    for (std::size_t i = 0; i < static_cast<std::size_t>(S::kRows); ++i)
+      from[i] = i < rows ? read(product.a, row + i, k0 + chunk, size, buffer[i]) : from[0];
+    std::size_t k = 0;
+    for (; k + B::kWidth <= size; k += B::kWidth) pack(chunk, k, B::kWidth);
+    if (k < size) pack(chunk, k, size - k);
   }
-  return simd::any(flagged) || segments_flagged;
+  return extremes.flags() | flag_if(simd::any(flagged) || segments_flagged, kAny);
+}
+
+// The same rows for LogBody.
+template <class T>
+__attribute__((noinline)) void pack_log(const Product<T>& product, std::size_t row, std::size_t rows, std::size_t k0,
+                                        std::size_t k1, LogEntry<T>* panel) {
+  using B = Bits<T>;
+  using I = typename B::I;
+  using S = Tile<T, TileBody::kLog>;
+  T buffer[S::kDepth];
+  const std::size_t n = k1 - k0;
+  for (std::size_t i = 0; i < static_cast<std::size_t>(S::kRows); ++i) {
+    const T* from = i < rows ? read(product.a, row + i, k0, n, buffer) : buffer;
+    for (std::size_t k = 0; k < n; k += B::kWidth) {
+      const auto x = i < rows ? load_some(from + k, n - k) : typename B::F{};
+      I m, s;
+      log_entry<T>(bits<I>(clean<T>(x, product.keep)), product.c, &m, &s);
+      alignas(64) typename B::Int mantissas[B::kWidth];
+      alignas(64) T scales[B::kWidth];
+      store(mantissas, m);
+      store(scales, bits<typename B::F>(s));
+      for (std::size_t l = 0; l < min_of(B::kWidth, n - k); ++l)
+        panel[(k + l) * S::kRows + i] = {mantissas[l], scales[l]};
+    }
+  }
 }
 
 // ---- the product over a range ----
@@ -668,6 +812,7 @@ template <int Rows, int Vectors, class BodyType, class T>
 FASTOPS_INLINE void tile(const BodyType& body, const TileTarget& target, T* c) {
   typename BodyType::Vector acc[Rows][Vectors];
   run_tile<Rows, Vectors>(body, target.steps, acc);
+  settle(body, acc);
   store_tile<Rows, Vectors>(acc, c, target.ldc, target.rows, target.cols, target.first);
 }
 
@@ -727,14 +872,14 @@ __attribute__((noinline)) void slope_point(const Product<T>& product, std::size_
 }
 
 template <class T, TileBody kBody>
-FASTOPS_INLINE void one_tile(const Product<T>& product, const void* a, bool flagged, const T* b,
+FASTOPS_INLINE void one_tile(const Product<T>& product, const unsigned char* a, bool flagged, const T* b,
                              const TileTarget& target, std::size_t row, std::size_t col, T* c) {
   using B = Bits<T>;
   using S = Tile<T, kBody>;
   constexpr int kR = S::kRows, kC = S::kCols, kV = S::kVectors;
-  (void)product, (void)row, (void)col, (void)flagged;
+  (void)product, (void)row, (void)col;
   if constexpr (kBody == TileBody::kExact) {
-    const ExactBody<T, kR, kC> body{static_cast<const T*>(a), b};
+    const ExactBody<T, kR, kC> body{reinterpret_cast<const T*>(a), b};
     if (flagged) {
       TileTarget pairs = target;
       pairs.steps /= 2;
@@ -743,13 +888,13 @@ FASTOPS_INLINE void one_tile(const Product<T>& product, const void* a, bool flag
       tile_any_size<T, kBody>(body, target, c);
     }
   } else if constexpr (kBody == TileBody::kLog) {
-    const LogEntry<T>* entries = static_cast<const LogEntry<T>*>(a);
+    const LogEntry<T>* entries = reinterpret_cast<const LogEntry<T>*>(a);
     if (flagged)
       tile<kR, kV>(AnyLogBody<T, kR, kC>{{entries, b}}, target, c);
     else
       tile_any_size<T, kBody>(LogBody<T, kR, kC>{entries, b}, target, c);
   } else if constexpr (kBody == TileBody::kSegments) {
-    const typename B::Int* mantissas = static_cast<const typename B::Int*>(a);
+    const typename B::Int* mantissas = reinterpret_cast<const typename B::Int*>(a);
     const T* scales = reinterpret_cast<const T*>(mantissas + target.steps * kR * 16);
     if (flagged)
       tile<kR, kV>(AnySegmentBody<T, kR, kC>{{mantissas, scales, b}}, target, c);
@@ -757,7 +902,7 @@ FASTOPS_INLINE void one_tile(const Product<T>& product, const void* a, bool flag
       tile_of_rows<kR, kV>(SegmentBody<T, kR, kC>{mantissas, scales, b}, target, c);
   } else {
     alignas(64) typename B::Int mantissas[kR * kC];
-    const T* values = static_cast<const T*>(a);
+    const T* values = reinterpret_cast<const T*>(a);
     using F = typename B::F;
     F acc[kR][kV];
     if constexpr (kSlopeOfTable<kBody>) {
@@ -788,25 +933,48 @@ FASTOPS_INLINE void one_tile(const Product<T>& product, const void* a, bool flag
   }
 }
 
+// A panel of b with traces in place of its zeros.
+template <class T> __attribute__((noinline)) void add_traces(const T* from, std::size_t n, T* to) {
+  using I = typename Bits<T>::I;
+  for (std::size_t i = 0; i < n; i += Bits<T>::kWidth) {
+    const I u = bits<I>(load<typename Bits<T>::F>(from + i));
+    store(to + i, bits<typename Bits<T>::F>(select((u & Bits<T>::kMagnitude) == 0, I{} + Traces<T>::kForB, u)));
+  }
+}
+
 template <class T, TileBody kBody>
 __attribute__((noinline)) void multiply_packed(const Product<T>& product, const PackedB<T>& packed,
                                                const BlockRange& range, std::size_t k0, std::size_t k1,
-                                               const unsigned char* panels_a, const unsigned char* flags_a, T* c,
-                                               std::ptrdiff_t ldc, bool first) {
+                                               unsigned char* scratch, T* c, std::ptrdiff_t ldc, bool first) {
   using S = Tile<T, kBody>;
   const std::size_t steps = static_cast<std::size_t>(product.steps);
   const std::size_t d = (k0 - packed.depth0) / (S::kDepth / steps);
-  const std::size_t size_a = S::kRows * (k1 - k0) * steps * S::kBytesA;
+  const std::size_t size_a = S::kRows * (k1 - k0) * steps;
+  const unsigned char* const flags_a = scratch + S::kScratch - S::kBlock;
+  T* const traced = reinterpret_cast<T*>(scratch + S::kPanels + S::kLogPanels);
   for (std::size_t col = range.col0; col < range.col1; col += S::kCols) {
     const std::size_t p = (col - packed.col0) / S::kCols;
-    const T* b = packed.data + (d * packed.panels + p) * packed.panel_size;
-    const bool flagged_b = packed.flags[d * packed.panels + p] != 0;
+    const T* const b = packed.data + (d * packed.panels + p) * packed.panel_size;
+    const unsigned char flags_b = packed.flags[d * packed.panels + p];
+    const bool traces = kBody == TileBody::kLog && flags_b == kZeros;
+    if (traces) add_traces(b, S::kCols * (k1 - k0), traced);
     for (std::size_t row = range.row0; row < range.row1; row += S::kRows) {
       const std::size_t i = (row - range.row0) / S::kRows;
       const TileTarget target{(k1 - k0) * steps, min_of(S::kRows, range.row1 - row), min_of(S::kCols, range.col1 - col),
                               ldc, first};
-      one_tile<T, kBody>(product, panels_a + i * size_a, flagged_b || flags_a[i] != 0, b, target, row, col,
-                         c + static_cast<std::ptrdiff_t>(row - range.row0) * ldc + (col - range.col0));
+      T* const to = c + static_cast<std::ptrdiff_t>(row - range.row0) * ldc + (col - range.col0);
+      for (std::size_t r = 0; r < target.rows; ++r) __builtin_prefetch(to + static_cast<std::ptrdiff_t>(r) * ldc, 1);
+      const unsigned char* a = scratch + i * size_a * S::kBytesA;
+      if constexpr (kBody == TileBody::kLog) {
+        if (sums_suffice(flags_a[i], flags_b)) {
+          const SumBody<T, S::kRows, S::kCols> body{reinterpret_cast<const typename Bits<T>::Int*>(a),
+                                                    traces ? traced : b, ((flags_a[i] | flags_b) & kZeros) != 0};
+          tile_any_size<T, kBody>(body, target, to);
+          continue;
+        }
+        a = scratch + S::kPanels + i * size_a * sizeof(LogEntry<T>);
+      }
+      one_tile<T, kBody>(product, a, ((flags_a[i] | flags_b) & kAny) != 0, b, target, row, col, to);
     }
   }
 }
@@ -828,21 +996,28 @@ void multiply(const Product<T>& product, const PackedB<T>& packed, const BlockRa
               std::ptrdiff_t ldc, bool first) {
   using S = Tile<T, kBody>;
   const std::size_t steps = static_cast<std::size_t>(product.steps), block = S::kDepth / steps;
-  unsigned char* panels = static_cast<unsigned char*>(scratch);
-  unsigned char* flags = panels + S::kBlock * S::kDepth * S::kBytesA;
+  unsigned char* const panels = static_cast<unsigned char*>(scratch);
+  unsigned char* const flags = panels + S::kScratch - S::kBlock;
   for (std::size_t k0 = range.depth0; k0 < range.depth1; k0 += block) {
-    const std::size_t k1 = min_of(k0 + block, range.depth1);
+    const std::size_t k1 = min_of(k0 + block, range.depth1), size_a = S::kRows * (k1 - k0) * steps;
+    const unsigned char* const flags_b = packed.flags + (k0 - packed.depth0) / block * packed.panels;
+    unsigned char all_b = 0;
+    for (std::size_t col = range.col0; col < range.col1; col += S::kCols)
+      all_b |= flags_b[(col - packed.col0) / S::kCols];
     for (std::size_t row = range.row0; row < range.row1; row += S::kRows) {
-      const std::size_t i = (row - range.row0) / S::kRows;
-      void* panel = panels + i * S::kRows * (k1 - k0) * steps * S::kBytesA;
-      flags[i] = pack_a<T, kBody>(product, row, min_of(S::kRows, range.row1 - row), k0, k1, panel) ? 1 : 0;
+      const std::size_t i = (row - range.row0) / S::kRows, rows = min_of(S::kRows, range.row1 - row);
+      flags[i] = pack_a<T, kBody>(product, row, rows, k0, k1, panels + i * size_a * S::kBytesA);
+      if constexpr (kBody == TileBody::kLog) {
+        LogEntry<T>* const to = reinterpret_cast<LogEntry<T>*>(panels + S::kPanels) + i * size_a;
+        if (!sums_suffice(flags[i], all_b)) pack_log(product, row, rows, k0, k1, to);
+      }
     }
     if constexpr (kBody == TileBody::kLog || kBody == TileBody::kSegments) {
       // A zero in b leaves a mantissa without exponent, which must count as zero.
       const FlushSubnormals guard;
-      multiply_packed<T, kBody>(product, packed, range, k0, k1, panels, flags, c, ldc, first);
+      multiply_packed<T, kBody>(product, packed, range, k0, k1, panels, c, ldc, first);
     } else {
-      multiply_packed<T, kBody>(product, packed, range, k0, k1, panels, flags, c, ldc, first);
+      multiply_packed<T, kBody>(product, packed, range, k0, k1, panels, c, ldc, first);
     }
     first = false;
   }
@@ -911,7 +1086,7 @@ void multiply_any(const Product<T>& product, const PackedB<T>& packed, const Blo
 
 template <class T, TileBody kBody> constexpr TileShape shape() {
   using S = Tile<T, kBody>;
-  return {S::kRows, S::kCols, S::kDepth, S::kBlock, S::kBytesA};
+  return {S::kRows, S::kCols, S::kDepth, S::kBlock, S::kScratch};
 }
 template <class T> constexpr MatmulKernels<T> kernels() {
   return {{shape<T, TileBody::kExact>(), shape<T, TileBody::kLog>(), shape<T, TileBody::kSegments>(),
