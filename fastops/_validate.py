@@ -122,23 +122,24 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
 
 
 def number(
-    name: str, value: object, low: float, high: float | None = None, *, open_low: bool = False, open_high: bool = False
+    name: str, value: object, low: float, high: float = np.inf, *, open_low: bool = False, open_high: bool = False
 ) -> float:
     """`value` as a finite float in the interval; bool and arrays with axes are refused."""
-    left, right = "(" if open_low else "[", ")" if open_high or high is None else "]"
-    wanted = f"a finite number in {left}{low:g}, {'inf' if high is None else f'{high:g}'}{right}"
-    if type(value) is not float:
-        if isinstance(value, (bool, np.bool_, str, bytes)) or getattr(value, "ndim", None):
-            raise wrong_type(name, wanted, value)
-        try:
-            value = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError, OverflowError):
-            raise wrong_type(name, wanted, value) from None
-    above = low < value if open_low else low <= value
-    below = value < np.inf if high is None else value < high if open_high else value <= high
+    if type(value) is float and low < value < high:
+        return value
+    left, right = "(" if open_low else "[", ")" if open_high or high == np.inf else "]"
+    wanted = f"a finite number in {left}{low:g}, {high:g}{right}"
+    if isinstance(value, (bool, np.bool_, str, bytes)) or getattr(value, "ndim", None):
+        raise wrong_type(name, wanted, value)
+    try:
+        result = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        raise wrong_type(name, wanted, value) from None
+    above = low < result if open_low else low <= result
+    below = result < high if open_high or high == np.inf else result <= high
     if not (above and below):
-        raise wrong_value(name, wanted, value)
-    return value
+        raise wrong_value(name, wanted, result)
+    return result
 
 
 def boolean(name: str, value: object) -> bool:

@@ -259,6 +259,29 @@ class Plan {
 
 // ---- lists of arrays ----
 
+// The attributes of a TensorList.
+PyObject* slot_name(const char* text) {
+  PyObject* const name = PyUnicode_InternFromString(text);
+  if (name == nullptr) throw py::error_already_set();
+  return name;
+}
+struct Slots {
+  PyObject *arrays = slot_name("_arrays"), *busy = slot_name("_busy"), *plan = slot_name("_plan"),
+           *verify = slot_name("_verify");
+};
+const Slots& slots() {
+  static const Slots* const names = new Slots;
+  return *names;
+}
+py::object get_slot(const py::object& owner, PyObject* name) {
+  PyObject* const value = PyObject_GetAttr(owner.ptr(), name);
+  if (value == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+void set_slot(const py::object& owner, PyObject* name, PyObject* value) {
+  if (PyObject_SetAttr(owner.ptr(), name, value) != 0) throw py::error_already_set();
+}
+
 // The elements of an argument: those of a list, a tuple or a TensorList, which is then marked as taken.
 class Items {
  public:
@@ -266,7 +289,7 @@ class Items {
   Items(const Items&) = delete;
   Items& operator=(const Items&) = delete;
   ~Items() {
-    if (taken_ && PyObject_SetAttrString(owner_.ptr(), "_busy", Py_False) != 0) PyErr_Clear();
+    if (taken_ && PyObject_SetAttr(owner_.ptr(), slots().busy, Py_False) != 0) PyErr_Clear();
   }
   bool open(const py::object& argument, const Items* others, std::size_t count) {
     owner_ = argument;
@@ -275,16 +298,16 @@ class Items {
       bool mine = false;
       for (std::size_t i = 0; i < count; ++i) mine = mine || others[i].owner_.ptr() == argument.ptr();
       if (!mine) {
-        if (argument.attr("_busy").ptr() != Py_False) return false;
-        argument.attr("_busy") = true;
+        if (get_slot(argument, slots().busy).ptr() != Py_False) return false;
+        set_slot(argument, slots().busy, Py_True);
         taken_ = true;
       }
-      sequence_ = argument.attr("_arrays");
-      trusts_ = argument.attr("_verify").ptr() == Py_False;
-      py::object plan = argument.attr("_plan");
+      sequence_ = get_slot(argument, slots().arrays);
+      trusts_ = get_slot(argument, slots().verify).ptr() == Py_False;
+      py::object plan = get_slot(argument, slots().plan);
       if (plan.is_none()) {
         plan = py::cast(new Plan, py::return_value_policy::take_ownership);
-        argument.attr("_plan") = plan;
+        set_slot(argument, slots().plan, plan.ptr());
       }
       plan_ = plan.cast<Plan*>();
     }

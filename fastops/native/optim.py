@@ -43,19 +43,19 @@ def ema_update(
 ) -> None:
     """s += w (p - s) for every set of shadows, w one number or one per tensor; bfloat16 shadows round stochastically by `seed`."""
     sets = tuple(shadow_sets)
-
-    def again(lists: list[list[Array]]) -> int:
-        checked, *shadows = lists
-        _tensors.check_rounding(_tensors.ema_roles(len(sets)), shadows, seed)
-        done = 1
-        # As many profiles as one call takes.
-        for k in range(0, len(shadows), _PROFILES):
-            part = tuple(shadows[k : k + _PROFILES])
-            done = done and _core.ema_update(part, checked, tuple(weights[k : k + _PROFILES]), seed, True)
-        return done
-
     done = _core.ema_update(sets, params, tuple(weights), seed, False)
     if done != 1:
+
+        def again(lists: list[list[Array]]) -> int:
+            checked, *shadows = lists
+            _tensors.check_rounding(_tensors.ema_roles(len(sets)), shadows, seed)
+            # As many profiles as one call takes.
+            for k in range(0, len(shadows), _PROFILES):
+                part = tuple(shadows[k : k + _PROFILES])
+                if not _core.ema_update(part, checked, tuple(weights[k : k + _PROFILES]), seed, True):
+                    return 0
+            return 1
+
         _run(done, lambda: _tensors.ema_roles(len(sets)), [params, *sets], again)
 
 
