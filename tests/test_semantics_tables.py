@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import tolerance
 from samples import FLOATS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "mitchell.md"
@@ -100,7 +101,8 @@ def test_cell(backend: ModuleType, target: str, cell: Cell, dtype: str) -> None:
         if want is None:
             exact = EXACT[cell.op](*values)
             assert np.isfinite(got)
-            assert 8 / 9 - 0.01 <= got / exact <= 9 / 8 + 0.01, (values, got)
+            slack = tolerance.rounding(kind)
+            assert 8 / 9 - slack <= got / exact <= 9 / 8 + slack, (values, got)
         elif np.isnan(want):
             assert np.isnan(got), (values, got)
         else:
