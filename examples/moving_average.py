@@ -89,8 +89,8 @@ def accuracy(params: list[Array], images: Array, labels: Array) -> float:
     return 100 * float(np.mean(forward(params, images)[-1].argmax(axis=1) == labels))
 
 
-def train(epochs: int, rate: float, decay: float, seed: int) -> tuple[History, fastops.EMA]:
-    """Train; the accuracy of both kinds of weights after every epoch, and the average."""
+def train(epochs: int, rate: float, decay: float, seed: int) -> History:
+    """Train; the accuracy of both kinds of weights after every epoch."""
     images, labels, test_images, test_labels = load_digits(seed)
     rng = np.random.default_rng(seed)
     params = initial(rng)
@@ -105,7 +105,7 @@ def train(epochs: int, rate: float, decay: float, seed: int) -> tuple[History, f
         history.raw.append(accuracy(params, test_images, test_labels))
         with ema.average_parameters():
             history.average.append(accuracy(params, test_images, test_labels))
-    return history, ema
+    return history
 
 
 def plot(history: History, path: str) -> None:
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.epochs < 1:
         parser.error("--epochs must be at least 1")
-    history, _ = train(options.epochs, options.rate, options.decay, options.seed)
+    history = train(options.epochs, options.rate, options.decay, options.seed)
     print(f"{'epoch':>5}{'raw':>12}{'average':>12}")
     shown = sorted({*range(1, 6), *range(10, options.epochs, 5), options.epochs})
     for epoch in (e for e in shown if e <= options.epochs):

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import fastops
+from fastops._backend import installed
+from fastops._validate import MAX_THREADS
 from fastops.bench import FAMILIES
 
 
@@ -23,25 +25,23 @@ class UsageError(Exception):
     """One line for the user; ends the command with status 2."""
 
 
-def _positive(kind: Callable[[str], Any], text: str, wanted: str) -> Any:
+def _positive(kind: Callable[[str], Any], text: str, wanted: str, high: int) -> Any:
     try:
         value = kind(text)
     except ValueError:
         value = 0
-    if not 0 < value <= 86400:
+    if not 0 < value <= high:
         raise argparse.ArgumentTypeError(f"wanted {wanted}, got {text!r}")
     return value
 
 
 def _threads(text: str) -> int:
-    value: int = _positive(int, text, "a number of threads in [1, 1024]")
-    if value > 1024:
-        raise argparse.ArgumentTypeError(f"wanted a number of threads in [1, 1024], got {text!r}")
+    value: int = _positive(int, text, f"a number of threads in [1, {MAX_THREADS}]", MAX_THREADS)
     return value
 
 
 def _seconds(text: str) -> float:
-    value: float = _positive(float, text, "seconds above 0")
+    value: float = _positive(float, text, "seconds above 0, a day at most", 86400)
     return value
 
 
@@ -109,7 +109,7 @@ def _write(path: str, text: str) -> None:
 
 
 def _require(wanted: Sequence[str]) -> None:
-    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    missing = [name for name in wanted if not installed(name)]
     if missing:
         raise UsageError(f"{', '.join(missing)} not installed: pip install 'fastops[bench]'")
 

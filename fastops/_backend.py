@@ -114,8 +114,3 @@ def choose() -> tuple[str, str]:
 
 name, reason = choose()
 backend = load(name)
-
-
-def get() -> ModuleType:
-    """The module of the chosen backend."""
-    return backend

@@ -202,7 +202,8 @@ def cgroup_quota(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") 
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if controllers == "":
-            bases, read = [root], _quota_v2
+            # Beside version 1's hierarchies version 2's is mounted below the root.
+            bases, read = [root, f"{root}/unified"], _quota_v2
         elif "cpu" in controllers.split(","):
             bases, read = [f"{root}/cpu", f"{root}/{controllers}"], _quota_v1
         else:

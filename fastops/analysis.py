@@ -33,6 +33,9 @@ _SIDE = 2**8
 # Bins of the histogram between two powers of two.
 _BINS_PER_UNIT = 2048
 _EXHAUSTIVE_BITS = 20
+# The widest constant that is looked for, and the mantissas that stand for operands not given.
+_LIMIT = 0.5 - 2.0**-10
+_PAIRS = 2**16
 
 _EXACT: dict[str, Callable[..., Array]] = {
     "mul": np.multiply,
@@ -405,11 +408,8 @@ def error_stats(
     )
 
 
-_LIMIT = 0.5 - 2.0**-10
-_PAIRS = 2**16
-
-
-def _sample(name: str, values: ArrayLike) -> Array:
+def _magnitudes(name: str, values: ArrayLike) -> Array:
+    """The absolute values of samples as float64."""
     array = _validate.array(name, values)
     if array.dtype.kind not in "iuf" and array.dtype.name != "bfloat16":
         raise _validate.wrong_type(name, "an array of real numbers", _validate.Text(f"an array of dtype {array.dtype}"))
@@ -424,17 +424,17 @@ def _offset_samples(op: str, a: ArrayLike | None, b: ArrayLike | None) -> tuple[
         default = 1.0 + (np.arange(_PAIRS) + 0.5) / _PAIRS
         if op in _ROOTS:
             default = np.concatenate([default, 2.0 * default])
-        samples = [default if a is None else _sample("a", a)]
+        samples = [default if a is None else _magnitudes("a", a)]
     elif a is None and b is None:
         middle = 1.0 + (np.arange(512) + 0.5) / 512
         samples = [middle[:, np.newaxis], middle[np.newaxis, :]]
     elif a is None or b is None:
-        given = _sample("a", a) if a is not None else _sample("b", b)  # type: ignore[arg-type]
+        given = _magnitudes("a", a) if a is not None else _magnitudes("b", b)  # type: ignore[arg-type]
         given = np.tile(given.ravel(), -(-_PAIRS // max(1, given.size)))
         other = 1.0 + _spread(given.size)
         samples = [given, other] if b is None else [other, given]
     else:
-        samples = [_sample("a", a), _sample("b", b)]
+        samples = [_magnitudes("a", a), _magnitudes("b", b)]
     try:
         samples = [v.ravel() for v in np.broadcast_arrays(*samples)]
     except ValueError:

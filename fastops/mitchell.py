@@ -10,6 +10,7 @@ import numpy as np
 from . import _validate
 from ._backend import backend as _backend
 from ._multiplier import Multiplier
+from ._validate import AnyArray
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -32,8 +33,6 @@ __all__ = [
     "mitchell_sqrt",
     "mitchell_square",
 ]
-
-AnyArray = np.ndarray[Any, np.dtype[Any]]
 
 mitchell_mul: np.ufunc = _backend.mitchell_mul
 mitchell_div: np.ufunc = _backend.mitchell_div

@@ -145,6 +145,7 @@ def test_default_threads_stay_within_affinity_and_quota():
         ("0::/a\n", {"a/cpu.max": "rubbish\n"}, None),
         ("0::/a\n", {"a/cpu.max": "1 0\n"}, None),
         ("0::/../a\n", {"a/cpu.max": "100000 100000\n"}, 1.0),
+        ("0::/a\n", {"unified/a/cpu.max": "250000 100000\n"}, 2.5),
         ("4:cpu,cpuacct:/x\n", {"cpu/x/cpu.cfs_quota_us": "200000\n", "cpu/x/cpu.cfs_period_us": "100000\n"}, 2.0),
         ("4:cpu,cpuacct:/x\n", {"cpu/x/cpu.cfs_quota_us": "-1\n", "cpu/x/cpu.cfs_period_us": "100000\n"}, None),
         ("7:memory:/x\n", {"cpu.max": "100000 100000\n"}, None),

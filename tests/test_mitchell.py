@@ -58,7 +58,7 @@ def check(backend: ModuleType, op: str, multiplier: Multiplier, *arrays: Any, **
     assert_same_bits(got, want, *arrays)
 
 
-# --- the definition ----------------------------------------------------------------------------------------------------------
+# The definition.
 
 
 def round_to(value: Fraction, name: str) -> float:
@@ -130,7 +130,7 @@ def test_results_follow_the_definition_in_fractions(
     assert_same_bits(got, want, *arrays)
 
 
-# --- every option, dtype and operation ------------------------------------------------------------------------------------------
+# Every option, dtype and operation.
 
 
 @pytest.mark.parametrize("name", FLOATS)
@@ -208,7 +208,7 @@ def test_subnormal_operands_and_results(backend: ModuleType, target: str, name: 
     check(backend, "div", PLAIN, a, dtype.type(1) / b)
 
 
-# --- integers --------------------------------------------------------------------------------------------------------------------
+# Integers.
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_mixed_integers_take_the_loop_that_holds_both(backend: ModuleType, targe
         check(backend, op, PLAIN, *((a, a) if op in BINARY else (a,)))
 
 
-# --- properties of the definition -------------------------------------------------------------------------------------------------
+# Properties of the definition.
 
 
 @pytest.mark.parametrize("name", FLOATS)
@@ -362,7 +362,7 @@ def test_all_pairs_of_half_precision(native: ModuleType, name: str):
         _core.set_target(before)
 
 
-# --- layouts ------------------------------------------------------------------------------------------------------------------------
+# Layouts.
 
 
 @pytest.mark.parametrize("name", FLOATS)
@@ -508,7 +508,7 @@ def test_promotion_is_that_of_numpy(backend: ModuleType, target: str):
     assert got.dtype == np.float64
 
 
-# --- floating-point warnings -----------------------------------------------------------------------------------------------------------
+# Floating-point warnings.
 
 
 @pytest.mark.parametrize("name", FLOATS)
@@ -571,7 +571,7 @@ def test_a_true_warning_is_given(
             backend.mitchell_op(op, PLAIN)(*arrays)
 
 
-# --- what true ufuncs offer ---------------------------------------------------------------------------------------------------------------
+# What true ufuncs offer.
 
 
 def folded(values: Any) -> Any:
@@ -699,7 +699,7 @@ def test_warnings_do_not_depend_on_where_a_thread_met_them(native: ModuleType, t
         native.mitchell_mul(x, x)
 
 
-# --- pickles --------------------------------------------------------------------------------------------------------------------------------
+# Pickles.
 
 
 PICKLED = [
@@ -765,7 +765,7 @@ def test_multipliers_pickle_compare_and_print():
     assert Multiplier(segments=4) != "Multiplier(segments=4)"
 
 
-# --- hypothesis -----------------------------------------------------------------------------------------------------------------------------
+# Hypothesis.
 
 
 def any_floats(dtype: np.dtype[Any], shape: Any) -> st.SearchStrategy[Any]:

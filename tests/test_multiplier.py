@@ -17,7 +17,8 @@ from samples import FLOATS, MULTIPLIERS, assert_same_bits, near_one
 
 import fastops
 from fastops import Multiplier, _backend
-from fastops._multiplier import COMPENSATIONS, OPS, OpSpec, segment_table
+from fastops._multiplier import COMPENSATIONS, OPS, OpSpec
+from fastops._segments import segment_table
 
 options = (
     st.fixed_dictionaries(

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -13,13 +12,14 @@ import numpy as np
 import pytest
 import tolerance
 from numpy.typing import NDArray
+from pages import DOCS, table
 from samples import assert_same_bits, bfloat16
 
 import fastops
 from fastops import averaging, optim
 
 Array = NDArray[Any]
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "optim.md"
+PAGE = DOCS / "optim.md"
 ERRORS: dict[str, type[Exception]] = {"`TypeError`": TypeError, "`ValueError`": ValueError}
 
 
@@ -30,19 +30,9 @@ def _over(backend: ModuleType, target: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(averaging, "_backend", backend)
 
 
-def table(heading: str) -> Iterator[list[str]]:
-    """The cells of the Markdown table whose head begins so, the head first."""
-    lines = PAGE.read_text(encoding="utf-8").splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {heading} | "))
-    for line in itertools.takewhile(lambda text: text.startswith("|"), lines[start:]):
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if not set(cells[0]) <= {"-", " "}:
-            yield cells
-
-
 def grid(heading: str) -> list[tuple[str, str, str]]:
     """Row, column and text of every cell."""
-    head, *body = table(heading)
+    head, *body = table(PAGE, heading)
     return [(row[0], column, text) for row in body for column, text in zip(head[1:], row[1:], strict=True)]
 
 
@@ -116,7 +106,7 @@ def test_dtype_of_a_step(row: str, column: str, text: str) -> None:
             fastops.sgd_step_(half, [half[0].copy()], None, lr=0.1)
 
 
-EMA_DTYPES = list(table("array of `EMA`"))[1:]
+EMA_DTYPES = list(table(PAGE, "array of `EMA`"))[1:]
 
 
 @pytest.mark.parametrize("cells", EMA_DTYPES, ids=lambda cells: cells[0])
@@ -230,7 +220,7 @@ LISTS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "an array in place of a list": lambda: (ones(3), threes(3)),
     "a list of numbers": lambda: ([ones(3)], [3.0]),
 }
-ROWS = list(table("`ema_update_` with"))[1:]
+ROWS = list(table(PAGE, "`ema_update_` with"))[1:]
 
 
 def test_every_row_has_a_case() -> None:
@@ -256,7 +246,7 @@ def test_list(row: str, text: str) -> None:
             assert_same_bits(got, plain)
 
 
-SCHEDULES = list(table("`EMA` | decay"))
+SCHEDULES = list(table(PAGE, "`EMA` | decay"))
 
 
 @pytest.mark.parametrize("cells", SCHEDULES[1:], ids=lambda cells: cells[0])

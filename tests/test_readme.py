@@ -12,9 +12,9 @@ import fastops
 from fastops.__main__ import parser
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 PYTHON = [
-    pytest.param(text, id=f"{page.name}-{i}")
+    pytest.param(text, id=f"{page.relative_to(ROOT)}-{i}")
     for page in PAGES
     for i, text in enumerate(
         re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
@@ -65,7 +65,7 @@ def test_options_named_in_the_pages_exist() -> None:
         parser().parse_args([command, *" ".join(options).split()])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_to_files_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if not (page.parent / link).exists()]

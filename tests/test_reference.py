@@ -27,7 +27,7 @@ from samples import (
 )
 
 from fastops import Multiplier, reference
-from fastops._multiplier import segment_table
+from fastops._segments import segment_table
 
 UNARY = ("square", "reciprocal", "sqrt", "rsqrt")
 EXACT: dict[str, Callable[..., Array]] = {

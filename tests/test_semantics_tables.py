@@ -3,16 +3,16 @@
 
 import itertools
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+import tolerance
+from pages import DOCS, table
 from samples import FLOATS
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "mitchell.md"
+PAGE = DOCS / "mitchell.md"
 VALUES = {
     "±0": (0.0, -0.0),
     "+0": (0.0,),
@@ -40,25 +40,15 @@ class Cell(NamedTuple):
     text: str
 
 
-def rows(heading: str) -> Iterator[list[str]]:
-    """The cells of the Markdown table whose head begins so, the head first."""
-    lines = PAGE.read_text(encoding="utf-8").splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {heading} | "))
-    for line in itertools.takewhile(lambda text: text.startswith("|"), lines[start:]):
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if not set(cells[0]) <= {"-", " "}:
-            yield cells
-
-
 def cells() -> list[Cell]:
     found = []
     for op in ("mul", "div"):
-        head, *body = rows(f"`mitchell_{op}`")
+        head, *body = table(PAGE, f"`mitchell_{op}`")
         columns = [column.removeprefix("b = ").removeprefix("b ") for column in head[1:]]
         for row in body:
             operand = row[0].removeprefix("a = ").removeprefix("a ")
             found += [Cell(op, (operand, column), text) for column, text in zip(columns, row[1:], strict=True)]
-    head, *body = rows("function | -inf")
+    head, *body = table(PAGE, "function | -inf")
     for row in body:
         op = row[0].strip("`").removeprefix("mitchell_")
         found += [Cell(op, (column,), text) for column, text in zip(head[1:], row[1:], strict=True)]
@@ -100,7 +90,8 @@ def test_cell(backend: ModuleType, target: str, cell: Cell, dtype: str) -> None:
         if want is None:
             exact = EXACT[cell.op](*values)
             assert np.isfinite(got)
-            assert 8 / 9 - 0.01 <= got / exact <= 9 / 8 + 0.01, (values, got)
+            slack = tolerance.rounding(kind)
+            assert 8 / 9 - slack <= got / exact <= 9 / 8 + slack, (values, got)
         elif np.isnan(want):
             assert np.isnan(got), (values, got)
         else:

@@ -28,6 +28,11 @@ FIGURE = 1e-9
 # The quotient of two float64 numbers that stand for the exact error: three roundings.
 QUOTIENT = 4 * 2.0**-53
 
+# A row of the benchmarks against the oracle. Its own check bounds it by 4 eps sqrt(terms); of few terms bfloat16's rounding, 2**-8
+# of the result, is what shows. Rows of exact float32 products are right to 4 eps sqrt(8).
+BENCH_ROW = 2e-2
+BENCH_EXACT = 4 * 2.0**-23 * 8**0.5
+
 # The following are in per cent. Extremes of the error sit on kinks, between grid points 2**-10 apart, where its slope
 # is below 1; figures named "minimax" print one number for both ends, which differ by the constant's own rounding.
 EXTREME = 0.03

@@ -25,7 +25,7 @@ inline int active_level() noexcept {
   return level >= 0 ? level : choose_level();
 }
 
-// A family declares its level functions with these and picks by `select(...)[active_level()]`.
+// A family declares its table of every level with this, and picks from an array of them by active_level().
 #if defined(__x86_64__)
 #define FASTOPS_FOR_EACH_LEVEL(X) X(v2) X(v3) X(v4)
 #else

@@ -244,7 +244,7 @@ fastops_status run_shared(std::size_t blocks, Body body, void* context, unsigned
   return status;
 }
 
-// ---- how many threads ----
+// How many threads.
 
 // Reads a small file whole, as a C string; false where there is none. No allocation, EINTR retried.
 bool read_file(const char* path, char* text, std::size_t size) noexcept {

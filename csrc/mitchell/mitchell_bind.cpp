@@ -18,7 +18,7 @@ namespace py = pybind11;
 namespace fastops {
 namespace {
 
-// ---- arrays ----
+// Arrays.
 
 struct ArrayView {
   char* data;
@@ -148,7 +148,7 @@ std::vector<py::ssize_t> batch_of(const ArrayView& v, const char* name) {
   return {v.shape.begin(), v.shape.end() - 2};
 }
 
-// ---- multipliers ----
+// Multipliers.
 
 using MultiplierPtr = std::shared_ptr<fastops_mitchell>;
 
@@ -197,7 +197,7 @@ MultiplierPtr multiplier(const py::object& spec) {
   return value;
 }
 
-// ---- calls ----
+// Calls.
 
 void matmul_with(const fastops_mitchell* m, const py::object& a, const py::object& b, const py::object& out) {
   const ArrayView va = view(a, "a"), vb = view(b, "b"), vo = view(out, "out", true);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What module.cpp needs of this family, and what its two Python files share.
+// The Mitchell functions of the Python module.
 #ifndef FASTOPS_MITCHELL_BIND_H
 #define FASTOPS_MITCHELL_BIND_H
 

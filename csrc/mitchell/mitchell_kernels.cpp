@@ -20,7 +20,8 @@ constexpr bool is_binary(int op) { return op == FASTOPS_MUL || op == FASTOPS_DIV
 // Operations that are a sum of logarithms, which the short path does on the bits alone.
 constexpr bool is_sum(int op) { return op <= FASTOPS_RSQRT; }
 
-// ---- dtypes: what lies in memory (S), the lanes (F) and the scalar (E) it is computed in ---------------------------
+// Dtypes: what lies in memory (S), the lanes (F) and the scalar (E) it is computed in.
+
 // store_normal: of a value known to be normal in its dtype. load_first fills up with ones.
 struct Float32 {
   using S = float;
@@ -83,7 +84,8 @@ struct Float64 {
   static const MitchellConstants<std::int64_t>& constants(const fastops_mitchell& m) { return m.wide; }
 };
 
-// ---- one operation on lanes or on a scalar -------------------------------------------------------------------------
+// One operation on lanes or on a scalar.
+
 // log2 and exp2 know of the multiplier only whether it flushes.
 template <class Int> struct Range {
   Int mantissa_mask, flush_below, lowest_exponent;
@@ -125,7 +127,8 @@ FASTOPS_INLINE F full(F a, F b, const fastops_mitchell& m, const Constants& k) {
   return log_form<op>(a, b, k);
 }
 
-// ---- the short path -----------------------------------------------------------------------------------------------
+// The short path.
+
 // The result's bits are a sum of the operands' bits, signs included, where operands and result lie well inside the
 // normal range. `seen_*` collect by AND the bits that say so, for a whole block.
 template <class U, class S> FASTOPS_INLINE bool all_bits(U v, S mask) {
@@ -194,7 +197,8 @@ template <int op, class F, bool cut> struct Short {
   }
 };
 
-// ---- products and quotients by a power of two ----------------------------------------------------------------------
+// Products and quotients by a power of two.
+
 // One operand's exponent and sign become a float by which the sum of the rest is multiplied: exactly, or with the one
 // rounding of a subnormal result. `rest` marks lanes for the full path: subnormals, inf, nan and the outermost octaves.
 template <int op, class F> struct Scaled {
@@ -237,7 +241,8 @@ template <int op, class F> struct Scaled {
   }
 };
 
-// ---- loops --------------------------------------------------------------------------------------------------------
+// Loops.
+
 template <class S> FASTOPS_INLINE S read(const char* p) {
   S s;
   std::memcpy(&s, p, sizeof s);
@@ -494,7 +499,8 @@ fastops_status apply(const fastops_mitchell* m, int mode, fastops_dtype, const v
       *m, {pa, pb, static_cast<char*>(out), stride_a, is_binary(op) ? stride_b : stride_a, stride_out}, n);
 }
 
-// ---- integers -----------------------------------------------------------------------------------------------------
+// Integers.
+
 // Lanes of integers in the float format that holds them exactly, and the float products as integers.
 template <class In> struct IntegerLanes {
   using F = std::conditional_t<(sizeof(In) <= 2), f32, f64>;
@@ -636,7 +642,8 @@ fastops_status apply_integer(const fastops_mitchell* m, int, fastops_dtype, cons
   return FASTOPS_OK;
 }
 
-// ---- gradients ----------------------------------------------------------------------------------------------------
+// Gradients.
+
 FASTOPS_INLINE double times_power(double v, std::int64_t exponent) {
   if (exponent > 2100) exponent = 2100;
   if (exponent < -2200) exponent = -2200;

@@ -211,7 +211,8 @@ template <class F, class Constants> FASTOPS_INLINE F exp2(F a, const Constants& 
   return finish<F>(exponent, bits<I>(significand) - N::kOne, I{}, special, ieee, k);
 }
 
-// ---- forms 1 and 2 ------------------------------------------------------------------------------------------------
+// Forms 1 and 2.
+
 // What is left of a significand after its highest set bit has been taken away; zero stays zero.
 template <class F> FASTOPS_INLINE F without_top_bit(F v) { return v - bits<F>(bits<IntOf<F>>(v) & Unit<F>::kInfinity); }
 // Constants of a float32 or half product computed in double lanes: all of it exact, one rounding when it is stored.
@@ -324,7 +325,8 @@ inline double exact_product(double a, double b, const fastops_mitchell_params& p
   return bits<double>(bits<std::int64_t>(r) | (p.sign ^ q.sign));
 }
 
-// ---- integers -----------------------------------------------------------------------------------------------------
+// Integers.
+
 struct IntegerConstants {
   std::int64_t c;          // in units of 2^-(52 or 23)
   std::int32_t unit_bits;  // 52 or 23

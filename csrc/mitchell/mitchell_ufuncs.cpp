@@ -37,25 +37,17 @@ struct LoopType {
   int operand, result;
   fastops_dtype dtype;
 };
-constexpr fastops_dtype kLong = sizeof(long) == 8 ? FASTOPS_I64 : FASTOPS_I32;
-constexpr fastops_dtype kULong = sizeof(long) == 8 ? FASTOPS_U64 : FASTOPS_U32;
+static_assert(sizeof(long) == 8, "the product of two 32-bit integers is a long");
 // In NumPy's order, which is that of its search. Integers come first and are left out where an operation has none.
-constexpr LoopType kLoops[] = {{NPY_BYTE, NPY_SHORT, FASTOPS_I8},
-                               {NPY_UBYTE, NPY_USHORT, FASTOPS_U8},
-                               {NPY_SHORT, NPY_INT, FASTOPS_I16},
-                               {NPY_USHORT, NPY_UINT, FASTOPS_U16},
-                               {NPY_INT, NPY_LONG, FASTOPS_I32},
-                               {NPY_UINT, NPY_ULONG, FASTOPS_U32},
-                               {NPY_LONG, NPY_LONG, kLong},
-                               {NPY_ULONG, NPY_ULONG, kULong},
-                               {NPY_LONGLONG, NPY_LONGLONG, FASTOPS_I64},
-                               {NPY_ULONGLONG, NPY_ULONGLONG, FASTOPS_U64},
-                               {NPY_HALF, NPY_HALF, FASTOPS_F16},
-                               {NPY_FLOAT, NPY_FLOAT, FASTOPS_F32},
+constexpr LoopType kLoops[] = {{NPY_BYTE, NPY_SHORT, FASTOPS_I8},         {NPY_UBYTE, NPY_USHORT, FASTOPS_U8},
+                               {NPY_SHORT, NPY_INT, FASTOPS_I16},         {NPY_USHORT, NPY_UINT, FASTOPS_U16},
+                               {NPY_INT, NPY_LONG, FASTOPS_I32},          {NPY_UINT, NPY_ULONG, FASTOPS_U32},
+                               {NPY_LONG, NPY_LONG, FASTOPS_I64},         {NPY_ULONG, NPY_ULONG, FASTOPS_U64},
+                               {NPY_LONGLONG, NPY_LONGLONG, FASTOPS_I64}, {NPY_ULONGLONG, NPY_ULONGLONG, FASTOPS_U64},
+                               {NPY_HALF, NPY_HALF, FASTOPS_F16},         {NPY_FLOAT, NPY_FLOAT, FASTOPS_F32},
                                {NPY_DOUBLE, NPY_DOUBLE, FASTOPS_F64}};
 constexpr int kLoopCount = sizeof(kLoops) / sizeof(kLoops[0]);
 constexpr int kIntegerLoops = 10;
-static_assert(sizeof(long) == 8, "the product of two 32-bit integers is a long");
 
 // All of one ufunc, in one allocation that lives as long as the process.
 struct UfuncData {

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from fastops._backend import installed
 
 # The optional modules whose presence adds rows.
 PEERS = ("numba", "torch", "ml_dtypes")
@@ -40,7 +41,7 @@ class Machine:
 
         backends = ["reference"]
         targets: tuple[str, ...] = ()
-        modules = frozenset(name for name in PEERS if importlib.util.find_spec(name) is not None)
+        modules = frozenset(name for name in PEERS if installed(name))
         if "numba" in modules:
             backends.insert(0, "numba")
         with contextlib.suppress(ImportError):

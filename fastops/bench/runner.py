@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from fastops._config import affinity
 from fastops.bench.case import Case, Implementation, Machine
 
 # Two runs of the same code may differ by this much before verdicts are withheld.
@@ -290,7 +291,7 @@ def _workers(settings: Settings, end: float) -> Iterator[Workers]:
 
 @dataclass
 class _Entry:
-    """A row on its way through a group: the measurement, its process key, and whether it is the A/A twin."""
+    """A row on its way through a group: the measurement, and the key of its process ("|twin" at its end: of the A/A run)."""
 
     measurement: Measurement
     key: str
@@ -479,7 +480,7 @@ def describe(machine: Machine) -> dict[str, Any]:
     """Versions, machine, levels and threads; no host name."""
     import fastops
 
-    config = fastops.show_config("dict") or {}
+    config = fastops.show_config("dict")
     libraries = {}
     for name in ("fastops", "numpy", "ml_dtypes", "numba", "torch"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -489,7 +490,7 @@ def describe(machine: Machine) -> dict[str, Any]:
         "release": platform.release(),
         "machine": platform.machine(),
         "cpu": _cpu(config),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": affinity(),
         "python_version": platform.python_version(),
         "python_implementation": platform.python_implementation(),
         "backends": list(machine.backends),
@@ -500,10 +501,10 @@ def describe(machine: Machine) -> dict[str, Any]:
     }
 
 
-def _cpu(config: Any) -> str:
+def _cpu(config: dict[str, Any]) -> str:
     """The CPU's name from the package's own probe, else from Linux."""
-    name = config.get("cpu") if isinstance(config, dict) else None
-    if isinstance(name, str) and name and not name.startswith("unknown"):
+    name: str = config["cpu"]
+    if not name.startswith("unknown"):
         return name
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -12,9 +12,8 @@ import numpy as np
 
 from .. import _core, _docs
 from .._multiplier import Multiplier, OpSpec
-from .._validate import broadcast_shapes
+from .._validate import AnyArray, broadcast_shapes, matmul_shape
 
-AnyArray = np.ndarray[Any, np.dtype[Any]]
 Pair = tuple[int, int]
 
 _ufuncs: dict[tuple[str, Multiplier], np.ufunc] = {}
@@ -98,22 +97,16 @@ def _deliver(result: AnyArray, out: AnyArray | None) -> AnyArray:
     return out
 
 
-def _product_shape(a: AnyArray, b: AnyArray) -> tuple[int, ...]:
-    if a.ndim == b.ndim == 2:
-        return a.shape[0], b.shape[1]
-    return (*broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
-
-
 def mitchell_matmul(a: AnyArray, b: AnyArray, *, multiplier: Multiplier, out: AnyArray | None = None) -> AnyArray:
     """The product of a (..., M, K) and b (..., K, N) under a multiplier."""
-    result = _into(out, _product_shape(a, b), a.dtype)
+    result = _into(out, matmul_shape(a, b), a.dtype)
     _core.matmul(_regular(a), _regular(b), _spec("mul", multiplier), result)
     return _deliver(result, out)
 
 
 def exact_matmul(a: AnyArray, b: AnyArray, *, out: AnyArray | None = None) -> AnyArray:
     """The exact product of a (..., M, K) and b (..., K, N), by the same tiling as the approximate one."""
-    result = _into(out, _product_shape(a, b), a.dtype)
+    result = _into(out, matmul_shape(a, b), a.dtype)
     _core.exact_matmul(_regular(a), _regular(b), result)
     return _deliver(result, out)
 

@@ -22,13 +22,14 @@ Tensors = Sequence[Any]
 
 _core.register_tensor_list(TensorList)
 
+# Sets of shadows that one call of `_core` takes: its roles (FASTOPS_MAX_ROLES) but the parameters.
+_PROFILES = 15
+
 
 def _run(
     done: int, roles: Callable[[], list[Role]], values: list[Any], again: Callable[[list[list[Array]]], int]
 ) -> None:
-    """What follows a first call that answered `done`; `again` calls with lists that were checked."""
-    if done == 1:
-        return
+    """What follows a first call that answered `done`, 0 or 2; `again` calls with lists that were checked."""
     if done == 2:
         names = zip(roles(), values, strict=True)
         _tensors.bump_versions(item for role, value in names if role.written for item in value)
@@ -49,7 +50,6 @@ def ema_update(
         def again(lists: list[list[Array]]) -> int:
             checked, *shadows = lists
             _tensors.check_rounding(_tensors.ema_roles(len(sets)), shadows, seed)
-            # As many profiles as one call takes.
             for k in range(0, len(shadows), _PROFILES):
                 part = tuple(shadows[k : k + _PROFILES])
                 if not _core.ema_update(part, checked, tuple(weights[k : k + _PROFILES]), seed, True):
@@ -57,9 +57,6 @@ def ema_update(
             return 1
 
         _run(done, lambda: _tensors.ema_roles(len(sets)), [params, *sets], again)
-
-
-_PROFILES = 15
 
 
 def lookahead_sync(slow: Tensors, fast: Tensors, alpha: float) -> None:
