@@ -6,6 +6,7 @@
 # ///
 """Developer tasks: ``nox -s lint tests``; ``nox -l`` lists them all."""
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -16,7 +17,6 @@ nox.needs_version = ">=2025.10.14"
 nox.options.default_venv_backend = "uv|virtualenv"
 
 PROJECT = nox.project.load_toml("pyproject.toml")
-ROOT = Path(__file__).resolve().parent
 
 
 @nox.session
@@ -59,24 +59,36 @@ def sanitize(session: nox.Session) -> None:
 def aarch64(session: nox.Session) -> None:
     """The kernels cross-compiled for aarch64, their native tests run under qemu-user."""
     session.install("cmake>=3.25", "ninja")
-    build = Path(session.create_tmp()) / "aarch64"
-    session.run(
-        "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DFASTOPS_PYTHON=OFF", "-DFASTOPS_BUILD_TESTS=ON",
-        f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'cmake/aarch64-linux-gnu.cmake'}",
-    )  # fmt: skip
-    session.run("cmake", "--build", str(build))
-    session.run("ctest", "--test-dir", str(build), "--output-on-failure")
+    session.run("cmake", "--preset", "aarch64")
+    session.run("cmake", "--build", "--preset", "aarch64")
+    session.run("ctest", "--preset", "aarch64")
+
+
+@nox.session(default=False)
+def reproducible(session: nox.Session) -> None:
+    """Source distribution and wheel twice, each from a folder of its own: equal bytes."""
+    session.install("build")
+    digests = []
+    for name in ("first", "second"):
+        out = Path(session.create_tmp()).resolve() / name
+        shutil.rmtree(out, ignore_errors=True)
+        session.run("python", "-m", "build", "--outdir", str(out), env={"SOURCE_DATE_EPOCH": "1767225600"})
+        digests.append({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(out.iterdir())})
+    if digests[0] != digests[1]:
+        session.error(f"two builds differ: {digests}")
+    session.log(f"equal: {digests[0]}")
 
 
 @nox.session(default=False)
 def nightly(session: nox.Session) -> None:
-    """What takes too long for every change: exhaustive pairs, the suite under the sanitizers, the distribution files."""
+    """What takes too long for every change: exhaustive pairs, the distribution files twice, the suite under the sanitizers."""
     session.install(".[test]", "build", "check-wheel-contents")
     session.run("pytest", "-m", "nightly", "--timeout=7200", *session.posargs)
     out = Path(session.create_tmp()) / "dist"
     shutil.rmtree(out, ignore_errors=True)
     session.run("python", "-m", "build", "--outdir", str(out))
     session.run("check-wheel-contents", *map(str, out.glob("*.whl")))
+    session.notify("reproducible")
     session.notify("sanitize")
     if os.environ.get("FASTOPS_NIGHTLY_QEMU", "1") != "0":
         session.notify("aarch64")

@@ -153,7 +153,14 @@ class TensorList(Sequence[Any]):
         self._busy = False
 
     def refresh(self) -> None:
-        """Forget what is known of the arrays: the next call reads them anew."""
+        """Forget what is known of the arrays, so that the next call reads them anew.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastops
+        >>> fastops.TensorList([np.zeros(3)], verify=False).refresh()
+        """
         self._plan = None
 
     def __len__(self) -> int:

@@ -94,6 +94,22 @@ class _Entry(NamedTuple):
             raise _validate.wrong_value(label, f"of shape {self.shape}"[:80], Text(str(array.shape)[:40]))
 
 
+class _Alone:
+    """A context for one call at a time."""
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise _validate.busy("an EMA")
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class EMA:
     """Moving averages of parameters, of one or several decays, moved in one pass over the memory.
 
@@ -247,18 +263,30 @@ class EMA:
         """What follows from the other fields and does not pickle."""
         self._kept = [i for i, entry in enumerate(self._entries) if entry.kind != "skip"]
         self._buffers = [i for i in self._kept if self._entries[i].kind != "float"]
+        # Positions among the shadows; apart, so that an update of thousands of tensors loops over none of them.
         self._moving = [j for j, i in enumerate(self._kept) if self._entries[i].kind != "copy"]
+        self._copied = [(j, i) for j, i in enumerate(self._kept) if self._entries[i].kind == "copy"]
         # The kernel reads floating-point arrays alone, so integers that are averaged pass through these.
         self._staged = {i: np.zeros(self._entries[i].shape) for i in self._kept if self._entries[i].kind == "average"}
         self._live = TensorList(self._moving_of(self._sources))
         self._sets = tuple(TensorList([shadows[j] for j in self._moving]) for shadows in self._shadows)
         narrow = any(shadow.dtype.itemsize == 2 for shadow in self._sets[0] if shadow.dtype.kind not in "iub")
         self._rounds_randomly = narrow
-        self._lock = threading.Lock()
+        self._alone = _Alone()
 
     def __getstate__(self) -> dict[str, Any]:
-        with self._alone():
-            made = ("_kept", "_buffers", "_moving", "_staged", "_live", "_sets", "_rounds_randomly", "_lock")
+        with self._alone:
+            made = (
+                "_kept",
+                "_buffers",
+                "_moving",
+                "_copied",
+                "_staged",
+                "_live",
+                "_sets",
+                "_rounds_randomly",
+                "_alone",
+            )
             return {key: value for key, value in vars(self).items() if key not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -372,7 +400,7 @@ class EMA:
         >>> ema.update(), [float(shadow[0].item()) for shadow in ema.shadows]
         (True, [0.5, 0.09999999999999998])
         """
-        with self._alone():
+        with self._alone:
             self._want_restored("update")
             sources = self._sources if params is None else self._given(params)
             before = self._progress
@@ -410,10 +438,9 @@ class EMA:
         # Fibonacci's multiplier, so that the streams of neighbouring seeds do not meet after a few steps.
         seed = (self._seed * 0x9E3779B97F4A7C15 + step) % 2**64 if self._rounds_randomly else None
         _backend.ema_update(self._sets, tensors, weights, seed)
-        for j, i in enumerate(self._kept):
-            if self._entries[i].kind == "copy":
-                for shadows in self._shadows:
-                    shadows[j][...] = buffers[i]
+        for j, i in self._copied:
+            for shadows in self._shadows:
+                shadows[j][...] = buffers[i]
         return True
 
     def _count(self, step: int) -> list[float]:
@@ -451,7 +478,7 @@ class EMA:
         >>> p[0], ema.shadows[0]
         (array([0.5, 0.5]), array([0.75, 0.75]))
         """
-        with self._alone():
+        with self._alone:
             self._want_restored("advance")
             if self._several:
                 raise _validate.wrong_value("decay", "one number for advance", Text("a sequence"))
@@ -541,7 +568,7 @@ class EMA:
         >>> ema.swap_(); print(p)
         [1.]
         """
-        with self._alone():
+        with self._alone:
             profile = self._profile(profile)
             targets = self._targets(self._sources)
             if self._held is None:
@@ -589,7 +616,7 @@ class EMA:
         >>> out
         array([0.25], dtype=float16)
         """
-        with self._alone():
+        with self._alone:
             profile = self._profile(profile)
             self._want_restored("copy_to_")
             sources = self._sources if params is None else self._given(params)
@@ -628,7 +655,7 @@ class EMA:
         >>> sorted(ema.state_dict())[3:]
         ['shadow.0.w', 'skipped', 'step', 'totals', 'updates']
         """
-        with self._alone():
+        with self._alone:
             state: dict[str, Any] = self._progress._asdict()
             state["totals"] = np.array(self._progress.totals)
             state["debias"] = int(self._debias)
@@ -665,7 +692,7 @@ class EMA:
         >>> second.shadows[0]
         array([1., 1.])
         """
-        with self._alone():
+        with self._alone:
             self._want_restored("load_state_dict")
             if not isinstance(state, Mapping):
                 raise _validate.wrong_type("state", "a mapping of names to arrays and numbers", state)
@@ -709,15 +736,6 @@ class EMA:
         for k, shadows in enumerate(self._shadows):
             for name, shadow in zip(names, shadows, strict=True):
                 yield f"shadow.{k}.{name}", shadow
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        if not self._lock.acquire(blocking=False):
-            raise _validate.busy("an EMA")
-        try:
-            yield
-        finally:
-            self._lock.release()
 
     def _want_restored(self, method: str) -> None:
         if self._held is not None:

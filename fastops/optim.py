@@ -256,7 +256,7 @@ def adamw_step_(
 ) -> None:
     """Take one AdamW step, and update a moving average of the parameters in the same pass.
 
-    p *= 1 - lr weight_decay; m += (1 - beta1) (g - m); v = beta2 v + (1 - beta2) g^2;
+    p = (1 - lr weight_decay) p; m += (1 - beta1) (g - m); v = beta2 v + (1 - beta2) g^2;
     p -= lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps).
 
     Parameters
@@ -379,7 +379,7 @@ def lazy_adamw_rows_(
         First moments, of the parameters' dtypes and shapes.
     exp_avg_sq : list of arrays
         Second moments, likewise.
-    rows : list of 1-D integer arrays, optional
+    rows : list of 1-D arrays of int, optional
         Distinct indices of the live rows, in any order.
     state : {"frozen", "decay"}
         What happens to the moments of the other rows: nothing (as ``torch.optim.SparseAdam``), or the decay that a gradient of
@@ -426,7 +426,7 @@ def lazy_adamw_rows_(
 
 
 def eg_step_(params: Tensors, grads: Tensors, *, lr: float) -> None:
-    """Take one step of the exponentiated gradient: p *= exp(-lr g).
+    """Take one step of the exponentiated gradient: p = p exp(-lr g).
 
     Parameters
     ----------
@@ -479,7 +479,7 @@ def adaptive_eg_step_(
 ) -> None:
     """Take a gradient step whose step sizes are tuned by exponentiated gradients.
 
-    gain *= exp(gain_lr sign(m) sign(g)); scale *= exp(scale_lr cos(h, g)); m = beta m + (1 - beta) g;
+    gain = gain exp(gain_lr sign(m) sign(g)); scale = scale exp(scale_lr cos(h, g)); m = beta m + (1 - beta) g;
     h = mu h + lr gain g; p -= scale h.
 
     Parameters
@@ -489,9 +489,9 @@ def adaptive_eg_step_(
     grads : list of arrays
         Of the parameters' dtypes and shapes; float16 or bfloat16 beside float32 parameters too.
     momentum : list of arrays
-        m, zeros at first.
+        The m above, zeros at first.
     update : list of arrays
-        h, zeros at first.
+        The h above, zeros at first.
     gain : list of arrays
         A step size for each element, ones at first.
     scales : 1-D float64 array

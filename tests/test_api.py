@@ -115,7 +115,7 @@ def test_the_examples_of_the_elementwise_operations_run(name: str):
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("module", ["fastops.mitchell", "fastops._config", "fastops._multiplier"])
+@pytest.mark.parametrize("module", ["fastops.mitchell", "fastops._config", "fastops._multiplier", "fastops.averaging"])
 def test_the_examples_of_a_module_run(module: str):
     import doctest
     import importlib
@@ -127,12 +127,13 @@ def test_the_examples_of_a_module_run(module: str):
 
 def _front_end() -> list[pathlib.Path]:
     return [
-        PACKAGE / f"{name}.py" for name in ("_validate", "_config", "_backend", "mitchell", "analysis", "_multiplier")
+        PACKAGE / f"{name}.py"
+        for name in ("_validate", "_config", "_backend", "mitchell", "analysis", "averaging", "_multiplier")
     ]
 
 
 def test_every_error_of_the_front_end_is_made_by_validate():
-    makers = {"wrong_type", "wrong_value", "wrong_choice"}
+    makers = {"wrong_type", "wrong_value", "wrong_choice", "wrong_moment", "busy"}
     allowed = {"AttributeError", "ImportError"}
     seen = 0
     for path in _front_end():
@@ -143,7 +144,7 @@ def test_every_error_of_the_front_end_is_made_by_validate():
             call = node.exc
             if isinstance(call, ast.Name):
                 # Another's error passed on, or one without a text.
-                assert call.id in ("error", "MemoryError"), f"{path.name}:{node.lineno}"
+                assert call.id in ("error", "interrupt", "MemoryError"), f"{path.name}:{node.lineno}"
                 continue
             assert isinstance(call, ast.Call), f"{path.name}:{node.lineno}"
             name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")

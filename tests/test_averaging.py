@@ -382,6 +382,12 @@ def test_averaged_integers_round_to_nearest_within_their_type(dtype: str) -> Non
     with ema.average_parameters():
         # A half goes to the even neighbour.
         assert count.tolist() == [low, high, 0, 0]
+    if kind.kind != "b":
+        odd = np.array([1, 2, 5], kind)
+        ema = EMA([odd], 0.75, buffers="average")
+        follow(ema, odd, [[3, 6, 8]])
+        with ema.average_parameters():
+            assert odd.tolist() == [2, 3, 6]  # 1.5, 3, 5.75
 
 
 def test_buffers_with_debias_and_profiles() -> None:
@@ -393,6 +399,7 @@ def test_buffers_with_debias_and_profiles() -> None:
             assert count.tolist() == [4, 8]
             assert flag.tolist() == [True]
     copied = EMA([count, flag], (0.5, 0.9), debias=True)
+    assert all(shadows[0].tolist() == [4, 8] for shadows in copied.shadows)
     count += 1
     copied.update()
     assert all(shadows[0].tolist() == [5, 9] for shadows in copied.shadows)

@@ -40,7 +40,7 @@ def public_objects() -> dict[str, object]:
 def takes_arguments(value: object) -> bool:
     """Whether a call can be wrong; a class says what it raises too, a property or a plain getter need not."""
     try:
-        return bool(inspect.signature(value).parameters)  # type: ignore[arg-type]
+        return bool(set(inspect.signature(value).parameters) - {"self"})  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return True
 

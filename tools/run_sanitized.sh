@@ -21,4 +21,5 @@ needed = subprocess.run(["readelf", "-d", origin.parent / "lib" / "libfastops.so
 assert "libasan" in needed.stdout, "this fastops was built without the sanitizers"
 print(f"sanitized fastops: {origin.parent}")
 PY
-LD_PRELOAD="$preload" exec python -P -m pytest "$@"
+# The report of a finding goes to file descriptor 2 right before the process ends: pytest must not have taken that.
+LD_PRELOAD="$preload" exec python -P -m pytest --capture=sys "$@"
