@@ -247,24 +247,33 @@ def as_ndarray(name: str, value: Any) -> AnyArray:
 def _from_torch(name: str, tensor: Any) -> AnyArray:
     if tensor.device.type != "cpu":
         raise _validate.wrong_type(name, _HOST_ARRAY, Text(f"a tensor on {str(tensor.device)[:20]}"))
+    layout = str(tensor.layout).removeprefix("torch.")
+    if layout != "strided":
+        raise _validate.wrong_type(name, "a dense tensor", Text(f"a tensor of layout {layout[:20]}"))
+    dtype = str(tensor.dtype).removeprefix("torch.")[:20]
+    bfloat16 = _validate.bfloat16() if dtype == "bfloat16" else None
+    if dtype == "bfloat16" and bfloat16 is None:
+        raise _validate.wrong_type(name, "of a dtype that NumPy knows", Text("bfloat16 without ml_dtypes"))
     try:
         plain = tensor.detach()
-        if str(plain.dtype) == "torch.bfloat16":
-            bfloat16 = _validate.bfloat16()
-            if bfloat16 is None:
-                raise _validate.wrong_type(name, "of a dtype that NumPy knows", Text("bfloat16 without ml_dtypes"))
+        if tensor.numel() and _reach(plain) > plain.untyped_storage().nbytes():
+            raise _validate.wrong_value(name, "a tensor with all of its memory", Text("a storage that was resized"))
+        if bfloat16 is not None:
             import torch
 
-            array = plain.view(torch.int16).numpy().view(bfloat16)
-        else:
-            array = plain.numpy()
-    except RuntimeError:
-        raise _validate.wrong_type(name, "a dense tensor", Text(f"a tensor of layout {tensor.layout}")) from None
-    # A storage can be resized under its tensor; NumPy then shows memory that is not the tensor's.
-    reach = sum((length - 1) * stride for length, stride in zip(plain.shape, plain.stride(), strict=True)) + 1
-    if array.size and (plain.storage_offset() + reach) * array.itemsize > plain.untyped_storage().nbytes():
-        raise _validate.wrong_value(name, "a tensor whose storage holds its elements", Text("one resized to fewer"))
-    return array  # type: ignore[no-any-return]
+            return plain.view(torch.int16).numpy().view(bfloat16)  # type: ignore[no-any-return]
+        return plain.numpy()  # type: ignore[no-any-return]
+    except (NotImplementedError, RuntimeError, TypeError):
+        # A dtype of torch's own, a lazy conjugate or negative, a tensor that stands for others.
+        raise _validate.wrong_type(
+            name, "a tensor that NumPy can share", Text(f"a {type(tensor).__name__[:30]} of dtype {dtype}")
+        ) from None
+
+
+def _reach(tensor: Any) -> int:
+    """The bytes of its storage that a tensor with elements spans."""
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return int((tensor.storage_offset() + last + 1) * tensor.element_size())
 
 
 def _allowed(role: Role, main: np.dtype[Any]) -> tuple[tuple[np.dtype[Any], ...], str]:

@@ -26,6 +26,7 @@ if "numba" not in (
 pytest.importorskip("numba")
 
 from fastops import numba as backend
+from fastops.numba import _kernel
 from fastops.numba import _mitchell_kernels as kernels
 from fastops.numba import mitchell as module
 
@@ -110,7 +111,7 @@ def test_kernels_have_one_signature() -> None:
         backend.mitchell_matmul(x, x.T, multiplier=Multiplier())
         backend.mitchell_matmul_grad(x, x.T, np.ones((4, 4), np.float32), multiplier=Multiplier(), mode="exact")
     compiled = [
-        k._compiled for k in vars(kernels).values() if isinstance(k, kernels.Kernel) and k._compiled is not None
+        k._compiled for k in vars(kernels).values() if isinstance(k, _kernel.Kernel) and k._compiled is not None
     ]
     assert len(compiled) >= 3
     assert all(len(loop.signatures) == 1 for loop in compiled)
@@ -118,30 +119,30 @@ def test_kernels_have_one_signature() -> None:
 
 def test_cache_that_cannot_be_used_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numba raises RuntimeError where it finds no directory for its cache and OSError where writing fails."""
-    njit, errors = kernels.njit, iter([RuntimeError("no locator"), OSError("disk full")])
+    njit, errors = _kernel.njit, iter([RuntimeError("no locator"), OSError("disk full")])
 
     def failing(signature: Any, *, cache: bool = False, **options: Any) -> Any:
         if cache:
             raise next(errors)
         return njit(signature, **options)
 
-    monkeypatch.setattr(kernels, "njit", failing)
+    monkeypatch.setattr(_kernel, "njit", failing)
     for _ in range(2):
-        loop = kernels.Kernel(lambda x: x + 1, kernels.types.int64(kernels.types.int64), {})
+        loop = _kernel.Kernel(lambda x: x + 1, _kernel.types.int64(_kernel.types.int64), {})
         assert loop(2) == 3
     assert next(errors, None) is None
 
 
 def test_first_calls_at_once_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
-    njit = kernels.njit
+    njit = _kernel.njit
 
     def counting(*args: Any, **options: Any) -> Any:
         compiled.append(1)
         return njit(*args, **options)
 
-    monkeypatch.setattr(kernels, "njit", counting)
-    loop = kernels.Kernel(lambda x: x * x, kernels.types.int64(kernels.types.int64), {})
+    monkeypatch.setattr(_kernel, "njit", counting)
+    loop = _kernel.Kernel(lambda x: x * x, _kernel.types.int64(_kernel.types.int64), {})
     results: list[int] = []
     barrier = threading.Barrier(4)
 
@@ -164,7 +165,7 @@ def test_a_fork_while_a_kernel_compiles() -> None:
     """The child finds the lock free and no half of a compilation; by Numba's own lock too, so the fork waits for its end."""
     code = """
     import threading, warnings
-    from fastops.numba import _mitchell_kernels as kernels
+    from fastops.numba import _kernel as kernels
     compiling = threading.Event()
     def slow(*signature, **options):
         compiling.set()

@@ -134,6 +134,18 @@ bool is_contiguous(const py::ssize_t* shape, const py::ssize_t* strides, int ndi
   return true;
 }
 
+// What DLPack does not say of a torch tensor: that its memory holds the negatives (the imaginary part of a conjugate), and
+// that its storage was resized to nothing, which leaves an offset in place of a pointer.
+bool is_what_it_shows(PyObject* object) {
+  try {
+    const py::handle tensor(object);
+    return !tensor.attr("is_neg")().cast<bool>() &&
+           tensor.attr("untyped_storage")().attr("nbytes")().cast<std::size_t>() > 0;
+  } catch (const py::error_already_set&) {
+    return false;
+  }
+}
+
 // False where the object is of another kind.
 bool view_tensor(PyObject* object, View* v) {
   const Exchange exchange = exchange_of(Py_TYPE(object));

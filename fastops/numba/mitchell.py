@@ -21,6 +21,7 @@ from .._multiplier import EQUATION, ITERATIVE, LOG_ADD, Multiplier, OpSpec
 from .._validate import broadcast_shapes
 from ..reference.mitchell import FORMATS, _columns, _resolve, _sum_to, _uncolumns
 from . import _mitchell_kernels as kernels
+from ._kernel import Kernel
 
 Array = NDArray[Any]
 Pair = tuple[int, int]
@@ -91,7 +92,7 @@ def _kept(spec: OpSpec, mantissa: int) -> int:
 class _Fast(NamedTuple):
     """How a product or quotient is one integer sum, for `kernels.fast32` or `fast64`."""
 
-    kernel: kernels.Kernel
+    kernel: Kernel
     constants: tuple[Any, ...]
 
 
