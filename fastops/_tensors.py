@@ -257,7 +257,7 @@ def _from_torch(name: str, tensor: Any) -> AnyArray:
     try:
         plain = tensor.detach()
         if tensor.numel() and _reach(plain) > plain.untyped_storage().nbytes():
-            raise _validate.wrong_value(name, "a tensor with all of its memory", Text("a storage that was resized"))
+            raise _validate.wrong_value(name, "a tensor whose storage holds its elements", Text("one resized to fewer"))
         if bfloat16 is not None:
             import torch
 

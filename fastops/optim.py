@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -78,19 +78,31 @@ def ema_update_(
     array([[0.5, 0.5, 0.5]], dtype=float32)
     """
     weights: float | list[float]
-    if type(decay) is float or not isinstance(decay, (Sequence, np.ndarray)):
+    if type(decay) is float or not _is_sequence(decay):
         weights = 1.0 - _validate.number("decay", decay, 0.0, 1.0)
     else:
-        weights = [1.0 - _validate.number(f"decay[{i}]", d, 0.0, 1.0) for i, d in enumerate(decay)]
-        shadows = _sized(shadows)
-        if len(weights) != len(shadows):  # type: ignore[arg-type]
-            wanted = f"a number or {len(shadows)} of them, one for each of shadows"  # type: ignore[arg-type]
+        many = cast("Sequence[float]", decay)
+        weights = [1.0 - _validate.number(f"decay[{i}]", d, 0.0, 1.0) for i, d in enumerate(many)]
+        shadows, count = _sized(shadows)
+        if len(weights) != count:
+            wanted = f"a number or {count} of them, one for each of shadows"
             raise _validate.wrong_value("decay", wanted, Text(str(len(weights))))
     _backend.ema_update((shadows,), params, (weights,), _seed(rounding, seed))
 
 
-def _sized(tensors: Tensors) -> Tensors:
-    return tensors if isinstance(tensors, Sequence) or hasattr(tensors, "ndim") else list(tensors)
+def _is_sequence(value: object) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _sized(tensors: Tensors) -> tuple[Tensors, int]:
+    """The tensors, and how many they are; an array alone is one."""
+    if hasattr(tensors, "ndim"):
+        return tensors, 1
+    if not isinstance(tensors, Sequence):
+        tensors = list(tensors)
+    return tensors, len(tensors)
 
 
 def _seed(rounding: str, seed: int | None) -> int | None:
@@ -543,8 +555,8 @@ def adaptive_eg_step_(
         _validate.number("scale_lr", scale_lr, 0.0),
         *_bounds("scale_bounds", scale_bounds),
     )
-    params = _sized(params)
-    _backend.adaptive_eg_step(params, grads, momentum, update, gain, _scales(scales, params), numbers)
+    params, count = _sized(params)
+    _backend.adaptive_eg_step(params, grads, momentum, update, gain, _scales(scales, count), numbers)
 
 
 def _bounds(name: str, value: object) -> tuple[float, float]:
@@ -559,8 +571,7 @@ def _pair(name: str, value: object) -> tuple[object, object]:
     return value[0], value[1]
 
 
-def _scales(value: object, params: Any) -> AnyArray:
-    count = 1 if hasattr(params, "ndim") else len(params)
+def _scales(value: object, count: int) -> AnyArray:
     if not isinstance(value, np.ndarray) or value.dtype != np.float64 or not value.dtype.isnative:
         raise _validate.wrong_type("scales", "a float64 array", value)
     if value.shape != (count,):

@@ -131,3 +131,62 @@ def stochastic_mean(decay: float, elements: int) -> float:
 # Points of accuracy by which the average of the digits example beats the raw weights over the later half of 12 epochs; five seeds
 # gave 1.1 to 2.7.
 AVERAGE_GAIN = 0.5
+# --- moving averages and optimizer steps: u = eps / 2 is the error of one rounding, M the sum of the magnitudes of the terms
+
+
+def lerp(s: NDArray[Any], p: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Bound of |s + w (p - s) - oracle| in `dtype`: 2 eps max(|s|, |p|), what is promised without FMA.
+
+    From the nearer end, with weight w <= 1/2: w, the difference (at most 2 M) and the product are rounded, 3 u 2 w M; the
+    sum u M: 4 u M. A parameter wider than the shadow is rounded first (u |p|), and the oracle rounds its result (u M).
+    """
+    largest = np.maximum(np.abs(s), np.abs(p))
+    rounded = 0.5 * largest + (0.5 * np.abs(p) if p.dtype.itemsize > dtype.itemsize else 0.0)
+    return np.asarray(_EPS[dtype.name] * (2.0 * largest + rounded) + 2.0**-149)
+
+
+# Roundings on the longest path to a result, each u of M: momentum with weight decay and nesterov has 12; AdamW has the moments'
+# 6 and 5 (with l2 3 more, doubled by the square), the root's half and 3 of the denominator's, division, step size, sum: 22 at
+# most; the adaptive gradient has 11. In eps, with what is left for products of errors and for the oracle's own rounding.
+SGD = 8.0
+ADAM = 14.0
+ADAPTIVE = 8.0
+
+
+def step(magnitude: NDArray[Any], roundings: float, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Bound of a step's result whose terms have this sum of magnitudes; subnormal products lose some units more."""
+    return np.asarray(roundings * _EPS[dtype.name] * magnitude + 8.0 * _TINY[dtype.name] * _EPS[dtype.name])
+
+
+def exponential(result: NDArray[Any], exponent: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Bound of p exp(x): x has two roundings, u |x| each; exp 1.3 units without FMA, the oracle's 1; two products 1 eps."""
+    return np.asarray(_EPS[dtype.name] * (3.5 + np.abs(exponent)) * np.abs(result) + 2.0**-149)
+
+
+# Mean of n stochastic roundings of one value: each is off by at most one unit of bfloat16, with standard deviation at most
+# half a unit; 5 standard deviations of the mean.
+def rounding_mean(unit: float, n: int) -> float:
+    """Bound of the mean's error over n roundings to multiples of `unit`."""
+    return 5.0 * 0.5 * unit / n**0.5
+
+
+# Stochastic roundings in float32 and from the float64 oracle take different ways where the cut-off part equals the random
+# number up to the float32 result's own error of some units: of 2**16 cases about one or two.
+RANDOM_DIFFERENT = 1e-3
+
+
+def long_average(unit: float, n: int) -> float:
+    """Bound of the mean over n elements of a stochastically rounded average whose parameter is at most 1/2 away.
+
+    A step moves by at most w / 2, so it rounds away with probability at most w / (2 unit) and variance w unit / 2; variances
+    are forgotten with (1 - w)^2: in all unit / 4, for each element. 5 standard deviations of the mean.
+    """
+    return 5.0 * (unit / 4.0 / n) ** 0.5
+
+
+# Some dozens of operations in double, 2**-53 each, and a printed vector whose unit vectors had a small constant in them.
+DOUBLE = 5e-13
+# 0.99**2000 is 2e-9; in float32 the average stops where half a unit is 1 % of the distance: 50 units of 2**-22 below 3.
+ARRIVED = 1e-5
+# Of 999 fair coins the number of heads has a standard deviation of 16.
+COINS = 80

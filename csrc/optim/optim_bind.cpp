@@ -134,8 +134,8 @@ bool is_contiguous(const py::ssize_t* shape, const py::ssize_t* strides, int ndi
   return true;
 }
 
-// What DLPack does not say of a torch tensor: that its memory holds the negatives (the imaginary part of a conjugate), and
-// that its storage was resized to nothing, which leaves an offset in place of a pointer.
+// What DLPack does not say of a torch tensor: that its memory holds the negatives (the imaginary part of a conjugate),
+// and that its storage was resized to nothing, which leaves an offset in place of a pointer.
 bool is_what_it_shows(PyObject* object) {
   try {
     const py::handle tensor(object);
@@ -172,8 +172,10 @@ bool view_tensor(PyObject* object, View* v) {
   for (int axis = 0; axis < v->ndim; ++axis) v->size *= static_cast<std::size_t>(v->shape[axis]);
   v->unit = v->dtype == kNoDtype ? 0 : static_cast<py::ssize_t>(kItemSize[v->dtype]);
   v->contiguous = v->strides == nullptr || is_contiguous(v->shape, v->strides, v->ndim, 1);
-  // A storage that was resized to nothing under its tensor.
-  return t.data != nullptr || v->size == 0;
+  // Parts of complex tensors have strides, or one element; only programs loaded at low addresses have memory there.
+  constexpr std::uintptr_t kLow = std::uintptr_t{1} << 36;
+  const bool doubtful = !v->contiguous || v->size == 1 || reinterpret_cast<std::uintptr_t>(v->data) < kLow;
+  return v->size == 0 || !doubtful || is_what_it_shows(object);
 }
 
 constexpr int kContiguousFlag = 0x0001, kWriteableFlag = 0x0400;

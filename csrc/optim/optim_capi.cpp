@@ -309,9 +309,9 @@ fastops_status fastops_adamw_step(const fastops_tensor_list* tensors, const fast
 fastops_status fastops_lazy_adamw_rows(const fastops_tensor_list* tensors, const size_t* row_size,
                                        const int64_t* const* rows, const size_t* row_count, const uint8_t* const* live,
                                        int decays, const fastops_adamw* step) noexcept {
-  if (step == nullptr || step->has_ema || step->zero_grad || row_size == nullptr || !is_step(tensors, 4) ||
-      (rows != nullptr && row_count == nullptr))
-    return FASTOPS_INVALID;
+  if (step == nullptr || step->has_ema || step->zero_grad || !is_step(tensors, 4)) return FASTOPS_INVALID;
+  if (tensors->count == 0) return FASTOPS_OK;
+  if (row_size == nullptr || (rows != nullptr && row_count == nullptr)) return FASTOPS_INVALID;
   const fastops_tensor_list& list = *tensors;
   const OptimKernels& table = kernels();
   // Row `at` of p, m and v, row `gradient` of g.

@@ -119,20 +119,27 @@ def _ema(s: Array, p: Array, w: float, seed: int | None, tensor: int) -> None:
         _average(shadow, _as(param, p.dtype, s.dtype), w)
 
 
+def _ends(dtype: np.dtype[Any], w: float) -> tuple[Any, Any]:
+    """w and w - 1 in the arithmetic's dtype."""
+    rounded = dtype.type(w)
+    return rounded, rounded - dtype.type(1)
+
+
 def _average(s: Array, p: Array, w: float) -> None:
     """One piece, both of the same dtype."""
     if w == 1.0:
         s[...] = p
     elif w != 0.0:
-        real = s.dtype.type
-        kernels.ema[s.dtype](s, p, real(w), real(w - 1.0), w < 0.5)
+        rounded, rest = _ends(s.dtype, w)
+        kernels.ema[s.dtype](s, p, rounded, rest, bool(rounded < 0.5))
 
 
 def _ema_random(s: Array, p: Array, w: float, seed: int, tensor: int) -> None:
     key = _mix64(seed ^ _mix64(tensor))
     low, high = np.uint32(key & 0xFFFFFFFF), np.uint32(key >> 32)
-    how = kernels.COPY if w == 1.0 else kernels.NEAR if w < 0.5 else kernels.FAR
-    numbers = np.float32(w), np.float32(w - 1.0), how, low, high
+    rounded, rest = _ends(_FLOAT32, w)
+    how = kernels.COPY if w == 1.0 else kernels.NEAR if rounded < 0.5 else kernels.FAR
+    numbers = rounded, rest, how, low, high
     for start, (shadow, param) in _pieces([s, p], [True, False], p.dtype == _FLOAT32, ordered=True):
         with np.errstate(all="ignore"):
             value = _as(param, p.dtype, _FLOAT32)
@@ -239,13 +246,13 @@ def lazy_adamw_rows(
 
     `decays`: the moments of the other rows decay as under a gradient of zero.
     """
-    with _tensors.prepared_rows(params, grads, exp_avg, exp_avg_sq, rows) as (*lists, chosen):
-        for i, (p, g, m, v) in enumerate(zip(*lists, strict=True)):
-            if chosen is None:
+    with _tensors.prepared_rows(params, grads, exp_avg, exp_avg_sq, rows) as lists:
+        for i, (p, g, m, v) in enumerate(zip(*lists[:4], strict=True)):
+            if lists.rows is None:
                 live = np.flatnonzero((g != 0).reshape(len(g), math.prod(g.shape[1:])).any(axis=1))
                 gradient = g[live]
             else:
-                live, gradient = chosen[i], g
+                live, gradient = lists.rows[i], g
             if decays:
                 dead = np.ones(len(p), bool)
                 dead[live] = False
@@ -303,6 +310,8 @@ def _scale(scale: float, h: Array, g: Array, step: EgStep) -> float:
         nonlocal sums
         sums += kernels.products[h.dtype](h, g)
 
+    # In C order: no layout of the tensors changes the sums.
+    h, g = (np.ascontiguousarray(x) for x in (h, g))
     with np.errstate(all="ignore"):
         _run([h, g], [False, False], add, True)
         cosine = sums[0] / (np.sqrt(sums[1]) * np.sqrt(sums[2]))

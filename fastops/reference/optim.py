@@ -147,7 +147,7 @@ def sgd_step(params: Tensors, grads: Tensors, buffers: Tensors | None, ema: Tens
 
 
 def _adam(p: Array, g: Array, m: Array, v: Array, s: AdamStep) -> None:
-    gradient = _wide(g) + s.l2 * _wide(p)
+    gradient = _wide(g) + s.l2 * _wide(p) if s.l2 else _wide(g)
     first = _wide(m) + s.w1 * (gradient - _wide(m))
     second = s.beta2 * _wide(v) + s.w2 * gradient * gradient
     p[...] = s.decay * _wide(p) - s.step_size * first / (np.sqrt(second) * s.scale + s.eps)

@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Steps over torch tensors: in place, seen by autograd, equal to torch's own where that is right, and never out of memory's bounds."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import tolerance
+from child import run
+from samples import assert_same_bits
+
+import fastops
+from fastops import optim as module
+
+torch = pytest.importorskip("torch")
+
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+
+
+@pytest.fixture
+def ops(backend: ModuleType, target: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The public functions, on a backend and CPU level."""
+    monkeypatch.setattr(module, "_backend", backend)
+    return module
+
+
+def tensors(seed: int, *shapes: tuple[int, ...], dtype: Any = torch.float32) -> list[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def clones(items: list[Any]) -> list[Any]:
+    return [x.detach().clone() for x in items]
+
+
+SHAPES = [(3, 5), (), (0,), (70,), (2, 3, 4)]
+
+
+# --- equal to torch ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("w", [1e-4, 0.1, 0.3, 0.4999])
+def test_average_has_the_bits_of_torch_lerp(ops: ModuleType, backend: ModuleType, target: str, w: float) -> None:
+    """At the levels with FMA, where torch's own runs with FMA too; every tail, and one tensor that torch splits."""
+    if backend.__name__ != "fastops.native" or target == "v2" or "NO AVX" in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("both sides need FMA")
+    shapes = [(n,) for n in (*range(1, 70), 100_003)]
+    s, p = tensors(1, *shapes), tensors(2, *shapes)
+    want = clones(s)
+    decay = 1.0 - w
+    torch._foreach_lerp_(want, p, 1.0 - decay)
+    ops.ema_update_(s, p, decay)
+    for got, exact in zip(s, want, strict=True):
+        assert_same_bits(got.numpy(), exact.numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("w", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_average_within_the_bound_of_torch_lerp(ops: ModuleType, dtype: Any, w: float) -> None:
+    s, p = tensors(3, *SHAPES, dtype=dtype), tensors(4, *SHAPES, dtype=dtype)
+    want, before = clones(s), clones(s)
+    for x, y in zip(want, p, strict=True):
+        x.lerp_(y, w)
+    ops.ema_update_(s, p, 1.0 - w)
+    for got, exact, x, y in zip(s, want, before, p, strict=True):
+        bound = 2 * tolerance.lerp(x.numpy(), y.numpy(), got.numpy().dtype)
+        assert (np.abs(got.numpy() - exact.numpy()) <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"betas": (0.5, 0.9), "eps": 1e-3}], ids=str)
+def test_adamw_follows_torch(ops: ModuleType, dtype: Any, options: dict[str, Any]) -> None:
+    p = [torch.nn.Parameter(x) for x in tensors(5, (3, 5), (70,), (2, 3, 4), dtype=dtype)]
+    theirs = [torch.nn.Parameter(x) for x in clones(p)]
+    settings = {"lr": 0.01, "weight_decay": 0.01, **options}
+    optimizer = torch.optim.AdamW(theirs, fused=True, **settings)
+    m, v = ([torch.zeros_like(x) for x in p] for _ in range(2))
+    for step in range(1, 5):
+        gradients = tensors(10 + step, *(tuple(x.shape) for x in p), dtype=dtype)
+        for x, g in zip(theirs, gradients, strict=True):
+            x.grad = g.clone()
+        optimizer.step()
+        ops.adamw_step_(p, gradients, m, v, step=step, **settings)
+        for x, y in zip(p, theirs, strict=True):
+            # Each step adds at most some 4 lr, and two ways of rounding it.
+            bound = (
+                2 * step * tolerance.step(np.abs(y.detach().numpy()) + 0.1, tolerance.ADAM, y.detach().numpy().dtype)
+            )
+            assert (np.abs((x - y).detach().numpy()) <= bound).all()
+    for x, y in zip(theirs, m, strict=True):
+        np.testing.assert_allclose(y, optimizer.state[x]["exp_avg"], rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": 0.0},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "dampening": 0.5},
+        {"momentum": 0.9, "nesterov": True},
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+        {"momentum": 0.0, "weight_decay": 0.1},
+    ],
+    ids=str,
+)
+def test_sgd_follows_torch(ops: ModuleType, options: dict[str, Any]) -> None:
+    """torch takes the first gradient undamped for the buffer: ours is filled with what makes the first step the same."""
+    p = tensors(6, (3, 5), (70,), dtype=torch.float64)
+    theirs = [torch.nn.Parameter(x) for x in clones(p)]
+    optimizer = torch.optim.SGD(theirs, lr=0.1, **options)
+    m = None
+    for step in range(4):
+        gradients = tensors(20 + step, *(tuple(x.shape) for x in p), dtype=torch.float64)
+        for x, g in zip(theirs, gradients, strict=True):
+            x.grad = g.clone()
+        if options["momentum"] and m is None:
+            decay, keep = options.get("weight_decay", 0.0), options["momentum"]
+            rest = options.get("dampening", 0.0)
+            m = [(g + decay * x) * rest / keep for g, x in zip(gradients, p, strict=True)]
+        optimizer.step()
+        ops.sgd_step_(p, gradients, m, lr=0.1, **options)
+        for x, y in zip(p, theirs, strict=True):
+            np.testing.assert_allclose(x, y.detach(), rtol=tolerance.DOUBLE, atol=tolerance.DOUBLE)
+
+
+def test_lookahead_follows_lerp_and_copy(ops: ModuleType) -> None:
+    slow, fast = tensors(7, *SHAPES), tensors(8, *SHAPES)
+    want = clones(slow)
+    for q, p in zip(want, fast, strict=True):
+        q.lerp_(p, 0.3)
+    old = clones(slow)
+    ops.lookahead_sync_(slow, fast, 0.3)
+    for q, exact, p, before in zip(slow, want, fast, old, strict=True):
+        bound = 2 * tolerance.lerp(before.numpy(), p.numpy(), F32) + 1e-6
+        assert (np.abs(q.numpy() - exact.numpy()) <= bound).all()
+        assert torch.equal(p, q)
+
+
+def test_lazy_rows_follow_sparse_adam(ops: ModuleType) -> None:
+    p = tensors(9, (20, 3), dtype=torch.float64)
+    theirs = [torch.nn.Parameter(p[0].clone())]
+    # Ours divides eps by the root of the bias correction, as AdamW does: too small to be seen.
+    optimizer = torch.optim.SparseAdam(theirs, lr=0.1, eps=1e-30)
+    m, v = [torch.zeros(20, 3, dtype=torch.float64)], [torch.zeros(20, 3, dtype=torch.float64)]
+    for step in range(1, 4):
+        rows = torch.randperm(20, generator=torch.Generator().manual_seed(step))[:6]
+        g = tensors(30 + step, (6, 3), dtype=torch.float64)[0]
+        theirs[0].grad = torch.sparse_coo_tensor(rows[None], g, (20, 3), check_invariants=True)
+        optimizer.step()
+        ops.lazy_adamw_rows_(p, [g], m, v, [rows], step=step, lr=0.1, eps=1e-30)
+        np.testing.assert_allclose(p[0], theirs[0].detach(), rtol=tolerance.DOUBLE, atol=tolerance.DOUBLE)
+
+
+# --- tensors -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_tensor_is_updated_in_place(ops: ModuleType) -> None:
+    def both(s: Any, p: Any) -> None:
+        base, like = s.detach().numpy().copy(), p.detach().float().numpy()
+        ops.ema_update_([s], [p], 0.5)
+        np.testing.assert_allclose(s.detach().numpy(), 0.5 * (base + like), rtol=1e-6)
+
+    both(torch.zeros(3, 5), torch.ones(3, 5))
+    both(torch.nn.Parameter(torch.zeros(7)), torch.nn.Parameter(torch.ones(7)))
+    both(torch.zeros(5, 3).t(), torch.arange(15.0).reshape(3, 5))
+    both(torch.zeros(10)[::2], torch.ones(5, requires_grad=True) * 2)
+    both(torch.zeros(3, 4), torch.arange(4.0).expand(3, 4))
+    both(torch.zeros(()), torch.ones(()))
+    both(torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last), torch.ones(2, 3, 4, 4))
+    both(torch.zeros(9), torch.linspace(0, 1, 9).half())
+    with torch.inference_mode():
+        s = torch.zeros(4)
+    both(s, torch.ones(4))
+    if fastops._validate.bfloat16() is not None:
+        both(torch.zeros(9), torch.linspace(0, 1, 9).bfloat16())
+        s = torch.full((5,), 0.5, dtype=torch.bfloat16)
+        ops.ema_update_([s], [torch.ones(5)], 0.5, rounding="stochastic", seed=1)
+        assert (s == 0.75).all()
+    mixed = np.zeros(4, np.float32)
+    ops.ema_update_([mixed], [torch.ones(4)], 0.5)
+    assert (mixed == 0.5).all()
+
+
+def test_gradients_of_parameters_are_zeroed_in_place(ops: ModuleType) -> None:
+    p = torch.nn.Parameter(torch.ones(5))
+    (p * p).sum().backward()
+    gradient = p.grad
+    ops.sgd_step_([p], [p.grad], None, lr=0.1, zero_grad=True)
+    assert (p.detach() == 0.8).all()
+    assert p.grad is gradient
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("plan", [False, True])
+def test_autograd_hears_of_every_tensor_that_was_written(ops: ModuleType, plan: bool) -> None:
+    """Otherwise a backward pass would go on with the new values, silently."""
+    p, s = torch.ones(4, requires_grad=True), torch.zeros(4)
+    g, m, v = torch.ones(4), torch.zeros(4), torch.zeros(4)
+    loss = (p * p).sum()
+    lists = [fastops.TensorList([x]) if plan else [x] for x in (p, g, m, v, s)]
+    for _ in range(2):
+        before = [x._version for x in (p, g, m, v, s)]
+        ops.adamw_step_(*lists[:4], step=1, lr=0.1, ema=lists[4], ema_decay=0.5)
+        assert [x._version > y for x, y in zip((p, g, m, v, s), before, strict=True)] == [True, False, True, True, True]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    before = [x._version for x in (p, s)]
+    ops.ema_update_(lists[4], lists[0], 0.5)
+    assert [x._version - y for x, y in zip((p, s), before, strict=True)] == [0, 1]
+
+
+FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
+    "meta": (lambda: torch.ones(4, device="meta"), TypeError, "on meta"),
+    "sparse": (lambda: torch.ones(4).to_sparse(), TypeError, "layout sparse_coo"),
+    "csr": (lambda: torch.ones(2, 2).to_sparse_csr(), TypeError, "layout sparse_csr"),
+    "float8": (lambda: torch.ones(4, dtype=torch.float8_e4m3fn), TypeError, "float8_e4m3fn"),
+    "integers": (lambda: torch.ones(4, dtype=torch.int64), TypeError, "int64"),
+    "complex": (lambda: torch.ones(4, dtype=torch.complex64), TypeError, "complex64"),
+    "negative": (lambda: torch.imag((torch.ones(4) * 1j).conj()), TypeError, "NumPy can share"),
+    "one negative": (lambda: torch.imag((torch.ones(1) * 1j).conj()), TypeError, "NumPy can share"),
+    "shape": (lambda: torch.ones(5), ValueError, "of shape"),
+    "no storage": (lambda: _emptied(torch.ones(4)), ValueError, "storage holds its elements"),
+    "no storage at an offset": (
+        lambda: _emptied(torch.ones(1 << 20)[1 << 19 : (1 << 19) + 4]),
+        ValueError,
+        "storage holds",
+    ),
+}
+
+
+def _emptied(x: Any) -> Any:
+    x.untyped_storage().resize_(0)
+    return x
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("i", [0, 2])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_one_tensor_leaves_all_untouched(ops: ModuleType, fault: str, i: int, written: bool) -> None:
+    make, kind, text = FAULTS[fault]
+    s, p = [torch.zeros(4) for _ in range(3)], [torch.ones(4) for _ in range(3)]
+    odd = make()
+    (s if written else p)[i] = odd
+    if tuple(odd.shape) != (4,) and kind is TypeError:
+        (p if written else s)[i] = torch.zeros(odd.shape)
+    with pytest.raises(kind, match=rf"^(shadows|params)\[{i}\] must be ") as caught:
+        ops.ema_update_(s, p, 0.5)
+    assert text in str(caught.value)
+    assert len(str(caught.value)) < 200
+    assert all((x == 0).all() for k, x in enumerate(s) if k != i)
+
+
+def test_partial_overlap_and_folded_tensors(ops: ModuleType) -> None:
+    base = torch.zeros(10)
+    with pytest.raises(ValueError, match="memory apart from"):
+        ops.ema_update_([base[:6]], [base[4:]], 0.5)
+    with pytest.raises(ValueError, match="overlapping strides"):
+        ops.ema_update_([torch.zeros(4).expand(3, 4)], [torch.ones(3, 4)], 0.5)
+    same = torch.zeros(4)
+    with pytest.raises(ValueError, match="memory apart from"):
+        ops.ema_update_([same, same], [torch.ones(4), torch.ones(4)], 0.5)
+    with pytest.raises(ValueError, match="memory apart from"):
+        ops.ema_update_([same], [same.view(2, 2).view(4)], 0.5)
+    assert (base == 0).all()
+    assert (same == 0).all()
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_tensor_list_has_the_new_storage(ops: ModuleType, verify: bool) -> None:
+    """By itself where it verifies, else after `refresh`."""
+    s, p = torch.zeros(1000), torch.ones(1000)
+    plan, params = (fastops.TensorList([x], verify=verify) for x in (s, p))
+
+    def refresh() -> None:
+        if not verify:
+            plan.refresh()
+            params.refresh()
+
+    for _ in range(2):
+        ops.ema_update_(plan, params, 0.5)
+    s.data = torch.full((1000,), 7.0)
+    refresh()
+    ops.ema_update_(plan, params, 0.5)
+    assert (s == 4).all()
+    s.data = torch.zeros(10)
+    refresh()
+    with pytest.raises(ValueError, match=r"^shadows\[0\] must be of shape \(1000,\)"):
+        ops.ema_update_(plan, params, 0.5)
+    s.data = torch.zeros(1000)
+    p.data = _emptied(torch.ones(1000))
+    refresh()
+    with pytest.raises(ValueError, match=r"^params\[0\] must be a tensor whose storage holds"):
+        ops.ema_update_(plan, params, 0.5)
+    assert (s == 0).all()
+
+
+def test_tensors_that_stand_for_others_are_refused(ops: ModuleType) -> None:
+    def inner(x: Any) -> Any:
+        with pytest.raises(TypeError, match=r"^params\[0\] must be a tensor that NumPy can share"):
+            ops.ema_update_([torch.zeros(4)], [x], 0.5)
+        return (x * x).sum()
+
+    torch.vmap(inner)(torch.ones(3, 4))
+    torch.func.grad(inner)(torch.ones(4))
+
+
+def test_a_training_loop_with_native_steps(native: ModuleType) -> None:
+    """In a process of its own, with torch's threads beside ours."""
+    code = """
+    import torch
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3))
+    p = list(model.parameters())
+    m, v, ema = ([torch.zeros_like(x) for x in p] for _ in range(3))
+    x = torch.randn(512, 20)
+    y = (x[:, :3] * 3).argmax(dim=1)
+    losses = []
+    for step in range(1, 151):
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        fastops.adamw_step_(p, [q.grad for q in p], m, v, step=step, lr=0.01, ema=ema, ema_decay=0.9, zero_grad=True)
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0], losses[::30]
+    assert all((q.grad == 0).all() for q in p)
+    assert max((a - q).abs().max() for a, q in zip(ema, p)) < 0.2
+    """
+    run(code, timeout=90)
