@@ -27,6 +27,16 @@ ARRAY_LEVEL = [
     "mitchell_matmul_grad",
     "mitchell_mul_grad",
 ]
+STEPS = [
+    "adamw_step",
+    "adaptive_eg_step",
+    "all_finite",
+    "eg_step",
+    "ema_update",
+    "lazy_adamw_rows",
+    "lookahead_sync",
+    "sgd_step",
+]
 
 
 def test_all_is_sorted_and_every_name_is_there():
@@ -63,13 +73,14 @@ def test_the_operations_of_the_plain_multiplier_are_the_public_functions():
 
 
 def test_backends_offer_the_same_names(backend: ModuleType):
-    wanted = sorted([*ARRAY_LEVEL, "lmul", "mitchell_op", *(f"mitchell_{op}" for op in OPS)])
+    wanted = sorted([*ARRAY_LEVEL, *STEPS, "lmul", "mitchell_op", *(f"mitchell_{op}" for op in OPS)])
+    assert wanted == _backend.NAMES
     assert sorted(set(backend.__all__) & set(wanted)) == wanted
     for op in OPS:
         assert getattr(backend, f"mitchell_{op}") is backend.mitchell_op(op, fastops.Multiplier())
 
 
-@pytest.mark.parametrize("name", ["mitchell_op", *ARRAY_LEVEL])
+@pytest.mark.parametrize("name", ["mitchell_op", *ARRAY_LEVEL, *STEPS])
 def test_backends_share_the_signatures_of_reference(backend: ModuleType, name: str):
     def shape(function: object) -> list[tuple[str, inspect._ParameterKind]]:
         return [(p.name, p.kind) for p in inspect.signature(function).parameters.values()]
@@ -115,7 +126,17 @@ def test_the_examples_of_the_elementwise_operations_run(name: str):
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("module", ["fastops.mitchell", "fastops._config", "fastops._multiplier", "fastops.averaging"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "fastops.mitchell",
+        "fastops._config",
+        "fastops._multiplier",
+        "fastops._tensors",
+        "fastops.averaging",
+        "fastops.optim",
+    ],
+)
 def test_the_examples_of_a_module_run(module: str):
     import doctest
     import importlib
@@ -125,15 +146,25 @@ def test_the_examples_of_a_module_run(module: str):
     assert result.failed == 0
 
 
+FRONT_END = (
+    "_validate",
+    "_config",
+    "_backend",
+    "_multiplier",
+    "_tensors",
+    "analysis",
+    "averaging",
+    "mitchell",
+    "optim",
+)
+
+
 def _front_end() -> list[pathlib.Path]:
-    return [
-        PACKAGE / f"{name}.py"
-        for name in ("_validate", "_config", "_backend", "mitchell", "analysis", "averaging", "_multiplier")
-    ]
+    return [PACKAGE / f"{name}.py" for name in FRONT_END]
 
 
 def test_every_error_of_the_front_end_is_made_by_validate():
-    makers = {"wrong_type", "wrong_value", "wrong_choice", "wrong_moment", "busy"}
+    makers = {"wrong_type", "wrong_value", "wrong_choice", "wrong_moment", "busy", "no_pickle"}
     allowed = {"AttributeError", "ImportError"}
     seen = 0
     for path in _front_end():
