@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -53,6 +54,38 @@ def _lut(**change: Any) -> Callable[..., Any]:
 
 def _grad(function: Callable[..., Any], **change: Any) -> Callable[..., Any]:
     return lambda: function(**{"a": A, "b": A, "dy": A, **change})
+
+
+def _lists(count: int) -> list[list[Any]]:
+    return [[np.full(3, 1.5, np.float32), np.full((2, 2), SECRET, np.float32)] for _ in range(count)]
+
+
+def _ema(**change: Any) -> Callable[..., Any]:
+    return lambda: fastops.ema_update_(**dict(zip(("shadows", "params"), _lists(2), strict=True), decay=0.5) | change)
+
+
+def _sgd(**change: Any) -> Callable[..., Any]:
+    names = ("params", "grads", "momentum_buffers")
+    return lambda: fastops.sgd_step_(**dict(zip(names, _lists(3), strict=True), lr=0.1) | change)
+
+
+def _adamw(**change: Any) -> Callable[..., Any]:
+    names = ("params", "grads", "exp_avg", "exp_avg_sq")
+    return lambda: fastops.adamw_step_(**dict(zip(names, _lists(4), strict=True), step=1, lr=0.1) | change)
+
+
+def _lazy(**change: Any) -> Callable[..., Any]:
+    names = ("params", "grads", "exp_avg", "exp_avg_sq")
+    rows = [np.array([2, 0, 1]), np.array([1, 0])]
+    lists = dict(zip(names, _lists(4), strict=True), rows=rows, step=1, lr=0.1)
+    return lambda: fastops.lazy_adamw_rows_(**lists | change)
+
+
+def _adaptive(**change: Any) -> Callable[..., Any]:
+    names = ("params", "grads", "momentum", "update", "gain")
+    return lambda: fastops.adaptive_eg_step_(
+        **dict(zip(names, _lists(5), strict=True), scales=np.ones(2), lr=0.1) | change
+    )
 
 
 def _overlapping_out() -> Any:
@@ -236,6 +269,125 @@ CASES: dict[str, Wrong] = {
     "error_stats overflow": Wrong(
         lambda: error_stats(M(), "f2", np.array([1e30])), ValueError, "distribution", "float16 holds", "larger ones"
     ),
+    # moving averages and optimizer steps
+    "ema decay": Wrong(_ema(decay=1.5), ValueError, "decay", "a finite number in [0, 1]", "1.5"),
+    "ema decay nan": Wrong(_ema(decay=float("nan")), ValueError, "decay", "a finite number in [0, 1]", "nan"),
+    "ema decay str": Wrong(_ema(decay="0.5"), TypeError, "decay", "a finite number", "'0.5'"),
+    "ema decay bool": Wrong(_ema(decay=True), TypeError, "decay", "a finite number", "True"),
+    "ema decay None": Wrong(_ema(decay=None), TypeError, "decay", "a finite number", "None"),
+    "ema decay huge": Wrong(_ema(decay=10**400), TypeError, "decay", "a finite number", "an integer of 1329 bits"),
+    "ema decays": Wrong(_ema(decay=[0.5] * 3), ValueError, "decay", "a number or 2 of them", "3"),
+    "ema decays item": Wrong(_ema(decay=[0.5, -1.0]), ValueError, "decay[1]", "[0, 1]", "-1.0"),
+    "ema rounding": Wrong(_ema(rounding="stochastik", seed=1), ValueError, "rounding", "'stochastic'", "did you mean"),
+    "ema seed missing": Wrong(_ema(rounding="stochastic"), TypeError, "seed", "an integer in [0, ", "None"),
+    "ema seed negative": Wrong(
+        _ema(rounding="stochastic", seed=-1), ValueError, "seed", "[0, 18446744073709551615]", "-1"
+    ),
+    "ema seed float": Wrong(_ema(rounding="stochastic", seed=1.0), TypeError, "seed", "an integer", "1.0"),
+    "ema seed without": Wrong(_ema(seed=3), ValueError, "seed", "None with rounding='nearest'", "3"),
+    "ema str list": Wrong(_ema(shadows="abc"), TypeError, "shadows", "a list of arrays", "'abc'"),
+    "ema dict": Wrong(_ema(params={"a": A}), TypeError, "params", "a list of arrays", "dict"),
+    "ema number": Wrong(_ema(params=3), TypeError, "params", "a list of arrays", "3"),
+    "ema None": Wrong(_ema(shadows=None), TypeError, "shadows", "a list of arrays", "None"),
+    "ema lengths": Wrong(_ema(shadows=_lists(1)[0][:1]), ValueError, "shadows", "a list of 2 arrays", "1"),
+    "ema integers": Wrong(
+        _ema(shadows=[np.zeros(3, np.float32), np.zeros((2, 2), int)]),
+        TypeError,
+        "shadows[1]",
+        "bfloat16, float32 or float64",
+        "int64",
+    ),
+    "ema list of lists": Wrong(
+        _ema(params=[[1.0], [SECRET]]), TypeError, "params[0]", "an array in host memory", "list"
+    ),
+    "ema shape": Wrong(_ema(shadows=_lists(1)[0][::-1]), ValueError, "shadows[0]", "(3,)", "(2, 2)"),
+    "sgd lr": Wrong(_sgd(lr=-0.1), ValueError, "lr", "[0, inf)", "-0.1"),
+    "sgd lr inf": Wrong(_sgd(lr=float("inf")), ValueError, "lr", "[0, inf)", "inf"),
+    "sgd lr array": Wrong(_sgd(lr=np.ones(2)), TypeError, "lr", "a finite number", "an array of shape (2,)"),
+    "sgd momentum": Wrong(_sgd(momentum=1.1), ValueError, "momentum", "[0, 1]", "1.1"),
+    "sgd dampening": Wrong(_sgd(dampening=-1), ValueError, "dampening", "[0, 1]", "-1"),
+    "sgd weight_decay": Wrong(_sgd(weight_decay=-1e-4), ValueError, "weight_decay", "[0, inf)", "-0.0001"),
+    "sgd nesterov": Wrong(_sgd(nesterov=1), TypeError, "nesterov", "True or False", "1"),
+    "sgd nesterov dampened": Wrong(
+        _sgd(nesterov=True, dampening=0.5), ValueError, "nesterov", "False with dampening", "True"
+    ),
+    "sgd nesterov accumulated": Wrong(
+        _sgd(nesterov=True, accumulate=(0, 2)), ValueError, "nesterov", "False with dampening or accumulate", "True"
+    ),
+    "sgd zero_grad": Wrong(_sgd(zero_grad="yes"), TypeError, "zero_grad", "True or False", "'yes'"),
+    "sgd no buffers": Wrong(
+        _sgd(momentum_buffers=None, momentum=0.9), ValueError, "momentum_buffers", "a list of arrays with", "None"
+    ),
+    "sgd accumulate": Wrong(_sgd(accumulate=4), TypeError, "accumulate", "a pair", "4"),
+    "sgd accumulate three": Wrong(_sgd(accumulate=(1, 2, 3)), TypeError, "accumulate", "a pair", "(1, 2, 3)"),
+    "sgd accumulate k": Wrong(_sgd(accumulate=(0, 0)), ValueError, "accumulate[1]", ">= 1", "0"),
+    "sgd accumulate i": Wrong(_sgd(accumulate=(-1, 2)), ValueError, "accumulate[0]", ">= 0", "-1"),
+    "sgd ema alone": Wrong(_sgd(ema=_lists(1)[0]), ValueError, "ema_decay", "given where the other", "None"),
+    "sgd ema_decay alone": Wrong(_sgd(ema_decay=0.9), ValueError, "ema", "given where the other", "None"),
+    "sgd ema dtype": Wrong(
+        _sgd(ema=[x.astype(np.float64) for x in _lists(1)[0]], ema_decay=0.9), TypeError, "ema[0]", "float32", "float64"
+    ),
+    "sgd wide gradient": Wrong(
+        _sgd(grads=[x.astype(np.float64) for x in _lists(1)[0]]),
+        TypeError,
+        "grads[0]",
+        "float16, bfloat16 or float32",
+        "float64",
+    ),
+    "sgd half parameters": Wrong(
+        _sgd(params=[np.zeros(x.shape, np.float16) for x in _lists(1)[0]]),
+        TypeError,
+        "params[0]",
+        "float32 or float64",
+        "float16",
+    ),
+    "adamw step": Wrong(_adamw(step=0), ValueError, "step", ">= 1", "0"),
+    "adamw step float": Wrong(_adamw(step=1.0), TypeError, "step", "an integer", "1.0"),
+    "adamw betas": Wrong(_adamw(betas=0.9), TypeError, "betas", "a pair", "0.9"),
+    "adamw beta": Wrong(_adamw(betas=(0.9, 1.0)), ValueError, "betas[1]", "[0, 1)", "1.0"),
+    "adamw eps": Wrong(_adamw(eps=-1e-8), ValueError, "eps", "[0, inf)", "-1e-08"),
+    "adamw decoupled": Wrong(_adamw(decoupled=0), TypeError, "decoupled", "True or False", "0"),
+    "adamw ema_decay": Wrong(
+        _adamw(ema=_lists(1)[0], ema_decay=float("nan")), ValueError, "ema_decay", "[0, 1]", "nan"
+    ),
+    "lookahead alpha": Wrong(lambda: fastops.lookahead_sync_(*_lists(2), 2.0), ValueError, "alpha", "[0, 1]", "2.0"),
+    "lazy state": Wrong(_lazy(state="freeze"), ValueError, "state", "'frozen'", "'freeze'"),
+    "lazy rows": Wrong(_lazy(rows=[np.array([0, 1, 2])]), ValueError, "rows", "a list of 2 arrays", "1"),
+    "lazy rows range": Wrong(
+        _lazy(rows=[np.array([0, 1, 3]), np.array([0, 1])]), ValueError, "rows[0]", "[0, 3)", "indices from 0 to 3"
+    ),
+    "lazy rows negative": Wrong(
+        _lazy(rows=[np.array([0, 1, 2]), np.array([0, -1])]), ValueError, "rows[1]", "[0, 2)", "indices from -1 to 0"
+    ),
+    "lazy rows repeated": Wrong(
+        _lazy(rows=[np.array([0, 1, 2]), np.array([1, 1])]), ValueError, "rows[1]", "distinct", "repeated"
+    ),
+    "lazy rows float": Wrong(
+        _lazy(rows=[np.array([0.0, 1.0, 2.0]), np.array([0, 1])]), TypeError, "rows[0]", "integer", "float64"
+    ),
+    "lazy rows of gradient": Wrong(
+        _lazy(rows=[np.array([0, 1, 2]), np.array([1])]), ValueError, "grads[1]", "(1, 2), a row for each", "(2, 2)"
+    ),
+    "lazy 0-d": Wrong(
+        lambda: fastops.lazy_adamw_rows_(*([np.array(1.5)] for _ in range(4)), step=1, lr=0.1),
+        ValueError,
+        "params[0]",
+        "an array with rows",
+        "0-d",
+    ),
+    "eg lr": Wrong(lambda: fastops.eg_step_(*_lists(2), lr=float("nan")), ValueError, "lr", "[0, inf)", "nan"),
+    "adaptive scales": Wrong(_adaptive(scales=[1.0, 1.0]), TypeError, "scales", "a float64 array", "list"),
+    "adaptive scales dtype": Wrong(
+        _adaptive(scales=np.ones(2, np.float32)), TypeError, "scales", "a float64 array", "float32"
+    ),
+    "adaptive scales shape": Wrong(_adaptive(scales=np.ones(3)), ValueError, "scales", "(2,)", "(3,)"),
+    "adaptive scales zero": Wrong(_adaptive(scales=np.zeros(2)), ValueError, "scales", "positive", "others"),
+    "adaptive beta": Wrong(_adaptive(beta=1), ValueError, "beta", "[0, 1)", "1"),
+    "adaptive bounds": Wrong(_adaptive(gain_bounds=(2.0, 1.0)), ValueError, "gain_bounds[1]", "[2, inf)", "1.0"),
+    "adaptive bounds zero": Wrong(_adaptive(scale_bounds=(0, 1.0)), ValueError, "scale_bounds[0]", "(0, inf)", "0"),
+    "TensorList str": Wrong(lambda: fastops.TensorList("abc"), TypeError, "arrays", "a list of arrays", "'abc'"),
+    "TensorList item": Wrong(lambda: fastops.TensorList([A, 1.0]), TypeError, "arrays[1]", "an array in host", "1.0"),
+    "TensorList verify": Wrong(lambda: fastops.TensorList([A], verify=1), TypeError, "verify", "True or False", "1"),
     # configuration
     "show_config mode": Wrong(lambda: fastops.show_config("yaml"), ValueError, "mode", "'json'", "'yaml'"),
     "show_config mode type": Wrong(lambda: fastops.show_config(1), TypeError, "mode", "'json'", "1"),
@@ -247,7 +399,7 @@ CASES: dict[str, Wrong] = {
 
 
 def test_the_table_is_long_enough():
-    assert len(CASES) >= 40
+    assert len(CASES) >= 100
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -276,6 +428,11 @@ def test_float16_and_bfloat16_have_no_common_dtype():
     half = pytest.importorskip("ml_dtypes").bfloat16
     with pytest.raises(TypeError, match=r"^a and b must be of dtypes with a common one .*, got float16 and bfloat16$"):
         fastops.mitchell_matmul(A.astype(np.float16), B.astype(half))
+
+
+def test_a_tensor_list_does_not_pickle():
+    with pytest.raises(TypeError, match=r"^a TensorList must not be pickled: it stands for memory of this process"):
+        pickle.dumps(fastops.TensorList([A]))
 
 
 ELEMENTWISE: dict[str, tuple[Callable[[Any], Any], type[Exception], tuple[int, ...], str]] = {
