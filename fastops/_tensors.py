@@ -444,7 +444,7 @@ def _check_rows(
                 Text(str(g.shape)[:40]),
             )
         if len(index):
-            low, high = int(index.min()), int(index.max())
+            low, high = _extremes(index)
             if low < 0 or high >= len(table):
                 raise _validate.wrong_value(
                     f"rows[{i}]", f"of indices in [0, {len(table)})", Text(f"indices from {low} to {high}")
@@ -452,7 +452,7 @@ def _check_rows(
         index = index.astype(np.int64)
         seen = np.zeros(len(table), bool)
         seen[index] = True
-        if int(seen.sum()) != len(index):
+        if np.count_nonzero(seen) != len(index):
             raise _validate.wrong_value(
                 f"rows[{i}]", "of distinct indices (add up their gradients)", Text("repeated ones")
             )
@@ -460,6 +460,13 @@ def _check_rows(
         live.append(seen)
         checked.append(g)
     return checked, chosen, live
+
+
+def _extremes(index: AnyArray) -> tuple[int, int]:
+    try:
+        return int(index.min()), int(index.max())
+    except SystemError:  # NumPy's reductions lose the MemoryError of their buffers
+        raise MemoryError from None
 
 
 def _want_rows(table: AnyArray, i: int) -> None:

@@ -580,6 +580,6 @@ def _scales(value: object, count: int) -> AnyArray:
         )
     if not value.flags.writeable:
         raise _validate.wrong_value("scales", "writable", Text("a read-only array"))
-    if not (np.isfinite(value) & (value > 0)).all():
+    if not all(0.0 < scale < math.inf for scale in value.tolist()):
         raise _validate.wrong_value("scales", "positive and finite everywhere", Text("others"))
     return value

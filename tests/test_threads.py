@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 import fastops
+from fastops import _tensors
 
 Array = NDArray[Any]
 
@@ -39,7 +40,17 @@ def _calls(module: ModuleType) -> dict[str, Callable[[], tuple[Array, ...]]]:
     plain, pair = fastops.Multiplier(), (1, 1)
     conv = {"stride": pair, "padding": pair, "dilation": pair, "groups": 1, "multiplier": plain}
     dy = module.mitchell_conv2d(x, w, **conv)
+    tensors = [long, long[:5], long[5:70_000].reshape(5, -1)]
+    adam = _tensors.AdamStep(0.999, 0.0, 0.1, 0.999, 0.001, 0.01, 1.5, 1e-8, 0.1, True)
+
+    def step() -> tuple[Array, ...]:
+        lists = [[np.abs(x) for x in tensors] for _ in range(5)]
+        module.adamw_step(*lists, adam)
+        module.ema_update((lists[0],), lists[1], (0.3,), None)
+        return tuple(x for items in lists for x in items)
+
     return {
+        "step": step,
         "mul": lambda: (module.mitchell_mul(long, long),),
         "matmul": lambda: (module.mitchell_matmul(a, tall, multiplier=plain),),
         "matmul, batch": lambda: (module.mitchell_matmul(batch, tall, multiplier=plain),),

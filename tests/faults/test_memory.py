@@ -35,6 +35,35 @@ ARRAY_LEVEL = {
     "matmul_grad, threads": lambda: fastops.mitchell_matmul_grad(big, big, big),
     "conv2d_grad": lambda: fastops.mitchell_conv2d_grad(x, w, y),
 }
+START = [[f32(*shape) for shape in ((5,), (40, 30), (), (70_000,))] for _ in range(5)]
+def step(name, used, call):
+    # A step in place from the same start; where memory fails, nothing may have been written.
+    lists = [[x.copy() for x in items] for items in START[:used]]
+    strided = [[x.copy(order="F") for x in items] for items in lists]
+    plans = [fastops.TensorList(items) for items in lists]
+    def run(arguments, values):
+        for items, start in zip(values, START):
+            for x, y in zip(items, start):
+                x[...] = y
+        try:
+            call(*arguments)
+        except MemoryError:
+            if not all(np.array_equal(x, y) for items, start in zip(values, START) for x, y in zip(items, start)):
+                raise RuntimeError("half a result") from None
+            raise
+        return tuple(x.copy() for items in values for x in items)
+    ARRAY_LEVEL[name] = lambda: run(lists, lists)
+    ARRAY_LEVEL[name + ", strides"] = lambda: run(strided, strided)
+    ARRAY_LEVEL[name + ", TensorList"] = lambda: run(plans, lists)
+step("ema", 2, lambda s, p: fastops.ema_update_(s, p, 0.9))
+step("ema, a decay each", 2, lambda s, p: fastops.ema_update_(s, p, [0.9, 0.8, 0.7, 0.6]))
+step("adamw", 5, lambda p, g, m, v, s: fastops.adamw_step_(p, g, m, v, step=1, lr=0.1, ema=s, ema_decay=0.9, zero_grad=True))
+step("sgd", 3, lambda p, g, m: fastops.sgd_step_(p, g, m, lr=0.1, momentum=0.9))
+scales = np.ones(4)
+def adaptive(*lists):
+    scales[:] = 1
+    fastops.adaptive_eg_step_(*lists, scales, lr=0.1)
+step("adaptive", 5, adaptive)
 f32_fixed = f32(9, 17)
 mixed = f32(40, 2)[:, 0]
 UFUNCS = {
@@ -46,6 +75,12 @@ UFUNCS = {
     "outer": (lambda f: f.outer(mixed, mixed)),
 }
 out = np.empty_like(a)
+tables, rows = [[abs(f32(50, 3))] for _ in range(4)], [np.array([7, 3])]
+def lazy_rows():
+    lists = [[x[0].copy()] for x in tables]
+    fastops.lazy_adamw_rows_(lists[0], [lists[1][0][:2]], lists[2], lists[3], rows, step=1, lr=0.1)
+    return lists[0][0], lists[2][0]
+ARRAY_LEVEL["lazy rows"] = lazy_rows
 fastops.set_num_threads(3)
 ARRAY_LEVEL["matmul, threads"]()
 assert pool_threads() > 0, "the pool is in use"

@@ -83,6 +83,7 @@ def test_signal_storm_changes_nothing() -> None:
     rng = np.random.default_rng(0)
     x, y = (rng.standard_normal((600, 600)).astype(np.float32) for _ in range(2))
     want = fastops.mitchell_matmul(x, y)
+    shadows, params = [np.zeros(400_000, np.float32) for _ in range(5)], [np.ones(400_000, np.float32) for _ in range(5)]
     signal.signal(signal.SIGUSR1, count)
     stop = threading.Event()
     def storm():
@@ -95,6 +96,10 @@ def test_signal_storm_changes_nothing() -> None:
     rounds = 0
     while time.monotonic() < end:
         assert np.array_equal(fastops.mitchell_matmul(x, y), want)
+        for shadow in shadows:
+            shadow[:] = 0
+        fastops.ema_update_(shadows, params, 0.5)
+        assert all((shadow == 0.5).all() for shadow in shadows)
         rounds += 1
     stop.set()
     thread.join()
@@ -102,6 +107,37 @@ def test_signal_storm_changes_nothing() -> None:
     assert seen > 50 and rounds > 2
     """
     run(LONG, code)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_interrupt_leaves_a_step_whole(threads: int) -> None:
+    """A call that has begun is finished: Ctrl-C is heard before or after it, never in the middle."""
+    code = """
+    import random
+    fastops.set_num_threads(int(sys.argv[1]))
+    shadows = [np.zeros(n, np.float32) for n in (2_000_000, 7, 500_000)]
+    params = [np.ones(x.shape, np.float32) for x in shadows]
+    heard = 0
+    for _ in range(30):
+        for shadow in shadows:
+            shadow[:] = 0
+        calls = 0
+        try:
+            timer = threading.Timer(random.random() * 0.01, send)
+            timer.start()
+            while calls < 500:
+                fastops.ema_update_(shadows, params, 0.5)
+                calls += 1
+        except KeyboardInterrupt:
+            heard += 1
+        timer.join()
+        values = {float(x) for shadow in shadows for x in (shadow.min(), shadow.max())}
+        assert len(values) == 1, values
+    assert heard >= 28, heard
+    fastops.ema_update_(shadows, params, 0.0)
+    assert (shadows[0] == 1).all()
+    """
+    run(LONG, code, arguments=[str(threads)])
 
 
 def test_handler_that_raises_ends_the_call_with_its_own_error() -> None:
@@ -143,6 +179,15 @@ def test_small_thread_stack_is_enough() -> None:
         yield from fastops.mitchell_conv2d_grad(x, w, fastops.mitchell_conv2d(x, w))
         yield from fastops.mitchell_mul_grad(m, m, m)
         yield fastops.lut_matmul(bytes_, bytes_, table)
+        for layout in ("C", "F"):
+            lists = [[m.copy(order=layout), m[0].copy(), abs(m)] for _ in range(5)]
+            fastops.ema_update_(lists[0], lists[1], 0.9)
+            fastops.adamw_step_(*lists[:4], step=1, lr=0.1, ema=lists[4], ema_decay=0.9)
+            fastops.sgd_step_(*lists[:3], lr=0.1, momentum=0.9)
+            fastops.adaptive_eg_step_(*lists, np.ones(3), lr=0.1)
+            fastops.lazy_adamw_rows_(*lists[:4], step=1, lr=0.1)
+            for items in lists:
+                yield from items
     want = list(everything())
     for count in (1, 3):
         fastops.set_num_threads(count)
