@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import io
 import json
 import os
@@ -22,7 +23,7 @@ import pytest
 import tolerance
 
 import fastops
-from fastops.bench import mitchell, report, runner, worker
+from fastops.bench import FAMILIES, mitchell, optim, report, runner, worker
 from fastops.bench.case import Case, Implementation, Machine, Task, WrongResult, aligned
 
 PLAIN = Machine(("reference",), (), 1, frozenset())
@@ -63,8 +64,10 @@ def measured() -> runner.Run:
 
 
 def test_groups_have_names_of_their_own() -> None:
-    groups = [case.group for case in mitchell.cases()]
+    families = [importlib.import_module(f"fastops.bench.{family}") for family in FAMILIES]
+    groups = [case.group for family in families for case in family.cases()]
     assert len(set(groups)) == len(groups)
+    assert sum(case.quick for case in optim.cases()) == 3
     assert sum(case.quick for case in mitchell.cases()) >= 6
 
 
@@ -81,6 +84,62 @@ def test_every_row_agrees_with_the_oracle(case: Case, backend: ModuleType) -> No
         task = mitchell.prepare(shrunk(case), row)
         assert 0 <= task.check() < tolerance.BENCH_ROW
         assert 0 < task.work <= task.whole
+
+
+def small(case: Case) -> Case:
+    """The same step over a few small tensors."""
+    return dataclasses.replace(case, shape=(7, 2000))
+
+
+@pytest.mark.parametrize("case", optim.cases(), ids=lambda case: case.group)
+def test_every_row_of_steps_agrees_with_the_oracle(case: Case, backend: ModuleType) -> None:
+    name = backend.__name__.partition(".")[2]
+    machine = dataclasses.replace(Machine.probe(threads=1), backends=(name, "reference"), targets=())
+    if name == "native":
+        machine = dataclasses.replace(machine, targets=(fastops._core.get_target(),))
+    rows = optim.implementations(small(case), machine)
+    assert len({row.name for row in rows}) == len(rows)
+    seen = set()
+    for row in rows:
+        if row.recipe in ("timm", "torch_ema"):
+            continue
+        task = optim.prepare(small(case), row)
+        assert 0 <= task.check() < 2e-2
+        task.call(*task.args)
+        assert 0 < task.work <= task.whole
+        seen.add(row.recipe)
+    assert "fastops" in seen
+    assert "numpy" in seen or case.op == "ema stochastic"
+
+
+def test_sets_are_those_of_the_models() -> None:
+    sizes = {name: (len(shapes()), sum(int(np.prod(x)) for x in shapes())) for name, shapes in optim._SETS.items()}
+    assert sizes["ResNet-50"] == (161, 25_557_032)
+    assert sizes["BERT-base"] == (199, 109_482_240)
+    assert sizes["5000x256"] == (5000, 1_280_000)
+
+
+def test_a_part_of_the_tensors_is_said_to_be_one() -> None:
+    for case in optim.cases():
+        if case.size in ("ResNet-50", "5000x256") and case.dtype == "float32":
+            shapes = optim._shapes(case, Implementation("reference", "fastops"))
+            elements = sum(int(np.prod(shape)) for shape in shapes)
+            assert 1e5 < elements < 1e7
+            assert len({len(shape) for shape in shapes}) == len({len(shape) for shape in optim._SETS[case.size]()})
+
+
+@pytest.mark.parametrize(
+    "group", ["ema float32 5000x256", "adamw + ema float32 5000x256", "lazy rows float32 2000 of 30522x768"]
+)
+def test_a_wrong_step_is_never_timed(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(small(case) for case in optim.cases() if case.group == group)
+    row = Implementation("numba", "numpy")
+    optim.prepare(case, row).check()
+    monkeypatch.setattr(
+        optim, "_numpy", lambda case, lists: lambda: lists["p"][0].fill(1.5) or lists[min(lists)][-1].fill(3)
+    )
+    with pytest.raises(WrongResult, match=r"difference .* from the oracle"):
+        optim.prepare(case, row).check()
 
 
 @pytest.mark.parametrize("recipe", ["triple loop", "scalar lut"])

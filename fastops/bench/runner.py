@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from fastops._config import affinity
-from fastops.bench.case import Case, Implementation, Machine
+from fastops.bench.case import PEERS, Case, Implementation, Machine
 
 # Two runs of the same code may differ by this much before verdicts are withheld.
 NOISE_LIMIT = 0.03
@@ -482,7 +482,7 @@ def describe(machine: Machine) -> dict[str, Any]:
 
     config = fastops.show_config("dict")
     libraries = {}
-    for name in ("fastops", "numpy", "ml_dtypes", "numba", "torch"):
+    for name in ("fastops", "numpy", *PEERS):
         with contextlib.suppress(metadata.PackageNotFoundError):
             libraries[name] = metadata.version(name)
     return {
