@@ -101,8 +101,6 @@ def test_every_row_of_steps_agrees_with_the_oracle(case: Case, backend: ModuleTy
     assert len({row.name for row in rows}) == len(rows)
     seen = set()
     for row in rows:
-        if row.recipe in ("timm", "torch_ema"):
-            continue
         task = optim.prepare(small(case), row)
         assert 0 <= task.check() < 2e-2
         task.call(*task.args)
@@ -125,7 +123,7 @@ def test_a_part_of_the_tensors_is_said_to_be_one() -> None:
             shapes = optim._shapes(case, Implementation("reference", "fastops"))
             elements = sum(int(np.prod(shape)) for shape in shapes)
             assert 1e5 < elements < 1e7
-            assert len({len(shape) for shape in shapes}) == len({len(shape) for shape in optim._SETS[case.size]()})
+            assert {1, 4} <= {len(shape) for shape in shapes} or case.size == "5000x256"
 
 
 @pytest.mark.parametrize(

@@ -391,14 +391,14 @@ def _torch(case: Case, lists: Lists, threads: int) -> Callable[[], object]:
 
         return eg
     params = [torch.nn.Parameter(x) for x in p]
-    for x, y in zip(params, g, strict=True):
-        x.grad = y
     if op == "lazy rows":
         (rows,) = tensors["rows"]
         params[0].grad = torch.sparse_coo_tensor(rows[None], g[0], tuple(p[0].shape), check_invariants=True).coalesce()
         optimizer: Any = torch.optim.SparseAdam(params, lr=_LR, betas=_BETAS)
         optimizer.state[params[0]] = {"step": 9, "exp_avg": m[0], "exp_avg_sq": v[0]}
         return optimizer.step  # type: ignore[no-any-return]
+    for x, y in zip(params, g, strict=True):
+        x.grad = y
     if op.startswith("adamw"):
         optimizer = torch.optim.AdamW(params, lr=_LR, betas=_BETAS, weight_decay=0.01, fused=True)
         for x, first, second in zip(params, m, v, strict=True):
@@ -465,7 +465,7 @@ def _torch_ema(case: Case, lists: Lists, threads: int) -> Callable[[], object]:
     params = [torch.nn.Parameter(x) for x in tensors["p"]]
     ema = ExponentialMovingAverage(params, decay=_DECAY, use_num_updates=False)
     ema.shadow_params = tensors["s"]
-    return ema.update  # type: ignore[no-any-return]
+    return partial(ema.update, params)
 
 
 def _triad(lists: Lists, threads: int) -> Callable[[], object]:
