@@ -381,6 +381,19 @@ def test_stochastic_rounding_is_the_same_everywhere(ops: ModuleType) -> None:
 
 
 @needs_bfloat16
+def test_stochastic_rounding_of_special_values(ops: ModuleType) -> None:
+    """Copies of any bit pattern have the oracle's bits: infinities stay, nan stays nan whatever part of it is cut off."""
+    odd = np.array([0x7F800001, 0xFF80FFFF, 0x7F800000, 0xFF800000, 0x7F7FFFFF, 1, 0x80000001, 0x7FC00000], np.uint32)
+    p = np.concatenate([np.tile(odd, 9).view(np.float32), patterns(F32, 5000, 17)])
+    s, want = np.zeros(p.shape, BF16), np.zeros(p.shape, BF16)
+    reference.ema_update(([want],), [p], (1.0,), 3)
+    ops.ema_update_([s], [p], 0.0, rounding="stochastic", seed=3)
+    assert_same_bits(s, want, p)
+    np.testing.assert_array_equal(np.isnan(s.astype(np.float32)), np.isnan(p))
+    assert np.isinf(s[:72].astype(np.float32)).sum() >= 18
+
+
+@needs_bfloat16
 def test_stochastic_rounding_is_unbiased(ops: ModuleType) -> None:
     """Over many seeds, elements and tensors the mean is the value itself, whatever part of a unit it cuts off."""
     values = np.array([1.0 + k / 16 * 2.0**-7 for k in range(16)] + [-1.0 - 3 / 16 * 2.0**-7], np.float32)

@@ -104,13 +104,8 @@ def implementations(case: Case, machine: Machine) -> list[Implementation]:
     many = machine.threads
     rows: list[Implementation] = []
 
-    def add(name: str, recipe: str, backend: str = "reference", target: str = "") -> None:
-        if many > 1:
-            rows.append(Implementation(f"{name}, {many} threads", recipe, backend, target, many))
-        rows.append(Implementation(name, recipe, backend, target))
-
     if "torch" in machine.modules and case.op != "ema stochastic":
-        add(f"torch {_TORCH[case.op]}", "torch")
+        rows.append(Implementation(f"torch {_TORCH[case.op]}{_threads(many)}", "torch", threads=many))
     plain = case.op in ("ema", "ema of bfloat16", "ema stochastic")
     if "timm" in machine.modules and plain:
         rows.append(Implementation(f"timm ModelEmaV3{_threads(many)}", "timm", threads=many))
