@@ -18,6 +18,8 @@ from ._validate import AnyArray, Text
 
 WIDE_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 _WIDE = "float32 or float64"
+# Of NumPy's arrays.
+_MAX_DIMENSIONS = 64
 _HOST_ARRAY = "an array in host memory (numpy, torch, the buffer protocol or DLPack)"
 
 
@@ -233,7 +235,7 @@ def as_ndarray(name: str, value: Any) -> AnyArray:
     with contextlib.suppress(TypeError, ValueError):
         return np.asarray(memoryview(value))
     if hasattr(value, "__dlpack__"):
-        with contextlib.suppress(BufferError, TypeError, ValueError, RuntimeError):
+        with contextlib.suppress(Exception):
             return np.from_dlpack(value)
     if hasattr(value, "__array__"):
         # Its own conversion may copy, so nothing is written there.
@@ -247,8 +249,13 @@ def as_ndarray(name: str, value: Any) -> AnyArray:
 def _from_torch(name: str, tensor: Any) -> AnyArray:
     if tensor.device.type != "cpu":
         raise _validate.wrong_type(name, _HOST_ARRAY, Text(f"a tensor on {str(tensor.device)[:20]}"))
+    text = f"a tensor of layout {str(tensor.layout)[:30]} and dtype {str(tensor.dtype)[:30]}"
     try:
         plain = tensor.detach()
+        if plain.is_neg():
+            text = "a lazy negative: resolve_neg() makes it plain"
+        elif plain.ndim > _MAX_DIMENSIONS:
+            text = f"one of {plain.ndim} dimensions"
         if str(plain.dtype) == "torch.bfloat16":
             bfloat16 = _validate.bfloat16()
             if bfloat16 is None:
@@ -258,13 +265,29 @@ def _from_torch(name: str, tensor: Any) -> AnyArray:
             array = plain.view(torch.int16).numpy().view(bfloat16)
         else:
             array = plain.numpy()
-    except RuntimeError:
-        raise _validate.wrong_type(name, "a dense tensor", Text(f"a tensor of layout {tensor.layout}")) from None
-    # A storage can be resized under its tensor; NumPy then shows memory that is not the tensor's.
-    reach = sum((length - 1) * stride for length, stride in zip(plain.shape, plain.stride(), strict=True)) + 1
-    if array.size and (plain.storage_offset() + reach) * array.itemsize > plain.untyped_storage().nbytes():
+    except (RuntimeError, TypeError, ValueError):
+        raise _validate.wrong_type(name, "a tensor whose memory NumPy can share", Text(text)) from None
+    # NumPy then shows memory that is not the tensor's.
+    if not _within_storage(plain):
         raise _validate.wrong_value(name, "a tensor whose storage holds its elements", Text("one resized to fewer"))
     return array  # type: ignore[no-any-return]
+
+
+def _within_storage(tensor: Any) -> bool:
+    """Whether a tensor's storage, which can be resized under it, holds all its elements."""
+    if not tensor.numel():
+        return True
+    reach = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    held: int = tensor.untyped_storage().nbytes()
+    return (tensor.storage_offset() + reach) * tensor.element_size() <= held
+
+
+def are_plain(tensors: Iterable[Any]) -> bool:
+    """Whether the memory of torch's tensors is theirs and holds their values: what DLPack's C interface does not tell."""
+    try:
+        return all(not tensor.is_neg() and _within_storage(tensor) for tensor in tensors)
+    except Exception:  # of a subclass that forbids to look
+        return False
 
 
 def _allowed(role: Role, main: np.dtype[Any]) -> tuple[tuple[np.dtype[Any], ...], str]:
@@ -362,6 +385,16 @@ def _refuse_overlap(roles: Sequence[Role], arrays: Sequence[Sequence[AnyArray]])
                     Text("arrays that overlap"),
                 )
         live.append(span)
+
+
+def refuse_shared_scales(scales: AnyArray, roles: Sequence[Role], lists: Sequence[Sequence[AnyArray]]) -> None:
+    """Scales are written beside the tensors, so they must share no memory with one."""
+    for role, items in zip(roles, lists, strict=True):
+        for i, array in enumerate(items):
+            if _validate.share_memory(scales, array):
+                raise _validate.wrong_value(
+                    "scales", f"memory apart from {role.name}[{i}]", Text("arrays that overlap")
+                )
 
 
 def check_rounding(roles: Sequence[Role], sets: Sequence[Sequence[AnyArray]], seed: int | None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import _validate
 from ._backend import backend as _backend
-from ._tensors import AdamStep, EgStep, SgdStep
+from ._tensors import AdamStep, EgStep, SgdStep, TensorList, as_list
 from ._validate import AnyArray, Text
 
 __all__ = [
@@ -78,19 +78,30 @@ def ema_update_(
     array([[0.5, 0.5, 0.5]], dtype=float32)
     """
     weights: float | list[float]
-    if type(decay) is float or not isinstance(decay, (Sequence, np.ndarray)):
+    if type(decay) is float or not isinstance(decay, (Sequence, np.ndarray)) or _is_one(decay):
         weights = 1.0 - _validate.number("decay", decay, 0.0, 1.0)
     else:
         weights = [1.0 - _validate.number(f"decay[{i}]", d, 0.0, 1.0) for i, d in enumerate(decay)]
-        shadows = _sized(shadows)
-        if len(weights) != len(shadows):  # type: ignore[arg-type]
-            wanted = f"a number or {len(shadows)} of them, one for each of shadows"  # type: ignore[arg-type]
+        shadows = _sized("shadows", shadows)
+        count = _count(shadows)
+        if len(weights) != count:
+            wanted = f"a number or {count} of them, one for each of shadows"
             raise _validate.wrong_value("decay", wanted, Text(str(len(weights))))
     _backend.ema_update((shadows,), params, (weights,), _seed(rounding, seed))
 
 
-def _sized(tensors: Tensors) -> Tensors:
-    return tensors if isinstance(tensors, Sequence) or hasattr(tensors, "ndim") else list(tensors)
+def _is_one(value: Any) -> bool:
+    """Whether it is no sequence of numbers although it has a length or axes."""
+    return isinstance(value, (str, bytes, bytearray, memoryview)) or getattr(value, "ndim", 1) == 0
+
+
+def _sized(name: str, tensors: Tensors) -> Tensors:
+    """The tensors as something that can be read more than once."""
+    return tensors if type(tensors) in (list, tuple, TensorList) else as_list(name, tensors)
+
+
+def _count(tensors: Any) -> int:
+    return len(tensors)
 
 
 def _seed(rounding: str, seed: int | None) -> int | None:
@@ -202,7 +213,7 @@ def sgd_step_(
 
 def _accumulate(value: object) -> tuple[int, int]:
     i, k = _pair("accumulate", value)
-    return _validate.integer("accumulate[0]", i, 0), _validate.integer("accumulate[1]", k, 1)
+    return _validate.integer("accumulate[0]", i, 0), _validate.integer("accumulate[1]", k, 1, 2**63 - 1)
 
 
 def _adam_step(
@@ -215,7 +226,7 @@ def _adam_step(
     ema_weight: float = 0.0,
     zero_grad: bool = False,
 ) -> AdamStep:
-    step = _validate.integer("step", step, 1)
+    step = _validate.integer("step", step, 1, 2**63 - 1)
     lr = _validate.number("lr", lr, 0.0)
     first, second = _pair("betas", betas)
     beta1 = _validate.number("betas[0]", first, 0.0, 1.0, open_high=True)
@@ -543,7 +554,7 @@ def adaptive_eg_step_(
         _validate.number("scale_lr", scale_lr, 0.0),
         *_bounds("scale_bounds", scale_bounds),
     )
-    params = _sized(params)
+    params = _sized("params", params)
     _backend.adaptive_eg_step(params, grads, momentum, update, gain, _scales(scales, params), numbers)
 
 
@@ -560,7 +571,9 @@ def _pair(name: str, value: object) -> tuple[object, object]:
 
 
 def _scales(value: object, params: Any) -> AnyArray:
-    count = 1 if hasattr(params, "ndim") else len(params)
+    count = _count(params)
+    if hasattr(value, "mask"):
+        raise _validate.wrong_type("scales", "an array without a mask", Text("a masked array"))
     if not isinstance(value, np.ndarray) or value.dtype != np.float64 or not value.dtype.isnative:
         raise _validate.wrong_type("scales", "a float64 array", value)
     if value.shape != (count,):
@@ -569,6 +582,9 @@ def _scales(value: object, params: Any) -> AnyArray:
         )
     if not value.flags.writeable:
         raise _validate.wrong_value("scales", "writable", Text("a read-only array"))
+    if _validate.overlaps_itself(value):
+        wanted = "an array whose elements are all distinct in memory"
+        raise _validate.wrong_value("scales", wanted, Text("overlapping strides"))
     if not (np.isfinite(value) & (value > 0)).all():
         raise _validate.wrong_value("scales", "positive and finite everywhere", Text("others"))
     return value
