@@ -284,10 +284,10 @@ def _within_storage(tensor: Any) -> bool:
 
 def are_plain(tensors: Iterable[Any]) -> bool:
     """Whether the memory of torch's tensors is theirs and holds their values: what DLPack's C interface does not tell."""
-    try:
+    # A subclass may forbid to look.
+    with contextlib.suppress(Exception):
         return all(not tensor.is_neg() and _within_storage(tensor) for tensor in tensors)
-    except Exception:  # of a subclass that forbids to look
-        return False
+    return False
 
 
 def _allowed(role: Role, main: np.dtype[Any]) -> tuple[tuple[np.dtype[Any], ...], str]:
