@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Types of the compiled module.
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -46,7 +47,7 @@ def div_grad(a: _Array, b: _Array, dy: _Array, spec: _Spec, mode: int, da: _Arra
 
 class TensorPlan: ...
 
-def register_tensor_list(type: type) -> None: ...
+def register_tensor_list(type: type, are_plain: Callable[[list[Any]], bool]) -> None: ...
 def ema_update(
     shadow_sets: tuple[Any, ...], params: Any, weights: tuple[Any, ...], seed: int | None, checked: bool
 ) -> int: ...

@@ -18,6 +18,8 @@ from ._validate import AnyArray, Text
 
 WIDE_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 _WIDE = "float32 or float64"
+# Of NumPy's arrays.
+_MAX_DIMENSIONS = 64
 _HOST_ARRAY = "an array in host memory (numpy, torch, the buffer protocol or DLPack)"
 
 
@@ -233,7 +235,7 @@ def as_ndarray(name: str, value: Any) -> AnyArray:
     with contextlib.suppress(TypeError, ValueError):
         return np.asarray(memoryview(value))
     if hasattr(value, "__dlpack__"):
-        with contextlib.suppress(BufferError, TypeError, ValueError, RuntimeError):
+        with contextlib.suppress(Exception):
             return np.from_dlpack(value)
     if hasattr(value, "__array__"):
         # Its own conversion may copy, so nothing is written there.
@@ -256,7 +258,7 @@ def _from_torch(name: str, tensor: Any) -> AnyArray:
         raise _validate.wrong_type(name, "of a dtype that NumPy knows", Text("bfloat16 without ml_dtypes"))
     try:
         plain = tensor.detach()
-        if tensor.numel() and _reach(plain) > plain.untyped_storage().nbytes():
+        if not _within_storage(plain):
             raise _validate.wrong_value(name, "a tensor whose storage holds its elements", Text("one resized to fewer"))
         if bfloat16 is not None:
             import torch
@@ -270,10 +272,20 @@ def _from_torch(name: str, tensor: Any) -> AnyArray:
         ) from None
 
 
-def _reach(tensor: Any) -> int:
-    """The bytes of its storage that a tensor with elements spans."""
-    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return int((tensor.storage_offset() + last + 1) * tensor.element_size())
+def _within_storage(tensor: Any) -> bool:
+    """Whether a tensor's storage, which can be resized under it, holds all its elements."""
+    if not tensor.numel():
+        return True
+    reach = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return bool((tensor.storage_offset() + reach) * tensor.element_size() <= tensor.untyped_storage().nbytes())
+
+
+def are_plain(tensors: Iterable[Any]) -> bool:
+    """Whether the memory of torch's tensors is theirs and holds their values: what DLPack's C interface does not tell."""
+    # A subclass may forbid to look.
+    with contextlib.suppress(Exception):
+        return all(not tensor.is_neg() and _within_storage(tensor) for tensor in tensors)
+    return False
 
 
 def _allowed(role: Role, main: np.dtype[Any]) -> tuple[tuple[np.dtype[Any], ...], str]:
@@ -371,6 +383,16 @@ def _refuse_overlap(roles: Sequence[Role], arrays: Sequence[Sequence[AnyArray]])
                     Text("arrays that overlap"),
                 )
         live.append(span)
+
+
+def refuse_shared_scales(scales: AnyArray, roles: Sequence[Role], lists: Sequence[Sequence[AnyArray]]) -> None:
+    """Scales are written beside the tensors, so they must share no memory with one."""
+    for role, items in zip(roles, lists, strict=True):
+        for i, array in enumerate(items):
+            if _validate.share_memory(scales, array):
+                raise _validate.wrong_value(
+                    "scales", f"memory apart from {role.name}[{i}]", Text("arrays that overlap")
+                )
 
 
 def check_rounding(roles: Sequence[Role], sets: Sequence[Sequence[AnyArray]], seed: int | None) -> None:

@@ -30,6 +30,8 @@ MAX_THREADS = 1024
 # A product of sizes above this cannot be an array on a 64-bit machine.
 _MAX_BYTES = 2**63 - 1
 _MAX_TEXT = 60
+# What float() takes all the same.
+_NO_NUMBERS = (bool, np.bool_, str, bytes, bytearray, memoryview, np.timedelta64)
 # Python refuses to print much longer integers.
 _MAX_BITS = 1024
 
@@ -129,11 +131,11 @@ def number(
         return value
     left, right = "(" if open_low else "[", ")" if open_high or high == np.inf else "]"
     wanted = f"a finite number in {left}{low:g}, {high:g}{right}"
-    if isinstance(value, (bool, np.bool_, str, bytes)) or getattr(value, "ndim", None):
+    if isinstance(value, _NO_NUMBERS) or getattr(value, "ndim", None):
         raise wrong_type(name, wanted, value)
     try:
         result = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         raise wrong_type(name, wanted, value) from None
     above = low < result if open_low else low <= result
     below = result < high if open_high or high == np.inf else result <= high

@@ -357,7 +357,7 @@ class EMA:
         >>> round(fastops.EMA([], 0.9999, warmup="timm").decay_at(31601), 6)
         0.999
         """
-        step = _validate.integer("step", step, 1)
+        step = _validate.integer("step", step, 1, 2**63 - 1)
         profile = self._profile(profile)
         every, after = self._schedule.every, self._schedule.after
         if step % every:
@@ -971,6 +971,9 @@ def _write(targets: list[AnyArray], values: list[tuple[AnyArray, float]]) -> Key
 
 def _gamma(sigma: float) -> float:
     """The exponent of the power function of relative width sigma: sigma^2 = (g + 1) / ((g + 2)^2 (g + 3))."""
+    # There sigma gamma is 1 for float64, and the squares below would overflow.
+    if sigma < 1e-100:
+        return min(1.0 / sigma, 1e150)
     # Newton on the largest root of g^3 + 7 g^2 + (16 - t) g + 12 - t, t = sigma^-2: convex there, and 1 / sigma lies above it.
     t = sigma**-2
     gamma = 1.0 / sigma

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import _validate
 from ._backend import backend as _backend
-from ._tensors import AdamStep, EgStep, SgdStep
+from ._tensors import AdamStep, EgStep, SgdStep, TensorList, as_list
 from ._validate import AnyArray, Text
 
 __all__ = [
@@ -83,7 +83,7 @@ def ema_update_(
     else:
         many = cast("Sequence[float]", decay)
         weights = [1.0 - _validate.number(f"decay[{i}]", d, 0.0, 1.0) for i, d in enumerate(many)]
-        shadows, count = _sized(shadows)
+        shadows, count = _sized("shadows", shadows)
         if len(weights) != count:
             wanted = f"a number or {count} of them, one for each of shadows"
             raise _validate.wrong_value("decay", wanted, Text(str(len(weights))))
@@ -93,16 +93,13 @@ def ema_update_(
 def _is_sequence(value: object) -> bool:
     if isinstance(value, np.ndarray):
         return value.ndim > 0
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
 
 
-def _sized(tensors: Tensors) -> tuple[Tensors, int]:
-    """The tensors, and how many they are; an array alone is one."""
-    if hasattr(tensors, "ndim"):
-        return tensors, 1
-    if not isinstance(tensors, Sequence):
-        tensors = list(tensors)
-    return tensors, len(tensors)
+def _sized(name: str, tensors: Tensors) -> tuple[Tensors, int]:
+    """The tensors as something that can be read more than once, and how many they are."""
+    many = tensors if isinstance(tensors, (list, tuple, TensorList)) else as_list(name, tensors)
+    return many, len(many)
 
 
 def _seed(rounding: str, seed: int | None) -> int | None:
@@ -214,7 +211,7 @@ def sgd_step_(
 
 def _accumulate(value: object) -> tuple[int, int]:
     i, k = _pair("accumulate", value)
-    return _validate.integer("accumulate[0]", i, 0), _validate.integer("accumulate[1]", k, 1)
+    return _validate.integer("accumulate[0]", i, 0), _validate.integer("accumulate[1]", k, 1, 2**63 - 1)
 
 
 def _adam_step(
@@ -227,7 +224,7 @@ def _adam_step(
     ema_weight: float = 0.0,
     zero_grad: bool = False,
 ) -> AdamStep:
-    step = _validate.integer("step", step, 1)
+    step = _validate.integer("step", step, 1, 2**63 - 1)
     lr = _validate.number("lr", lr, 0.0)
     first, second = _pair("betas", betas)
     beta1 = _validate.number("betas[0]", first, 0.0, 1.0, open_high=True)
@@ -555,7 +552,7 @@ def adaptive_eg_step_(
         _validate.number("scale_lr", scale_lr, 0.0),
         *_bounds("scale_bounds", scale_bounds),
     )
-    params, count = _sized(params)
+    params, count = _sized("params", params)
     _backend.adaptive_eg_step(params, grads, momentum, update, gain, _scales(scales, count), numbers)
 
 
@@ -572,6 +569,8 @@ def _pair(name: str, value: object) -> tuple[object, object]:
 
 
 def _scales(value: object, count: int) -> AnyArray:
+    if hasattr(value, "mask"):
+        raise _validate.wrong_type("scales", "an array without a mask", Text("a masked array"))
     if not isinstance(value, np.ndarray) or value.dtype != np.float64 or not value.dtype.isnative:
         raise _validate.wrong_type("scales", "a float64 array", value)
     if value.shape != (count,):
@@ -580,6 +579,9 @@ def _scales(value: object, count: int) -> AnyArray:
         )
     if not value.flags.writeable:
         raise _validate.wrong_value("scales", "writable", Text("a read-only array"))
+    if _validate.overlaps_itself(value):
+        wanted = "an array whose elements are all distinct in memory"
+        raise _validate.wrong_value("scales", wanted, Text("overlapping strides"))
     if not all(0.0 < scale < math.inf for scale in value.tolist()):
         raise _validate.wrong_value("scales", "positive and finite everywhere", Text("others"))
     return value

@@ -14,6 +14,7 @@
 #include <cstring>
 #include <deque>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "core/python_call.h"
@@ -26,6 +27,7 @@ namespace {
 
 constexpr std::size_t kItemSize[] = {2, 2, 4, 8};
 constexpr std::uint8_t kNoDtype = 255;
+constexpr int kMaxDimensions = 64;  // of fastops_layout, and of NumPy
 
 // ---- DLPack's C interface, as of version 1.2: what is read of it ----
 
@@ -155,7 +157,7 @@ bool view_tensor(PyObject* object, View* v) {
     PyErr_Clear();
     return false;
   }
-  if (t.device_type != kDlCpu || t.lanes != 1) return false;
+  if (t.device_type != kDlCpu || t.lanes != 1 || t.ndim > kMaxDimensions) return false;
   constexpr std::uint8_t kFloat = 2, kBfloat = 4;
   v->dtype = kNoDtype;
   if (t.code == kFloat && t.bits == 16) v->dtype = FASTOPS_F16;
@@ -195,6 +197,12 @@ struct LatestDtype {
 
 inline const py::detail::PyArray_Proxy& fields(PyObject* array) { return *py::detail::array_proxy(array); }
 
+// A number that differs between shapes of the same size, short of an accident.
+inline std::uint64_t shape_of(const py::ssize_t* shape, int ndim) {
+  std::uint64_t hash = 0;
+  for (int axis = 0; axis < ndim; ++axis) hash = hash * 0x9e3779b97f4a7c15u + static_cast<std::uint64_t>(shape[axis]);
+  return hash;
+}
 inline std::size_t size_of(const py::detail::PyArray_Proxy& array) {
   std::size_t size = 1;
   for (int axis = 0; axis < array.nd; ++axis) size *= static_cast<std::size_t>(array.dimensions[axis]);
@@ -216,6 +224,10 @@ inline void view_array(PyObject* object, LatestDtype& latest, View* v) {
 
 PyTypeObject* g_array = nullptr;        // numpy.ndarray
 PyTypeObject* g_tensor_list = nullptr;  // fastops.TensorList
+PyObject* g_are_plain = nullptr;        // asks tensors of torch what DLPack's C interface does not tell
+
+// Runs Python code, in which other threads may get their turn.
+bool are_plain(const py::list& tensors) { return tensors.empty() || py::handle(g_are_plain)(tensors).ptr() == Py_True; }
 
 inline bool is_array(PyObject* object) { return Py_TYPE(object) == g_array; }
 
@@ -232,15 +244,17 @@ class Plan {
   bool look(PyObject* const* items, std::size_t count, bool trusts) {
     bool same = records_.size() == count;
     if (!same) records_.assign(count, {});
+    py::list changed;  // tensors of torch
     for (std::size_t i = 0; i < count; ++i) {
       Record& r = records_[i];
       if (__builtin_expect(is_array(items[i]), 1)) {
         const auto& array = fields(items[i]);
         const std::size_t size = size_of(array);
-        if (array.data == r.data && array.descr == r.dtype && size == r.size && array.nd == r.ndim &&
-            array.flags == r.flags)
+        const std::uint64_t shape = shape_of(array.dimensions, array.nd);
+        if (array.data == r.data && array.descr == r.dtype && size == r.size && shape == r.shape &&
+            array.nd == r.ndim && array.flags == r.flags)
           continue;
-        r = {array.data, array.descr, size, array.nd, array.flags};
+        r = {array.data, array.descr, size, shape, array.nd, array.flags};
       } else {
         if (same && trusts) continue;
         View v;
@@ -248,13 +262,19 @@ class Plan {
         foreign_ = true;
         const int flags = v.contiguous ? kContiguousFlag : 0;
         PyObject* const dtype = reinterpret_cast<PyObject*>(static_cast<std::uintptr_t>(v.dtype));
-        if (v.data == r.data && dtype == r.dtype && v.size == r.size && v.ndim == r.ndim && flags == r.flags) continue;
-        r = {v.data, dtype, v.size, v.ndim, flags};
+        const std::uint64_t shape = shape_of(v.shape, v.ndim);
+        if (v.data == r.data && dtype == r.dtype && v.size == r.size && shape == r.shape && v.ndim == r.ndim &&
+            flags == r.flags)
+          continue;
+        if (v.writable) changed.append(py::handle(items[i]));
+        r = {v.data, dtype, v.size, shape, v.ndim, flags};
       }
       same = false;
     }
     if (!same) ++version_;
-    return true;
+    if (are_plain(changed)) return true;
+    records_.clear();
+    return false;
   }
 
  private:
@@ -262,6 +282,7 @@ class Plan {
     char* data;
     PyObject* dtype;  // the descriptor; of other libraries' tensors its number
     std::size_t size;
+    std::uint64_t shape;
     int ndim, flags;
   };
   inline static std::atomic<std::uint64_t> g_ids{0};
@@ -324,6 +345,7 @@ class Items {
         set_slot(argument, slots().plan, plan.ptr());
       }
       plan_ = plan.cast<Plan*>();
+      held_plan_ = std::move(plan);
     }
     return PyList_CheckExact(sequence_.ptr()) || PyTuple_CheckExact(sequence_.ptr());
   }
@@ -334,7 +356,7 @@ class Items {
   bool look() const { return plan_->look(items(), size(), trusts_); }
 
  private:
-  py::object owner_, sequence_;
+  py::object owner_, sequence_, held_plan_;
   Plan* plan_ = nullptr;
   bool taken_ = false, trusts_ = false;
 };
@@ -343,6 +365,17 @@ struct Span {
   std::uintptr_t low, high;
   bool written;
 };
+
+// [low, high) of a strided tensor whose first element is at `low`.
+void extent(const fastops_layout& layout, std::size_t role, std::size_t item, std::uintptr_t& low,
+            std::uintptr_t& high) {
+  high = low + item;
+  const auto ndim = static_cast<std::size_t>(layout.ndim);
+  for (std::size_t axis = 0; axis < ndim; ++axis) {
+    const std::ptrdiff_t span = layout.strides[role * ndim + axis] * (layout.shape[axis] - 1);
+    (span < 0 ? low : high) += static_cast<std::uintptr_t>(span);
+  }
+}
 
 // The lists of one call, and what the latest calls of this thread were found to be: lists whose addresses, sizes and
 // dtypes are the same again need no second search for overlaps.
@@ -384,19 +417,27 @@ class Lists {
     m.size.resize(count);
     m.layout.clear();
     m.layouts.clear();
+    m.tensors.clear();
     for (std::size_t r = 0; r < roles; ++r) elements_[r] = items_[r].items();
     for (std::size_t i = 0; i < count; ++i)
       if (!read_contiguous(m, i, roles, written) && !read_tensor(m, i, roles, written)) return false;
     list_ = {count, roles, m.size.data(), m.data.data(), m.dtype.data(), m.layout.empty() ? nullptr : m.layout.data()};
-    if (!checked && (planned || !m.known(roles, written))) {
-      if (overlaps(m, roles, written)) return false;
-      if (m.layout.empty()) m.remember(roles, written, std::move(keys));
-    }
+    const bool known = !planned && !checked && m.known(roles, written);
+    if (!checked && !known && overlaps(m, roles, written)) return false;
     for (std::size_t r = 0; r < roles; ++r) {
       if (items_[r].plan() != nullptr) continue;
       m.held.insert(m.held.end(), elements_[r], elements_[r] + count);
       for (std::size_t i = 0; i < count; ++i) Py_INCREF(elements_[r][i]);
     }
+    // Everything is held from here on; lists may change while others have their turn.
+    if (!planned && !m.tensors.empty()) {
+      py::list asked;
+      // Where the same memory was found plain before, a lazy sign can only be met where one element makes it dense.
+      for (const auto& [tensor, size] : m.tensors)
+        if (!known || size == 1) asked.append(py::handle(tensor));
+      if (!are_plain(asked)) return false;
+    }
+    if (!checked && !known && m.layout.empty()) m.remember(roles, written, std::move(keys));
     return true;
   }
   const fastops_tensor_list* get() const { return &list_; }
@@ -435,6 +476,7 @@ class Lists {
     std::vector<const fastops_layout*> layout;
     std::deque<Layout> layouts;
     std::vector<PyObject*> held;
+    std::vector<std::pair<PyObject*, std::size_t>> tensors;  // of torch, and their sizes
     std::vector<Span> spans;
     static constexpr std::size_t kKept = 4;
     Signature kept[kKept];
@@ -492,6 +534,7 @@ class Lists {
         view_array(elements_[r][i], latest_[r], &v);
       } else {
         if (!view_tensor(elements_[r][i], &v)) return false;
+        if (v.writable) m.tensors.emplace_back(elements_[r][i], v.size);
         torch = true;
       }
       if (v.dtype == kNoDtype || ((written >> r & 1) && !v.writable) || v.ndim != views[0].ndim) return false;
@@ -538,13 +581,7 @@ class Lists {
         auto low = reinterpret_cast<std::uintptr_t>(m.data[i * roles + r]), high = low + item * m.size[i];
         const bool writes = (written >> r & 1) != 0;
         if (layout != nullptr) {
-          high = low + item;
-          for (int axis = 0; axis < layout->ndim; ++axis) {
-            const std::ptrdiff_t span =
-                layout->strides[r * static_cast<std::size_t>(layout->ndim) + static_cast<std::size_t>(axis)] *
-                (layout->shape[axis] - 1);
-            (span < 0 ? low : high) += static_cast<std::uintptr_t>(span);
-          }
+          extent(*layout, r, item, low, high);
           if (writes && !is_injective(*layout, r, item)) return true;
         }
         m.spans.push_back({low, high, writes});
@@ -675,6 +712,18 @@ int eg_step(const py::object& params, const py::object& grads, double lr, bool c
                     [&](const fastops_tensor_list* list) { return fastops_eg_step(list, lr); });
 }
 
+// Whether an address in [low, high) lies within the extent of a tensor.
+bool touches(const fastops_tensor_list& list, std::uintptr_t low, std::uintptr_t high) {
+  for (std::size_t k = 0; k < list.count * list.roles; ++k) {
+    const std::size_t i = k / list.roles, item = kItemSize[list.dtype[k]];
+    if (list.size[i] == 0) continue;
+    auto first = reinterpret_cast<std::uintptr_t>(list.data[k]), last = first + item * list.size[i];
+    if (list.layout != nullptr && list.layout[i] != nullptr) extent(*list.layout[i], k % list.roles, item, first, last);
+    if (first < high && low < last) return true;
+  }
+  return false;
+}
+
 int adaptive_eg_step(const py::object& params, const py::object& grads, const py::object& momentum,
                      const py::object& update, const py::object& gain, py::array_t<double, py::array::c_style> scales,
                      const py::tuple& t, bool checked) {
@@ -684,7 +733,10 @@ int adaptive_eg_step(const py::object& params, const py::object& grads, const py
   double* const values = scales.mutable_data();
   const auto count = static_cast<std::size_t>(scales.size());
   return call_lists({params, grads, momentum, update, gain}, ~2u, checked, [&](const fastops_tensor_list* list) {
-    return list->count == count ? fastops_adaptive_eg_step(list, values, &step) : FASTOPS_INVALID;
+    const auto first = reinterpret_cast<std::uintptr_t>(values);
+    if (list->count != count || (!checked && touches(*list, first, first + count * sizeof(double))))
+      return FASTOPS_INVALID;
+    return fastops_adaptive_eg_step(list, values, &step);
   });
 }
 
@@ -745,7 +797,11 @@ void bind_optim(py::module_& m) {
   py::class_<Plan>(m, "TensorPlan");
   m.def(
       "register_tensor_list",
-      [](const py::type& type) { g_tensor_list = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr()); }, arg("type"));
+      [](const py::type& type, const py::function& are_plain) {
+        g_tensor_list = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr());
+        g_are_plain = are_plain.inc_ref().ptr();
+      },
+      arg("type"), arg("are_plain"));
   m.def("ema_update", &ema_update, arg("shadow_sets"), arg("params"), arg("weights"), arg("seed"), arg("checked"));
   m.def("sgd_step", &sgd_step, arg("params"), arg("grads"), arg("momentum_buffers"), arg("ema"), arg("step"),
         arg("checked"));

@@ -28,7 +28,7 @@ constexpr std::size_t kGrain = 64;
 constexpr std::size_t kHashRun = 32;
 // Bytes of the copies that a strided tensor is worked on in.
 constexpr std::size_t kCopied = FASTOPS_MAX_ROLES * kHashRun * sizeof(double);
-constexpr std::size_t kMaxDimensions = 64;
+constexpr int kMaxDimensions = 64;
 // Elements that one partial sum covers, whatever the number of threads.
 constexpr std::size_t kSumRun = 16384;
 constexpr double kNanosecondsPerByte = 0.1;
@@ -179,8 +179,13 @@ fastops_status run(const fastops_tensor_list& list, unsigned written, const Visi
 }
 
 bool is_list(const fastops_tensor_list* list, std::size_t roles) noexcept {
-  return list != nullptr && list->roles == roles &&
-         (list->count == 0 || (list->size != nullptr && list->data != nullptr && list->dtype != nullptr));
+  if (list == nullptr || list->roles != roles) return false;
+  if (list->count == 0) return true;
+  if (list->size == nullptr || list->data == nullptr || list->dtype == nullptr) return false;
+  for (std::size_t i = 0; list->layout != nullptr && i < list->count; ++i)
+    if (list->layout[i] != nullptr && (list->layout[i]->ndim < 0 || list->layout[i]->ndim > kMaxDimensions))
+      return false;
+  return true;
 }
 
 // Whether check(dtypes) holds for every tensor.

@@ -20,7 +20,7 @@ from .._tensors import AdamStep, EgStep, Role, SgdStep, TensorList
 Array = NDArray[Any]
 Tensors = Sequence[Any]
 
-_core.register_tensor_list(TensorList)
+_core.register_tensor_list(TensorList, _tensors.are_plain)
 
 # Sets of shadows that one call of `_core` takes: its roles (FASTOPS_MAX_ROLES) but the parameters.
 _PROFILES = 15
@@ -161,14 +161,15 @@ def adaptive_eg_step(
     gain *= exp(gain_lr sign(m) sign(g)); scale *= exp(scale_lr cos(h, g)); m = beta m + (1 - beta) g;
     h = mu h + lr gain g; p -= scale h; gain and scale stay in their bounds. A scale is a float64 per tensor.
     """
-    own = np.ascontiguousarray(scales)
+    own = np.require(scales, requirements=["C", "A"])
     done = _core.adaptive_eg_step(params, grads, momentum, update, gain, own, step, False)
     if done != 1:
-        _run(
-            done,
-            lambda: _tensors.ADAPTIVE_EG_ROLES,
-            [params, grads, momentum, update, gain],
-            lambda lists: _core.adaptive_eg_step(lists[0], lists[1], lists[2], lists[3], lists[4], own, step, True),
-        )
+
+        def again(lists: list[list[Array]]) -> int:
+            _tensors.refuse_shared_scales(scales, _tensors.ADAPTIVE_EG_ROLES, lists)
+            p, g, m, h, q = lists
+            return _core.adaptive_eg_step(p, g, m, h, q, own, step, True)
+
+        _run(done, lambda: _tensors.ADAPTIVE_EG_ROLES, [params, grads, momentum, update, gain], again)
     if own is not scales:
         scales[...] = own

@@ -213,6 +213,7 @@ def adaptive_eg_step(
     """
     values = [params, grads, momentum, update, gain]
     with _tensors.prepared(_tensors.ADAPTIVE_EG_ROLES, values) as lists, np.errstate(all="ignore"):
+        _tensors.refuse_shared_scales(scales, _tensors.ADAPTIVE_EG_ROLES, lists)
         for i, (p, g, m, h, q) in enumerate(zip(*lists, strict=True)):
             gradient, velocity = _wide(g), _wide(h)
             factor = _wide(q) * np.exp(step.gain_lr * np.sign(_wide(m)) * np.sign(gradient))

@@ -173,7 +173,7 @@ FASTOPS_API fastops_status fastops_mitchell_grad(const fastops_mitchell* m, fast
 
 /* Shape and strides of a tensor that is not contiguous in all its roles. */
 typedef struct fastops_layout {
-  int ndim;
+  int ndim; /* 0 .. 64 */
   const ptrdiff_t* shape;
   const ptrdiff_t* strides; /* strides[role * ndim + axis], in bytes */
 } fastops_layout;
