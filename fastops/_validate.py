@@ -329,7 +329,7 @@ def out_array(
         raise wrong_type(
             "out",
             f"of dtype {_either(dtypes)}",
-            Text(_clip(str(out.dtype) if out.dtype.isnative else f"{out.dtype!r}")),
+            Text(_clip(str(out.dtype))),
         )
     same_shape("out", out, shape)
     if not out.flags.writeable:

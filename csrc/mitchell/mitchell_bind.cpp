@@ -4,6 +4,7 @@
 
 #include <pybind11/numpy.h>
 
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -32,13 +33,13 @@ struct ArrayView {
 [[noreturn]] void bad_value(const std::string& text) { throw py::value_error(text); }
 
 bool is_bfloat16(const py::dtype& dtype) {
-  static int number = -1;  // the type's number, once it was met
+  static std::atomic<int> number{-1};  // the type's number, once it was met; threads ask at once where there is no GIL
   const int num = dtype.num();
-  if (num == number) return true;
+  if (num == number.load(std::memory_order_relaxed)) return true;
   constexpr int kFirstUserType = 256;
   if (num < kFirstUserType || dtype.itemsize() != 2) return false;
   if (py::str(static_cast<py::object>(dtype.attr("name"))).cast<std::string>() != "bfloat16") return false;
-  number = num;
+  number.store(num, std::memory_order_relaxed);
   return true;
 }
 
