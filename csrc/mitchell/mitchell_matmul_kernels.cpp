@@ -61,6 +61,12 @@ template <class T> FASTOPS_INLINE T element(const Operand& x, std::ptrdiff_t off
   }
 }
 
+template <class T> FASTOPS_INLINE void prefetch(const Operand& x, std::size_t row, std::size_t col) {
+  if (x.layout == Layout::kMatrix)
+    __builtin_prefetch(static_cast<const T*>(x.data) + static_cast<std::ptrdiff_t>(row) * x.row_stride +
+                       static_cast<std::ptrdiff_t>(col) * x.col_stride);
+}
+
 template <class T> FASTOPS_INLINE bool is_native(const Operand& x) { return sizeof(T) == 8 || x.dtype == FASTOPS_F32; }
 
 template <class T>
@@ -106,6 +112,61 @@ struct PatchCol {
 
   PatchCol(const Patches& p, std::size_t col)
       : image(col / (p.out_height * p.out_width)), y(col / p.out_width % p.out_height), x(col % p.out_width) {}
+};
+
+// The output positions of a panel of b as runs within a row of the image, for patches in steps of one column.
+template <class T, std::size_t kCols> class PatchRuns {
+ public:
+  PatchRuns(const Operand& b, PatchCol at, std::size_t n)
+      : data_(static_cast<const T*>(b.data)),
+        height_(static_cast<std::ptrdiff_t>(b.patches->height)),
+        width_(static_cast<std::ptrdiff_t>(b.patches->width)),
+        whole_(static_cast<std::ptrdiff_t>(b.patches->channels) * height_ * width_ - std::ptrdiff_t{kCols}) {
+    const Patches& p = *b.patches;
+    for (std::size_t done = 0; done < n; ++runs_) {
+      const std::size_t size = min_of(n - done, p.out_width - at.x);
+      run_[runs_] = {done, static_cast<std::ptrdiff_t>(size), static_cast<std::ptrdiff_t>(at.image) * p.image_stride,
+                     static_cast<std::ptrdiff_t>(at.y * p.stride_h) - static_cast<std::ptrdiff_t>(p.padding_h),
+                     static_cast<std::ptrdiff_t>(at.x) - static_cast<std::ptrdiff_t>(p.padding_w)};
+      done += size;
+      at.x = 0;
+      if (++at.y == p.out_height) {
+        at.y = 0;
+        ++at.image;
+      }
+    }
+  }
+  // A row of the patches, by whole vectors: up to kCols elements after its end are written as well.
+  void read(const Patches& p, const PatchRow& row, T* buffer) const {
+    const std::ptrdiff_t down = static_cast<std::ptrdiff_t>(row.kernel_row * p.dilation_h);
+    const std::ptrdiff_t right = static_cast<std::ptrdiff_t>(row.kernel_col * p.dilation_w);
+    const std::ptrdiff_t first_row = static_cast<std::ptrdiff_t>(row.channel) * height_;
+    for (std::size_t r = 0; r < runs_; ++r) {
+      const Run& run = run_[r];
+      const std::ptrdiff_t y = run.y + down, x = run.x + right, offset = (first_row + y) * width_ + x;
+      const bool inside = y >= 0 && y < height_;
+      const T* const from = data_ + run.image + offset;
+      T* const to = buffer + run.first;
+      if (inside && offset >= 0 && offset <= whole_) {
+#pragma GCC unroll 4
+        for (std::size_t i = 0; i < kCols; i += Bits<T>::kWidth) store(to + i, load<typename Bits<T>::F>(from + i));
+        for (std::ptrdiff_t i = 0; i < -x && i < run.size; ++i) to[i] = T{};
+        for (std::ptrdiff_t i = run.size; i > 0 && i > width_ - x; --i) to[i - 1] = T{};
+      } else {
+        for (std::ptrdiff_t i = 0; i < run.size; ++i) to[i] = !inside || x + i < 0 || x + i >= width_ ? T{} : from[i];
+      }
+    }
+  }
+
+ private:
+  struct Run {
+    std::size_t first;
+    std::ptrdiff_t size, image, y, x;  // y, x: of the image, for the first kernel position
+  };
+  const T* data_;
+  std::ptrdiff_t height_, width_, whole_;  // the last offset from which kCols elements can be read
+  std::size_t runs_ = 0;
+  Run run_[kCols];
 };
 
 // n output positions from `at`; in place where they lie together in the image as T. What the padding covers is zero.
@@ -242,10 +303,11 @@ template <class T> FASTOPS_INLINE Pair<T> pack_pair_b(const Product<T>& product,
 }
 
 // What a panel holds, and so which bodies can multiply it.
-constexpr unsigned char kZeros = 1;  // zeros
-constexpr unsigned char kWide = 2;   // values outside [Traces::kLeast, kMost)
-constexpr unsigned char kFar = 4;    // values whose product with another such leaves the exponent's range
-constexpr unsigned char kAny = 8;    // huge, tiny, infinite or nan: only the body that takes every value
+constexpr unsigned char kZeros = 1;       // zeros
+constexpr unsigned char kWide = 2;        // values outside [Traces::kLeast, kMost)
+constexpr unsigned char kFar = 4;         // values whose product with another such leaves the exponent's range
+constexpr unsigned char kAny = 8;         // huge, tiny, infinite or nan: only the body that takes every value
+constexpr unsigned char kLogPacked = 16;  // the rows of a are packed for LogBody, too
 constexpr unsigned char flag_if(bool found, unsigned char flag) { return found ? flag : 0; }
 
 // SumBody has no zero: in a zero's place stands a power of two so small that its product, a trace, leaves every other
@@ -604,17 +666,42 @@ template <class T, TileBody kBody> struct Tile {
 
 // ---- packing ----
 
+// Rows vectors, turned: lane l of all goes to to + l stride.
+template <int Rows, class V, class E>
+FASTOPS_INLINE void store_turned(const V (&x)[Rows], std::size_t lanes, E* to, std::size_t stride) {
+  constexpr int kWidth = static_cast<int>(simd::kLanes<V>), kPart = 16 / sizeof(E);
+  const int whole = lanes == kWidth ? Rows / kPart * kPart : 0;
+#pragma GCC unroll 4
+  for (int i = 0; i < Rows / kPart * kPart; i += kPart) {
+    if (whole == 0) break;
+    simd::i32 part[kPart];
+#pragma GCC unroll 4
+    for (int j = 0; j < kPart; ++j) part[j] = bits<simd::i32>(x[i + j]);
+    simd::turn<sizeof(E)>(part);
+#pragma GCC unroll 4
+    for (int j = 0; j < kPart; ++j)
+      simd::store_parts(reinterpret_cast<char*>(to + j * stride + i), kPart * stride * sizeof(E), part[j]);
+  }
+  alignas(64) E rest[Rows * kWidth];
+#pragma GCC unroll 12
+  for (int i = 0; i < Rows; ++i)
+    if (i >= whole) store(rest + i * kWidth, x[i]);
+  for (int i = whole; i < Rows; ++i)
+    for (std::size_t l = 0; l < lanes; ++l) to[l * stride + i] = rest[i * kWidth + l];
+}
+
+// Columns from col of b over k0 .. k1 into a panel; its flags.
 template <class T, TileBody kBody>
-void pack_b(const Product<T>& product, const PackedB<T>& packed, std::size_t p, std::size_t d, std::size_t depth1) {
+unsigned char pack_b(const Product<T>& product, std::size_t col, std::size_t k0, std::size_t k1, T* to) {
   using B = Bits<T>;
   using F = typename B::F;
   using I = typename B::I;
   using S = Tile<T, kBody>;
-  T buffer[S::kCols];
-  const std::size_t steps = static_cast<std::size_t>(product.steps), block = S::kDepth / steps;
-  const std::size_t col = packed.col0 + p * S::kCols, n = min_of(S::kCols, product.cols - col);
-  const std::size_t k0 = packed.depth0 + d * block, k1 = min_of(k0 + block, depth1);
-  T* to = packed.data + (d * packed.panels + p) * packed.panel_size;
+  // Patches: so many rows are put together before any is packed. A vector that was just stored in pieces is slow to
+  // load.
+  constexpr std::size_t kReadAhead = 8;
+  alignas(64) T buffer[(B::kWidth > 2 * kReadAhead ? B::kWidth : 2 * kReadAhead) * S::kCols];
+  const std::size_t steps = static_cast<std::size_t>(product.steps), n = min_of(S::kCols, product.cols - col);
   I flagged{};
   Extremes<T> extremes;
   const auto pack_row = [&](const T* from, std::size_t width) {
@@ -646,18 +733,44 @@ void pack_b(const Product<T>& product, const PackedB<T>& packed, std::size_t p, 
     const Patches& patches = *b.patches;
     const PatchCol at(patches, b.first_col + col);
     PatchRow row(patches, k0);
-    for (std::size_t k = k0; k < k1; ++k, row.advance(patches)) pack_row(read_patches(b, row, at, n, buffer), n);
+    if (patches.stride_w == 1 && is_native<T>(b)) {
+      const PatchRuns<T, S::kCols> runs(b, at, n);
+      for (std::size_t k = k0; k < k1; k += kReadAhead) {
+        const std::size_t some = min_of(kReadAhead, k1 - k);
+        for (std::size_t q = 0; q < some; ++q, row.advance(patches)) runs.read(patches, row, buffer + q * 2 * S::kCols);
+        for (std::size_t q = 0; q < some; ++q) pack_row(buffer + q * 2 * S::kCols, n);
+      }
+    } else {
+      for (std::size_t k = k0; k < k1; ++k, row.advance(patches)) pack_row(read_patches(b, row, at, n, buffer), n);
+    }
+  } else if (n == S::kCols && b.row_stride == 1 && b.row_inner == 0 && is_native<T>(b)) {
+    // Columns lie together: squares of them are turned.
+    constexpr std::size_t kPart = 16 / sizeof(T);
+    std::size_t k = k0;
+    for (; k + B::kWidth <= k1; k += B::kWidth) {
+#pragma GCC unroll 1
+      for (std::size_t j = 0; j < S::kCols; j += kPart) {
+        F x[kPart];
+#pragma GCC unroll 4
+        for (std::size_t q = 0; q < kPart; ++q)
+          x[q] = load<F>(static_cast<const T*>(b.data) + k + static_cast<std::ptrdiff_t>(col + j + q) * b.col_stride);
+        store_turned<kPart>(x, B::kWidth, buffer + j, S::kCols);
+      }
+      for (std::size_t q = 0; q < B::kWidth; ++q) pack_row(buffer + q * S::kCols, n);
+    }
+    for (; k < k1; ++k) pack_row(read(b, k, col, n, buffer), n);
   } else if (n == S::kCols && b.col_stride == 1 && b.row_inner == 0 && is_native<T>(b)) {
     const T* from = read(b, k0, col, n, buffer);
     for (std::size_t k = k0; k < k1; ++k, from += b.row_stride) {
-      // Rows lie too far apart for the CPU to fetch them ahead.
-      __builtin_prefetch(from + 16 * b.row_stride);
+      // Rows lie too far apart for the CPU to fetch them ahead. The last element: where the row crosses a cache line,
+      // the panel before has read its first.
+      __builtin_prefetch(from + 32 * b.row_stride + (S::kCols - 1));
       pack_row(from, S::kCols);
     }
   } else {
     for (std::size_t k = k0; k < k1; ++k) pack_row(read(b, k, col, n, buffer), n);
   }
-  packed.flags[d * packed.panels + p] = extremes.flags() | flag_if(simd::any(flagged), kAny);
+  return extremes.flags() | flag_if(simd::any(flagged), kAny);
 }
 
 template <class T>
@@ -683,30 +796,6 @@ void pack_segments(const Product<T>& product, T x, typename Bits<T>::Int* mantis
   *flagged |= magnitude >= B::kLarge;
   for (int j = 0; j < 16; ++j) mantissas[j] = m + constants[j] - move;
   *scale = bits<T>(s + move);
-}
-
-// Rows vectors, turned: lane l of all goes to to + l stride.
-template <int Rows, class V, class E>
-FASTOPS_INLINE void store_turned(const V (&x)[Rows], std::size_t lanes, E* to, std::size_t stride) {
-  constexpr int kWidth = static_cast<int>(simd::kLanes<V>), kPart = 16 / sizeof(E);
-  const int whole = lanes == kWidth ? Rows / kPart * kPart : 0;
-#pragma GCC unroll 4
-  for (int i = 0; i < Rows / kPart * kPart; i += kPart) {
-    if (whole == 0) break;
-    simd::i32 part[kPart];
-#pragma GCC unroll 4
-    for (int j = 0; j < kPart; ++j) part[j] = bits<simd::i32>(x[i + j]);
-    simd::turn<sizeof(E)>(part);
-#pragma GCC unroll 4
-    for (int j = 0; j < kPart; ++j)
-      simd::store_parts(reinterpret_cast<char*>(to + j * stride + i), kPart * stride * sizeof(E), part[j]);
-  }
-  alignas(64) E rest[Rows * kWidth];
-#pragma GCC unroll 12
-  for (int i = 0; i < Rows; ++i)
-    if (i >= whole) store(rest + i * kWidth, x[i]);
-  for (int i = whole; i < Rows; ++i)
-    for (std::size_t l = 0; l < lanes; ++l) to[l * stride + i] = rest[i * kWidth + l];
 }
 
 // Rows row .. row + rows of a over k0 .. k1 into a panel; its flags. For kLog the panel is that of SumBody.
@@ -942,40 +1031,33 @@ template <class T> __attribute__((noinline)) void add_traces(const T* from, std:
   }
 }
 
+// All rows of the range times the panel of b at column col.
 template <class T, TileBody kBody>
-__attribute__((noinline)) void multiply_packed(const Product<T>& product, const PackedB<T>& packed,
-                                               const BlockRange& range, std::size_t k0, std::size_t k1,
-                                               unsigned char* scratch, T* c, std::ptrdiff_t ldc, bool first) {
+__attribute__((noinline)) void multiply_panel(const Product<T>& product, const BlockRange& range, std::size_t col,
+                                              std::size_t depth, unsigned char* scratch, const T* b,
+                                              unsigned char flags_b, T* c, std::ptrdiff_t ldc, bool first) {
   using S = Tile<T, kBody>;
-  const std::size_t steps = static_cast<std::size_t>(product.steps);
-  const std::size_t d = (k0 - packed.depth0) / (S::kDepth / steps);
-  const std::size_t size_a = S::kRows * (k1 - k0) * steps;
+  const std::size_t steps = depth * static_cast<std::size_t>(product.steps), size_a = S::kRows * steps;
   const unsigned char* const flags_a = scratch + S::kScratch - S::kBlock;
-  T* const traced = reinterpret_cast<T*>(scratch + S::kPanels + S::kLogPanels);
-  for (std::size_t col = range.col0; col < range.col1; col += S::kCols) {
-    const std::size_t p = (col - packed.col0) / S::kCols;
-    const T* const b = packed.data + (d * packed.panels + p) * packed.panel_size;
-    const unsigned char flags_b = packed.flags[d * packed.panels + p];
-    const bool traces = kBody == TileBody::kLog && flags_b == kZeros;
-    if (traces) add_traces(b, S::kCols * (k1 - k0), traced);
-    for (std::size_t row = range.row0; row < range.row1; row += S::kRows) {
-      const std::size_t i = (row - range.row0) / S::kRows;
-      const TileTarget target{(k1 - k0) * steps, min_of(S::kRows, range.row1 - row), min_of(S::kCols, range.col1 - col),
-                              ldc, first};
-      T* const to = c + static_cast<std::ptrdiff_t>(row - range.row0) * ldc + (col - range.col0);
-      for (std::size_t r = 0; r < target.rows; ++r) __builtin_prefetch(to + static_cast<std::ptrdiff_t>(r) * ldc, 1);
-      const unsigned char* a = scratch + i * size_a * S::kBytesA;
-      if constexpr (kBody == TileBody::kLog) {
-        if (sums_suffice(flags_a[i], flags_b)) {
-          const SumBody<T, S::kRows, S::kCols> body{reinterpret_cast<const typename Bits<T>::Int*>(a),
-                                                    traces ? traced : b, ((flags_a[i] | flags_b) & kZeros) != 0};
-          tile_any_size<T, kBody>(body, target, to);
-          continue;
-        }
-        a = scratch + S::kPanels + i * size_a * sizeof(LogEntry<T>);
-      }
-      one_tile<T, kBody>(product, a, ((flags_a[i] | flags_b) & kAny) != 0, b, target, row, col, to);
+  const T* const traced = flags_b == kZeros ? reinterpret_cast<const T*>(scratch + S::kPanels + S::kLogPanels) : b;
+  for (std::size_t row = range.row0; row < range.row1; row += S::kRows, c += S::kRows * ldc) {
+    const std::size_t i = (row - range.row0) / S::kRows;
+    const TileTarget target{steps, min_of(S::kRows, range.row1 - row), min_of(S::kCols, range.col1 - col), ldc, first};
+    for (std::size_t r = 0; r < target.rows; ++r) {
+      __builtin_prefetch(c + static_cast<std::ptrdiff_t>(r) * ldc, 1);
+      if constexpr (kBody >= TileBody::kSlope) prefetch<T>(product.point, row + S::kRows + r, col);
     }
+    const unsigned char* a = scratch + i * size_a * S::kBytesA;
+    if constexpr (kBody == TileBody::kLog) {
+      if (sums_suffice(flags_a[i], flags_b)) {
+        const SumBody<T, S::kRows, S::kCols> body{reinterpret_cast<const typename Bits<T>::Int*>(a), traced,
+                                                  ((flags_a[i] | flags_b) & kZeros) != 0};
+        tile_any_size<T, kBody>(body, target, c);
+        continue;
+      }
+      a = scratch + S::kPanels + i * size_a * sizeof(LogEntry<T>);
+    }
+    one_tile<T, kBody>(product, a, ((flags_a[i] | flags_b) & kAny) != 0, b, target, row, col, c);
   }
 }
 
@@ -1000,24 +1082,33 @@ void multiply(const Product<T>& product, const PackedB<T>& packed, const BlockRa
   unsigned char* const flags = panels + S::kScratch - S::kBlock;
   for (std::size_t k0 = range.depth0; k0 < range.depth1; k0 += block) {
     const std::size_t k1 = min_of(k0 + block, range.depth1), size_a = S::kRows * (k1 - k0) * steps;
-    const unsigned char* const flags_b = packed.flags + (k0 - packed.depth0) / block * packed.panels;
-    unsigned char all_b = 0;
-    for (std::size_t col = range.col0; col < range.col1; col += S::kCols)
-      all_b |= flags_b[(col - packed.col0) / S::kCols];
-    for (std::size_t row = range.row0; row < range.row1; row += S::kRows) {
-      const std::size_t i = (row - range.row0) / S::kRows, rows = min_of(S::kRows, range.row1 - row);
-      flags[i] = pack_a<T, kBody>(product, row, rows, k0, k1, panels + i * size_a * S::kBytesA);
+    for (std::size_t row = range.row0, i = 0; row < range.row1; row += S::kRows, ++i)
+      flags[i] =
+          pack_a<T, kBody>(product, row, min_of(S::kRows, range.row1 - row), k0, k1, panels + i * size_a * S::kBytesA);
+    for (std::size_t col = range.col0; col < range.col1; col += S::kCols) {
+      const std::size_t p =
+          packed.fresh ? 0 : (k0 - packed.depth0) / block * packed.panels + (col - packed.col0) / S::kCols;
+      T* const b = packed.data + p * packed.panel_size;
+      if (packed.fresh) packed.flags[0] = pack_b<T, kBody>(product, col, k0, k1, b);
+      const unsigned char flags_b = packed.flags[p];
+      T* const to = c + (col - range.col0);
       if constexpr (kBody == TileBody::kLog) {
-        LogEntry<T>* const to = reinterpret_cast<LogEntry<T>*>(panels + S::kPanels) + i * size_a;
-        if (!sums_suffice(flags[i], all_b)) pack_log(product, row, rows, k0, k1, to);
+        if (flags_b == kZeros)
+          add_traces(b, S::kCols * (k1 - k0), reinterpret_cast<T*>(panels + S::kPanels + S::kLogPanels));
+        LogEntry<T>* entries = reinterpret_cast<LogEntry<T>*>(panels + S::kPanels);
+        for (std::size_t row = range.row0, i = 0; row < range.row1; row += S::kRows, ++i, entries += size_a) {
+          if (sums_suffice(flags[i], flags_b) || (flags[i] & kLogPacked) != 0) continue;
+          pack_log(product, row, min_of(S::kRows, range.row1 - row), k0, k1, entries);
+          flags[i] |= kLogPacked;
+        }
       }
-    }
-    if constexpr (kBody == TileBody::kLog || kBody == TileBody::kSegments) {
-      // A zero in b leaves a mantissa without exponent, which must count as zero.
-      const FlushSubnormals guard;
-      multiply_packed<T, kBody>(product, packed, range, k0, k1, panels, c, ldc, first);
-    } else {
-      multiply_packed<T, kBody>(product, packed, range, k0, k1, panels, c, ldc, first);
+      if constexpr (kBody == TileBody::kLog || kBody == TileBody::kSegments) {
+        // A zero in b leaves a mantissa without exponent, which must count as zero.
+        const FlushSubnormals guard;
+        multiply_panel<T, kBody>(product, range, col, k1 - k0, panels, b, flags_b, to, ldc, first);
+      } else {
+        multiply_panel<T, kBody>(product, range, col, k1 - k0, panels, b, flags_b, to, ldc, first);
+      }
     }
     first = false;
   }
@@ -1043,45 +1134,44 @@ template <class T> void finish(const Product<T>& product, const BlockRange& rang
   }
 }
 
+template <class T, TileBody kBody>
+void pack_panel(const Product<T>& product, const PackedB<T>& packed, std::size_t p, std::size_t d, std::size_t depth1) {
+  using S = Tile<T, kBody>;
+  const std::size_t block = S::kDepth / static_cast<std::size_t>(product.steps), k0 = packed.depth0 + d * block;
+  const std::size_t i = d * packed.panels + p;
+  packed.flags[i] = pack_b<T, kBody>(product, packed.col0 + p * S::kCols, k0, min_of(k0 + block, depth1),
+                                     packed.data + i * packed.panel_size);
+}
+
+// f(body) with the body as a constant.
+template <class F> FASTOPS_INLINE void with_body(TileBody body, F&& f) {
+  switch (body) {
+    case TileBody::kExact:
+      return f(std::integral_constant<TileBody, TileBody::kExact>());
+    case TileBody::kLog:
+      return f(std::integral_constant<TileBody, TileBody::kLog>());
+    case TileBody::kSegments:
+      return f(std::integral_constant<TileBody, TileBody::kSegments>());
+    case TileBody::kSlope:
+      return f(std::integral_constant<TileBody, TileBody::kSlope>());
+    case TileBody::kSlopeSegments:
+      return f(std::integral_constant<TileBody, TileBody::kSlopeSegments>());
+    case TileBody::kSlopeA:
+      return f(std::integral_constant<TileBody, TileBody::kSlopeA>());
+    case TileBody::kSlopeASegments:
+      return f(std::integral_constant<TileBody, TileBody::kSlopeASegments>());
+  }
+}
+
 template <class T>
 void pack_b_any(const Product<T>& product, const PackedB<T>& packed, std::size_t p, std::size_t d, std::size_t depth1) {
-  switch (product.body) {
-    case TileBody::kExact:
-      return pack_b<T, TileBody::kExact>(product, packed, p, d, depth1);
-    case TileBody::kLog:
-      return pack_b<T, TileBody::kLog>(product, packed, p, d, depth1);
-    case TileBody::kSegments:
-      return pack_b<T, TileBody::kSegments>(product, packed, p, d, depth1);
-    case TileBody::kSlope:
-      return pack_b<T, TileBody::kSlope>(product, packed, p, d, depth1);
-    case TileBody::kSlopeSegments:
-      return pack_b<T, TileBody::kSlopeSegments>(product, packed, p, d, depth1);
-    case TileBody::kSlopeA:
-      return pack_b<T, TileBody::kSlopeA>(product, packed, p, d, depth1);
-    case TileBody::kSlopeASegments:
-      return pack_b<T, TileBody::kSlopeASegments>(product, packed, p, d, depth1);
-  }
+  with_body(product.body, [&](auto body) { pack_panel<T, body.value>(product, packed, p, d, depth1); });
 }
 
 template <class T>
 void multiply_any(const Product<T>& product, const PackedB<T>& packed, const BlockRange& range, void* scratch, T* c,
                   std::ptrdiff_t ldc, bool first) {
-  switch (product.body) {
-    case TileBody::kExact:
-      return multiply<T, TileBody::kExact>(product, packed, range, scratch, c, ldc, first);
-    case TileBody::kLog:
-      return multiply<T, TileBody::kLog>(product, packed, range, scratch, c, ldc, first);
-    case TileBody::kSegments:
-      return multiply<T, TileBody::kSegments>(product, packed, range, scratch, c, ldc, first);
-    case TileBody::kSlope:
-      return multiply<T, TileBody::kSlope>(product, packed, range, scratch, c, ldc, first);
-    case TileBody::kSlopeSegments:
-      return multiply<T, TileBody::kSlopeSegments>(product, packed, range, scratch, c, ldc, first);
-    case TileBody::kSlopeA:
-      return multiply<T, TileBody::kSlopeA>(product, packed, range, scratch, c, ldc, first);
-    case TileBody::kSlopeASegments:
-      return multiply<T, TileBody::kSlopeASegments>(product, packed, range, scratch, c, ldc, first);
-  }
+  with_body(product.body, [&](auto body) { multiply<T, body.value>(product, packed, range, scratch, c, ldc, first); });
 }
 
 template <class T, TileBody kBody> constexpr TileShape shape() {
