@@ -41,7 +41,8 @@ constexpr std::size_t kPassDepth = 2048;
 constexpr std::size_t kSharedElements = std::size_t{1} << 22;
 constexpr std::size_t kOwnElements = std::size_t{1} << 18;
 constexpr std::size_t kBlocksWanted = 8;
-// Columns computed at once where b is packed as it is used: a is packed anew for each such block.
+// Where a has no more rows, b is packed as it is used; so many columns at once: a is packed anew for each such block.
+constexpr std::size_t kFreshRows = 120;
 constexpr std::size_t kFreshCols = 1536;
 
 // Where each matrix of a batch lies.
@@ -78,7 +79,7 @@ template <class T> Plan make_plan(const Product<T>& p) noexcept {
   plan.cols = shape.cols;
   plan.depth = shape.depth / steps;
   plan.panel = shape.cols * min_of(shape.depth, p.depth * steps);
-  plan.fresh = p.rows <= shape.block;
+  plan.fresh = p.rows <= min_of(shape.block, kFreshRows);
   plan.pass_depth = plan.fresh ? p.depth : min_of(p.depth, kPassDepth / plan.depth * plan.depth);
   const std::size_t wanted = (plan.small ? kOwnElements : kSharedElements) / (plan.pass_depth * steps) / shape.cols;
   const std::size_t panels = ceil_div(p.cols, shape.cols);
@@ -96,8 +97,8 @@ template <class T> Plan make_plan(const Product<T>& p) noexcept {
       while (blocks() < kBlocksWanted && plan.block_cols / 2 >= least_cols)
         plan.block_cols = ceil_div(plan.block_cols / 2, shape.cols) * shape.cols;
     };
-    shrink(60, 512);
-    if (!plan.fresh) shrink(24, 128);
+    shrink(shape.block / 2, 512);
+    if (!plan.fresh) shrink(shape.block / 5, 128);
     // Even shares: not one short block at the end.
     plan.block_rows = ceil_div(ceil_div(p.rows, ceil_div(p.rows, plan.block_rows)), shape.rows) * shape.rows;
   }
