@@ -288,8 +288,8 @@ def test_matmul_bits_do_not_depend_on_the_threads(backend: ModuleType, target: s
 @pytest.mark.parametrize("name", ["f32", "f64"])
 def test_matmul_bits_do_not_depend_on_the_neighbours(backend: ModuleType, target: str, option: str, name: str):
     """Which values a panel holds chooses the way it is multiplied, never the result of another row or column."""
-    if backend.__name__ == REFERENCE:
-        pytest.skip("its sums are NumPy's")
+    if backend.__name__ != "fastops.native":
+        pytest.skip("only native chooses by the values")
     dtype = FLOATS[name]
     plain = normal((9, 600), dtype, 1, zeros=0.0), normal((600, 70), dtype, 2, zeros=0.0)
     wide = 2.0 ** np.random.default_rng(3).uniform(-40, 40, (9, 600))

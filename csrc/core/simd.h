@@ -444,7 +444,7 @@ template <int Size> FASTOPS_INLINE void turn(i32 (&x)[16 / Size]) {
 // The 128-bit parts, `stride` bytes apart.
 FASTOPS_INLINE void store_parts(char* to, std::size_t stride, i32 v) {
 #if defined(FASTOPS_AVX512)
-  _mm_storeu_si128((__m128i*)to, _mm512_castsi512_si128((__m512i)v));
+  _mm_storeu_si128((__m128i*)to, _mm512_maskz_extracti32x4_epi32(__mmask8(-1), (__m512i)v, 0));
   _mm_storeu_si128((__m128i*)(to + stride), _mm512_maskz_extracti32x4_epi32(__mmask8(-1), (__m512i)v, 1));
   _mm_storeu_si128((__m128i*)(to + 2 * stride), _mm512_maskz_extracti32x4_epi32(__mmask8(-1), (__m512i)v, 2));
   _mm_storeu_si128((__m128i*)(to + 3 * stride), _mm512_maskz_extracti32x4_epi32(__mmask8(-1), (__m512i)v, 3));

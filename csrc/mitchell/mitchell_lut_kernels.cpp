@@ -89,6 +89,10 @@ FASTOPS_INLINE i32 entry(const char* table, std::uint8_t index) {
 template <int Width, bool kTogether>
 __attribute__((noinline)) void add_terms(const char* tables, const std::uint8_t* const* b, std::ptrdiff_t stride,
                                          std::size_t cols, char* accumulators) {
+  // Copies that no store can change.
+  const std::uint8_t* from[kTables];
+#pragma GCC unroll 4
+  for (std::size_t q = 0; q < kTables; ++q) from[q] = b[q];
   for (std::size_t j = 0; j < cols; ++j) {
     const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(j) * (kTogether ? 1 : stride);
     if constexpr (Width == 2) {
@@ -96,8 +100,8 @@ __attribute__((noinline)) void add_terms(const char* tables, const std::uint8_t*
       i32 low = load<i32>(acc), high = load<i32>(acc + kBytes / 4);
 #pragma GCC unroll 2
       for (std::size_t q = 0; q < kTables; q += 2) {
-        const i32 x = entry(tables + q * kTableBytes, b[q][at]),
-                  y = entry(tables + (q + 1) * kTableBytes, b[q + 1][at]);
+        const i32 x = entry(tables + q * kTableBytes, from[q][at]),
+                  y = entry(tables + (q + 1) * kTableBytes, from[q + 1][at]);
         low += simd::add_pairs16(interleave_low<2>(x, y));
         high += simd::add_pairs16(interleave_high<2>(x, y));
       }
@@ -107,13 +111,13 @@ __attribute__((noinline)) void add_terms(const char* tables, const std::uint8_t*
       std::int32_t* acc = reinterpret_cast<std::int32_t*>(accumulators + j * kBytes);
       i32 sum = load<i32>(acc);
 #pragma GCC unroll 4
-      for (std::size_t q = 0; q < kTables; ++q) sum += entry(tables + q * kTableBytes, b[q][at]);
+      for (std::size_t q = 0; q < kTables; ++q) sum += entry(tables + q * kTableBytes, from[q][at]);
       store(acc, sum);
     } else {
       std::int64_t* acc = reinterpret_cast<std::int64_t*>(accumulators + j * kBytes);
       i64 sum = load<i64>(acc);
 #pragma GCC unroll 4
-      for (std::size_t q = 0; q < kTables; ++q) sum += simd::bits<i64>(entry(tables + q * kTableBytes, b[q][at]));
+      for (std::size_t q = 0; q < kTables; ++q) sum += simd::bits<i64>(entry(tables + q * kTableBytes, from[q][at]));
       store(acc, sum);
     }
   }

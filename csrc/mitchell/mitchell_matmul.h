@@ -103,6 +103,7 @@ template <class T> struct PackedB {
   std::size_t panels;    // of the columns packed
   std::size_t panel_size;
   std::size_t col0, depth0;  // where the packed part begins
+  bool fresh;                // one panel for all: multiply packs into it what it needs next
 };
 
 template <class T> struct MatmulKernels {

@@ -41,6 +41,9 @@ constexpr std::size_t kPassDepth = 2048;
 constexpr std::size_t kSharedElements = std::size_t{1} << 22;
 constexpr std::size_t kOwnElements = std::size_t{1} << 18;
 constexpr std::size_t kBlocksWanted = 8;
+// Where a has no more rows, b is packed as it is used; so many columns at once: a is packed anew for each such block.
+constexpr std::size_t kFreshRows = 120;
+constexpr std::size_t kFreshCols = 1536;
 
 // Where each matrix of a batch lies.
 struct Pointers {
@@ -53,6 +56,7 @@ struct Pointers {
 // How a product of one shape is cut up. Nothing in it depends on the number of threads.
 struct Plan {
   bool small;                          // one thread a matrix
+  bool fresh;                          // b is packed panel by panel just before it is used
   bool direct;                         // accumulates in out itself
   std::size_t cols;                    // of a panel
   std::size_t depth;                   // indices of depth packed into a panel
@@ -75,24 +79,26 @@ template <class T> Plan make_plan(const Product<T>& p) noexcept {
   plan.cols = shape.cols;
   plan.depth = shape.depth / steps;
   plan.panel = shape.cols * min_of(shape.depth, p.depth * steps);
-  plan.pass_depth = min_of(p.depth, kPassDepth / plan.depth * plan.depth);
+  plan.fresh = p.rows <= min_of(shape.block, kFreshRows);
+  plan.pass_depth = plan.fresh ? p.depth : min_of(p.depth, kPassDepth / plan.depth * plan.depth);
   const std::size_t wanted = (plan.small ? kOwnElements : kSharedElements) / (plan.pass_depth * steps) / shape.cols;
-  plan.panels = min_of(ceil_div(p.cols, shape.cols), max_of(1, wanted));
-  plan.pass_cols = plan.panels * shape.cols;
-  plan.panel_blocks = ceil_div(plan.pass_depth, plan.depth);
+  const std::size_t panels = ceil_div(p.cols, shape.cols);
+  plan.panels = plan.fresh ? 1 : min_of(panels, max_of(1, wanted));
+  plan.pass_cols = (plan.fresh ? panels : plan.panels) * shape.cols;
+  plan.panel_blocks = plan.fresh ? 1 : ceil_div(plan.pass_depth, plan.depth);
   const std::size_t cols = min_of(p.cols, plan.pass_cols);
   plan.block_rows = min_of(shape.block, ceil_div(p.rows, shape.rows) * shape.rows);
-  plan.block_cols = plan.pass_cols;
+  plan.block_cols = plan.fresh ? min_of(plan.pass_cols, kFreshCols / shape.cols * shape.cols) : plan.pass_cols;
   if (!plan.small) {
     const auto blocks = [&] { return ceil_div(p.rows, plan.block_rows) * ceil_div(cols, plan.block_cols); };
     const auto shrink = [&](std::size_t least_rows, std::size_t least_cols) {
-      while (blocks() < kBlocksWanted && plan.block_rows / 2 >= least_rows)
+      while (!plan.fresh && blocks() < kBlocksWanted && plan.block_rows / 2 >= least_rows)
         plan.block_rows = ceil_div(plan.block_rows / 2, shape.rows) * shape.rows;
       while (blocks() < kBlocksWanted && plan.block_cols / 2 >= least_cols)
         plan.block_cols = ceil_div(plan.block_cols / 2, shape.cols) * shape.cols;
     };
-    shrink(60, 512);
-    shrink(24, 128);
+    shrink(shape.block / 2, 512);
+    if (!plan.fresh) shrink(shape.block / 5, 128);
     // Even shares: not one short block at the end.
     plan.block_rows = ceil_div(ceil_div(p.rows, ceil_div(p.rows, plan.block_rows)), shape.rows) * shape.rows;
   }
@@ -109,7 +115,8 @@ template <class T> Plan make_plan(const Product<T>& p) noexcept {
 template <class T> class Buffers {
  public:
   bool reserve(const Plan& plan, std::size_t workers) noexcept {
-    const std::size_t own = plan.small ? workers : 1;  // packed b is shared where the threads share a matrix
+    own_b_ = plan.small || plan.fresh;  // packed b is shared where the threads share a matrix
+    const std::size_t own = own_b_ ? workers : 1;
     const bool kept_by_block = !plan.direct && plan.rows_kept == plan.block_rows && plan.cols_kept == plan.block_cols;
     const std::size_t kept = plan.direct ? 0 : kept_by_block ? workers : own;
     kept_by_block_ = kept_by_block;
@@ -119,10 +126,10 @@ template <class T> class Buffers {
            kept_.reserve({kept, plan.rows_kept, plan.cols_kept, sizeof(T)});
   }
   T* b(std::size_t i) const noexcept {
-    return b_.get<T>() + (plan_->small ? i : 0) * plan_->panels * plan_->panel_blocks * plan_->panel;
+    return b_.get<T>() + (own_b_ ? i : 0) * plan_->panels * plan_->panel_blocks * plan_->panel;
   }
   unsigned char* flags(std::size_t i) const noexcept {
-    return flags_.get<unsigned char>() + (plan_->small ? i : 0) * plan_->panels * plan_->panel_blocks;
+    return flags_.get<unsigned char>() + (own_b_ ? i : 0) * plan_->panels * plan_->panel_blocks;
   }
   void* a(std::size_t worker) const noexcept { return a_.get<unsigned char>() + worker * plan_->scratch; }
   T* kept(std::size_t worker) const noexcept {
@@ -132,7 +139,7 @@ template <class T> class Buffers {
 
  private:
   const Plan* plan_ = nullptr;
-  bool kept_by_block_ = false;
+  bool kept_by_block_ = false, own_b_ = false;
   Workspace a_, b_, flags_, kept_;
 };
 
@@ -163,11 +170,13 @@ fastops_status multiply_one(const Plan& plan, const Product<T>& p, const Buffers
     for (std::size_t depth0 = 0; depth0 < p.depth; depth0 += plan.pass_depth) {
       const std::size_t depth1 = min_of(p.depth, depth0 + plan.pass_depth);
       const std::size_t panel_blocks = ceil_div(depth1 - depth0, plan.depth);
-      const PackedB<T> packed{buffers.b(owner), buffers.flags(owner), panels, plan.panel, col0, depth0};
+      const PackedB<T> packed{buffers.b(owner), buffers.flags(owner), panels, plan.panel, col0, depth0, false};
       const double elements = static_cast<double>(depth1 - depth0) * static_cast<double>(col1 - col0);
-      fastops_status status = run(panels * panel_blocks, elements * 0.5, [&](std::size_t i, unsigned) noexcept {
-        kernels.pack_b(p, packed, i % panels, i / panels, depth1);
-      });
+      fastops_status status = FASTOPS_OK;
+      if (!plan.fresh)
+        status = run(panels * panel_blocks, elements * 0.5, [&](std::size_t i, unsigned) noexcept {
+          kernels.pack_b(p, packed, i % panels, i / panels, depth1);
+        });
       if (status != FASTOPS_OK) return status;
       const std::size_t across = ceil_div(col1 - col0, plan.block_cols), down = ceil_div(p.rows, plan.block_rows);
       const double products = elements * static_cast<double>(p.rows) * static_cast<double>(p.steps);
@@ -176,16 +185,18 @@ fastops_status multiply_one(const Plan& plan, const Product<T>& p, const Buffers
         const BlockRange range{row0,      min_of(p.rows, row0 + plan.block_rows),
                                first_col, min_of(col1, first_col + plan.block_cols),
                                depth0,    depth1};
+        PackedB<T> b = packed;
+        if (plan.fresh) b = {buffers.b(worker), buffers.flags(worker), 1, plan.panel, first_col, depth0, true};
         if (plan.direct) {
           T* c = static_cast<T*>(p.out) + static_cast<std::ptrdiff_t>(row0) * p.out_row_stride +
                  static_cast<std::ptrdiff_t>(first_col);
-          kernels.multiply(p, packed, range, buffers.a(worker), c, p.out_row_stride, depth0 == 0);
+          kernels.multiply(p, b, range, buffers.a(worker), c, p.out_row_stride, depth0 == 0);
           return;
         }
         const std::ptrdiff_t ldc = static_cast<std::ptrdiff_t>(plan.cols_kept);
         T* c = buffers.kept(buffers.kept_by_block() ? worker : owner);
         if (!buffers.kept_by_block()) c += static_cast<std::ptrdiff_t>(row0) * ldc + (first_col - col0);
-        kernels.multiply(p, packed, range, buffers.a(worker), c, ldc, depth0 == 0);
+        kernels.multiply(p, b, range, buffers.a(worker), c, ldc, depth0 == 0);
         if (depth1 == p.depth) kernels.finish(p, range, c, ldc);
       });
       if (status != FASTOPS_OK) return status;
@@ -348,26 +359,28 @@ fastops_status matmul(const fastops_mitchell* m, fastops_dtype dtype, std::size_
   return multiply_batch(p, batch, pointers, poll);
 }
 
-// grad (shaped like point) = dy times the slopes at `other`, summed: dy (rows x depth), other (depth x cols).
+// grad (shaped like point) = left (rows x depth) times right (depth x cols), one of them dy, the other where the slopes
+// in `point` are taken: right, or (`second`: point is the second operand of the multiplication) left.
 template <class T>
-fastops_status matmul_grad(const fastops_mitchell* m, fastops_gradient mode, fastops_dtype dtype, bool transposed,
-                           std::size_t batch, const Pointers& pointers, const fastops_matrix& dy,
-                           const fastops_matrix& other, const fastops_matrix& point, const fastops_matrix& grad,
+fastops_status matmul_grad(const fastops_mitchell* m, fastops_gradient mode, fastops_dtype dtype, bool second,
+                           std::size_t batch, const Pointers& pointers, const fastops_matrix& left,
+                           const fastops_matrix& right, const fastops_matrix& point, const fastops_matrix& grad,
                            fastops_poll poll) noexcept {
   Product<T> p{};
   Table<T> table;
   const bool slope = mode == FASTOPS_GRADIENT_EXACT;
   set_arithmetic(&p, m, dtype,
-                 slope                          ? Kind::kSlope
+                 slope && second                ? Kind::kSlopeA
+                 : slope                        ? Kind::kSlope
                  : mode == FASTOPS_GRADIENT_STE ? Kind::kExact
                                                 : Kind::kForward,
-                 transposed, &table);
-  p.rows = dy.rows;
-  p.depth = dy.cols;
-  p.cols = other.cols;
+                 second, &table);
+  p.rows = left.rows;
+  p.depth = left.cols;
+  p.cols = right.cols;
   const bool flush = flushes(m) && mode != FASTOPS_GRADIENT_STE;
-  p.a = matrix(dtype, flush && !slope, dy.row_stride, dy.col_stride);
-  p.b = matrix(dtype, flush, other.row_stride, other.col_stride);
+  p.a = matrix(dtype, flush && (second || !slope), left.row_stride, left.col_stride);
+  p.b = matrix(dtype, flush && !(second && slope), right.row_stride, right.col_stride);
   p.point = matrix(dtype, flush, point.row_stride, point.col_stride);
   p.out_row_stride = grad.row_stride;
   p.out_col_stride = grad.col_stride;
@@ -556,9 +569,12 @@ fastops_status conv2d_grad_x(const fastops_mitchell* m, fastops_gradient mode, f
   // Each worker packs for itself, as for a small matrix.
   if (!plan.small) {
     plan.small = true;
-    plan.panels = min_of(plan.panels,
-                         max_of(1, kOwnElements / (plan.pass_depth * static_cast<std::size_t>(p.steps)) / plan.cols));
-    plan.pass_cols = plan.block_cols = plan.panels * plan.cols;
+    if (!plan.fresh) {
+      const std::size_t own = kOwnElements / (plan.pass_depth * static_cast<std::size_t>(p.steps)) / plan.cols;
+      plan.panels = min_of(plan.panels, max_of(1, own));
+      plan.pass_cols = plan.panels * plan.cols;
+    }
+    plan.block_cols = plan.pass_cols;
   }
   const unsigned workers = worker_count();
   Buffers<T> buffers;
@@ -788,18 +804,12 @@ fastops_status fastops_mitchell_matmul_grad_b(const fastops_mitchell* m, fastops
   if (!is_float(dtype) || shape_a.cols != shape_b.rows || shape_dy.rows != shape_a.rows ||
       shape_dy.cols != shape_b.cols || shape_db.rows != shape_b.rows || shape_db.cols != shape_b.cols)
     return FASTOPS_INVALID;
-  if (mode == FASTOPS_GRADIENT_MIMIC) {
-    // The products are of a's elements with dy's, in this order.
-    const Pointers pointers{a, dy, nullptr, db};
-    const fastops_matrix left = transpose(shape_a);
-    return dtype == FASTOPS_F64 ? matmul<double>(m, dtype, batch, pointers, left, shape_dy, shape_db, poll)
-                                : matmul<float>(m, dtype, batch, pointers, left, shape_dy, shape_db, poll);
-  }
-  const Pointers pointers{dy, a, b, db};
-  const fastops_matrix left = transpose(shape_dy), point = transpose(shape_b), grad = transpose(shape_db);
+  // "mimic" multiplies a's elements by dy's, in this order.
+  const Pointers pointers{a, dy, b, db};
+  const fastops_matrix left = transpose(shape_a);
   return dtype == FASTOPS_F64
-             ? matmul_grad<double>(m, mode, dtype, true, batch, pointers, left, shape_a, point, grad, poll)
-             : matmul_grad<float>(m, mode, dtype, true, batch, pointers, left, shape_a, point, grad, poll);
+             ? matmul_grad<double>(m, mode, dtype, true, batch, pointers, left, shape_dy, shape_b, shape_db, poll)
+             : matmul_grad<float>(m, mode, dtype, true, batch, pointers, left, shape_dy, shape_b, shape_db, poll);
 }
 
 fastops_status fastops_mitchell_conv2d(const fastops_mitchell* m, fastops_dtype dtype, const fastops_conv2d* shape,
