@@ -7,6 +7,7 @@ The native backend reads well-formed lists by itself and comes here with all oth
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -152,7 +153,7 @@ class TensorList(Sequence[Any]):
             as_ndarray(f"arrays[{i}]", item)
         self._verify = _validate.boolean("verify", verify)
         self._plan: object = None
-        self._busy = False
+        self._busy = 0  # the process whose call uses it: what a fork interrupts does not go on in the child
 
     def refresh(self) -> None:
         """Forget what is known of the arrays, so that the next call reads them anew.
@@ -188,14 +189,14 @@ def in_use(*lists: object) -> Iterator[None]:
     try:
         for item in lists:
             if isinstance(item, TensorList):
-                if item._busy and not any(item is other for other in taken):
+                if item._busy == os.getpid() and not any(item is other for other in taken):
                     raise _validate.busy("a TensorList")
-                item._busy = True
+                item._busy = os.getpid()
                 taken.append(item)
         yield
     finally:
         for item in taken:
-            item._busy = False
+            item._busy = 0
 
 
 def as_list(name: str, value: object) -> list[Any]:

@@ -26,6 +26,7 @@ FLOAT_DTYPES: tuple[np.dtype[Any], ...] = tuple(
 FLOAT_NAMES = "float16, bfloat16, float32 or float64"
 GRADIENT_MODES = ("exact", "ste", "mimic")
 MAX_THREADS = 1024
+MAX_COUNT = 2**63 - 1
 
 # A product of sizes above this cannot be an array on a 64-bit machine.
 _MAX_BYTES = 2**63 - 1
@@ -111,7 +112,9 @@ def choice(name: str, value: object, choices: Sequence[str]) -> str:
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     """`value` as an int in [low, high]; bool and float are refused."""
-    wanted = f"an integer in [{low}, {high}]" if high is not None else f"an integer >= {low}"
+    wanted = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
+    if high == MAX_COUNT:
+        wanted = f"an integer >= {low} and below 2**63"
     if isinstance(value, (bool, np.bool_)):
         raise wrong_type(name, wanted, value)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -95,14 +96,17 @@ class _Entry(NamedTuple):
 
 
 class _Alone:
-    """A context for one call at a time."""
+    """A context for one call at a time. A call that a fork interrupts does not go on in the child."""
 
-    __slots__ = ("_lock",)
+    __slots__ = ("_lock", "_process")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._process = os.getpid()
 
     def __enter__(self) -> None:
+        if self._process != os.getpid():
+            self.__init__()  # type: ignore[misc]
         if not self._lock.acquire(blocking=False):
             raise _validate.busy("an EMA")
 
@@ -357,7 +361,7 @@ class EMA:
         >>> round(fastops.EMA([], 0.9999, warmup="timm").decay_at(31601), 6)
         0.999
         """
-        step = _validate.integer("step", step, 1, 2**63 - 1)
+        step = _validate.integer("step", step, 1, _validate.MAX_COUNT)
         profile = self._profile(profile)
         every, after = self._schedule.every, self._schedule.after
         if step % every:

@@ -303,6 +303,7 @@ PyObject* slot_name(const char* text) {
 struct Slots {
   PyObject *arrays = slot_name("_arrays"), *busy = slot_name("_busy"), *plan = slot_name("_plan"),
            *verify = slot_name("_verify");
+  PyObject* nobody = PyLong_FromLong(0);
 };
 const Slots& slots() {
   static const Slots* const names = new Slots;
@@ -324,7 +325,7 @@ class Items {
   Items(const Items&) = delete;
   Items& operator=(const Items&) = delete;
   ~Items() {
-    if (taken_ && PyObject_SetAttr(owner_.ptr(), slots().busy, Py_False) != 0) PyErr_Clear();
+    if (taken_ && PyObject_SetAttr(owner_.ptr(), slots().busy, slots().nobody) != 0) PyErr_Clear();
   }
   bool open(const py::object& argument, const Items* others, std::size_t count) {
     owner_ = argument;
@@ -333,8 +334,10 @@ class Items {
       bool mine = false;
       for (std::size_t i = 0; i < count; ++i) mine = mine || others[i].owner_.ptr() == argument.ptr();
       if (!mine) {
-        if (get_slot(argument, slots().busy).ptr() != Py_False) return false;
-        set_slot(argument, slots().busy, Py_True);
+        // The process whose call uses it: what a fork interrupts does not go on in the child.
+        const py::int_ process(getpid());
+        if (get_slot(argument, slots().busy).equal(process)) return false;
+        set_slot(argument, slots().busy, process.ptr());
         taken_ = true;
       }
       sequence_ = get_slot(argument, slots().arrays);

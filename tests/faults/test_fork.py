@@ -298,3 +298,38 @@ def test_subinterpreter_is_refused_or_works() -> None:
     assert right()
     """
     run(WORK, code)
+
+
+def test_lists_and_averages_that_a_fork_interrupts_are_free_in_the_child():
+    run(
+        WORK,
+        """
+        import threading
+        import warnings
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks in a process with threads, from Python 3.12 on
+        shadows, params = (fastops.TensorList([np.zeros(3_000_000, np.float32)]) for _ in range(2))
+        ema = fastops.EMA([np.zeros(3_000_000, np.float32)])
+        stop = threading.Event()
+        def loop():
+            while not stop.is_set():
+                fastops.ema_update_(shadows, params, 0.5)
+                ema.update()
+        thread = threading.Thread(target=loop)
+        thread.start()
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    fastops.ema_update_(shadows, params, 0.5)
+                    ema.update()
+                    code = 0
+                finally:
+                    os._exit(code)
+            ended = end(child)
+            assert ended == 0, ended
+        stop.set()
+        thread.join()
+        """,
+        timeout=60,
+    )
