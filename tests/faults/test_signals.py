@@ -83,7 +83,7 @@ def test_signal_storm_changes_nothing() -> None:
     rng = np.random.default_rng(0)
     x, y = (rng.standard_normal((600, 600)).astype(np.float32) for _ in range(2))
     want = fastops.mitchell_matmul(x, y)
-    shadows, params = [np.zeros(400_000, np.float32) for _ in range(5)], [np.ones(400_000, np.float32) for _ in range(5)]
+    shadows, params = [np.zeros(150_000, np.float32)], [np.ones(150_000, np.float32)]
     signal.signal(signal.SIGUSR1, count)
     stop = threading.Event()
     def storm():
