@@ -374,7 +374,7 @@ fastops_status matmul_grad(const fastops_mitchell* m, fastops_gradient mode, fas
                  : slope                        ? Kind::kSlope
                  : mode == FASTOPS_GRADIENT_STE ? Kind::kExact
                                                 : Kind::kForward,
-                 second, &table);
+                 slope && second, &table);
   p.rows = left.rows;
   p.depth = left.cols;
   p.cols = right.cols;
@@ -769,16 +769,30 @@ fastops_status lut_matmul(std::size_t batch, const std::uint8_t* const* a, const
 
 using namespace fastops;
 
+namespace {
+
+// f(T{}), T what the dtype is computed in.
+template <class F> fastops_status compute(fastops_dtype dtype, F&& f) noexcept {
+  return dtype == FASTOPS_F64 ? f(double{}) : f(float{});
+}
+
+bool multiply_to(const fastops_matrix& a, const fastops_matrix& b, const fastops_matrix& out) noexcept {
+  return a.cols == b.rows && out.rows == a.rows && out.cols == b.cols;
+}
+bool same_size(const fastops_matrix& a, const fastops_matrix& b) noexcept {
+  return a.rows == b.rows && a.cols == b.cols;
+}
+
+}  // namespace
+
 fastops_status fastops_mitchell_matmul(const fastops_mitchell* m, fastops_dtype dtype, size_t batch,
                                        const void* const* a, fastops_matrix shape_a, const void* const* b,
                                        fastops_matrix shape_b, void* const* out, fastops_matrix shape_out,
                                        fastops_poll poll) noexcept {
-  if (!is_float(dtype) || shape_a.cols != shape_b.rows || shape_out.rows != shape_a.rows ||
-      shape_out.cols != shape_b.cols)
-    return FASTOPS_INVALID;
+  if (!is_float(dtype) || !multiply_to(shape_a, shape_b, shape_out)) return FASTOPS_INVALID;
   const Pointers pointers{a, b, nullptr, out};
-  return dtype == FASTOPS_F64 ? matmul<double>(m, dtype, batch, pointers, shape_a, shape_b, shape_out, poll)
-                              : matmul<float>(m, dtype, batch, pointers, shape_a, shape_b, shape_out, poll);
+  return compute(
+      dtype, [&](auto t) { return matmul<decltype(t)>(m, dtype, batch, pointers, shape_a, shape_b, shape_out, poll); });
 }
 
 fastops_status fastops_mitchell_matmul_grad_a(const fastops_mitchell* m, fastops_gradient mode, fastops_dtype dtype,
@@ -786,14 +800,13 @@ fastops_status fastops_mitchell_matmul_grad_a(const fastops_mitchell* m, fastops
                                               const void* const* b, fastops_matrix shape_b, const void* const* dy,
                                               fastops_matrix shape_dy, void* const* da, fastops_matrix shape_da,
                                               fastops_poll poll) noexcept {
-  if (!is_float(dtype) || shape_a.cols != shape_b.rows || shape_dy.rows != shape_a.rows ||
-      shape_dy.cols != shape_b.cols || shape_da.rows != shape_a.rows || shape_da.cols != shape_a.cols)
+  if (!is_float(dtype) || !multiply_to(shape_a, shape_b, shape_dy) || !same_size(shape_a, shape_da))
     return FASTOPS_INVALID;
   const Pointers pointers{dy, b, a, da};
-  const fastops_matrix other = transpose(shape_b);
-  return dtype == FASTOPS_F64
-             ? matmul_grad<double>(m, mode, dtype, false, batch, pointers, shape_dy, other, shape_a, shape_da, poll)
-             : matmul_grad<float>(m, mode, dtype, false, batch, pointers, shape_dy, other, shape_a, shape_da, poll);
+  const fastops_matrix right = transpose(shape_b);
+  return compute(dtype, [&](auto t) {
+    return matmul_grad<decltype(t)>(m, mode, dtype, false, batch, pointers, shape_dy, right, shape_a, shape_da, poll);
+  });
 }
 
 fastops_status fastops_mitchell_matmul_grad_b(const fastops_mitchell* m, fastops_gradient mode, fastops_dtype dtype,
@@ -801,44 +814,40 @@ fastops_status fastops_mitchell_matmul_grad_b(const fastops_mitchell* m, fastops
                                               const void* const* b, fastops_matrix shape_b, const void* const* dy,
                                               fastops_matrix shape_dy, void* const* db, fastops_matrix shape_db,
                                               fastops_poll poll) noexcept {
-  if (!is_float(dtype) || shape_a.cols != shape_b.rows || shape_dy.rows != shape_a.rows ||
-      shape_dy.cols != shape_b.cols || shape_db.rows != shape_b.rows || shape_db.cols != shape_b.cols)
+  if (!is_float(dtype) || !multiply_to(shape_a, shape_b, shape_dy) || !same_size(shape_b, shape_db))
     return FASTOPS_INVALID;
   // "mimic" multiplies a's elements by dy's, in this order.
   const Pointers pointers{a, dy, b, db};
   const fastops_matrix left = transpose(shape_a);
-  return dtype == FASTOPS_F64
-             ? matmul_grad<double>(m, mode, dtype, true, batch, pointers, left, shape_dy, shape_b, shape_db, poll)
-             : matmul_grad<float>(m, mode, dtype, true, batch, pointers, left, shape_dy, shape_b, shape_db, poll);
+  return compute(dtype, [&](auto t) {
+    return matmul_grad<decltype(t)>(m, mode, dtype, true, batch, pointers, left, shape_dy, shape_b, shape_db, poll);
+  });
 }
 
 fastops_status fastops_mitchell_conv2d(const fastops_mitchell* m, fastops_dtype dtype, const fastops_conv2d* shape,
                                        const void* x, const void* w, void* out, fastops_poll poll) noexcept {
   if (!is_float(dtype) || !conv_fits(*shape)) return FASTOPS_INVALID;
-  return dtype == FASTOPS_F64 ? conv2d<double>(m, dtype, *shape, x, w, out, poll)
-                              : conv2d<float>(m, dtype, *shape, x, w, out, poll);
+  return compute(dtype, [&](auto t) { return conv2d<decltype(t)>(m, dtype, *shape, x, w, out, poll); });
 }
 
 fastops_status fastops_mitchell_conv2d_grad(const fastops_mitchell* m, fastops_gradient mode, fastops_dtype dtype,
                                             const fastops_conv2d* shape, const void* x, const void* w, const void* dy,
                                             void* dx, void* dw, fastops_poll poll) noexcept {
   if (!is_float(dtype) || !conv_fits(*shape)) return FASTOPS_INVALID;
-  fastops_status status = FASTOPS_OK;
-  if (dx != nullptr)
-    status = dtype == FASTOPS_F64 ? conv2d_grad_x<double>(m, mode, dtype, *shape, x, w, dy, dx, poll)
-                                  : conv2d_grad_x<float>(m, mode, dtype, *shape, x, w, dy, dx, poll);
-  if (status == FASTOPS_OK && dw != nullptr)
-    status = dtype == FASTOPS_F64 ? conv2d_grad_w<double>(m, mode, dtype, *shape, x, w, dy, dw, poll)
-                                  : conv2d_grad_w<float>(m, mode, dtype, *shape, x, w, dy, dw, poll);
-  return status;
+  return compute(dtype, [&](auto t) {
+    using T = decltype(t);
+    fastops_status status = FASTOPS_OK;
+    if (dx != nullptr) status = conv2d_grad_x<T>(m, mode, dtype, *shape, x, w, dy, dx, poll);
+    if (status == FASTOPS_OK && dw != nullptr) status = conv2d_grad_w<T>(m, mode, dtype, *shape, x, w, dy, dw, poll);
+    return status;
+  });
 }
 
 fastops_status fastops_lut_matmul(size_t batch, const uint8_t* const* a, fastops_matrix shape_a,
                                   const uint8_t* const* b, fastops_matrix shape_b, const void* table, int wide_table,
                                   void* const* out, fastops_matrix shape_out, int wide_out,
                                   fastops_poll poll) noexcept {
-  if (shape_a.cols != shape_b.rows || shape_out.rows != shape_a.rows || shape_out.cols != shape_b.cols)
-    return FASTOPS_INVALID;
+  if (!multiply_to(shape_a, shape_b, shape_out)) return FASTOPS_INVALID;
   return wide_table ? lut_matmul(batch, a, shape_a, b, shape_b, static_cast<const std::int64_t*>(table), out, shape_out,
                                  wide_out != 0, poll)
                     : lut_matmul(batch, a, shape_a, b, shape_b, static_cast<const std::int32_t*>(table), out, shape_out,
