@@ -110,18 +110,18 @@ def choice(name: str, value: object, choices: Sequence[str]) -> str:
     raise wrong_choice(name, choices, value)
 
 
-def integer(name: str, value: object, low: int, high: int | None = None) -> int:
+def integer(name: str, value: object, low: int, high: int = MAX_COUNT) -> int:
     """`value` as an int in [low, high]; bool and float are refused."""
-    wanted = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
-    if high == MAX_COUNT:
-        wanted = f"an integer >= {low} and below 2**63"
+    wanted = f"an integer >= {low}" if high == MAX_COUNT else f"an integer in [{low}, {high}]"
     if isinstance(value, (bool, np.bool_)):
         raise wrong_type(name, wanted, value)
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise wrong_type(name, wanted, value) from None
-    if number < low or (high is not None and number > high):
+    if number > high == MAX_COUNT:
+        raise wrong_value(name, "an integer below 2**63", number)
+    if not low <= number <= high:
         raise wrong_value(name, wanted, number)
     return number
 

@@ -361,7 +361,7 @@ class EMA:
         >>> round(fastops.EMA([], 0.9999, warmup="timm").decay_at(31601), 6)
         0.999
         """
-        step = _validate.integer("step", step, 1, _validate.MAX_COUNT)
+        step = _validate.integer("step", step, 1)
         profile = self._profile(profile)
         every, after = self._schedule.every, self._schedule.after
         if step % every:

@@ -211,7 +211,7 @@ def sgd_step_(
 
 def _accumulate(value: object) -> tuple[int, int]:
     i, k = _pair("accumulate", value)
-    return _validate.integer("accumulate[0]", i, 0), _validate.integer("accumulate[1]", k, 1, _validate.MAX_COUNT)
+    return _validate.integer("accumulate[0]", i, 0), _validate.integer("accumulate[1]", k, 1)
 
 
 def _adam_step(
@@ -224,7 +224,7 @@ def _adam_step(
     ema_weight: float = 0.0,
     zero_grad: bool = False,
 ) -> AdamStep:
-    step = _validate.integer("step", step, 1, _validate.MAX_COUNT)
+    step = _validate.integer("step", step, 1)
     lr = _validate.number("lr", lr, 0.0)
     first, second = _pair("betas", betas)
     beta1 = _validate.number("betas[0]", first, 0.0, 1.0, open_high=True)

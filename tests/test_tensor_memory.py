@@ -74,11 +74,11 @@ def test_what_only_float_takes_is_no_number(lr: Any) -> None:
 
 def test_integers_beyond_float_are_refused() -> None:
     lists = [[ones(2)] for _ in range(4)]
-    with pytest.raises(ValueError, match="step must be an integer >= "):
+    with pytest.raises(ValueError, match="step must be an integer below"):
         fastops.adamw_step_(*lists, step=10**400, lr=0.1)
-    with pytest.raises(ValueError, match=r"accumulate\[1\] must be an integer >= 1"):
+    with pytest.raises(ValueError, match=r"accumulate\[1\] must be an integer below"):
         fastops.sgd_step_(*lists[:3], lr=0.1, momentum=0.9, accumulate=(0, 10**400))
-    with pytest.raises(ValueError, match="step must be an integer >= "):
+    with pytest.raises(ValueError, match="step must be an integer below"):
         fastops.EMA([], warmup="timm").decay_at(10**400)
 
 

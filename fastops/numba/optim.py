@@ -283,6 +283,7 @@ def adaptive_eg_step(
     """One step with multiplicative gains (Amid, Anil, Fifty and Warmuth 2022), directions by signs and unit vectors."""
     values = [params, grads, momentum, update, gain]
     with _tensors.prepared(_tensors.ADAPTIVE_EG_ROLES, values) as lists:
+        _tensors.refuse_shared_scales(scales, _tensors.ADAPTIVE_EG_ROLES, lists)
         for i, (p, g, m, h, q) in enumerate(zip(*lists, strict=True)):
             scales[i] = _scale(float(scales[i]), h, g, step)
             real = p.dtype.type
