@@ -439,13 +439,17 @@ def _module_of(tensors: list[Any]) -> Any:
 
 def _timm(case: Case, lists: Lists, threads: int) -> Callable[[], object]:
     import torch
-    from timm.utils import ModelEmaV3
 
     torch.set_num_threads(threads)
+    # The file alone: the package imports torchvision, whose operators must fit torch's build.
+    (folder,) = importlib.util.find_spec("timm").submodule_search_locations  # type: ignore[union-attr, misc]
+    spec = importlib.util.spec_from_file_location("model_ema", f"{folder}/utils/model_ema.py")
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
     tensors = _torch_lists(lists)
     model = _module_of(tensors["p"])
     dtype = torch.bfloat16 if case.op == "ema stochastic" else torch.float32
-    ema = ModelEmaV3(model, decay=_DECAY, dtype=dtype)
+    ema = module.ModelEmaV3(model, decay=_DECAY, dtype=dtype)
     for x, y in zip(ema.module.parameters(), tensors["s"], strict=True):
         x.data = y
     return partial(ema.update, model)
