@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from samples import FLOATS, assert_same_bits
 
 import fastops
-from fastops import _tensors, averaging
+from fastops import _schedules, _tensors, averaging
 from fastops.averaging import EMA, posthoc_ema_weights
 
 Array = NDArray[Any]
@@ -89,7 +89,7 @@ def test_decay_equal_counts_updates() -> None:
     ("sigma", "gamma"), [(0.05, 16.972198602303447), (0.10, 6.937203937601809), (0.075, 10.289116448983853)]
 )
 def test_power_exponent_of_the_paper(sigma: float, gamma: float) -> None:
-    assert math.isclose(averaging._gamma(sigma), gamma, rel_tol=tolerance.DEBIASED)
+    assert math.isclose(_schedules.exponent(sigma), gamma, rel_tol=tolerance.DEBIASED)
     ema = EMA([], warmup="power", sigma=sigma)
     assert ema.decay_at(1) == 0.0
     assert math.isclose(ema.decay_at(4), 0.75 ** (gamma + 1), rel_tol=tolerance.DEBIASED)
@@ -97,7 +97,7 @@ def test_power_exponent_of_the_paper(sigma: float, gamma: float) -> None:
 
 @pytest.mark.parametrize("sigma", [1e-12, 1e-6, 0.003, 0.2, 0.2886751345948129])
 def test_power_exponent_inverts_the_width(sigma: float) -> None:
-    g = averaging._gamma(sigma)
+    g = _schedules.exponent(sigma)
     assert math.isclose(math.sqrt(g + 1) / ((g + 2) * math.sqrt(g + 3)), sigma, rel_tol=tolerance.DEBIASED)
 
 
@@ -110,7 +110,7 @@ def test_power_average_of_one_to_ten() -> None:
 
 def test_power_uses_the_true_interval() -> None:
     """KarrasEMA of ema-pytorch takes 1 / (step + 1) for an update of 100 steps."""
-    g = averaging._gamma(0.1) + 1
+    g = _schedules.exponent(0.1) + 1
     ema = EMA([], warmup="power", sigma=0.1, update_every=100)
     assert ema.decay_at(100) == 0.0
     assert math.isclose(ema.decay_at(400), 0.75**g, rel_tol=tolerance.DEBIASED)
