@@ -32,9 +32,11 @@ class Entry(NamedTuple):
         fits = array.dtype in _validate.FLOAT_DTYPES if self.kind == "float" else array.dtype == self.dtype
         if not (fits and array.dtype.isnative):
             wanted = _validate.FLOAT_NAMES if self.kind == "float" else str(self.dtype)
-            raise _validate.wrong_type(label, f"of dtype {wanted}", Text(str(array.dtype)[:40]))
+            raise _validate.wrong_type(label, f"of dtype {wanted}", Text(_validate.clip(str(array.dtype), 40)))
         if array.shape != self.shape:
-            raise _validate.wrong_value(label, f"of shape {self.shape}"[:80], Text(str(array.shape)[:40]))
+            raise _validate.wrong_value(
+                label, _validate.clip(f"of shape {self.shape}", 80), Text(_validate.clip(str(array.shape), 40))
+            )
 
 
 def entries(params: Params, buffers: str) -> tuple[list[Entry], list[Any]]:
@@ -46,7 +48,7 @@ def entries(params: Params, buffers: str) -> tuple[list[Entry], list[Any]]:
                     "params", "a mapping of text to arrays", Text(f"a key of {type(key).__name__}")
                 )
         names, sources = list(params), list(params.values())
-        labels = [f"params[{name[:40]!r}]" for name in names]
+        labels = [f"params[{_validate.clip(name, 40)!r}]" for name in names]
     else:
         sources = list(_tensors.as_list("params", params))
         names = [str(i) for i in range(len(sources))]
@@ -59,9 +61,8 @@ def entries(params: Params, buffers: str) -> tuple[list[Entry], list[Any]]:
         elif array.dtype.kind in "iub" and array.dtype.isnative:
             kind = buffers
         else:
-            text = str(array.dtype) if array.dtype.isnative else repr(array.dtype)
             wanted = f"of dtype {_validate.FLOAT_NAMES}, an integer or bool"
-            raise _validate.wrong_type(label, wanted, Text(text[:40]))
+            raise _validate.wrong_type(label, wanted, Text(_validate.clip(str(array.dtype), 40)))
         entries.append(Entry(name, label, kind, array.shape, array.dtype))
     return entries, sources
 
@@ -122,9 +123,13 @@ def read(name: str, value: object, shadow: AnyArray) -> AnyArray:
     if shadow.dtype == _validate.bfloat16() and array.dtype in (np.dtype(np.uint16), np.dtype("V2")):
         array = array.view(shadow.dtype)
     if array.dtype != shadow.dtype or not array.dtype.isnative:
-        raise _validate.wrong_type(name, f"of dtype {shadow.dtype}, as the shadow here", Text(str(array.dtype)[:40]))
+        raise _validate.wrong_type(
+            name, f"of dtype {shadow.dtype}, as the shadow here", Text(_validate.clip(str(array.dtype), 40))
+        )
     if array.shape != shadow.shape:
-        raise _validate.wrong_value(name, f"of shape {shadow.shape}"[:80], Text(str(array.shape)[:40]))
+        raise _validate.wrong_value(
+            name, _validate.clip(f"of shape {shadow.shape}", 80), Text(_validate.clip(str(array.shape), 40))
+        )
     return array
 
 

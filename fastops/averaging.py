@@ -635,10 +635,12 @@ class EMA:
                 odd = sorted(map(str, other - found))
                 if odd:
                     raise _validate.wrong_value(
-                        "state", f"a mapping {text} the key {odd[0][:60]!r}", Text(f"one of {len(state)} keys")
+                        "state",
+                        f"a mapping {text} the key {_validate.clip(odd[0])!r}",
+                        Text(f"one of {len(state)} keys"),
                     )
             progress = self._read_progress(state)
-            arrays = [_shadows.read(f"state[{key[:40]!r}]", state[key], shadow) for key, shadow in keyed]
+            arrays = [_shadows.read(f"state[{_validate.clip(key, 40)!r}]", state[key], shadow) for key, shadow in keyed]
             interrupt = _shadows.write([shadow for _, shadow in keyed], [(array, 1.0) for array in arrays])
             self._progress = progress
         if interrupt is not None:
@@ -691,8 +693,8 @@ class EMA:
             return arrays
         names = {entry.name for entry in self._entries}
         if set(params) != names:
-            odd = min(map(str, names ^ set(params)))[:40]
-            text = f"a mapping with{'out' if odd not in names else ''} the key {odd!r}"
+            odd = min(map(str, names ^ set(params)))
+            text = f"a mapping with{'out' if odd not in names else ''} the key {_validate.clip(odd, 40)!r}"
             raise _validate.wrong_value("params", text, Text(f"one of {len(params)} keys"))
         return [params[entry.name] for entry in self._entries]
 
@@ -716,12 +718,7 @@ class EMA:
                     items.append(nothing)
                 continue
             entry.check(entry.label, array)
-            if not array.flags.writeable:
-                raise _validate.wrong_value(entry.label, "writable", Text("a read-only array"))
-            if _validate.overlaps_itself(array):
-                raise _validate.wrong_value(
-                    entry.label, "an array whose elements are all distinct in memory", Text("overlapping strides")
-                )
+            _validate.writable(entry.label, array)
             targets.append(array)
             j = next(kept)
             # Tied weights: the same array under two names gets the same average twice.

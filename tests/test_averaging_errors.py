@@ -120,6 +120,7 @@ WRONG_CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         (lambda: EMA(P).update(N), TypeError, "params must be a list of arrays, as the EMA was made with"),
         (lambda: EMA(N).update(P), TypeError, "params must be a mapping of names to arrays, as the EMA was made with"),
         (lambda: EMA(N).update({}), ValueError, "params must be a mapping with the key 'w', got one of 0 keys"),
+        (lambda: EMA({"w" * 99: np.zeros(2)}).update({}), ValueError, f"params must be a mapping with the key '{'w' * 37}...', got one of 0 keys"),
         (lambda: EMA(N).copy_to_({**N, "x": 1}), ValueError, "params must be a mapping without the key 'x', got one of 2 keys"),
         (lambda: EMA(N).copy_to_({"w": np.zeros(3)}), ValueError, "params['w'] must be of shape (2,), got (3,)"),
         (lambda: EMA(N).copy_to_({"w": np.zeros(2, int)}), TypeError, f"params['w'] must be of dtype {FLOAT_WORDS}, got int64"),
