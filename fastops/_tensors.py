@@ -354,11 +354,11 @@ def check(roles: Sequence[Role], lists: Sequence[list[Any]]) -> list[list[AnyArr
             if role.written:
                 _validate.writable(name, array)
             checked.append(array)
-    _refuse_overlap(roles, arrays)
+    refuse_overlap(roles, arrays)
     return arrays
 
 
-def _refuse_overlap(roles: Sequence[Role], arrays: Sequence[Sequence[AnyArray]]) -> None:
+def refuse_overlap(roles: Sequence[Role], arrays: Sequence[Sequence[AnyArray]]) -> None:
     """A tensor that is written must share no memory with any other of the call."""
     spans = []
     for r, (role, items) in enumerate(zip(roles, arrays, strict=True)):
@@ -436,7 +436,7 @@ def prepared_rows(params: object, grads: object, exp_avg: object, exp_avg_sq: ob
         else:
             p, m, v = check(states, lists)
             g, index, live = _check_rows(gradient, p, gradients, as_list("rows", rows))
-            _refuse_overlap([*states, gradient], [p, m, v, g])
+            refuse_overlap([*states, gradient], [p, m, v, g])
             yield Rows(p, g, m, v, index, live)
         bump_versions(item for items in lists for item in items)
 

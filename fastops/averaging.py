@@ -726,7 +726,7 @@ class EMA:
             distinct[0].append(nothing if place in seen else array)
             distinct[1].append(self._shadows[0][j])
             seen.add(place)
-        _tensors._refuse_overlap([Role("params", True), Role("shadows", False)], distinct)
+        _tensors.refuse_overlap([Role("params", True), Role("shadows", False)], distinct)
         return targets
 
     def _unread(self, profile: int) -> bool:
