@@ -57,7 +57,7 @@ def set_num_threads(n: int) -> None:
     _threads = n
 
 
-# --- what the kernels take ---------------------------------------------------------------------------------------------------
+# What the kernels take.
 
 
 def _parameters(spec: OpSpec, mantissa: int, exponent: int, *, constant_bits: int | None = None) -> tuple[Array, Array]:
@@ -86,7 +86,7 @@ def _kept(spec: OpSpec, mantissa: int) -> int:
     return ((1 << mantissa) - 1) & -(1 << dropped)
 
 
-# --- element-wise operations -------------------------------------------------------------------------------------------------
+# Element-wise operations.
 
 
 class _Fast(NamedTuple):
@@ -332,7 +332,7 @@ mitchell_exp2 = mitchell_op("exp2", PLAIN)
 lmul = mitchell_op("mul", Multiplier("lmul"))
 
 
-# --- matrix products ---------------------------------------------------------------------------------------------------------
+# Matrix products.
 
 
 def _share(pieces: Iterable[tuple[Any, ...]], work: Callable[..., None], total: int) -> None:
@@ -579,7 +579,7 @@ def mitchell_conv2d(
         return _store(np.concatenate(results), x.dtype, out)
 
 
-# --- gradients ---------------------------------------------------------------------------------------------------------------
+# Gradients.
 
 
 def _elementwise_grad(op: str, a: Array, b: Array, dy: Array, multiplier: Multiplier) -> tuple[Array, Array]:

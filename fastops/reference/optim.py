@@ -32,7 +32,7 @@ Float = NDArray[np.float64]
 Tensors = Sequence[Any]
 
 
-# --- moving averages -----------------------------------------------------------------------------------------------------------
+# Moving averages.
 
 
 def ema_update(
@@ -115,7 +115,7 @@ def all_finite(arrays: Tensors) -> bool:
         return all(bool(np.isfinite(a).all()) for a in checked)
 
 
-# --- steps ---------------------------------------------------------------------------------------------------------------------
+# Steps.
 
 
 def _wide(x: Array) -> Float:
