@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ._config import get_num_threads, set_num_threads, show_config, target
 from ._multiplier import OPS as _OPS
 from ._multiplier import Multiplier
+from ._validate import clip as _clip
 from .mitchell import (
     lmul,
     lut_matmul,
@@ -120,7 +121,7 @@ def __getattr__(name: str) -> Any:
             return backend.mitchell_op(op, Multiplier._from_token(token))
         except (OverflowError, TypeError, ValueError):
             pass
-    raise AttributeError(f"module {__name__!r} has no attribute {name[:60]!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {_clip(name)!r}")
 
 
 def __dir__() -> list[str]:

@@ -61,7 +61,7 @@ def attribute(package: str, name: str) -> Any:
             value = getattr(import_module(f"{package}.{family}"), name)
             setattr(sys.modules[package], name, value)
             return value
-    raise AttributeError(f"module {package!r} has no attribute {name[:60]!r}")
+    raise AttributeError(f"module {package!r} has no attribute {_validate.clip(name)!r}")
 
 
 def installed(module: str) -> bool:

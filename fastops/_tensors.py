@@ -249,11 +249,11 @@ def as_ndarray(name: str, value: Any) -> AnyArray:
 
 def _from_torch(name: str, tensor: Any) -> AnyArray:
     if tensor.device.type != "cpu":
-        raise _validate.wrong_type(name, _HOST_ARRAY, Text(f"a tensor on {str(tensor.device)[:20]}"))
+        raise _validate.wrong_type(name, _HOST_ARRAY, Text(f"a tensor on {_validate.clip(str(tensor.device), 20)}"))
     layout = str(tensor.layout).removeprefix("torch.")
     if layout != "strided":
-        raise _validate.wrong_type(name, "a dense tensor", Text(f"a tensor of layout {layout[:20]}"))
-    dtype = str(tensor.dtype).removeprefix("torch.")[:20]
+        raise _validate.wrong_type(name, "a dense tensor", Text(f"a tensor of layout {_validate.clip(layout, 20)}"))
+    dtype = str(tensor.dtype).removeprefix("torch.")
     bfloat16 = _validate.bfloat16() if dtype == "bfloat16" else None
     if dtype == "bfloat16" and bfloat16 is None:
         raise _validate.wrong_type(name, "of a dtype that NumPy knows", Text("bfloat16 without ml_dtypes"))
@@ -269,7 +269,9 @@ def _from_torch(name: str, tensor: Any) -> AnyArray:
     except (NotImplementedError, RuntimeError, TypeError):
         # A dtype of torch's own, a lazy conjugate or negative, a tensor that stands for others.
         raise _validate.wrong_type(
-            name, "a tensor that NumPy can share", Text(f"a {type(tensor).__name__[:30]} of dtype {dtype}")
+            name,
+            "a tensor that NumPy can share",
+            Text(f"a {_validate.clip(type(tensor).__name__, 30)} of dtype {_validate.clip(dtype, 20)}"),
         ) from None
 
 
@@ -342,24 +344,21 @@ def check(roles: Sequence[Role], lists: Sequence[list[Any]]) -> list[list[AnyArr
             main = array if main is None else main
             dtypes, wanted = _allowed(role, main.dtype)
             if array.dtype not in dtypes or not array.dtype.isnative:
-                text = str(array.dtype) if array.dtype.isnative else repr(array.dtype)
-                raise _validate.wrong_type(name, f"of dtype {wanted}", Text(text[:40]))
+                raise _validate.wrong_type(name, f"of dtype {wanted}", Text(_validate.clip(str(array.dtype), 40)))
             if array.shape != main.shape:
                 raise _validate.wrong_value(
-                    name, f"of shape {main.shape} as {roles[0].name}[{i}]"[:90], Text(str(array.shape)[:40])
+                    name,
+                    _validate.clip(f"of shape {main.shape} as {roles[0].name}[{i}]", 90),
+                    Text(_validate.clip(str(array.shape), 40)),
                 )
             if role.written:
-                if not array.flags.writeable:
-                    raise _validate.wrong_value(name, "writable", Text("a read-only array"))
-                if _validate.overlaps_itself(array):
-                    wanted = "an array whose elements are all distinct in memory"
-                    raise _validate.wrong_value(name, wanted, Text("overlapping strides"))
+                _validate.writable(name, array)
             checked.append(array)
-    _refuse_overlap(roles, arrays)
+    refuse_overlap(roles, arrays)
     return arrays
 
 
-def _refuse_overlap(roles: Sequence[Role], arrays: Sequence[Sequence[AnyArray]]) -> None:
+def refuse_overlap(roles: Sequence[Role], arrays: Sequence[Sequence[AnyArray]]) -> None:
     """A tensor that is written must share no memory with any other of the call."""
     spans = []
     for r, (role, items) in enumerate(zip(roles, arrays, strict=True)):
@@ -437,7 +436,7 @@ def prepared_rows(params: object, grads: object, exp_avg: object, exp_avg_sq: ob
         else:
             p, m, v = check(states, lists)
             g, index, live = _check_rows(gradient, p, gradients, as_list("rows", rows))
-            _refuse_overlap([*states, gradient], [p, m, v, g])
+            refuse_overlap([*states, gradient], [p, m, v, g])
             yield Rows(p, g, m, v, index, live)
         bump_versions(item for items in lists for item in items)
 
@@ -459,12 +458,12 @@ def _check_rows(
         g = as_ndarray(f"grads[{i}]", gradients[i])
         dtypes, wanted = _allowed(gradient, table.dtype)
         if g.dtype not in dtypes or not g.dtype.isnative:
-            raise _validate.wrong_type(f"grads[{i}]", f"of dtype {wanted}", Text(str(g.dtype)[:40]))
+            raise _validate.wrong_type(f"grads[{i}]", f"of dtype {wanted}", Text(_validate.clip(str(g.dtype), 40)))
         if g.shape != (len(index), *table.shape[1:]):
             raise _validate.wrong_value(
                 f"grads[{i}]",
                 f"of shape {(len(index), *table.shape[1:])}, a row for each of rows[{i}]",
-                Text(str(g.shape)[:40]),
+                Text(_validate.clip(str(g.shape), 40)),
             )
         if len(index):
             low, high = _extremes(index)

@@ -51,18 +51,19 @@ def describe(value: object) -> str:
     if isinstance(value, Text):
         return value
     if isinstance(value, np.ndarray):
-        return f"an array of shape {_clip(str(value.shape))} and dtype {_clip(str(value.dtype))}"
+        return f"an array of shape {clip(str(value.shape))} and dtype {clip(str(value.dtype))}"
     if isinstance(value, int) and value.bit_length() > _MAX_BITS:
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, (str, bytes, int, float, complex, np.generic)) or value is None:
-        return _clip(repr(value))
+        return clip(repr(value))
     if isinstance(value, tuple) and all(isinstance(item, (int, float)) for item in value):
-        return _clip("(" + ", ".join(map(describe, value)) + ("," if len(value) == 1 else "") + ")")
-    return f"an object of type {_clip(type(value).__name__)}"
+        return clip("(" + ", ".join(map(describe, value)) + ("," if len(value) == 1 else "") + ")")
+    return f"an object of type {clip(type(value).__name__)}"
 
 
-def _clip(text: str) -> str:
-    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 3] + "..."
+def clip(text: str, most: int = _MAX_TEXT) -> str:
+    """The text, or its beginning and a mark where it is longer than `most` characters."""
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def wrong_type(name: str, wanted: str, got: object) -> TypeError:
@@ -188,7 +189,7 @@ def float_arrays(**values: object) -> list[AnyArray]:
         return list(arrays.values())
     for name, item in arrays.items():
         if item.dtype.newbyteorder("=") not in FLOAT_DTYPES:
-            raise wrong_type(name, FLOAT_NAMES, Text(_clip(str(item.dtype))))
+            raise wrong_type(name, FLOAT_NAMES, Text(clip(str(item.dtype))))
     try:
         dtype = np.result_type(*(item.dtype for item in arrays.values()))
     except TypeError:  # float16 and bfloat16 have none
@@ -205,7 +206,7 @@ def byte_array(name: str, value: object) -> AnyArray:
     """`value` as a uint8 or int8 array."""
     result = array(name, value)
     if result.dtype not in (np.dtype(np.uint8), np.dtype(np.int8)):
-        raise wrong_type(name, "uint8 or int8", Text(_clip(str(result.dtype))))
+        raise wrong_type(name, "uint8 or int8", Text(clip(str(result.dtype))))
     return result
 
 
@@ -213,7 +214,7 @@ def table(name: str, value: object) -> tuple[AnyArray, int]:
     """`value` as a C-contiguous (256, 256) array of int32 (int64 where an entry exceeds it), and the largest magnitude."""
     result = array(name, value)
     if result.dtype.kind not in "iu":
-        raise wrong_type(name, "an integer array", Text(_clip(str(result.dtype))))
+        raise wrong_type(name, "an integer array", Text(clip(str(result.dtype))))
     if result.shape != (256, 256):
         raise wrong_value(name, "of shape (256, 256)", Text(str(result.shape)))
     try:
@@ -230,8 +231,8 @@ def matmul_shape(a: AnyArray, b: AnyArray) -> tuple[int, ...]:
     if a.shape[-1] != b.shape[-2]:
         raise wrong_value(
             "b",
-            f"of shape (..., {a.shape[-1]}, N) to follow a of shape {_clip(str(a.shape))}",
-            Text(_clip(str(b.shape))),
+            f"of shape (..., {a.shape[-1]}, N) to follow a of shape {clip(str(a.shape))}",
+            Text(clip(str(b.shape))),
         )
     if a.ndim == b.ndim == 2:
         return a.shape[0], b.shape[1]
@@ -240,8 +241,8 @@ def matmul_shape(a: AnyArray, b: AnyArray) -> tuple[int, ...]:
     except ValueError:
         raise wrong_value(
             "b",
-            f"of leading dimensions that broadcast with {_clip(str(a.shape[:-2]))} of a",
-            Text(_clip(str(b.shape[:-2]))),
+            f"of leading dimensions that broadcast with {clip(str(a.shape[:-2]))} of a",
+            Text(clip(str(b.shape[:-2]))),
         ) from None
     return (*batch, a.shape[-2], b.shape[-1])
 
@@ -253,7 +254,7 @@ def broadcast_shapes(*shapes: tuple[int, ...]) -> tuple[int, ...]:
         for axis, length in enumerate(shape, len(common) - len(shape)):
             if length != 1:
                 if common[axis] not in (1, length):
-                    raise wrong_value("shapes", "such that they broadcast", Text(_clip(str(shapes))))
+                    raise wrong_value("shapes", "such that they broadcast", Text(clip(str(shapes))))
                 common[axis] = length
     return tuple(common)
 
@@ -294,7 +295,7 @@ def at_least_2d(a: AnyArray, b: AnyArray) -> tuple[AnyArray, AnyArray, tuple[int
 def same_shape(name: str, value: AnyArray, shape: tuple[int, ...]) -> None:
     """Refuses an array of another shape."""
     if value.shape != shape:
-        raise wrong_value(name, f"of shape {_clip(str(shape))}", Text(_clip(str(value.shape))))
+        raise wrong_value(name, f"of shape {clip(str(shape))}", Text(clip(str(value.shape))))
 
 
 def broadcast_shape(**arrays: AnyArray) -> tuple[int, ...]:
@@ -306,8 +307,8 @@ def broadcast_shape(**arrays: AnyArray) -> tuple[int, ...]:
         name = others[-1][0]
         raise wrong_value(
             name,
-            f"of a shape that broadcasts with {_clip(str(first.shape))}",
-            Text(_clip(str(others[-1][1].shape))),
+            f"of a shape that broadcasts with {clip(str(first.shape))}",
+            Text(clip(str(others[-1][1].shape))),
         ) from None
 
 
@@ -317,7 +318,7 @@ def fits_memory(name: str, shape: tuple[int, ...], itemsize: int) -> None:
     for length in shape:
         size *= length
     if size > _MAX_BYTES:
-        raise wrong_value(name, "of less than 2**63 bytes", Text(f"a result of shape {_clip(str(shape))}"))
+        raise wrong_value(name, "of less than 2**63 bytes", Text(f"a result of shape {clip(str(shape))}"))
 
 
 def out_array(
@@ -332,17 +333,22 @@ def out_array(
         raise wrong_type(
             "out",
             f"of dtype {_either(dtypes)}",
-            Text(_clip(str(out.dtype))),
+            Text(clip(str(out.dtype))),
         )
     same_shape("out", out, shape)
-    if not out.flags.writeable:
-        raise wrong_value("out", "writable", Text("a read-only array"))
-    if overlaps_itself(out):
-        raise wrong_value("out", "an array whose elements are all distinct in memory", Text("overlapping strides"))
+    writable("out", out)
     for name, item in inputs.items():
         if share_memory(out, item):
             raise wrong_value("out", f"memory apart from {name}", Text(f"an array that overlaps {name}"))
     return out
+
+
+def writable(name: str, value: AnyArray) -> None:
+    """Refuses an array that is read-only or holds an element twice."""
+    if not value.flags.writeable:
+        raise wrong_value(name, "writable", Text("a read-only array"))
+    if overlaps_itself(value):
+        raise wrong_value(name, "an array whose elements are all distinct in memory", Text("overlapping strides"))
 
 
 def byte_bounds(x: AnyArray) -> tuple[int, int]:
@@ -393,7 +399,7 @@ def conv2d_shape(
     """The shape (N, O, H', W') of the convolution of x (N, C, H, W) with w (O, C/groups, KH, KW)."""
     for name, item, wanted in (("x", x, "(N, C, H, W)"), ("w", w, "(O, C/groups, KH, KW)")):
         if item.ndim != 4:
-            raise wrong_value(name, f"of shape {wanted}", Text(_clip(str(item.shape))))
+            raise wrong_value(name, f"of shape {wanted}", Text(clip(str(item.shape))))
     channels, outputs = x.shape[1], w.shape[0]
     if channels % groups or outputs % groups:
         raise wrong_value("groups", f"a divisor of the {channels} channels of x and the {outputs} of w", groups)
@@ -401,13 +407,13 @@ def conv2d_shape(
         raise wrong_value(
             "w",
             f"of shape (O, {channels // groups}, KH, KW) for {channels} channels in {groups} groups",
-            Text(_clip(str(w.shape))),
+            Text(clip(str(w.shape))),
         )
     size = []
     for axis, name in ((0, "height"), (1, "width")):
         kernel = w.shape[2 + axis]
         if kernel < 1:
-            raise wrong_value("w", f"of {name} >= 1", Text(_clip(str(w.shape))))
+            raise wrong_value("w", f"of {name} >= 1", Text(clip(str(w.shape))))
         reach = dilation[axis] * (kernel - 1) + 1
         padded = x.shape[2 + axis] + 2 * padding[axis]
         if padded < reach:

@@ -7,92 +7,19 @@ import contextlib
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _tensors, _validate
+from . import _schedules, _shadows, _tensors, _validate
 from ._backend import backend as _backend
+from ._shadows import Params
 from ._tensors import Role, TensorList
 from ._validate import AnyArray, Text
 
 __all__ = ["EMA", "posthoc_ema_weights"]
-
-Params = Iterable[Any] | Mapping[str, Any]
-
-_WARMUPS: Final = ("none", "timm", "tf", "power")
-_CACHE_LINE: Final = 64
-# The relative width of the uniform average, gamma = 0: 12^-1/2.
-_WIDEST: Final = 0.2886751345948129
-
-
-class _Schedule(NamedTuple):
-    """The decay of every profile at every step."""
-
-    warmup: str
-    decays: tuple[float | None, ...]
-    """Limits; None stands for equal weights."""
-    gammas: tuple[float, ...]
-    inv_gamma: float
-    power: float
-    min_decay: float
-    every: int
-    after: int
-
-    def decay(self, profile: int, step: int, last: int, averaged: int) -> float:
-        """The decay of the update at `step`, the one before it at `last`, `averaged` of them since `after`."""
-        since = step - self.after
-        if since <= 0:
-            return 0.0
-        if self.warmup == "power":
-            return math.pow(1.0 - min(step - last, since) / since, self.gammas[profile] + 1.0)
-        limit = self.decays[profile]
-        if limit is None:
-            return averaged / (averaged + 1)
-        if self.warmup == "none":
-            return limit
-        t = since - 1
-        if t == 0:
-            return 0.0
-        ramp = 1.0 - (1.0 + t / self.inv_gamma) ** -self.power if self.warmup == "timm" else (1 + t) / (10 + t)
-        return min(max(ramp, self.min_decay), limit)
-
-
-class _Progress(NamedTuple):
-    """What an update changes beside the shadows."""
-
-    step: int
-    last: int
-    """The step of the last update."""
-    updates: int
-    averaged: int
-    """Updates after `update_after_step`."""
-    skipped: int
-    totals: tuple[float, ...]
-    """For each profile, the sum of the weights that the parameters seen so far have in the shadow."""
-
-
-class _Entry(NamedTuple):
-    """One of the arrays that are followed."""
-
-    name: str
-    label: str
-    """What errors call it."""
-    kind: str
-    """"float", or "copy", "average", "skip" of a buffer."""
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-    def check(self, label: str, array: AnyArray) -> None:
-        """Refuses an array that cannot stand for this one."""
-        fits = array.dtype in _validate.FLOAT_DTYPES if self.kind == "float" else array.dtype == self.dtype
-        if not (fits and array.dtype.isnative):
-            wanted = _validate.FLOAT_NAMES if self.kind == "float" else str(self.dtype)
-            raise _validate.wrong_type(label, f"of dtype {wanted}", Text(str(array.dtype)[:40]))
-        if array.shape != self.shape:
-            raise _validate.wrong_value(label, f"of shape {self.shape}"[:80], Text(str(array.shape)[:40]))
 
 
 class _Alone:
@@ -222,10 +149,10 @@ class EMA:
         shadow_dtype: Any = None,
         seed: int = 0,
     ) -> None:
-        warmup = _validate.choice("warmup", warmup, _WARMUPS)
-        decays, gammas, several = _profiles(decay, warmup, sigma)
+        warmup = _validate.choice("warmup", warmup, _schedules.WARMUPS)
+        decays, gammas, several = _schedules.profiles(decay, warmup, sigma)
         limits = [limit for limit in decays if limit is not None]
-        self._schedule = _Schedule(
+        self._schedule = _schedules.Schedule(
             warmup,
             decays,
             gammas,
@@ -240,22 +167,22 @@ class EMA:
         self._skips = _validate.choice("nonfinite", nonfinite, ("propagate", "skip")) == "skip"
         self._seed = _validate.integer("seed", seed, 0, 2**64 - 1)
         buffers = _validate.choice("buffers", buffers, ("copy", "average", "skip"))
-        asked = _shadow_dtype(shadow_dtype)
+        asked = _shadows.chosen_dtype(shadow_dtype)
         self._named = isinstance(params, Mapping)
-        self._entries, self._sources = _entries(params, buffers)
+        self._entries, self._sources = _shadows.entries(params, buffers)
         first = []
         for entry, array in zip(self._entries, self._arrays(self._sources), strict=True):
             if entry.kind == "skip":
                 continue
-            shadow = _aligned(array, _dtype_of_shadow(entry, asked))
+            shadow = _shadows.aligned(array, _shadows.dtype_of(entry, asked))
             if self._debias and entry.kind != "copy":
                 shadow[...] = 0
             else:
                 with np.errstate(all="ignore"):
                     shadow[...] = array
             first.append(shadow)
-        self._shadows = [first, *([_copy(shadow, shadow) for shadow in first] for _ in decays[1:])]
-        self._progress = _Progress(0, 0, 0, 0, 0, (0.0,) * len(decays))
+        self._shadows = [first, *([_shadows.copy(shadow, shadow) for shadow in first] for _ in decays[1:])]
+        self._progress = _schedules.Progress(0, 0, 0, 0, 0, (0.0,) * len(decays))
         self._held: tuple[int, list[AnyArray]] | None = None
         self._make_plans()
         if self._skips and not self._debias and not _backend.all_finite(self._live):
@@ -298,7 +225,9 @@ class EMA:
         # Pickles keep neither cache lines nor the order of axes, and a shallow copy must not share the shadows.
         arrays = self._arrays(self._sources)
         likes = [array for entry, array in zip(self._entries, arrays, strict=True) if entry.kind != "skip"]
-        self._shadows = [[_copy(s, like) for s, like in zip(shadows, likes, strict=True)] for shadows in self._shadows]
+        self._shadows = [
+            [_shadows.copy(s, like) for s, like in zip(shadows, likes, strict=True)] for shadows in self._shadows
+        ]
         self._make_plans()
 
     def __repr__(self) -> str:
@@ -453,7 +382,7 @@ class EMA:
         decays = [self._schedule.decay(k, step, old.last, old.averaged) for k in range(len(self._shadows))]
         totals = tuple(total + (1.0 - total) * (1.0 - d) for total, d in zip(old.totals, decays, strict=True))
         averaged = old.averaged + (step > self._schedule.after)
-        self._progress = _Progress(step, step, old.updates + 1, averaged, old.skipped, totals)
+        self._progress = _schedules.Progress(step, step, old.updates + 1, averaged, old.skipped, totals)
         return decays
 
     def advance(self) -> float:
@@ -579,12 +508,12 @@ class EMA:
                 values = self._averages(profile, targets)
                 # Kept first: whatever interrupts the writing, a second call puts the parameters back.
                 self._held = profile, [np.array(target, order="K", subok=False) for target in targets]
-                interrupt = _write(targets, values)
+                interrupt = _shadows.write(targets, values)
             else:
                 held, backup = self._held
                 if profile != held:
                     raise _validate.wrong_value("profile", f"{held}, which is swapped in", profile)
-                interrupt = _write(targets, [(array, 1.0) for array in backup])
+                interrupt = _shadows.write(targets, [(array, 1.0) for array in backup])
                 self._held = None
             self._tell(self._sources)
         if interrupt is not None:
@@ -627,7 +556,7 @@ class EMA:
             targets = self._targets(sources)
             current = self._arrays(self._sources) if self._unread(profile) else []
             values = self._averages(profile, [current[i] for i in self._kept] if current else targets)
-            interrupt = _write(targets, values)
+            interrupt = _shadows.write(targets, values)
             self._tell(sources)
         if interrupt is not None:
             raise interrupt
@@ -664,7 +593,7 @@ class EMA:
             state["totals"] = np.array(self._progress.totals)
             state["debias"] = int(self._debias)
             for key, shadow in self._keyed():
-                state[key] = np.array(_portable(shadow), order="K")
+                state[key] = np.array(_shadows.portable(shadow), order="K")
             return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -701,21 +630,23 @@ class EMA:
             if not isinstance(state, Mapping):
                 raise _validate.wrong_type("state", "a mapping of names to arrays and numbers", state)
             keyed = list(self._keyed())
-            wanted = {*_Progress._fields, "debias", *(key for key, _ in keyed)}
+            wanted = {*_schedules.Progress._fields, "debias", *(key for key, _ in keyed)}
             for found, other, text in ((set(state), wanted, "with"), (wanted, set(state), "without")):
                 odd = sorted(map(str, other - found))
                 if odd:
                     raise _validate.wrong_value(
-                        "state", f"a mapping {text} the key {odd[0][:60]!r}", Text(f"one of {len(state)} keys")
+                        "state",
+                        f"a mapping {text} the key {_validate.clip(odd[0])!r}",
+                        Text(f"one of {len(state)} keys"),
                     )
             progress = self._read_progress(state)
-            arrays = [_read_shadow(f"state[{key[:40]!r}]", state[key], shadow) for key, shadow in keyed]
-            interrupt = _write([shadow for _, shadow in keyed], [(array, 1.0) for array in arrays])
+            arrays = [_shadows.read(f"state[{_validate.clip(key, 40)!r}]", state[key], shadow) for key, shadow in keyed]
+            interrupt = _shadows.write([shadow for _, shadow in keyed], [(array, 1.0) for array in arrays])
             self._progress = progress
         if interrupt is not None:
             raise interrupt
 
-    def _read_progress(self, state: Mapping[str, Any]) -> _Progress:
+    def _read_progress(self, state: Mapping[str, Any]) -> _schedules.Progress:
         debias = _validate.integer("state['debias']", state["debias"], 0, 1)
         if debias != self._debias:
             raise _validate.wrong_value("state['debias']", f"{int(self._debias)}, as this EMA has it", debias)
@@ -732,7 +663,7 @@ class EMA:
             raise _validate.wrong_value(name, f"of shape {(len(self._shadows),)}", totals)
         if not ((totals >= 0) & (totals <= 1)).all():
             raise _validate.wrong_value(name, "of numbers in [0, 1]", Text("an array with others"))
-        return _Progress(step, last, updates, averaged, skipped, tuple(totals.tolist()))
+        return _schedules.Progress(step, last, updates, averaged, skipped, tuple(totals.tolist()))
 
     def _keyed(self) -> Iterator[tuple[str, AnyArray]]:
         """Every shadow with its key in the state."""
@@ -762,8 +693,8 @@ class EMA:
             return arrays
         names = {entry.name for entry in self._entries}
         if set(params) != names:
-            odd = min(map(str, names ^ set(params)))[:40]
-            text = f"a mapping with{'out' if odd not in names else ''} the key {odd!r}"
+            odd = min(map(str, names ^ set(params)))
+            text = f"a mapping with{'out' if odd not in names else ''} the key {_validate.clip(odd, 40)!r}"
             raise _validate.wrong_value("params", text, Text(f"one of {len(params)} keys"))
         return [params[entry.name] for entry in self._entries]
 
@@ -787,12 +718,7 @@ class EMA:
                     items.append(nothing)
                 continue
             entry.check(entry.label, array)
-            if not array.flags.writeable:
-                raise _validate.wrong_value(entry.label, "writable", Text("a read-only array"))
-            if _validate.overlaps_itself(array):
-                raise _validate.wrong_value(
-                    entry.label, "an array whose elements are all distinct in memory", Text("overlapping strides")
-                )
+            _validate.writable(entry.label, array)
             targets.append(array)
             j = next(kept)
             # Tied weights: the same array under two names gets the same average twice.
@@ -800,7 +726,7 @@ class EMA:
             distinct[0].append(nothing if place in seen else array)
             distinct[1].append(self._shadows[0][j])
             seen.add(place)
-        _tensors._refuse_overlap([Role("params", True), Role("shadows", False)], distinct)
+        _tensors.refuse_overlap([Role("params", True), Role("shadows", False)], distinct)
         return targets
 
     def _unread(self, profile: int) -> bool:
@@ -816,178 +742,13 @@ class EMA:
         for i, shadow in zip(self._kept, self._shadows[profile], strict=True):
             entry = self._entries[i]
             if entry.kind == "average":
-                values.append((_to_integers(shadow / total, entry.dtype), 1.0))
+                values.append((_shadows.to_integers(shadow / total, entry.dtype), 1.0))
             else:
                 values.append((shadow, total if entry.kind == "float" else 1.0))
         return values
 
     def _tell(self, sources: list[Any]) -> None:
         _tensors.bump_versions(sources[i] for i in self._kept)
-
-
-def _profiles(decay: object, warmup: str, sigma: object) -> tuple[tuple[float | None, ...], tuple[float, ...], bool]:
-    """Decays and exponents of all profiles, and whether they came as a sequence."""
-    power = warmup == "power"
-    if (sigma is None) == power:
-        wanted = "a number or a sequence of them with warmup='power'" if power else "None without warmup='power'"
-        raise _validate.wrong_value("sigma", wanted, sigma)
-    name, given = ("sigma", sigma) if power else ("decay", decay)
-    several = isinstance(given, (Sequence, np.ndarray)) and not isinstance(given, (str, bytes)) and np.ndim(given) != 0
-    if power and not isinstance(decay, (int, float, np.number)):
-        raise _validate.wrong_type("decay", "a number, unused, with warmup='power'", decay)
-    items = list(given) if several else [given]  # type: ignore[call-overload]
-    if not items:
-        raise _validate.wrong_value(name, "a number or a sequence of at least one", Text("an empty one"))
-    labels = [f"{name}[{i}]" for i in range(len(items))] if several else [name]
-    if power:
-        widths = [
-            _validate.number(label, x, 0.0, _WIDEST, open_low=True) for label, x in zip(labels, items, strict=True)
-        ]
-        return (1.0,) * len(items), tuple(map(_gamma, widths)), several
-    decays: list[float | None] = []
-    for label, item in zip(labels, items, strict=True):
-        if isinstance(item, str):
-            _validate.choice(label, item, ("equal",))
-            if warmup != "none":
-                raise _validate.wrong_value(label, f"a number with warmup={warmup!r}", item)
-            decays.append(None)
-        else:
-            decays.append(_validate.number(label, item, 0.0, 1.0))
-    return tuple(decays), (), several
-
-
-def _shadow_dtype(value: object) -> np.dtype[Any] | None:
-    if value is None:
-        return None
-    wanted = "None, 'float32', 'float64' or 'bfloat16'"
-    bfloat16 = _validate.bfloat16()
-    if isinstance(value, str) and value == "bfloat16":
-        if bfloat16 is None:
-            raise _validate.wrong_value("shadow_dtype", "a dtype that NumPy knows", Text("bfloat16 without ml_dtypes"))
-        return bfloat16
-    try:
-        dtype = np.dtype(value)  # type: ignore[call-overload]
-    except TypeError:
-        raise _validate.wrong_value("shadow_dtype", wanted, value) from None
-    if dtype not in (*_tensors.WIDE_DTYPES, *([] if bfloat16 is None else [bfloat16])) or not dtype.isnative:
-        raise _validate.wrong_value("shadow_dtype", wanted, value)
-    return dtype  # type: ignore[no-any-return]
-
-
-def _dtype_of_shadow(entry: _Entry, asked: np.dtype[Any] | None) -> np.dtype[Any]:
-    if entry.kind == "copy":
-        return entry.dtype
-    if entry.kind == "average" or (asked is None and entry.dtype == np.float64):
-        return np.dtype(np.float64)
-    return np.dtype(np.float32) if asked is None else asked
-
-
-def _entries(params: Params, buffers: str) -> tuple[list[_Entry], list[Any]]:
-    if isinstance(params, Mapping):
-        for key in params:
-            if not isinstance(key, str):
-                raise _validate.wrong_type(
-                    "params", "a mapping of text to arrays", Text(f"a key of {type(key).__name__}")
-                )
-        names, sources = list(params), list(params.values())
-        labels = [f"params[{name[:40]!r}]" for name in names]
-    else:
-        sources = list(_tensors.as_list("params", params))
-        names = [str(i) for i in range(len(sources))]
-        labels = [f"params[{name}]" for name in names]
-    entries = []
-    for name, label, source in zip(names, labels, sources, strict=True):
-        array = _tensors.as_ndarray(label, source)
-        if array.dtype in _validate.FLOAT_DTYPES and array.dtype.isnative:
-            kind = "float"
-        elif array.dtype.kind in "iub" and array.dtype.isnative:
-            kind = buffers
-        else:
-            text = str(array.dtype) if array.dtype.isnative else repr(array.dtype)
-            wanted = f"of dtype {_validate.FLOAT_NAMES}, an integer or bool"
-            raise _validate.wrong_type(label, wanted, Text(text[:40]))
-        entries.append(_Entry(name, label, kind, array.shape, array.dtype))
-    return entries, sources
-
-
-def _aligned(like: AnyArray, dtype: np.dtype[Any]) -> AnyArray:
-    """A new array on a cache line, in the order of axes that `like` has in memory."""
-    axes = sorted(range(like.ndim), key=lambda axis: -abs(like.strides[axis]))
-    size = like.size * dtype.itemsize
-    raw = np.empty(size + _CACHE_LINE, np.uint8)
-    start = -raw.__array_interface__["data"][0] % _CACHE_LINE
-    array = raw[start : start + size].view(dtype).reshape([like.shape[axis] for axis in axes])
-    return array.transpose([axes.index(axis) for axis in range(like.ndim)])
-
-
-def _copy(array: AnyArray, like: AnyArray) -> AnyArray:
-    new = _aligned(like if like.shape == array.shape else array, array.dtype)
-    new[...] = array
-    return new
-
-
-def _portable(array: AnyArray) -> AnyArray:
-    """bfloat16 as uint16: a file of NumPy's own dtypes can be read anywhere."""
-    return array.view(np.uint16) if array.dtype == _validate.bfloat16() else array
-
-
-def _read_shadow(name: str, value: object, shadow: AnyArray) -> AnyArray:
-    """An array of a state, in the dtype of the shadow that it is for."""
-    array = _tensors.as_ndarray(name, value) if not isinstance(value, np.generic) else np.asarray(value)
-    if shadow.dtype == _validate.bfloat16() and array.dtype in (np.dtype(np.uint16), np.dtype("V2")):
-        array = array.view(shadow.dtype)
-    if array.dtype != shadow.dtype or not array.dtype.isnative:
-        raise _validate.wrong_type(name, f"of dtype {shadow.dtype}, as the shadow here", Text(str(array.dtype)[:40]))
-    if array.shape != shadow.shape:
-        raise _validate.wrong_value(name, f"of shape {shadow.shape}"[:80], Text(str(array.shape)[:40]))
-    return array
-
-
-def _to_integers(average: AnyArray, dtype: np.dtype[Any]) -> AnyArray:
-    """The nearest integers, half to even; the ends of 64-bit types are no float64 numbers."""
-    rounded = np.rint(average)
-    if dtype.kind == "b":
-        return np.asarray(rounded != 0)
-    high = np.iinfo(dtype).max
-    inside = rounded < float(high) if dtype.itemsize == 8 else np.True_
-    return np.asarray(np.where(inside, np.where(inside, rounded, 0).astype(dtype), dtype.type(high)))
-
-
-def _write(targets: list[AnyArray], values: list[tuple[AnyArray, float]]) -> KeyboardInterrupt | None:
-    """target = value / divisor for all; an interrupt that came meanwhile, to be raised when the caller is done."""
-    interrupt: KeyboardInterrupt | None = None
-    i = 0
-    with np.errstate(all="ignore"):
-        while i < len(targets):
-            try:
-                while i < len(targets):
-                    (value, divisor), target = values[i], targets[i]
-                    if divisor == 1.0:
-                        np.copyto(target, value, casting="unsafe")
-                    else:
-                        np.divide(value, divisor, out=target, dtype=np.float64, casting="unsafe")
-                    i += 1
-            except KeyboardInterrupt as error:
-                # Writing the same array again does no harm.
-                interrupt = error
-    return interrupt
-
-
-def _gamma(sigma: float) -> float:
-    """The exponent of the power function of relative width sigma: sigma^2 = (g + 1) / ((g + 2)^2 (g + 3))."""
-    # There sigma gamma is 1 for float64, and the squares below would overflow.
-    if sigma < 1e-100:
-        return min(1.0 / sigma, 1e150)
-    # Newton on the largest root of g^3 + 7 g^2 + (16 - t) g + 12 - t, t = sigma^-2: convex there, and 1 / sigma lies above it.
-    t = sigma**-2
-    gamma = 1.0 / sigma
-    for _ in range(100):
-        value = ((gamma + 7.0) * gamma + 16.0 - t) * gamma + 12.0 - t
-        new = gamma - value / ((3.0 * gamma + 14.0) * gamma + 16.0 - t)
-        if new >= gamma:
-            break
-        gamma = new
-    return max(gamma, 0.0)
 
 
 def posthoc_ema_weights(
@@ -1033,8 +794,8 @@ def posthoc_ema_weights(
     >>> fastops.posthoc_ema_weights([5, 10, 5, 10], [0.05, 0.05, 0.1, 0.1], 10, 0.075, normalize=False).round(6)
     array([ 1.40000e-04,  3.54483e-01, -2.50800e-03,  6.81456e-01])
     """
-    times, widths = _positive("t", t), _positive("sigma", sigma, _WIDEST)
-    out_times, out_widths = _positive("t_out", t_out), _positive("sigma_out", sigma_out, _WIDEST)
+    times, widths = _positive("t", t), _positive("sigma", sigma, _schedules.WIDEST)
+    out_times, out_widths = _positive("t_out", t_out), _positive("sigma_out", sigma_out, _schedules.WIDEST)
     normalize = _validate.boolean("normalize", normalize)
     if times.ndim != 1 or not times.size:
         raise _validate.wrong_value("t", "of shape (N,), N >= 1", times)
@@ -1048,27 +809,10 @@ def posthoc_ema_weights(
     out_times, out_widths = np.broadcast_arrays(np.atleast_1d(out_times), out_widths)
     if len(set(zip(times.tolist(), widths.tolist(), strict=True))) != len(times):
         raise _validate.wrong_value("t", "of pairs (t, sigma) that are all distinct", Text("repeated ones"))
-    gammas, out_gammas = (np.array([_gamma(x) for x in item.tolist()]) for item in (widths, out_widths))
-    gram = _correlation(times[:, None], gammas[:, None], times, gammas)
-    try:
-        solved = np.linalg.solve(gram, _correlation(times[:, None], gammas[:, None], out_times, out_gammas))
-    except np.linalg.LinAlgError:
-        raise _validate.wrong_value(
-            "t", "of pairs (t, sigma) that float64 tells apart", Text("nearly equal ones")
-        ) from None
-    weights = solved.astype(np.float64)
+    weights = _schedules.posthoc_weights(times, widths, out_times, out_widths)
     if normalize:
         weights /= weights.sum(axis=0)
     return weights[:, 0] if scalar else weights
-
-
-def _correlation(
-    t_a: NDArray[np.float64], g_a: NDArray[np.float64], t_b: NDArray[np.float64], g_b: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Inner products of power functions, as in the Notes of `posthoc_ema_weights`."""
-    power = (t_a / t_b) ** np.where(t_a < t_b, g_b, -g_a)
-    result: NDArray[np.float64] = (g_a + 1) * (g_b + 1) * power / ((g_a + g_b + 1) * np.maximum(t_a, t_b))
-    return result
 
 
 def _positive(name: str, value: ArrayLike, high: float = math.inf) -> NDArray[np.float64]:

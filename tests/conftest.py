@@ -110,6 +110,13 @@ def backend(request: pytest.FixtureRequest) -> ModuleType:
 
 
 @pytest.fixture
+def over_backend(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The public functions and `EMA` on the backend under test."""
+    for name in ("averaging", "mitchell", "optim"):
+        monkeypatch.setattr(importlib.import_module(f"fastops.{name}"), "_backend", backend)
+
+
+@pytest.fixture
 def target(request: pytest.FixtureRequest) -> Iterator[str]:
     """A CPU level, in force during the test ("-" for the backends without levels)."""
     if request.param == "-":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Inputs that the tests share (bit patterns, special values, views of every kind) and comparison bit by bit."""
+"""Inputs that the tests share (bit patterns, special values, views of every kind) comparison bit by bit, and the run of an EMA."""
 
 from __future__ import annotations
 
@@ -122,6 +122,15 @@ def views(make: Callable[[int], Array], n: int) -> Iterator[tuple[str, Array]]:
     frozen = make(n)
     frozen.flags.writeable = False
     yield "read-only", frozen
+
+
+def follow(ema: Any, p: Array, values: Any) -> list[bool]:
+    """Updates with the parameter set to each of the values in turn."""
+    moved = []
+    for value in values:
+        p[...] = value
+        moved.append(ema.update())
+    return moved
 
 
 MULTIPLIERS = {

@@ -151,6 +151,8 @@ FRONT_END = (
     "_config",
     "_backend",
     "_multiplier",
+    "_schedules",
+    "_shadows",
     "_tensors",
     "analysis",
     "averaging",

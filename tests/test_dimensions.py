@@ -11,7 +11,9 @@ import pytest
 from samples import FLOATS, assert_same_bits, near_one
 
 import fastops
-from fastops import _validate, mitchell
+from fastops import _validate
+
+pytestmark = pytest.mark.usefixtures("over_backend")
 
 MOST = 32 if np.lib.NumpyVersion(np.__version__) < "2.0.0" else 64
 
@@ -26,11 +28,6 @@ def ndim(request: pytest.FixtureRequest) -> int:
     if request.param > MOST:
         pytest.skip(f"arrays of this NumPy have at most {MOST} dimensions")
     return int(request.param)
-
-
-@pytest.fixture(autouse=True)
-def _front_end(monkeypatch: pytest.MonkeyPatch, backend: ModuleType) -> None:
-    monkeypatch.setattr(mitchell, "_backend", backend)
 
 
 def deep(array: Any, ndim: int) -> Any:

@@ -131,7 +131,8 @@ def stochastic_mean(decay: float, elements: int) -> float:
 # Points of accuracy by which the average of the digits example beats the raw weights over the later half of 12 epochs; five seeds
 # gave 1.1 to 2.7.
 AVERAGE_GAIN = 0.5
-# --- moving averages and optimizer steps: u = eps / 2 is the error of one rounding, M the sum of the magnitudes of the terms
+
+# Moving averages and optimizer steps: u = eps / 2 is the error of one rounding, M the sum of the magnitudes of the terms.
 
 
 def lerp(s: NDArray[Any], p: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:

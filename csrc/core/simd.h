@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Lane types of this level's native width, by GCC and Clang vector extensions; intrinsics stand here and nowhere else.
+// Lane types of this level's native width, by GCC and Clang vector extensions. Intrinsics stand here, in half.h (the
+// conversions) and in one load of mitchell_lut_kernels.cpp, nowhere else.
 // Compiled once per level: everything lies in that level's namespace, so that no linker can mix levels.
 #ifndef FASTOPS_CORE_SIMD_H
 #define FASTOPS_CORE_SIMD_H

@@ -29,7 +29,7 @@ constexpr std::size_t kItemSize[] = {2, 2, 4, 8};
 constexpr std::uint8_t kNoDtype = 255;
 constexpr int kMaxDimensions = 64;  // of fastops_layout, and of NumPy
 
-// ---- DLPack's C interface, as of version 1.2: what is read of it ----
+// DLPack's C interface, as of version 1.2: what is read of it.
 
 struct DlTensor {
   void* data;
@@ -89,7 +89,7 @@ Exchange exchange_of(PyTypeObject* type) {
   return found;
 }
 
-// ---- one array ----
+// One array.
 
 struct View {
   char* data;
@@ -292,7 +292,7 @@ class Plan {
   std::vector<Record> records_;
 };
 
-// ---- lists of arrays ----
+// Lists of arrays.
 
 // The attributes of a TensorList.
 PyObject* slot_name(const char* text) {
@@ -620,8 +620,7 @@ class Lists {
   Memory* memory_ = nullptr;
 };
 
-// ---- calls: 0 where the lists are not plain, 1 when it is done, 2 when tensors of another library were among them
-// ----
+// Calls: 0 where the lists are not plain, 1 when it is done, 2 when tensors of another library were among them.
 
 template <class F>
 int call_lists(const std::vector<py::object>& arguments, unsigned written, bool checked, const F& f) {

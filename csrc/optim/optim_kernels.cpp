@@ -14,7 +14,7 @@ namespace {
 using namespace optim;
 using simd::kLanes;
 
-// ---- elements in memory: float, double, and the half types by tag; any alignment ----
+// Elements in memory: float, double, and the half types by tag; any alignment.
 
 struct F16 {};
 struct BF16 {};
@@ -97,7 +97,7 @@ template <class V, class Body> FASTOPS_INLINE void for_each(std::size_t n, Body 
 }
 #define FASTOPS_BODY __attribute__((always_inline))
 
-// ---- moving averages ----
+// Moving averages.
 
 template <class S, class P> void ema(const Piece& piece, double w, const std::uint64_t*) noexcept {
   using V = Lanes<S>;
@@ -181,7 +181,7 @@ template <class T> void lookahead(const Piece& piece, double alpha) noexcept {
   });
 }
 
-// ---- steps ----
+// Steps.
 
 // What may follow the new parameters in the same pass: their shadow, and gradients of zero.
 template <class T, class G> struct Finish {
@@ -306,7 +306,7 @@ void adaptive_eg(const Piece& piece, const fastops_adaptive_eg& step, double sca
   });
 }
 
-// ---- questions ----
+// Questions.
 
 template <class S> struct ComputeOf {
   using type = simd::f32;

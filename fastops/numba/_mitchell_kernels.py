@@ -87,7 +87,7 @@ def _residue(value, corrections):  # type: ignore[no-untyped-def]
     return value
 
 
-# --- element-wise ------------------------------------------------------------------------------------------------------------
+# Element-wise.
 
 
 @kernel(types.int64(types.int64, _WORDS, _WORDS, types.int64[::1], _WORDS, _WORDS))
@@ -520,7 +520,7 @@ def slopes(divide, a, b, dy, da, db, p, table):  # type: ignore[no-untyped-def]
         db[i] = right
 
 
-# --- matrix products ---------------------------------------------------------------------------------------------------------
+# Matrix products.
 
 
 @njit

@@ -33,7 +33,7 @@ def _pair(signature: Callable[[Any, Any, Any], Any], **options: Any) -> Callable
     return make
 
 
-# --- moving averages ---------------------------------------------------------------------------------------------------------
+# Moving averages.
 
 
 @_pair(lambda real, read, write: types.void(write, read, real, real, types.boolean))
@@ -139,7 +139,7 @@ def finite_half(x, mask):  # type: ignore[no-untyped-def]
     return found == 0
 
 
-# --- steps -------------------------------------------------------------------------------------------------------------------
+# Steps.
 
 
 @_pair(lambda real, read, write: types.void(write, read, real, real))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from .. import _docs
 from .._multiplier import EQUATION, ITERATIVE, LOG_ADD, Multiplier, OpSpec
 from .._validate import broadcast_shapes
-from ..reference.mitchell import FORMATS, _columns, _resolve, _sum_to, _uncolumns
+from ..reference.mitchell import FORMATS, col2im, im2col, resolve, sum_to
 from . import _mitchell_kernels as kernels
 from ._kernel import Kernel
 
@@ -57,7 +57,7 @@ def set_num_threads(n: int) -> None:
     _threads = n
 
 
-# --- what the kernels take ---------------------------------------------------------------------------------------------------
+# What the kernels take.
 
 
 def _parameters(spec: OpSpec, mantissa: int, exponent: int, *, constant_bits: int | None = None) -> tuple[Array, Array]:
@@ -86,7 +86,7 @@ def _kept(spec: OpSpec, mantissa: int) -> int:
     return ((1 << mantissa) - 1) & -(1 << dropped)
 
 
-# --- element-wise operations -------------------------------------------------------------------------------------------------
+# Element-wise operations.
 
 
 class _Fast(NamedTuple):
@@ -222,11 +222,11 @@ class _Operation:
 
     def resolve(self, args: Sequence[Any], dtype: Any) -> tuple[np.dtype[Any], np.dtype[Any]]:
         if dtype is not None or not all(isinstance(v, np.ndarray) for v in args):
-            return _resolve(self.op, self.name, args, dtype)
+            return resolve(self.op, self.name, args, dtype)
         key = tuple(v.dtype for v in args)
         found = self._resolved.get(key)
         if found is None:
-            found = self._resolved[key] = _resolve(self.op, self.name, args, None)
+            found = self._resolved[key] = resolve(self.op, self.name, args, None)
         return found
 
     def compute(self, operand: np.dtype[Any], args: Sequence[Array], out: Array) -> None:
@@ -332,7 +332,7 @@ mitchell_exp2 = mitchell_op("exp2", PLAIN)
 lmul = mitchell_op("mul", Multiplier("lmul"))
 
 
-# --- matrix products ---------------------------------------------------------------------------------------------------------
+# Matrix products.
 
 
 def _share(pieces: Iterable[tuple[Any, ...]], work: Callable[..., None], total: int) -> None:
@@ -549,7 +549,7 @@ def lut_matmul(a: Array, b: Array, table: Array, *, out: Array) -> Array:
 
 def _patches(x: Array, w: Array, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> tuple[Array, Array, Pair]:
     """The kernels as (groups, O / groups, K), the patches of x as (N, groups, K, OH * OW), and (OH, OW)."""
-    columns, size = _columns(x, (w.shape[2], w.shape[3]), stride, padding, dilation, groups)
+    columns, size = im2col(x, (w.shape[2], w.shape[3]), stride, padding, dilation, groups)
     return w.reshape(groups, w.shape[0] // groups, columns.shape[2]), columns, size
 
 
@@ -574,12 +574,12 @@ def mitchell_conv2d(
             kernel, columns, size = _patches(image[one : one + 1], weights, stride, padding, dilation, groups)
             results.append(_matmul(spec, how, kernel, columns).reshape(1, w.shape[0], *size))
         if not results:
-            size = _columns(image, (w.shape[2], w.shape[3]), stride, padding, dilation, groups)[1]
+            size = im2col(image, (w.shape[2], w.shape[3]), stride, padding, dilation, groups)[1]
             results.append(np.empty((0, w.shape[0], *size), how.real))
         return _store(np.concatenate(results), x.dtype, out)
 
 
-# --- gradients ---------------------------------------------------------------------------------------------------------------
+# Gradients.
 
 
 def _elementwise_grad(op: str, a: Array, b: Array, dy: Array, multiplier: Multiplier) -> tuple[Array, Array]:
@@ -599,7 +599,7 @@ def _elementwise_grad(op: str, a: Array, b: Array, dy: Array, multiplier: Multip
 
 def _summed(gradients: tuple[Array, Array], a: Array, b: Array) -> tuple[Array, Array]:
     da, db = (
-        _sum_to(np.asarray(d).astype(np.float64), v.shape).astype(v.dtype)
+        sum_to(np.asarray(d).astype(np.float64), v.shape).astype(v.dtype)
         for d, v in zip(gradients, (a, b), strict=True)
     )
     return da, db
@@ -669,7 +669,7 @@ def _matmul_grads(spec: OpSpec, how: _Accumulator, a: Array, b: Array, dy: Array
             table = np.ascontiguousarray(table.reshape(spec.segments, -1).T).reshape(-1)
         da = _one_grad(spec, how, a, bt, dy, how.table)
         db = np.swapaxes(_one_grad(spec, how, bt, a, np.swapaxes(dy, -1, -2), table), -1, -2)
-    return _sum_to(da, a.shape), _sum_to(db, b.shape)
+    return sum_to(da, a.shape), sum_to(db, b.shape)
 
 
 def _grad_operand(v: Array, how: _Accumulator, plain: bool) -> Array:
@@ -714,7 +714,7 @@ def mitchell_conv2d_grad(
             g = upper[piece].reshape(1, groups, w.shape[0] // groups, columns.shape[3])
             part, patches = _matmul_grads(spec, how, kernel, columns, g, mode)
             dw += part.reshape(w.shape)
-            dx[piece] = _uncolumns(
+            dx[piece] = col2im(
                 patches, (1, *x.shape[1:]), (w.shape[2], w.shape[3]), size, stride, padding, dilation
             ).astype(x.dtype)
         return dx, dw.astype(w.dtype)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .. import _tensors
 from .._tensors import AdamStep, EgStep, SgdStep
-from ..reference.optim import _mix64
+from ..reference.optim import mix64
 from . import _optim_kernels as kernels
 
 Array = NDArray[Any]
@@ -135,7 +135,7 @@ def _average(s: Array, p: Array, w: float) -> None:
 
 
 def _ema_random(s: Array, p: Array, w: float, seed: int, tensor: int) -> None:
-    key = _mix64(seed ^ _mix64(tensor))
+    key = mix64(seed ^ mix64(tensor))
     low, high = np.uint32(key & 0xFFFFFFFF), np.uint32(key >> 32)
     rounded, rest = _ends(_FLOAT32, w)
     how = kernels.COPY if w == 1.0 else kernels.NEAR if rounded < 0.5 else kernels.FAR

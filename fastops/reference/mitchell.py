@@ -244,7 +244,7 @@ def _integer_op(spec: OpSpec, dtype: np.dtype[Any], result: np.dtype[Any], a: Ar
     return np.asarray(product & (2**64 - 1)).astype(np.uint64).view(result)
 
 
-def _resolve(op: str, name: str, args: Sequence[Any], dtype: Any) -> tuple[np.dtype[Any], np.dtype[Any]]:
+def resolve(op: str, name: str, args: Sequence[Any], dtype: Any) -> tuple[np.dtype[Any], np.dtype[Any]]:
     """Dtypes of operands and result, found as NumPy finds a ufunc's loop: the first that takes the operands safely."""
     weak = [type(v) in (int, float) for v in args]
     dtypes = [np.asarray(v).dtype for v, w in zip(args, weak, strict=True) if not w]
@@ -262,7 +262,7 @@ def _resolve(op: str, name: str, args: Sequence[Any], dtype: Any) -> tuple[np.dt
 
 
 def _apply(op: str, name: str, spec: OpSpec, args: Sequence[Any], out: Any, where: Any, dtype: Any) -> Any:
-    operand, result = _resolve(op, name, args, dtype)
+    operand, result = resolve(op, name, args, dtype)
     arrays = [np.asarray(v).astype(operand) for v in args]
     mask = np.asarray(where, dtype=bool)
     if isinstance(out, tuple):
@@ -377,7 +377,7 @@ def lut_matmul(a: Array, b: Array, table: Array, *, out: Array) -> Array:
     return out
 
 
-def _columns(x: Array, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> tuple[Array, Pair]:
+def im2col(x: Array, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> tuple[Array, Pair]:
     """Patches of x as (N, groups, C / groups * KH * KW, OH * OW), and (OH, OW). Padding is zeros like any other."""
     padded = np.pad(x, ((0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2))
     extent = tuple((k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True))
@@ -387,10 +387,10 @@ def _columns(x: Array, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair
     return windows.transpose(0, 1, 4, 5, 2, 3).reshape(n, groups, c // groups * kh * kw, oh * ow), (oh, ow)
 
 
-def _uncolumns(
+def col2im(
     columns: Array, shape: tuple[int, ...], kernel: Pair, size: Pair, stride: Pair, padding: Pair, dilation: Pair
 ) -> Array:
-    """The adjoint of `_columns`: patches summed into an image of `shape`."""
+    """The adjoint of `im2col`: patches summed into an image of `shape`."""
     n, c, h, w = shape
     (kh, kw), (oh, ow) = kernel, size
     patches = columns.reshape(n, c, kh, kw, oh, ow)
@@ -418,7 +418,7 @@ def mitchell_conv2d(
     spec = multiplier.spec("mul")
     o, _, kh, kw = w.shape
     with np.errstate(all="ignore"):
-        columns, size = _columns(_matmul_operand(x, spec), (kh, kw), stride, padding, dilation, groups)
+        columns, size = im2col(_matmul_operand(x, spec), (kh, kw), stride, padding, dilation, groups)
         kernels = _matmul_operand(w, spec).reshape(groups, o // groups, columns.shape[2])
         return _store(_matmul(spec, x.dtype, kernels, columns).reshape(x.shape[0], o, *size), x.dtype, out)
 
@@ -429,7 +429,7 @@ def mitchell_conv2d(
 # operations themselves.
 
 
-def _sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
+def sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
     """The gradient of a broadcast operand: summed over the axes along which it was repeated."""
     gradient = gradient.sum(axis=tuple(range(gradient.ndim - len(shape))))
     return np.asarray(gradient.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1), keepdims=True).reshape(shape))
@@ -437,7 +437,7 @@ def _sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
 
 def _reduced(gradient: Array, operand: Array) -> Array:
     """The gradient with the operand's shape and dtype, summed in float64."""
-    return _sum_to(gradient.astype(np.float64), operand.shape).astype(operand.dtype)
+    return sum_to(gradient.astype(np.float64), operand.shape).astype(operand.dtype)
 
 
 def _mul_slope(spec: OpSpec, dtype: np.dtype[Any], a: Array, b: Array, dy: Array) -> Array:
@@ -514,9 +514,9 @@ def _matmul_grad(spec: OpSpec, dtype: np.dtype[Any], a: Array, b: Array, dy: Arr
     """Gradients of sum(dy * (a @ b)) in float64, of float64 operands."""
     at, bt = np.swapaxes(a, -1, -2), np.swapaxes(b, -1, -2)
     if mode == "ste":
-        return _sum_to(dy @ bt, a.shape), _sum_to(at @ dy, b.shape)
+        return sum_to(dy @ bt, a.shape), sum_to(at @ dy, b.shape)
     if mode == "mimic":
-        return _sum_to(_matmul(spec, dtype, dy, bt), a.shape), _sum_to(_matmul(spec, dtype, at, dy), b.shape)
+        return sum_to(_matmul(spec, dtype, dy, bt), a.shape), sum_to(_matmul(spec, dtype, at, dy), b.shape)
     batch, new = dy.shape[:-2], np.newaxis
 
     def along_a(n: slice) -> Array:
@@ -527,7 +527,7 @@ def _matmul_grad(spec: OpSpec, dtype: np.dtype[Any], a: Array, b: Array, dy: Arr
 
     da = _blocked_sum(along_a, -1, dy.shape[-1], batch + a.shape[-2:])
     db = _blocked_sum(along_b, -3, dy.shape[-2], batch + b.shape[-2:])
-    return _sum_to(da, a.shape), _sum_to(db, b.shape)
+    return sum_to(da, a.shape), sum_to(db, b.shape)
 
 
 def mitchell_matmul_grad(
@@ -560,7 +560,7 @@ def mitchell_conv2d_grad(
     with np.errstate(all="ignore"):
         image, kernels = (v.astype(np.float64) if mode == "ste" else _matmul_operand(v, spec) for v in (x, w))
         g = _matmul_operand(dy, spec) if mode == "mimic" else dy.astype(np.float64)
-        columns, size = _columns(image, (kh, kw), stride, padding, dilation, groups)
+        columns, size = im2col(image, (kh, kw), stride, padding, dilation, groups)
         dw, dcolumns = _matmul_grad(
             spec,
             x.dtype,
@@ -569,5 +569,5 @@ def mitchell_conv2d_grad(
             g.reshape(x.shape[0], groups, o // groups, columns.shape[3]),
             mode,
         )
-        dx = _uncolumns(dcolumns, x.shape, (kh, kw), size, stride, padding, dilation)
+        dx = col2im(dcolumns, x.shape, (kh, kw), size, stride, padding, dilation)
         return dx.astype(x.dtype), dw.reshape(w.shape).astype(w.dtype)

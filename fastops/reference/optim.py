@@ -32,7 +32,7 @@ Float = NDArray[np.float64]
 Tensors = Sequence[Any]
 
 
-# --- moving averages -----------------------------------------------------------------------------------------------------------
+# Moving averages.
 
 
 def ema_update(
@@ -68,7 +68,7 @@ def random_bits(seed: int, tensor: int, size: int) -> NDArray[np.uint32]:
     Elements e and e + 16 of a run of 32 take the halves of one 32-bit hash, which suits vectors of any width.
     """
     u = np.uint32
-    key = _mix64(seed ^ _mix64(tensor))
+    key = mix64(seed ^ mix64(tensor))
     e = np.arange(size, dtype=np.uint64)
     pair = (e >> np.uint64(5) << np.uint64(4)) | (e & np.uint64(15))
     with np.errstate(over="ignore"):
@@ -82,7 +82,7 @@ def random_bits(seed: int, tensor: int, size: int) -> NDArray[np.uint32]:
     return np.where(e & np.uint64(16), x >> u(16), x & u(0xFFFF)).astype(u)
 
 
-def _mix64(x: int) -> int:
+def mix64(x: int) -> int:
     """The finaliser of splitmix64 (Steele, Lea and Flood 2014)."""
     mask = 2**64 - 1
     x = (x + 0x9E3779B97F4A7C15) & mask
@@ -115,7 +115,7 @@ def all_finite(arrays: Tensors) -> bool:
         return all(bool(np.isfinite(a).all()) for a in checked)
 
 
-# --- steps ---------------------------------------------------------------------------------------------------------------------
+# Steps.
 
 
 def _wide(x: Array) -> Float:

@@ -51,7 +51,7 @@ typedef struct fastops_poll {
   void* context;
 } fastops_poll;
 
-/* ---- library ---- */
+/* Library. */
 FASTOPS_API int fastops_abi_version(void) FASTOPS_NOEXCEPT;
 /* Names of the levels compiled in, lowest first; null past the end. */
 FASTOPS_API const char* fastops_compiled_target(int index) FASTOPS_NOEXCEPT;
@@ -66,7 +66,7 @@ FASTOPS_API fastops_status fastops_set_num_threads(unsigned count) FASTOPS_NOEXC
 /* min(affinity mask, cgroup quota), at least 1. */
 FASTOPS_API unsigned fastops_default_num_threads(void) FASTOPS_NOEXCEPT;
 
-/* ---- Mitchell arithmetic ---- */
+/* Mitchell arithmetic. */
 typedef enum fastops_mitchell_op {
   FASTOPS_MUL = 0,
   FASTOPS_DIV = 1,
@@ -168,7 +168,7 @@ FASTOPS_API fastops_status fastops_mitchell_grad(const fastops_mitchell* m, fast
                                                  const void* b, const void* dy, void* da, void* db,
                                                  size_t n) FASTOPS_NOEXCEPT;
 
-/* ---- optimizer steps and moving averages over lists of tensors ---- */
+/* Optimizer steps and moving averages over lists of tensors. */
 #define FASTOPS_MAX_ROLES 16
 
 /* Shape and strides of a tensor that is not contiguous in all its roles. */
