@@ -3,6 +3,8 @@
 #ifndef FASTOPS_MITCHELL_MITCHELL_MATMUL_BODIES_H
 #define FASTOPS_MITCHELL_MITCHELL_MATMUL_BODIES_H
 
+#include <type_traits>
+
 #include "core/simd.h"
 #include "mitchell/mitchell_matmul.h"
 
@@ -21,14 +23,22 @@ template <> struct Number<float> {
   using Int = std::int32_t;
   using F = simd::f32;
   using I = simd::i32;
+  using U = simd::u32;
   static constexpr int kMantissa = 23;
 };
 template <> struct Number<double> {
   using Int = std::int64_t;
   using F = simd::f64;
   using I = simd::i64;
+  using U = simd::u64;
   static constexpr int kMantissa = 52;
 };
+
+// Sums of whole bit patterns wrap.
+template <class T> FASTOPS_INLINE typename Number<T>::I added(typename Number<T>::I a, typename Number<T>::I b) {
+  using U = typename Number<T>::U;
+  return bits<typename Number<T>::I>(bits<U>(a) + bits<U>(b));
+}
 
 template <class T> struct Bits : Number<T> {
   using Int = typename Number<T>::Int;
@@ -188,10 +198,10 @@ FASTOPS_INLINE void log_entry(typename Bits<T>::I u, typename Bits<T>::I c, type
   const I regular = (magnitude >= B::kSmallest) & (magnitude < B::kInfinity);
   const I m = (regular & u & B::kFraction) + c, s = u & ~B::kFraction;
   I move = select(m >= B::kSmallest, I{} + B::kSmallest, select(m < 0, I{} - B::kSmallest, I{}));
-  const I moved = (s + move) & B::kInfinity;
+  const I moved = (s + (regular & move)) & B::kInfinity;
   move = select(regular & ((moved == B::kInfinity) | (moved == 0)), I{}, move);
   *mantissa = m - move;
-  *scale = select(regular, s + move, u);
+  *scale = select(regular, s + (regular & move), u);
 }
 
 // b as bits; true where the short body cannot multiply it.
@@ -237,9 +247,9 @@ template <class T, int RowsOfPanel, int ColsOfPanel> struct AnyPairBody {
 // float of these bits.
 template <class T, int RowsOfPanel, int ColsOfPanel> struct SumBody {
   using Vector = typename Bits<T>::F;
-  using Row = typename Bits<T>::I;
+  using Row = typename Bits<T>::U;
   using Column = Row;
-  const typename Bits<T>::Int* a;
+  const std::make_unsigned_t<typename Bits<T>::Int>* a;
   const T* b;
   bool traces;
   FASTOPS_INLINE Row row(std::size_t k, int i) const { return splat<Row>(a[k * RowsOfPanel + i]); }
@@ -366,7 +376,9 @@ template <class T, int RowsOfPanel, int ColsOfPanel> struct SummedSegmentBody {
   FASTOPS_INLINE Column column(std::size_t k, int v) const {
     return bits<I>(load<Vector>(b + k * ColsOfPanel + v * Bits<T>::kWidth));
   }
-  FASTOPS_INLINE I sum(const Row& r, int v) const { return load<I>(r.sums + v * Bits<T>::kWidth) + r.mantissa; }
+  FASTOPS_INLINE I sum(const Row& r, int v) const {
+    return added<T>(load<I>(r.sums + v * Bits<T>::kWidth), r.mantissa);
+  }
   FASTOPS_INLINE Vector step(const Row& r, Column, int, int v, Vector acc) const {
     return simd::fma(bits<Vector>(sum(r, v)), r.scale, acc);
   }
@@ -377,7 +389,7 @@ struct AnySummedSegmentBody : SummedSegmentBody<T, RowsOfPanel, ColsOfPanel> {
   using Base = SummedSegmentBody<T, RowsOfPanel, ColsOfPanel>;
   using Vector = typename Base::Vector;
   FASTOPS_INLINE Vector step(const typename Base::Row& r, typename Base::Column c, int, int v, Vector acc) const {
-    return acc + any_term<T>(c, this->sum(r, v) - c, r.scale, -1);
+    return acc + any_term<T>(c, added<T>(this->sum(r, v), ~c) + 1, r.scale, -1);
   }
 };
 

@@ -195,7 +195,8 @@ unsigned char pack_a(const Product<T>& product, std::size_t row, std::size_t row
       if constexpr (kBody == TileBody::kLog) {
         const I u = bits<I>(x);
         extremes.add(u);
-        first[i] = bits<F>(select((u & B::kMagnitude) == 0, I{} + Traces<T>::kForA, cut<T>(u, keep) + offset));
+        first[i] =
+            bits<F>(select((u & B::kMagnitude) == 0, I{} + Traces<T>::kForA, added<T>(cut<T>(u, keep), I{} + offset)));
       } else if constexpr (kBody == TileBody::kSegments) {
         const I u = bits<I>(clean<T>(x, keep));
         extremes.add(u);
@@ -437,7 +438,8 @@ __attribute__((noinline)) void add_constants(const typename Bits<T>::Int* table,
   for (std::size_t k = 0; k < depth; ++k, to += 16 * cols)
     for (std::size_t j = 0; j < cols; j += Bits<T>::kWidth) {
       const I u = bits<I>(load<typename Bits<T>::F>(b + k * cols + j)), segment = (u >> (Bits<T>::kMantissa - 4)) & 15;
-      for (std::size_t s = 0; s < 16; ++s) store(to + s * cols + j, u + simd::lookup16(table + s * 16, segment));
+      for (std::size_t s = 0; s < 16; ++s)
+        store(to + s * cols + j, added<T>(u, simd::lookup16(table + s * 16, segment)));
     }
 }
 
@@ -460,9 +462,9 @@ __attribute__((noinline)) void multiply_panel(const Product<T>& product, const B
     const unsigned char* a = scratch + i * size_a * S::kBytesA;
     if constexpr (kBody == TileBody::kLog) {
       if (sums_suffice(flags_a[i], flags_b)) {
-        const SumBody<T, S::kRows, S::kCols> body{reinterpret_cast<const typename Bits<T>::Int*>(a),
-                                                  flags_b == kZeros ? static_cast<const T*>(made) : b,
-                                                  ((flags_a[i] | flags_b) & kZeros) != 0};
+        const SumBody<T, S::kRows, S::kCols> body{
+            reinterpret_cast<const std::make_unsigned_t<typename Bits<T>::Int>*>(a),
+            flags_b == kZeros ? static_cast<const T*>(made) : b, ((flags_a[i] | flags_b) & kZeros) != 0};
         tile_any_size<T, kBody>(body, target, c);
         continue;
       }
