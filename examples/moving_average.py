@@ -101,7 +101,7 @@ def train(epochs: int, rate: float, decay: float, seed: int) -> History:
     for _ in range(epochs):
         for batch in np.array_split(rng.permutation(len(images)), len(images) // BATCH):
             grads = gradients(params, images[batch], labels[batch])
-            fastops.sgd_step_(params, grads, momentum, lr=rate, momentum=0.9, ema=ema.shadows, ema_decay=ema.advance())
+            fastops.sgd_step_(params, grads, momentum, lr=rate, momentum=0.9, ema=ema)
         history.raw.append(accuracy(params, test_images, test_labels))
         with ema.average_parameters():
             history.average.append(accuracy(params, test_images, test_labels))

@@ -416,7 +416,6 @@ class Rows(NamedTuple):
     exp_avg: list[AnyArray]
     exp_avg_sq: list[AnyArray]
     rows: list[AnyArray] | None = None
-    live: list[AnyArray] | None = None  # a flag for each row of the tables, set for `rows`
 
 
 @contextlib.contextmanager
@@ -435,20 +434,19 @@ def prepared_rows(params: object, grads: object, exp_avg: object, exp_avg_sq: ob
             yield Rows(p, g, m, v)
         else:
             p, m, v = check(states, lists)
-            g, index, live = _check_rows(gradient, p, gradients, as_list("rows", rows))
+            g, index = _check_rows(gradient, p, gradients, as_list("rows", rows))
             refuse_overlap([*states, gradient], [p, m, v, g])
-            yield Rows(p, g, m, v, index, live)
+            yield Rows(p, g, m, v, index)
         bump_versions(item for items in lists for item in items)
 
 
 def _check_rows(
     gradient: Role, p: list[AnyArray], gradients: list[Any], rows: list[Any]
-) -> tuple[list[AnyArray], list[AnyArray], list[AnyArray]]:
+) -> tuple[list[AnyArray], list[AnyArray]]:
     for name, items in (("rows", rows), ("grads", gradients)):
         if len(items) != len(p):
             raise _validate.wrong_value(name, f"a list of {len(p)} arrays, as many as params", Text(str(len(items))))
     chosen: list[AnyArray] = []
-    live: list[AnyArray] = []
     checked: list[AnyArray] = []
     for i, table in enumerate(p):
         _want_rows(table, i)
@@ -472,16 +470,21 @@ def _check_rows(
                     f"rows[{i}]", f"of indices in [0, {len(table)})", Text(f"indices from {low} to {high}")
                 )
         index = index.astype(np.int64)
-        seen = np.zeros(len(table), bool)
-        seen[index] = True
-        if np.count_nonzero(seen) != len(index):
+        if not _are_distinct(index):
             raise _validate.wrong_value(
                 f"rows[{i}]", "of distinct indices (add up their gradients)", Text("repeated ones")
             )
         chosen.append(index)
-        live.append(seen)
         checked.append(g)
-    return checked, chosen, live
+    return checked, chosen
+
+
+def _are_distinct(index: AnyArray) -> bool:
+    """Whether no two are equal; those that rise, as most do, are not sorted again."""
+    if bool((index[1:] > index[:-1]).all()):
+        return True
+    ordered = np.sort(index)
+    return bool((ordered[1:] > ordered[:-1]).all())
 
 
 def _extremes(index: AnyArray) -> tuple[int, int]:

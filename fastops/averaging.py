@@ -386,13 +386,14 @@ class EMA:
         return decays
 
     def advance(self) -> float:
-        """Count a step whose update a fused optimizer step makes, and give the decay for it.
+        """Count a step whose update is made elsewhere from `shadows`, and give the decay for it.
+
+        An optimizer step takes the EMA itself (``ema=ema``), and counts only when it has succeeded.
 
         Returns
         -------
         float
-            The `ema_decay` to pass on together with ``ema=ema.shadows``: 1, which changes nothing, between the steps of
-            `update_every`.
+            1, which changes nothing, between the steps of `update_every`.
 
         Raises
         ------
@@ -407,23 +408,43 @@ class EMA:
         >>> import fastops
         >>> p, g, m = [np.ones(2)], [np.full(2, 0.5)], [np.zeros(2)]
         >>> ema = fastops.EMA(p, decay=0.5)
-        >>> fastops.sgd_step_(p, g, m, lr=1.0, momentum=0.9, ema=ema.shadows, ema_decay=ema.advance())
+        >>> fastops.sgd_step_(p, g, m, lr=1.0, momentum=0.9)
+        >>> fastops.ema_update_(ema.shadows, p, ema.advance())
         >>> p[0], ema.shadows[0]
         (array([0.5, 0.5]), array([0.75, 0.75]))
         """
         with self._alone:
-            self._want_restored("advance")
-            if self._several:
-                raise _validate.wrong_value("decay", "one number for advance", Text("a sequence"))
-            if self._skips:
-                raise _validate.wrong_value("nonfinite", "'propagate' for advance", "skip")
-            if self._buffers:
-                raise _validate.wrong_value("buffers", "'skip' for advance", self._entries[self._buffers[0]].kind)
-            step = self._progress.step + 1
-            if step % self._schedule.every:
-                self._progress = self._progress._replace(step=step)
-                return 1.0
-            return self._count(step)[0]
+            return self._advance("advance")
+
+    def _advance(self, call: str) -> float:
+        self._want_restored(call)
+        if self._several:
+            raise _validate.wrong_value(
+                "ema", f"of one profile for {call} (else call update after the step)", Text("several")
+            )
+        if self._skips:
+            raise _validate.wrong_value(
+                "nonfinite", f"'propagate' for {call} (else call update after the step)", "skip"
+            )
+        if self._buffers:
+            kind = self._entries[self._buffers[0]].kind
+            raise _validate.wrong_value("buffers", f"'skip' for {call} (else call update after the step)", kind)
+        step = self._progress.step + 1
+        if step % self._schedule.every:
+            self._progress = self._progress._replace(step=step)
+            return 1.0
+        return self._count(step)[0]
+
+    @contextlib.contextmanager
+    def _fused(self) -> Iterator[tuple[Any, float]]:
+        """The shadows and their decay for an optimizer step, which counts where it comes to its end."""
+        with self._alone:
+            before = self._progress
+            try:
+                yield self._sets[0], self._advance("a fused step")
+            except BaseException:
+                self._progress = before
+                raise
 
     @contextlib.contextmanager
     def average_parameters(self, profile: int = 0) -> Iterator[None]:

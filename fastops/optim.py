@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from . import _validate
 from ._backend import backend as _backend
 from ._tensors import AdamStep, EgStep, SgdStep, TensorList, as_list
 from ._validate import AnyArray, Text
+
+if TYPE_CHECKING:
+    from .averaging import EMA
 
 __all__ = [
     "adamw_step_",
@@ -111,12 +115,22 @@ def _seed(rounding: str, seed: int | None) -> int | None:
     return _validate.integer("seed", seed, 0, 2**64 - 1)
 
 
-def _ema_weight(ema: object, ema_decay: object) -> float:
-    """1 - ema_decay; 0, which is never used, where there are no shadows."""
+@contextlib.contextmanager
+def _average(ema: Any, ema_decay: object, moves: bool = True) -> Iterator[tuple[Tensors | None, float]]:
+    """The shadows of a step and 1 - their decay; an `EMA` counts the step where it succeeds."""
+    if hasattr(ema, "_fused"):
+        if ema_decay is not None:
+            raise _validate.wrong_value("ema_decay", "None with an EMA, which has its own", ema_decay)
+        if not moves:
+            yield None, 0.0
+            return
+        with ema._fused() as (shadows, decay):
+            yield shadows, 1.0 - decay
+        return
     if (ema is None) != (ema_decay is None):
-        missing = "ema_decay" if ema_decay is None else "ema"
-        raise _validate.wrong_value(missing, "given where the other of ema and ema_decay is", None)
-    return 0.0 if ema is None else 1.0 - _validate.number("ema_decay", ema_decay, 0.0, 1.0)
+        missing, other = ("ema_decay", "ema") if ema_decay is None else ("ema", "ema_decay")
+        raise _validate.wrong_value(missing, f"given with {other}, or an EMA as ema", None)
+    yield ema, 0.0 if ema is None else 1.0 - _validate.number("ema_decay", ema_decay, 0.0, 1.0)
 
 
 def sgd_step_(
@@ -130,7 +144,7 @@ def sgd_step_(
     nesterov: bool = False,
     weight_decay: float = 0.0,
     accumulate: tuple[int, int] | None = None,
-    ema: Tensors | None = None,
+    ema: Tensors | EMA | None = None,
     ema_decay: float | None = None,
     zero_grad: bool = False,
 ) -> None:
@@ -154,17 +168,18 @@ def sgd_step_(
     dampening : float
         In [0, 1]; the form m = b m + (1 - b) g has dampening = momentum = b.
     nesterov : bool
-        Step along g + momentum m. Needs buffers, and dampening 0 as in torch.
+        Step along g + momentum m. Needs buffers, dampening 0 as in torch, and no `accumulate`.
     weight_decay : float
         L2 penalty, >= 0.
     accumulate : (i, k), optional
-        Call number i (from 0) of groups of k whose gradients are averaged within the momentum, without another buffer:
+        Call number i, counted on or from 0 in each group, of groups of k whose gradients are averaged within the momentum, without another buffer:
         m = (momentum where k divides i, else 1) m + (1 - dampening) / k g, and the parameters move where k divides i + 1.
         Equal to a step on the mean of the k gradients.
-    ema : list of arrays, optional
-        Shadows of the parameters' dtypes; they follow the new parameters by `ema_decay` whenever these move.
+    ema : EMA or list of arrays, optional
+        Shadows of the parameters' dtypes; they follow the new parameters whenever these move. An `EMA` of one profile that
+        follows exactly `params` brings its own decay, and counts the step when it has succeeded and the parameters moved.
     ema_decay : float, optional
-        In [0, 1], given with `ema`.
+        In [0, 1], given with a list as `ema`.
     zero_grad : bool
         Set the gradients to zero in the same pass.
 
@@ -204,9 +219,9 @@ def sgd_step_(
     if accumulate is not None:
         i, k = _accumulate(accumulate)
         keep, gain, moves = momentum if i % k == 0 else 1.0, gain / k, (i + 1) % k == 0
-    weight = _ema_weight(ema, ema_decay)
-    step = SgdStep(lr, momentum, keep, gain, weight_decay, nesterov, moves, weight, zero_grad)
-    _backend.sgd_step(params, grads, momentum_buffers, ema, step)
+    with _average(ema, ema_decay, moves) as (shadows, weight):
+        step = SgdStep(lr, momentum, keep, gain, weight_decay, nesterov, moves, weight, zero_grad)
+        _backend.sgd_step(params, grads, momentum_buffers, shadows, step)
 
 
 def _accumulate(value: object) -> tuple[int, int]:
@@ -221,7 +236,6 @@ def _adam_step(
     eps: float,
     weight_decay: float,
     decoupled: bool,
-    ema_weight: float = 0.0,
     zero_grad: bool = False,
 ) -> AdamStep:
     step = _validate.integer("step", step, 1)
@@ -242,7 +256,7 @@ def _adam_step(
         step_size=lr / (1.0 - beta1**step),
         scale=1.0 / math.sqrt(1.0 - beta2**step),
         eps=eps,
-        ema_weight=ema_weight,
+        ema_weight=0.0,
         zero_grad=zero_grad,
     )
 
@@ -259,7 +273,7 @@ def adamw_step_(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     decoupled: bool = True,
-    ema: Tensors | None = None,
+    ema: Tensors | EMA | None = None,
     ema_decay: float | None = None,
     zero_grad: bool = False,
 ) -> None:
@@ -287,13 +301,14 @@ def adamw_step_(
     eps : float
         Added to the root, >= 0.
     weight_decay : float
-        >= 0.
+        >= 0; torch's default is 0.01.
     decoupled : bool
         False adds the weight decay to the gradient (Adam with an L2 penalty).
-    ema : list of arrays, optional
-        Shadows of the parameters' dtypes, which follow the new parameters by `ema_decay`.
+    ema : EMA or list of arrays, optional
+        Shadows of the parameters' dtypes, which follow the new parameters. An `EMA` of one profile that follows exactly
+        `params` brings its own decay, and counts the step when it has succeeded.
     ema_decay : float, optional
-        In [0, 1], given with `ema`.
+        In [0, 1], given with a list as `ema`.
     zero_grad : bool
         Set the gradients to zero in the same pass.
 
@@ -319,9 +334,9 @@ def adamw_step_(
     >>> p[0].round(10)
     array([0.989])
     """
-    weight = _ema_weight(ema, ema_decay)
-    numbers = _adam_step(step, lr, betas, eps, weight_decay, decoupled, weight, zero_grad)
-    _backend.adamw_step(params, grads, exp_avg, exp_avg_sq, ema, numbers)
+    numbers = _adam_step(step, lr, betas, eps, weight_decay, decoupled, zero_grad=zero_grad)
+    with _average(ema, ema_decay) as (shadows, weight):
+        _backend.adamw_step(params, grads, exp_avg, exp_avg_sq, shadows, numbers._replace(ema_weight=weight))
 
 
 def lookahead_sync_(slow: Tensors, fast: Tensors, alpha: float = 0.5) -> None:
@@ -415,7 +430,10 @@ def lazy_adamw_rows_(
 
     Notes
     -----
-    28 bytes of traffic for each element of a live row, and a flag a row while `rows` is checked.
+    28 bytes of traffic for each element of a live row; with ``state="decay"`` also a pass over both moments, 16 bytes an
+    element. Some 0.1 ms of checks a call: for tables of few or narrow rows a dense `adamw_step_` is faster.
+    Gradients of equal rows are added up first: of torch, ``g = p.grad.coalesce()`` has ``g.indices()[0]`` and ``g.values()``;
+    in NumPy sort the rows and use ``numpy.add.reduceat``.
     Su Jianlin, keras_lazyoptimizer.
 
     Examples

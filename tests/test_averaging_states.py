@@ -304,7 +304,7 @@ def test_pickle_alone_and_with_its_model() -> None:
 # Fused steps.
 
 
-def test_advance_makes_a_fused_step_equal_to_two_calls() -> None:
+def test_a_fused_step_equals_two_calls() -> None:
     rng = np.random.default_rng(2)
     start = [rng.standard_normal(shape).astype(np.float32) for shape in ((5, 3), (4,))]
     fused, apart = [p.copy() for p in start], [p.copy() for p in start]
@@ -313,7 +313,7 @@ def test_advance_makes_a_fused_step_equal_to_two_calls() -> None:
     m1, m2 = [np.zeros_like(p) for p in start], [np.zeros_like(p) for p in start]
     for _ in range(5):
         grads = [rng.standard_normal(p.shape).astype(np.float32) for p in start]
-        fastops.sgd_step_(fused, grads, m1, lr=0.1, momentum=0.9, ema=one.shadows, ema_decay=one.advance())
+        fastops.sgd_step_(fused, grads, m1, lr=0.1, momentum=0.9, ema=one)
         fastops.sgd_step_(apart, grads, m2, lr=0.1, momentum=0.9)
         two.update()
     for got, want in zip(one.shadows, two.shadows, strict=True):
@@ -325,16 +325,42 @@ def test_advance_makes_a_fused_step_equal_to_two_calls() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"decay": (0.9, 0.99)}, "decay must be one number for advance"),
-        ({"nonfinite": "skip"}, "nonfinite must be 'propagate' for advance"),
-        ({"buffers": "copy"}, "buffers must be 'skip' for advance, got 'copy'"),
+        ({"decay": (0.9, 0.99)}, "ema must be of one profile for {}"),
+        ({"nonfinite": "skip"}, "nonfinite must be 'propagate' for {}"),
+        ({"buffers": "copy"}, "buffers must be 'skip' for {}"),
     ],
 )
-def test_advance_refuses_what_a_fused_step_cannot_do(options: dict[str, Any], text: str) -> None:
-    ema = EMA([np.zeros(2), *([np.array(1)] * ("buffers" in options))], **options)
-    with pytest.raises(ValueError, match=text):
+def test_a_fused_step_refuses_what_it_cannot_do(options: dict[str, Any], text: str) -> None:
+    p = np.zeros(2)
+    ema = EMA([p, *([np.array(1)] * ("buffers" in options))], **options)
+    with pytest.raises(ValueError, match=text.format("advance")):
         ema.advance()
+    with pytest.raises(ValueError, match=text.format("a fused step")):
+        fastops.sgd_step_([p], [np.ones(2)], None, lr=0.1, ema=ema)
     assert ema.step == 0
+    assert p.tolist() == [0.0, 0.0]
+
+
+def test_a_fused_step_that_is_refused_does_not_count() -> None:
+    p = np.zeros(2)
+    ema = EMA([p], "equal")
+    with pytest.raises(ValueError, match=r"grads\[0\] must be of shape"):
+        fastops.sgd_step_([p], [np.ones(3)], None, lr=1.0, ema=ema)
+    assert (ema.step, ema.updates) == (0, 0)
+    fastops.sgd_step_([p], [np.ones(2)], None, lr=1.0, ema=ema)
+    assert ema.shadows[0].tolist() == [-1.0, -1.0]
+    with pytest.raises(ValueError, match="ema_decay must be None with an EMA"):
+        fastops.sgd_step_([p], [np.ones(2)], None, lr=1.0, ema=ema, ema_decay=0.5)
+
+
+def test_an_accumulating_step_counts_where_the_parameters_move() -> None:
+    p, g, m = [np.zeros(2)], [np.ones(2)], [np.zeros(2)]
+    ema = EMA(p, 0.5)
+    for i in range(8):
+        fastops.sgd_step_(p, g, m, lr=1.0, accumulate=(i, 4), ema=ema)
+        assert ema.updates == (i + 1) // 4
+    assert p[0].tolist() == [-2.0, -2.0]
+    assert ema.shadows[0].tolist() == [-1.25, -1.25]
 
 
 # Threads and failures.

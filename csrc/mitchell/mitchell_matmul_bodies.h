@@ -54,7 +54,7 @@ template <class T> struct Bits : Number<T> {
   static constexpr Int kLarge = kOne + (kInfinity >> kMantissa >> 2) * kSmallest - 2 * kSmallest;
 };
 
-// ---- what packing makes of the values ----
+// What packing makes of the values.
 
 // Subnormals become zero, mantissas are cut; a nan keeps all its bits.
 template <class T> FASTOPS_INLINE typename Bits<T>::F clean(typename Bits<T>::F x, typename Bits<T>::Int keep) {
@@ -215,7 +215,7 @@ FASTOPS_INLINE typename Bits<T>::I log_b(typename Bits<T>::F x, typename Bits<T>
   return (magnitude >= B::kLarge) | ((magnitude < 2 * B::kSmallest) & (magnitude != 0));
 }
 
-// ---- tile bodies ----
+// Tile bodies.
 
 template <class T, int RowsOfPanel, int ColsOfPanel> struct ExactBody {
   using Vector = typename Bits<T>::F;

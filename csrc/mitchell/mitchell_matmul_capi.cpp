@@ -257,7 +257,7 @@ fastops_status multiply_batch(const Product<T>& p, std::size_t batch, const Poin
   return FASTOPS_OK;
 }
 
-// ---- from a multiplier to a product ----
+// From a multiplier to a product.
 
 template <class T>
 const MitchellConstants<typename IntegerOf<T>::type>& constants(const fastops_mitchell* m,
@@ -389,7 +389,7 @@ fastops_status matmul_grad(const fastops_mitchell* m, fastops_gradient mode, fas
 
 fastops_matrix transpose(const fastops_matrix& x) noexcept { return {x.cols, x.rows, x.col_stride, x.row_stride}; }
 
-// ---- convolution ----
+// Convolution.
 
 Patches patches_of(const fastops_conv2d& s) noexcept {
   Patches p{};
@@ -617,7 +617,7 @@ fastops_status conv2d_grad_x(const fastops_mitchell* m, fastops_gradient mode, f
   return parallel_run(images * ranges, body, work, poll, workers);
 }
 
-// ---- tables ----
+// Tables.
 
 const LutKernels& lut_kernels() noexcept {
   static const LutKernels* const kTable[] = {

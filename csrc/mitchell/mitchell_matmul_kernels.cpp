@@ -12,7 +12,7 @@ namespace {
 
 using namespace matmul;
 
-// ---- tile sizes ----
+// Tile sizes.
 #if defined(FASTOPS_AVX512)
 constexpr bool kSumsSegments = false;
 #else
@@ -56,7 +56,7 @@ template <class T, TileBody kBody> struct Tile {
   static constexpr std::size_t kScratch = kPanels + kLogPanels + kMade * kCols * kDepth * sizeof(T) + kBlock;
 };
 
-// ---- packing ----
+// Packing.
 
 // Rows vectors, turned: lane l of all goes to to + l stride.
 template <int Rows, class V, class E>
@@ -278,7 +278,7 @@ __attribute__((noinline)) void pack_log(const Product<T>& product, std::size_t r
   }
 }
 
-// ---- the product over a range ----
+// The product over a range.
 
 struct TileTarget {
   std::size_t steps;

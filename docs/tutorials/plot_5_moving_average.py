@@ -76,14 +76,14 @@ for sigma in (0.05, 0.1, 0.15, 0.2):
 print(f"raw weights: distance {distance(weights):.4f}")
 
 # %%
-# The optimizer can move the average itself. `advance` counts the step and says with which decay.
+# The optimizer can move the average itself, in its own pass; the EMA counts the step when it has succeeded.
 
 m = np.zeros(32)
 weights[:] = 0
 ema = fastops.EMA([weights], 0.99, warmup="timm")
 for _ in range(200):
     g = gradient(weights)
-    fastops.sgd_step_([weights], [g], [m], lr=0.01, momentum=0.9, ema=ema.shadows, ema_decay=ema.advance())
+    fastops.sgd_step_([weights], [g], [m], lr=0.01, momentum=0.9, ema=ema)
 print(f"weights {distance(weights):.3f}, average {distance(ema.shadows[0]):.3f}")
 
 # %%

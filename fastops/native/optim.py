@@ -123,7 +123,10 @@ def lazy_adamw_rows(
     `decays`: the moments of the other rows decay as under a gradient of zero.
     """
     with _tensors.prepared_rows(params, grads, exp_avg, exp_avg_sq, rows) as lists:
-        live = lists.live if decays else None
+        # A flag for each row of a table.
+        live = None if lists.rows is None or not decays else [np.zeros(len(table), bool) for table in lists.params]
+        for flags, index in zip(live or (), lists.rows or (), strict=False):
+            flags[index] = True
         with (
             _contiguous(lists.params, True) as p,
             _contiguous(lists.grads, False) as g,
