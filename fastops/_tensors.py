@@ -20,7 +20,6 @@ from ._validate import AnyArray, Text
 WIDE_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 _WIDE = "float32 or float64"
 # Of NumPy's arrays.
-_MAX_DIMENSIONS = 64
 _HOST_ARRAY = "an array in host memory (numpy, torch, the buffer protocol or DLPack)"
 
 

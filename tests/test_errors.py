@@ -322,8 +322,8 @@ CASES: dict[str, Wrong] = {
     "sgd accumulate three": Wrong(_sgd(accumulate=(1, 2, 3)), TypeError, "accumulate", "a pair", "(1, 2, 3)"),
     "sgd accumulate k": Wrong(_sgd(accumulate=(0, 0)), ValueError, "accumulate[1]", ">= 1", "0"),
     "sgd accumulate i": Wrong(_sgd(accumulate=(-1, 2)), ValueError, "accumulate[0]", ">= 0", "-1"),
-    "sgd ema alone": Wrong(_sgd(ema=_lists(1)[0]), ValueError, "ema_decay", "given where the other", "None"),
-    "sgd ema_decay alone": Wrong(_sgd(ema_decay=0.9), ValueError, "ema", "given where the other", "None"),
+    "sgd ema alone": Wrong(_sgd(ema=_lists(1)[0]), ValueError, "ema_decay", "given with ema", "None"),
+    "sgd ema_decay alone": Wrong(_sgd(ema_decay=0.9), ValueError, "ema", "given with ema_decay", "None"),
     "sgd ema dtype": Wrong(
         _sgd(ema=[x.astype(np.float64) for x in _lists(1)[0]], ema_decay=0.9), TypeError, "ema[0]", "float32", "float64"
     ),

@@ -114,7 +114,7 @@ class TestTorch:
             shadow = torch.zeros(count)
             plain = torch.ones(count)
             for written, read in ((shadow, param), (param, plain)):
-                with pytest.raises(TypeError, match="a lazy negative"):
+                with pytest.raises(TypeError, match="a tensor that NumPy can share"):
                     fastops.ema_update_(wrap([written]), wrap([read]), 0.5)
             assert (shadow == 0.0).all()
             assert (param == -1.0).all()
@@ -128,7 +128,7 @@ class TestTorch:
     def test_layouts_and_dtypes_that_numpy_lacks(self, wrap: Any) -> None:
         torch = pytest.importorskip("torch")
         for odd in (torch.ones(4).to_sparse(), torch.zeros(4, dtype=torch.float8_e4m3fn)):
-            with pytest.raises(TypeError, match=r"\[0\] must be a tensor whose memory NumPy can share"):
+            with pytest.raises(TypeError, match=r"\[0\] must be a (dense tensor|tensor that NumPy can share)"):
                 fastops.ema_update_(wrap([torch.zeros(4)]), wrap([odd]), 0.5)
 
 

@@ -201,7 +201,8 @@ typedef struct fastops_sgd {
   double lr, momentum, keep, gain, weight_decay, ema_weight;
   int32_t nesterov, moves, zero_grad, has_momentum, has_ema;
 } fastops_sgd;
-FASTOPS_API fastops_status fastops_sgd_step(const fastops_tensor_list* tensors, const fastops_sgd* step) FASTOPS_NOEXCEPT;
+FASTOPS_API fastops_status fastops_sgd_step(const fastops_tensor_list* tensors,
+                                            const fastops_sgd* step) FASTOPS_NOEXCEPT;
 
 /* p *= decay; m += w1 (g - m), v = beta2 v + w2 g^2 with g += l2 p; p -= step_size m / (sqrt(v) scale + eps). Roles: p,
    g, m, v, then the shadow where there is one; dtypes as fastops_sgd_step. */
