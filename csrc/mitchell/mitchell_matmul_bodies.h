@@ -291,7 +291,7 @@ template <class T, int RowsOfPanel, int ColsOfPanel> struct LogBody {
     return bits<I>(load<Vector>(b + k * ColsOfPanel + v * Bits<T>::kWidth));
   }
   FASTOPS_INLINE Vector step(const Row& r, Column c, int, int, Vector acc) const {
-    return simd::fma(bits<Vector>(c + r.mantissa), r.scale, acc);
+    return simd::fma(bits<Vector>(added<T>(c, r.mantissa)), r.scale, acc);
   }
 };
 
@@ -312,7 +312,7 @@ FASTOPS_INLINE typename Bits<T>::F any_term(typename Bits<T>::I b, typename Bits
   const auto tiny = magnitude < B::kSmallest + kMove;
   const I move = select(huge, I{} - kMove, select(tiny, I{} + kMove, I{}));
   const F factor = select(huge, F{} + T(16), select(tiny, F{} + T(0.0625), F{} + T(1)));
-  I t = (b + move + mantissa) & mask;
+  I t = added<T>(added<T>(b, move), mantissa) & mask;
   t = select(special, b, select(magnitude < B::kSmallest, b & B::kSign, t));
   return bits<F>(t) * unit * (scale * factor);
 }
@@ -348,7 +348,7 @@ template <class T, int RowsOfPanel, int ColsOfPanel> struct SegmentBody {
     return {u, (u >> (Bits<T>::kMantissa - 4)) & 15};
   }
   FASTOPS_INLINE Vector step(const Row& r, const Column& c, int, int, Vector acc) const {
-    return simd::fma(bits<Vector>(c.bits + simd::lookup16(r.mantissas, c.segment)), r.scale, acc);
+    return simd::fma(bits<Vector>(added<T>(c.bits, simd::lookup16(r.mantissas, c.segment))), r.scale, acc);
   }
 };
 
@@ -389,7 +389,7 @@ struct AnySummedSegmentBody : SummedSegmentBody<T, RowsOfPanel, ColsOfPanel> {
   using Base = SummedSegmentBody<T, RowsOfPanel, ColsOfPanel>;
   using Vector = typename Base::Vector;
   FASTOPS_INLINE Vector step(const typename Base::Row& r, typename Base::Column c, int, int v, Vector acc) const {
-    return acc + any_term<T>(c, added<T>(this->sum(r, v), ~c) + 1, r.scale, -1);
+    return acc + any_term<T>(c, added<T>(added<T>(this->sum(r, v), ~c), typename Base::I{} + 1), r.scale, -1);
   }
 };
 
@@ -418,7 +418,7 @@ template <class T, int RowsOfPanel, int ColsOfPanel> struct SlopeBody {
   }
   FASTOPS_INLINE I mantissa(int i, int v) const { return load<I>(mantissas + i * ColsOfPanel + v * Bits<T>::kWidth); }
   FASTOPS_INLINE Vector step(Row r, Column c, int i, int v, Vector acc) const {
-    return simd::fma(bits<Vector>((c + mantissa(i, v)) & ~Bits<T>::kFraction), r, acc);
+    return simd::fma(bits<Vector>(added<T>(c, mantissa(i, v)) & ~Bits<T>::kFraction), r, acc);
   }
 };
 
@@ -463,7 +463,7 @@ template <class T, int RowsOfPanel, int ColsOfPanel> struct SlopeABody {
   }
   FASTOPS_INLINE I mantissa(int i, int v) const { return load<I>(mantissas + i * ColsOfPanel + v * Bits<T>::kWidth); }
   FASTOPS_INLINE Vector step(Row r, Column c, int i, int v, Vector acc) const {
-    return simd::fma(bits<Vector>((r + mantissa(i, v)) & ~Bits<T>::kFraction), c, acc);
+    return simd::fma(bits<Vector>(added<T>(r, mantissa(i, v)) & ~Bits<T>::kFraction), c, acc);
   }
 };
 
