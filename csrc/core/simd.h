@@ -123,9 +123,12 @@ template <class V, class T> FASTOPS_INLINE V load_first(const T* p, std::size_t 
     return select(mask, (V)_mm256_maskload_epi64((const long long*)p, (__m256i)mask), splat<V>(fill));
   }
 #endif
+  // One by one: a copy of n bytes makes the compiler warn of an n beyond the lanes.
   alignas(sizeof(V)) T t[kLanes<V>];
-  for (std::size_t i = 0; i < kLanes<V>; ++i) t[i] = fill;
-  std::memcpy(t, p, n * sizeof(T));
+  for (std::size_t i = 0; i < kLanes<V>; ++i) {
+    t[i] = fill;
+    if (i < n) std::memcpy(&t[i], p + i, sizeof(T));
+  }
   return load<V>(t);
 }
 template <class V, class T> FASTOPS_INLINE void store_first(T* p, V v, std::size_t n) {
