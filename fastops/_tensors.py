@@ -480,10 +480,12 @@ def _check_rows(
 
 def _are_distinct(index: AnyArray) -> bool:
     """Whether no two are equal; those that rise, as most do, are not sorted again."""
-    if bool((index[1:] > index[:-1]).all()):
-        return True
-    ordered = np.sort(index)
-    return bool((ordered[1:] > ordered[:-1]).all())
+    return _rises(index) or _rises(np.sort(index))
+
+
+def _rises(index: AnyArray) -> bool:
+    # Not all(): NumPy's reductions lose the MemoryError of their buffers.
+    return np.count_nonzero(index[1:] > index[:-1]) == max(len(index) - 1, 0)
 
 
 def _extremes(index: AnyArray) -> tuple[int, int]:
