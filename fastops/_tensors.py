@@ -485,7 +485,7 @@ def _are_distinct(index: AnyArray) -> bool:
 
 def _rises(index: AnyArray) -> bool:
     # Not all(): NumPy's reductions lose the MemoryError of their buffers.
-    return np.count_nonzero(index[1:] > index[:-1]) == max(len(index) - 1, 0)
+    return bool(np.count_nonzero(index[1:] > index[:-1]) == max(len(index) - 1, 0))
 
 
 def _extremes(index: AnyArray) -> tuple[int, int]:
