@@ -311,7 +311,7 @@ FASTOPS_INLINE i32 lookup16(const std::int32_t* table, i32 index) {
   const __m256i high = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i*)(table + 8)), (__m256i)index);
   return select(index > 7, (i32)high, (i32)low);
 #else
-  i32 r;
+  i32 r{};
   for (std::size_t i = 0; i < kLanes<i32>; ++i) r[i] = table[index[i]];
   return r;
 #endif
@@ -324,7 +324,7 @@ FASTOPS_INLINE i32 gather(const std::int32_t* table, i32 index) {
 #elif defined(FASTOPS_AVX2)
   return (i32)_mm256_i32gather_epi32(table, (__m256i)index, 4);
 #else
-  i32 r;
+  i32 r{};
   for (std::size_t i = 0; i < kLanes<i32>; ++i) r[i] = table[index[i]];
   return r;
 #endif
@@ -335,7 +335,7 @@ FASTOPS_INLINE i64 gather(const std::int64_t* table, i64 index) {
 #elif defined(FASTOPS_AVX2)
   return (i64)_mm256_i64gather_epi64(reinterpret_cast<const long long*>(table), (__m256i)index, 8);
 #else
-  i64 r;
+  i64 r{};
   for (std::size_t i = 0; i < kLanes<i64>; ++i) r[i] = table[index[i]];
   return r;
 #endif
