@@ -5,6 +5,7 @@
 #include <cstring>
 #include <string>
 
+#include "attention/attention_bind.h"
 #include "core/cpuid.h"
 #include "fastops/fastops.h"
 #include "mitchell/mitchell_bind.h"
@@ -73,4 +74,5 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("cpu_info", &cpu_info);
   fastops::bind_mitchell(m);
   fastops::bind_optim(m);
+  fastops::bind_attention(m);
 }

@@ -335,6 +335,8 @@ unsigned worker_count() noexcept {
   return count;
 }
 
+bool interrupted(fastops_poll poll) noexcept { return Poller(poll).interrupted(); }
+
 fastops_status parallel_run(std::size_t blocks, Body body, void* context, double work_ns, fastops_poll poll,
                             unsigned limit) noexcept {
   if (blocks == 0) return FASTOPS_OK;

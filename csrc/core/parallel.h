@@ -24,6 +24,9 @@ using Body = void (*)(void* context, std::size_t block, unsigned worker) noexcep
 fastops_status parallel_run(std::size_t blocks, Body body, void* context, double work_ns, fastops_poll poll,
                             unsigned limit = kMaxThreads) noexcept;
 
+// For bodies that take long: asks the poll, at the same rate, from worker 0's body; true once the work is to end.
+bool interrupted(fastops_poll poll) noexcept;
+
 // How many distinct `worker` values a parallel_run begun now could use (>= 1).
 unsigned worker_count() noexcept;
 

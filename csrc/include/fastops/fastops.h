@@ -239,6 +239,70 @@ FASTOPS_API fastops_status fastops_adaptive_eg_step(const fastops_tensor_list* t
 /* *answer = 1 where no element of any tensor is infinite or nan. One role, F16 .. F64. */
 FASTOPS_API fastops_status fastops_all_finite(const fastops_tensor_list* tensors, int* answer) FASTOPS_NOEXCEPT;
 
+/* Attention. */
+typedef enum fastops_feature_map {
+  FASTOPS_MAP_ELU = 0,      /* elu(x) + 1 */
+  FASTOPS_MAP_RELU = 1,     /* max(x, 0) + kernel_eps */
+  FASTOPS_MAP_RELU2 = 2,    /* max(x, 0)^2 + kernel_eps */
+  FASTOPS_MAP_IDENTITY = 3, /* x */
+  FASTOPS_MAP_COSINE = 4,   /* (x / |x|, 1): one feature more than x has elements */
+  FASTOPS_MAP_EXP = 5,      /* exp(scale x) */
+  FASTOPS_MAP_FAVOR = 6,    /* exp(w.x' - |x'|^2 / 2) / sqrt(features), x' = sqrt(scale) x, for rows w of `projection` */
+  FASTOPS_MAP_SOFTMAX = 7   /* each feature by its own normaliser (Shen et al. 2021); ignores normalize and eps */
+} fastops_feature_map;
+
+/* The arrays' element type is F16, BF16, F32 or F64; states, decay and projection are F64 beside F64, else F32. */
+typedef struct fastops_linear_attention {
+  int32_t feature_map, causal, normalize, dtype;
+  size_t batch, heads_q, heads_kv; /* heads_kv divides heads_q */
+  size_t queries, keys;            /* causal: the last query sees all keys */
+  size_t dim, features, values;    /* of q and k, of the state, of v */
+  double eps, kernel_eps, scale;   /* scale multiplies the weights of the first five maps */
+  const void* projection;          /* (features, dim), C order */
+} fastops_linear_attention;
+
+/* Strides in elements; rows are contiguous. */
+typedef struct fastops_heads {
+  const void* data;
+  ptrdiff_t batch, head, row;
+} fastops_heads;
+
+/* S (batch, heads_kv, features, values), z and m (batch, heads_kv, features), C order: the sums are S 2^m and z 2^m. m of
+   the last three maps only. With sequences, `batch` is their number. */
+typedef struct fastops_linear_state {
+  void *s, *z, *m;
+} fastops_linear_state;
+
+/* What may be absent: null pointers. key_mask: one byte a key, 0 hides it. offsets: sequences + 1 of them, in a batch of
+   one, queries = keys. decay: logarithms of the decay before each key. */
+typedef struct fastops_linear_options {
+  fastops_heads key_mask, decay;
+  const int64_t* offsets;
+  size_t sequences;
+  fastops_linear_state initial_state, final_state;
+} fastops_linear_options;
+
+FASTOPS_API fastops_status fastops_linear_attention_forward(const fastops_linear_attention* shape, fastops_heads q,
+                                                            fastops_heads k, fastops_heads v, fastops_heads out,
+                                                            const fastops_linear_options* options,
+                                                            fastops_poll poll) FASTOPS_NOEXCEPT;
+/* One token of each sequence: queries = keys = 1; `final_state` is the state, changed in place. */
+FASTOPS_API fastops_status fastops_linear_attention_step(const fastops_linear_attention* shape, fastops_heads q,
+                                                         fastops_heads k, fastops_heads v, fastops_heads out,
+                                                         const fastops_linear_options* options) FASTOPS_NOEXCEPT;
+/* dq, dk, dv in C order. d_final: the gradient of the final state (s and z), d_initial: that of the initial one. */
+FASTOPS_API fastops_status fastops_linear_attention_backward(
+    const fastops_linear_attention* shape, fastops_heads dy, fastops_heads q, fastops_heads k, fastops_heads v,
+    fastops_heads y, void* dq, void* dk, void* dv, const fastops_linear_options* options,
+    const fastops_linear_state* d_final, const fastops_linear_state* d_initial, fastops_poll poll) FASTOPS_NOEXCEPT;
+
+/* Softmax attention without the matrix of weights. factor (F64 beside F64, else F32) multiplies the logits of a query. */
+FASTOPS_API fastops_status fastops_softmax_attention(const fastops_linear_attention* shape, fastops_heads q,
+                                                     fastops_heads k, fastops_heads v, fastops_heads out,
+                                                     fastops_heads key_mask, fastops_heads factor,
+                                                     const int64_t* offsets, size_t sequences,
+                                                     fastops_poll poll) FASTOPS_NOEXCEPT;
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Attention for Python: arrays to pointers, the GIL released, one call.
+#include "attention/attention_bind.h"
+
+#include <array>
+#include <cstring>
+#include <string>
+
+#include "core/numpy_arrays.h"
+#include "core/python_call.h"
+#include "fastops/fastops.h"
+
+namespace fastops {
+namespace {
+
+constexpr std::array<const char*, 8> kMaps = {"elu", "relu", "relu2", "identity", "cosine", "exp", "favor", "softmax"};
+
+fastops_dtype compute_dtype(fastops_dtype dtype) { return dtype == FASTOPS_F64 ? FASTOPS_F64 : FASTOPS_F32; }
+
+// (batch, heads, rows, columns), or (batch, heads, columns) as rows of one.
+struct Tensor {
+  ArrayView view;
+  fastops_heads heads;
+  std::size_t batch, head, rows, columns;
+};
+Tensor tensor(const py::object& object, const char* name, bool writable = false) {
+  Tensor t{fastops::view(object, name, writable), {}, 0, 0, 1, 0};
+  const ArrayView& v = t.view;
+  if (v.ndim() != 3 && v.ndim() != 4) bad_value(std::string(name) + " must have three or four axes");
+  want_float(v, name);
+  const bool has_rows = v.ndim() == 4;
+  const std::size_t last = v.ndim() - 1;
+  if (v.shape[last] > 1 && v.strides[last] != 1) bad_value(std::string(name) + " must have a contiguous last axis");
+  t.batch = static_cast<std::size_t>(v.shape[0]);
+  t.head = static_cast<std::size_t>(v.shape[1]);
+  if (has_rows) t.rows = static_cast<std::size_t>(v.shape[2]);
+  t.columns = static_cast<std::size_t>(v.shape[last]);
+  t.heads = {v.data, v.strides[0], v.strides[1], has_rows ? v.strides[2] : 0};
+  return t;
+}
+
+// LinearOptions of fastops/_attention.py, a named tuple.
+fastops_linear_attention shape_of(const py::tuple& options, const Tensor& q, const Tensor& k, const Tensor& v,
+                                  py::object* projection) {
+  if (options.size() != 7) bad_value("options must have seven fields");
+  fastops_linear_attention s{};
+  const auto map = options[0].cast<std::string>();
+  s.feature_map = -1;
+  for (std::size_t i = 0; i < kMaps.size(); ++i)
+    if (map == kMaps[i]) s.feature_map = static_cast<std::int32_t>(i);
+  if (s.feature_map < 0) bad_value("feature_map is unknown");
+  s.causal = options[1].cast<bool>();
+  s.normalize = options[2].cast<bool>();
+  s.eps = options[3].cast<double>();
+  s.kernel_eps = options[4].cast<double>();
+  s.scale = options[5].cast<double>();
+  *projection = options[6];
+  s.dtype = q.view.dtype;
+  s.batch = q.batch;
+  s.heads_q = q.head;
+  s.heads_kv = k.head;
+  s.queries = q.rows;
+  s.keys = k.rows;
+  s.dim = q.columns;
+  s.values = v.columns;
+  s.features = s.dim + (s.feature_map == FASTOPS_MAP_COSINE ? 1 : 0);
+  if (s.feature_map == FASTOPS_MAP_FAVOR) {
+    const ArrayView w = view(*projection, "projection");
+    want_dtype(w, compute_dtype(q.view.dtype), "projection");
+    want_contiguous(w, "projection");
+    if (w.ndim() != 2 || static_cast<std::size_t>(w.shape[1]) != s.dim) bad_value("projection must have shape (m, D)");
+    s.features = static_cast<std::size_t>(w.shape[0]);
+    s.projection = w.data;
+  }
+  return s;
+}
+
+void want_fit(const Tensor& q, const Tensor& k, const Tensor& v) {
+  want_dtype(k.view, q.view.dtype, "k");
+  want_dtype(v.view, q.view.dtype, "v");
+  if (k.batch != q.batch || v.batch != q.batch || v.head != k.head || v.rows != k.rows || k.columns != q.columns)
+    bad_value("q, k and v have shapes that do not fit each other");
+  if (k.head == 0 ? q.head != 0 : q.head % k.head != 0) bad_value("the heads of k must divide those of q");
+}
+void want_rows(const Tensor& t, const Tensor& like, std::size_t columns, fastops_dtype dtype, const char* name) {
+  want_dtype(t.view, dtype, name);
+  if (t.batch != like.batch || t.head != like.head || t.rows != like.rows || t.columns != columns)
+    bad_value(std::string(name) + " has a shape that does not fit the others");
+}
+
+// A mask, decay or factor of (batch, heads, tokens), or (batch, heads) of a step.
+fastops_heads per_token(const py::object& object, const char* name, const Tensor& like, bool boolean) {
+  if (object.is_none()) return {};
+  ArrayView v;
+  if (boolean) {
+    const auto array = object.cast<py::array>();
+    if (array.dtype().kind() != 'b') throw py::type_error(std::string(name) + " must be of dtype bool");
+    v = view(array.attr("view")("uint8"), name);
+  } else {
+    v = view(object, name);
+    want_dtype(v, compute_dtype(like.view.dtype), name);
+  }
+  const bool step = like.view.ndim() == 3;
+  std::vector<py::ssize_t> shape(like.view.shape.begin(), like.view.shape.end() - 1);
+  want_shape(v, shape, name);
+  return {v.data, v.strides[0], v.strides[1], step ? 0 : v.strides[2]};
+}
+
+fastops_linear_state state_of(const py::object& object, const fastops_linear_attention& s, std::size_t sequences,
+                              const char* name, bool writable, bool gradient = false) {
+  if (object.is_none()) return {};
+  const auto parts = object.cast<py::tuple>();
+  const bool exponents = s.feature_map >= FASTOPS_MAP_EXP && !gradient;
+  if (parts.size() != (exponents ? 3 : 2)) bad_value(std::string(name) + " has a wrong number of arrays");
+  const auto size = [](std::size_t n) { return static_cast<py::ssize_t>(n); };
+  void* data[3] = {};
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    const ArrayView v = view(parts[i], name, writable);
+    want_dtype(v, compute_dtype(static_cast<fastops_dtype>(s.dtype)), name);
+    want_contiguous(v, name);
+    std::vector<py::ssize_t> shape = {size(sequences), size(s.heads_kv), size(s.features)};
+    if (i == 0) shape.push_back(size(s.values));
+    want_shape(v, shape, name);
+    data[i] = v.data;
+  }
+  return {data[0], data[1], data[2]};
+}
+
+std::size_t take_offsets(const py::object& object, const fastops_linear_attention& s, const std::int64_t** offsets) {
+  if (object.is_none()) return s.batch;
+  const ArrayView v = view(object, "offsets");
+  if (v.dtype != FASTOPS_I64 || v.ndim() != 1 || v.shape[0] < 1) bad_value("offsets must be int64 of one axis");
+  want_contiguous(v, "offsets");
+  *offsets = reinterpret_cast<const std::int64_t*>(v.data);
+  return static_cast<std::size_t>(v.shape[0]) - 1;
+}
+
+void linear_attention(const py::object& q, const py::object& k, const py::object& v, const py::object& out,
+                      const py::tuple& options, const py::object& key_mask, const py::object& offsets,
+                      const py::object& decay, const py::object& state, const py::object& state_out) {
+  const Tensor tq = tensor(q, "q"), tk = tensor(k, "k"), tv = tensor(v, "v"), to = tensor(out, "out", true);
+  want_fit(tq, tk, tv);
+  want_rows(to, tq, tv.columns, tq.view.dtype, "out");
+  py::object projection;
+  const fastops_linear_attention s = shape_of(options, tq, tk, tv, &projection);
+  fastops_linear_options o{};
+  o.sequences = take_offsets(offsets, s, &o.offsets);
+  o.key_mask = per_token(key_mask, "key_mask", tk, true);
+  o.decay = per_token(decay, "decay", tk, false);
+  o.initial_state = state_of(state, s, o.sequences, "state", false);
+  o.final_state = state_of(state_out, s, o.sequences, "state_out", true);
+  call([&](fastops_poll poll) {
+    return fastops_linear_attention_forward(&s, tq.heads, tk.heads, tv.heads, to.heads, &o, poll);
+  });
+}
+
+void linear_attention_step(const py::object& q, const py::object& k, const py::object& v, const py::object& out,
+                           const py::tuple& options, const py::object& decay, const py::object& state) {
+  const Tensor tq = tensor(q, "q"), tk = tensor(k, "k"), tv = tensor(v, "v"), to = tensor(out, "out", true);
+  if (tq.view.ndim() != 3) bad_value("q must have three axes");
+  want_fit(tq, tk, tv);
+  want_rows(to, tq, tv.columns, tq.view.dtype, "out");
+  py::object projection;
+  const fastops_linear_attention s = shape_of(options, tq, tk, tv, &projection);
+  fastops_linear_options o{};
+  o.decay = per_token(decay, "decay", tk, false);
+  o.final_state = state_of(state, s, s.batch, "state", true);
+  call([&](fastops_poll) {
+    return fastops_linear_attention_step(&s, tq.heads, tk.heads, tv.heads, to.heads, &o);
+  });
+}
+
+void linear_attention_backward(const py::object& dy, const py::object& q, const py::object& k, const py::object& v,
+                               const py::object& y, const py::object& dq, const py::object& dk, const py::object& dv,
+                               const py::tuple& options, const py::object& key_mask, const py::object& offsets,
+                               const py::object& decay, const py::object& state, const py::object& d_state,
+                               const py::object& d_initial) {
+  const Tensor tq = tensor(q, "q"), tk = tensor(k, "k"), tv = tensor(v, "v");
+  const Tensor ty = tensor(y, "y"), tdy = tensor(dy, "dy");
+  const Tensor tdq = tensor(dq, "dq", true), tdk = tensor(dk, "dk", true), tdv = tensor(dv, "dv", true);
+  const fastops_dtype dtype = tq.view.dtype;
+  want_fit(tq, tk, tv);
+  want_rows(ty, tq, tv.columns, dtype, "y");
+  want_rows(tdy, tq, tv.columns, dtype, "dy");
+  want_rows(tdq, tq, tq.columns, dtype, "dq");
+  want_rows(tdk, tk, tk.columns, dtype, "dk");
+  want_rows(tdv, tk, tv.columns, dtype, "dv");
+  want_contiguous(tdq.view, "dq");
+  want_contiguous(tdk.view, "dk");
+  want_contiguous(tdv.view, "dv");
+  py::object projection;
+  const fastops_linear_attention s = shape_of(options, tq, tk, tv, &projection);
+  fastops_linear_options o{};
+  o.sequences = take_offsets(offsets, s, &o.offsets);
+  o.key_mask = per_token(key_mask, "key_mask", tk, true);
+  o.decay = per_token(decay, "decay", tk, false);
+  o.initial_state = state_of(state, s, o.sequences, "state", false);
+  const fastops_linear_state ds = state_of(d_state, s, o.sequences, "d_state", false, true);
+  const fastops_linear_state di = state_of(d_initial, s, o.sequences, "d_initial", true, true);
+  call([&](fastops_poll poll) {
+    return fastops_linear_attention_backward(&s, tdy.heads, tq.heads, tk.heads, tv.heads, ty.heads, tdq.view.data,
+                                             tdk.view.data, tdv.view.data, &o, &ds, &di, poll);
+  });
+}
+
+void softmax_attention(const py::object& q, const py::object& k, const py::object& v, const py::object& out,
+                       bool causal, double scale, const py::object& key_mask, const py::object& offsets,
+                       const py::object& factor) {
+  const Tensor tq = tensor(q, "q"), tk = tensor(k, "k"), tv = tensor(v, "v"), to = tensor(out, "out", true);
+  want_fit(tq, tk, tv);
+  want_rows(to, tq, tv.columns, tq.view.dtype, "out");
+  fastops_linear_attention s{};
+  s.causal = causal;
+  s.scale = scale;
+  s.dtype = tq.view.dtype;
+  s.batch = tq.batch;
+  s.heads_q = tq.head;
+  s.heads_kv = tk.head;
+  s.queries = tq.rows;
+  s.keys = tk.rows;
+  s.dim = tq.columns;
+  s.values = tv.columns;
+  const std::int64_t* ends = nullptr;
+  const std::size_t sequences = take_offsets(offsets, s, &ends);
+  const fastops_heads mask = per_token(key_mask, "key_mask", tk, true);
+  const fastops_heads factors = per_token(factor, "logn", tq, false);
+  call([&](fastops_poll poll) {
+    return fastops_softmax_attention(&s, tq.heads, tk.heads, tv.heads, to.heads, mask, factors, ends, sequences, poll);
+  });
+}
+
+}  // namespace
+
+void bind_attention(py::module_& m) {
+  using py::arg;
+  m.def("linear_attention", &linear_attention, arg("q"), arg("k"), arg("v"), arg("out"), arg("options"),
+        arg("key_mask"), arg("offsets"), arg("decay"), arg("state"), arg("state_out"));
+  m.def("linear_attention_step", &linear_attention_step, arg("q"), arg("k"), arg("v"), arg("out"), arg("options"),
+        arg("decay"), arg("state"));
+  m.def("linear_attention_backward", &linear_attention_backward, arg("dy"), arg("q"), arg("k"), arg("v"), arg("y"),
+        arg("dq"), arg("dk"), arg("dv"), arg("options"), arg("key_mask"), arg("offsets"), arg("decay"), arg("state"),
+        arg("d_state"), arg("d_initial"));
+  m.def("softmax_attention", &softmax_attention, arg("q"), arg("k"), arg("v"), arg("out"), arg("causal"), arg("scale"),
+        arg("key_mask"), arg("offsets"), arg("logn"));
+}
+
+}  // namespace fastops

@@ -1,0 +1,377 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The C interface of attention: heads and sequences as units of work, splits that no thread count changes, workspaces.
+#include <atomic>
+#include <cstring>
+
+#include "attention/attention_kernels.h"
+#include "core/checked.h"
+#include "core/parallel.h"
+
+namespace fastops {
+namespace {
+
+#define FASTOPS_LINEAR_TABLE(level) level::kLinearKernels,
+#define FASTOPS_GRADIENT_TABLE(level) level::kLinearGradientKernels,
+#define FASTOPS_SOFTMAX_TABLE(level) level::kSoftmaxKernels,
+constexpr const LinearKernels* kLinear[] = {FASTOPS_FOR_EACH_LEVEL(FASTOPS_LINEAR_TABLE)};
+constexpr const LinearGradientKernels* kGradient[] = {FASTOPS_FOR_EACH_LEVEL(FASTOPS_GRADIENT_TABLE)};
+constexpr const SoftmaxKernels* kSoftmax[] = {FASTOPS_FOR_EACH_LEVEL(FASTOPS_SOFTMAX_TABLE)};
+#undef FASTOPS_LINEAR_TABLE
+#undef FASTOPS_GRADIENT_TABLE
+#undef FASTOPS_SOFTMAX_TABLE
+
+constexpr double kNanosecondsPerFlop = 0.02;
+// Value columns that one unit of a causal head takes at least, where heads are fewer than threads.
+constexpr std::size_t kColumns = 32;
+// Without causality the keys of a head are cut into parts, where heads are few: at most so many, of at least so many keys.
+constexpr std::size_t kParts = 16, kPartKeys = 512;
+// Queries of one unit without causality.
+constexpr std::size_t kPartQueries = 1024;
+
+using Shape = fastops_linear_attention;
+using Heads = fastops_heads;
+
+bool is_double(const Shape& s) noexcept { return s.dtype == FASTOPS_F64; }
+std::size_t item_size(int dtype) noexcept { return dtype == FASTOPS_F64 ? 8 : dtype == FASTOPS_F32 ? 4 : 2; }
+std::size_t compute_size(const Shape& s) noexcept { return is_double(s) ? 8 : 4; }
+
+bool is_valid(const Shape& s, const int64_t* offsets, std::size_t sequences) noexcept {
+  if (s.dtype < FASTOPS_F16 || s.dtype > FASTOPS_F64 || s.heads_kv == 0) return false;
+  if (s.heads_q % s.heads_kv != 0) return false;
+  if (offsets == nullptr) return true;
+  if (s.batch != 1 || s.queries != s.keys || offsets[0] != 0) return false;
+  for (std::size_t i = 0; i < sequences; ++i)
+    if (offsets[i + 1] < offsets[i]) return false;
+  return static_cast<std::size_t>(offsets[sequences]) == s.keys;
+}
+bool is_valid_linear(const Shape& s, const fastops_linear_options& o) noexcept {
+  if (s.feature_map < FASTOPS_MAP_ELU || s.feature_map > FASTOPS_MAP_SOFTMAX) return false;
+  if (s.feature_map == FASTOPS_MAP_FAVOR ? s.projection == nullptr
+                                         : s.features != s.dim + (s.feature_map == FASTOPS_MAP_COSINE ? 1 : 0))
+    return false;
+  const bool exponents = s.feature_map >= FASTOPS_MAP_EXP;
+  for (const auto* state : {&o.initial_state, &o.final_state})
+    if (state->s != nullptr && (state->z == nullptr || (exponents && state->m == nullptr))) return false;
+  if (o.decay.data != nullptr && !s.causal) return false;
+  return is_valid(s, o.offsets, o.sequences);
+}
+
+const void* at(const Heads& h, std::size_t size, std::size_t b, std::size_t head, std::size_t row) noexcept {
+  if (h.data == nullptr) return nullptr;
+  const auto offset = static_cast<std::ptrdiff_t>(b) * h.batch + static_cast<std::ptrdiff_t>(head) * h.head +
+                      static_cast<std::ptrdiff_t>(row) * h.row;
+  return static_cast<const char*>(h.data) + offset * static_cast<std::ptrdiff_t>(size);
+}
+void* state_at(void* state, std::size_t size, std::size_t i, std::size_t items) noexcept {
+  return state == nullptr ? nullptr : static_cast<char*>(state) + i * items * size;
+}
+
+LinearCall call_of(const Shape& s) noexcept {
+  return {static_cast<fastops_feature_map>(s.feature_map),
+          s.causal != 0,
+          s.normalize != 0,
+          static_cast<fastops_dtype>(s.dtype),
+          s.dim,
+          s.features,
+          s.values,
+          s.heads_q / s.heads_kv,
+          s.eps,
+          s.kernel_eps,
+          s.scale,
+          s.projection,
+          nullptr};
+}
+
+// The key heads of all sequences.
+class HeadList {
+ public:
+  HeadList(const Shape& s, const Heads& q, const Heads& k, const Heads& v, const Heads& out,
+           const fastops_linear_options& o) noexcept
+      : s_(s), q_(q), k_(k), v_(v), out_(out), o_(o) {}
+  std::size_t sequences() const noexcept { return o_.offsets != nullptr ? o_.sequences : s_.batch; }
+  std::size_t count() const noexcept { return sequences() * s_.heads_kv; }
+  std::size_t first(std::size_t i) const noexcept {
+    return o_.offsets != nullptr ? static_cast<std::size_t>(o_.offsets[i / s_.heads_kv]) : 0;
+  }
+  LinearHead operator[](std::size_t i) const noexcept {
+    const std::size_t sequence = i / s_.heads_kv, head = i % s_.heads_kv, b = o_.offsets != nullptr ? 0 : sequence;
+    const std::size_t t = first(i), group = s_.heads_q / s_.heads_kv, size = item_size(s_.dtype);
+    const std::size_t item = compute_size(s_), features = s_.features;
+    LinearHead h{};
+    h.q = {at(q_, size, b, head * group, t), q_.row};
+    h.k = {at(k_, size, b, head, t), k_.row};
+    h.v = {at(v_, size, b, head, t), v_.row};
+    h.out = {at(out_, size, b, head * group, t), out_.row};
+    h.q_head = q_.head;
+    h.out_head = out_.head;
+    h.queries = s_.queries;
+    h.keys = s_.keys;
+    if (o_.offsets != nullptr) h.queries = h.keys = static_cast<std::size_t>(o_.offsets[sequence + 1]) - t;
+    h.values = s_.values;
+    h.mask = static_cast<const std::uint8_t*>(at(o_.key_mask, 1, b, head, t));
+    h.mask_step = o_.key_mask.row;
+    h.decay = at(o_.decay, item, b, head, t);
+    h.decay_step = o_.decay.row;
+    h.s_in = state_at(o_.initial_state.s, item, i, features * s_.values);
+    h.z_in = state_at(o_.initial_state.z, item, i, features);
+    h.m_in = state_at(o_.initial_state.m, item, i, features);
+    h.s_out = state_at(o_.final_state.s, item, i, features * s_.values);
+    h.z_out = state_at(o_.final_state.z, item, i, features);
+    h.m_out = state_at(o_.final_state.m, item, i, features);
+    return h;
+  }
+
+ private:
+  const Shape& s_;
+  const Heads &q_, &k_, &v_, &out_;
+  const fastops_linear_options& o_;
+};
+
+// Ends work under way: the calling thread asks the poll, the others see its answer.
+class Stopper {
+ public:
+  explicit Stopper(fastops_poll poll) noexcept : poll_(poll) {}
+  const Stop* stop() const noexcept { return &stop_; }
+  fastops_status status(fastops_status of_run) const noexcept {
+    return stopped_.load(std::memory_order_relaxed) ? FASTOPS_INTERRUPTED : of_run;
+  }
+
+ private:
+  static bool asked(void* self, unsigned worker) noexcept {
+    auto& stopper = *static_cast<Stopper*>(self);
+    if (worker == 0 && interrupted(stopper.poll_)) stopper.stopped_.store(true, std::memory_order_relaxed);
+    return stopper.stopped_.load(std::memory_order_relaxed);
+  }
+  fastops_poll poll_;
+  std::atomic<bool> stopped_{false};
+  Stop stop_{asked, this};
+};
+
+double flops(const Shape& s) noexcept {
+  return 4.0 * static_cast<double>(s.batch) * static_cast<double>(s.heads_q) *
+         static_cast<double>(s.queries > s.keys ? s.queries : s.keys) *
+         static_cast<double>(s.features + (s.projection != nullptr ? s.dim : 0)) * static_cast<double>(s.values + 1);
+}
+
+// FAVOR+'s projection as the kernels want it; true where there is none or it is there.
+bool prepare(const LinearKernels& kernels, const Shape& s, LinearCall* call, Workspace* memory) noexcept {
+  if (s.projection == nullptr) return true;
+  if (!memory->reserve({kernels.projection_items(*call), compute_size(s)})) return false;
+  kernels.project(*call, s.projection, memory->get<void>());
+  call->projection = memory->get<void>();
+  return true;
+}
+
+// One workspace for each worker, in whole cache lines.
+class Workspaces {
+ public:
+  bool reserve(unsigned workers, std::size_t items, std::size_t size) noexcept {
+    step_ = (items * size + 127) / 64 * 64;
+    return memory_.reserve({workers, step_});
+  }
+  void* operator[](unsigned worker) const noexcept { return memory_.get<char>() + worker * step_; }
+
+ private:
+  Workspace memory_;
+  std::size_t step_ = 0;
+};
+
+fastops_status causal(const LinearKernels& kernels, const Shape& s, const LinearCall& call, const HeadList& heads,
+                      fastops_poll poll) noexcept {
+  const unsigned workers = worker_count();
+  // Columns of v are independent of each other, so this split changes no bit.
+  std::size_t slabs = 1;
+  while (heads.count() * slabs < workers && s.values / (slabs + 1) >= kColumns) ++slabs;
+  const std::size_t width = ((s.values + slabs - 1) / slabs + 15) / 16 * 16;
+  Workspaces work;
+  if (!work.reserve(workers, kernels.work_items(call), compute_size(s))) return FASTOPS_NO_MEMORY;
+  return parallel_run(
+      heads.count() * slabs,
+      [&](std::size_t unit, unsigned worker) {
+        LinearHead head = heads[unit / slabs];
+        head.worker = worker;
+        if (slabs > 1) {
+          head.value = unit % slabs * width;
+          if (head.value >= s.values) return;
+          head.values = s.values - head.value < width ? s.values - head.value : width;
+        }
+        kernels.causal(call, head, work[worker]);
+      },
+      flops(s) * kNanosecondsPerFlop, poll, workers);
+}
+
+fastops_status all_at_once(const LinearKernels& kernels, const Shape& s, const LinearCall& call, const HeadList& heads,
+                           fastops_poll poll) noexcept {
+  const unsigned workers = worker_count();
+  const std::size_t item = compute_size(s), count = heads.count(), state = kernels.state_items(call);
+  // The sums over the parts are taken in their order: a split by the shapes alone.
+  std::size_t parts = count >= kParts ? 1 : s.keys / kPartKeys;
+  if (parts > kParts) parts = kParts;
+  if (parts < 1) parts = 1;
+  const std::size_t blocks = s.queries / kPartQueries + 1;
+  Workspaces work;
+  Workspace states;
+  if (!work.reserve(workers, kernels.work_items(call), item) || !states.reserve({count, parts, state, item}))
+    return FASTOPS_NO_MEMORY;
+  const auto state_of = [&](std::size_t head) { return states.get<char>() + head * parts * state * item; };
+  const double work_ns = flops(s) * kNanosecondsPerFlop / 2;
+  const auto absorb = [&](std::size_t unit, unsigned worker) {
+    LinearHead head = heads[unit / parts];
+    head.worker = worker;
+    const std::size_t part = unit % parts, step = head.keys / parts + 1, first = part * step;
+    const std::size_t last = first + step < head.keys ? first + step : head.keys;
+    kernels.absorb(call, head, first, last, part == 0, state_of(unit / parts) + part * state * item, work[worker]);
+  };
+  fastops_status status = parallel_run(count * parts, absorb, work_ns, poll, workers);
+  if (status != FASTOPS_OK) return status;
+  const auto merge = [&](std::size_t unit, unsigned worker) {
+    kernels.merge(call, heads[unit], state_of(unit), parts, work[worker]);
+  };
+  status = parallel_run(count, merge, 0, poll, workers);
+  if (status != FASTOPS_OK) return status;
+  const auto emit = [&](std::size_t unit, unsigned worker) {
+    LinearHead head = heads[unit / blocks];
+    head.worker = worker;
+    const std::size_t first = unit % blocks * kPartQueries;
+    if (first >= head.queries) return;
+    const std::size_t last = first + kPartQueries < head.queries ? first + kPartQueries : head.queries;
+    kernels.emit(call, head, first, last, state_of(unit / blocks), work[worker]);
+  };
+  return parallel_run(count * blocks, emit, work_ns, poll, workers);
+}
+
+}  // namespace
+}  // namespace fastops
+
+using namespace fastops;
+
+fastops_status fastops_linear_attention_forward(const fastops_linear_attention* shape, fastops_heads q, fastops_heads k,
+                                                fastops_heads v, fastops_heads out,
+                                                const fastops_linear_options* options, fastops_poll poll) noexcept {
+  if (shape == nullptr || options == nullptr || !is_valid_linear(*shape, *options)) return FASTOPS_INVALID;
+  const LinearKernels& kernels = kLinear[active_level()][is_double(*shape)];
+  LinearCall call = call_of(*shape);
+  Workspace projection;
+  if (!prepare(kernels, *shape, &call, &projection)) return FASTOPS_NO_MEMORY;
+  const HeadList heads(*shape, q, k, v, out, *options);
+  if (heads.count() == 0) return FASTOPS_OK;
+  Stopper stopper(poll);
+  call.stop = stopper.stop();
+  return stopper.status(call.causal ? causal(kernels, *shape, call, heads, poll)
+                                    : all_at_once(kernels, *shape, call, heads, poll));
+}
+
+fastops_status fastops_linear_attention_step(const fastops_linear_attention* shape, fastops_heads q, fastops_heads k,
+                                             fastops_heads v, fastops_heads out,
+                                             const fastops_linear_options* options) noexcept {
+  if (shape == nullptr || options == nullptr || !is_valid_linear(*shape, *options)) return FASTOPS_INVALID;
+  if (options->final_state.s == nullptr || options->offsets != nullptr || shape->queries != 1 || shape->keys != 1)
+    return FASTOPS_INVALID;
+  const LinearKernels& kernels = kLinear[active_level()][is_double(*shape)];
+  LinearCall call = call_of(*shape);
+  Workspace projection;
+  if (!prepare(kernels, *shape, &call, &projection)) return FASTOPS_NO_MEMORY;
+  const HeadList heads(*shape, q, k, v, out, *options);
+  const unsigned workers = worker_count();
+  const std::size_t count = heads.count();
+  Workspaces work;
+  if (!work.reserve(workers, kernels.work_items(call), compute_size(*shape))) return FASTOPS_NO_MEMORY;
+  // A step that has begun is finished: half a state would be worth nothing.
+  return parallel_run(
+      count, [&](std::size_t unit, unsigned worker) { kernels.step(call, heads[unit], work[worker]); },
+      2 * flops(*shape) * kNanosecondsPerFlop, {nullptr, nullptr}, workers);
+}
+
+fastops_status fastops_linear_attention_backward(const fastops_linear_attention* shape, fastops_heads dy,
+                                                 fastops_heads q, fastops_heads k, fastops_heads v, fastops_heads y,
+                                                 void* dq, void* dk, void* dv, const fastops_linear_options* options,
+                                                 const fastops_linear_state* d_final,
+                                                 const fastops_linear_state* d_initial, fastops_poll poll) noexcept {
+  if (shape == nullptr || options == nullptr || !is_valid_linear(*shape, *options)) return FASTOPS_INVALID;
+  const Shape& s = *shape;
+  const LinearKernels& kernels = kLinear[active_level()][is_double(s)];
+  const LinearGradientKernels& gradients = kGradient[active_level()][is_double(s)];
+  LinearCall call = call_of(s);
+  Workspace projection;
+  if (!prepare(kernels, s, &call, &projection)) return FASTOPS_NO_MEMORY;
+  const HeadList heads(s, q, k, v, y, *options);
+  const unsigned workers = worker_count();
+  const std::size_t size = item_size(s.dtype), item = compute_size(s), group = call.group;
+  Workspaces work;
+  if (!work.reserve(workers, gradients.work_items(call, s.queries, s.keys), item)) return FASTOPS_NO_MEMORY;
+  Stopper stopper(poll);
+  call.stop = stopper.stop();
+  return stopper.status(parallel_run(
+      heads.count(),
+      [&](std::size_t unit, unsigned worker) {
+        const std::size_t b = options->offsets != nullptr ? 0 : unit / s.heads_kv, head = unit % s.heads_kv;
+        const std::size_t first = heads.first(unit);
+        const std::size_t key = (b * s.heads_kv + head) * s.keys + first;
+        const std::size_t query = (b * s.heads_q + head * group) * s.queries + first;
+        const auto part = [&](const fastops_linear_state* state, bool z) -> void* {
+          if (state == nullptr) return nullptr;
+          return z ? state_at(state->z, item, unit, s.features) : state_at(state->s, item, unit, s.features * s.values);
+        };
+        LinearGradient g{};
+        g.dy = {at(dy, size, b, head * group, first), dy.row};
+        g.dy_head = dy.head;
+        g.dq = static_cast<char*>(dq) + query * s.dim * size;
+        g.dq_head = static_cast<std::ptrdiff_t>(s.queries * s.dim);
+        g.dk = static_cast<char*>(dk) + key * s.dim * size;
+        g.dv = static_cast<char*>(dv) + key * s.values * size;
+        g.ds = part(d_final, false);
+        g.dz = part(d_final, true);
+        g.ds_in = part(d_initial, false);
+        g.dz_in = part(d_initial, true);
+        LinearHead of_unit = heads[unit];
+        of_unit.worker = worker;
+        gradients.run(call, of_unit, g, work[worker]);
+      },
+      3 * flops(s) * kNanosecondsPerFlop, poll, workers));
+}
+
+fastops_status fastops_softmax_attention(const fastops_linear_attention* shape, fastops_heads q, fastops_heads k,
+                                         fastops_heads v, fastops_heads out, fastops_heads key_mask,
+                                         fastops_heads factor, const int64_t* offsets, size_t sequences,
+                                         fastops_poll poll) noexcept {
+  if (shape == nullptr || !is_valid(*shape, offsets, sequences)) return FASTOPS_INVALID;
+  const Shape& s = *shape;
+  const SoftmaxKernels& kernels = kSoftmax[active_level()][is_double(s)];
+  Stopper stopper(poll);
+  const SoftmaxCall call{s.causal != 0, static_cast<fastops_dtype>(s.dtype), s.dim, s.values, s.scale, stopper.stop()};
+  const unsigned workers = worker_count();
+  const std::size_t size = item_size(s.dtype), item = compute_size(s), group = s.heads_q / s.heads_kv;
+  const std::size_t count = (offsets != nullptr ? sequences : s.batch) * s.heads_q;
+  const std::size_t blocks = (s.queries + kSoftmaxRows - 1) / kSoftmaxRows;
+  std::size_t units = 0;
+  if (!checked_product({count, blocks}, &units)) return FASTOPS_NO_MEMORY;
+  Workspaces work;
+  if (!work.reserve(workers, kernels.work_items(call), item)) return FASTOPS_NO_MEMORY;
+  return stopper.status(parallel_run(
+      units,
+      [&](std::size_t unit, unsigned worker) {
+        const std::size_t i = unit / blocks, head = i % s.heads_q, sequence = i / s.heads_q;
+        const std::size_t b = offsets != nullptr ? 0 : sequence;
+        const auto t = offsets != nullptr ? static_cast<std::size_t>(offsets[sequence]) : 0;
+        SoftmaxHead h{};
+        h.worker = worker;
+        h.queries = s.queries;
+        h.keys = s.keys;
+        if (offsets != nullptr) h.queries = h.keys = static_cast<std::size_t>(offsets[sequence + 1]) - t;
+        h.first = unit % blocks * kSoftmaxRows;
+        if (h.first >= h.queries) return;
+        h.last = h.first + kSoftmaxRows < h.queries ? h.first + kSoftmaxRows : h.queries;
+        h.q = {at(q, size, b, head, t), q.row};
+        h.k = {at(k, size, b, head / group, t), k.row};
+        h.v = {at(v, size, b, head / group, t), v.row};
+        h.out = {at(out, size, b, head, t), out.row};
+        h.mask = static_cast<const std::uint8_t*>(at(key_mask, 1, b, head / group, t));
+        h.mask_step = key_mask.row;
+        h.factor = at(factor, item, b, head, t);
+        h.factor_step = factor.row;
+        kernels.run(call, h, work[worker]);
+      },
+      static_cast<double>(count) * static_cast<double>(s.queries) * static_cast<double>(s.keys) *
+          static_cast<double>(2 * (s.dim + s.values)) * kNanosecondsPerFlop,
+      poll, workers));
+}

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What the attention kernels of each CPU level are told, and the table of them that a level fills.
+#ifndef FASTOPS_ATTENTION_ATTENTION_KERNELS_H
+#define FASTOPS_ATTENTION_ATTENTION_KERNELS_H
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/dispatch.h"
+#include "fastops/fastops.h"
+
+namespace fastops {
+
+// Rows of one head, strides in elements; the last axis is contiguous.
+struct Rows {
+  const void* data;
+  std::ptrdiff_t row;
+};
+
+// Long work asks now and then whether it is to end; `worker` is the one that asks.
+struct Stop {
+  bool (*asked)(void* context, unsigned worker) noexcept;
+  void* context;
+};
+
+// What all heads of a call share. T is float, or double with FASTOPS_F64.
+struct LinearCall {
+  fastops_feature_map map;
+  bool causal, normalize;
+  fastops_dtype dtype;
+  std::size_t dim, features, values;  // of q and k, of the state, of v
+  std::size_t group;                  // query heads that share a key head
+  double eps, kernel_eps, scale;
+  const void* projection;             // FAVOR: prepared by LinearKernels::project
+  const Stop* stop;
+};
+
+// One key head of one sequence with its query heads.
+struct LinearHead {
+  Rows q, k, v, out;  // the first query head; value columns `value` .. `value + values` of v and out
+  std::ptrdiff_t q_head, out_head;
+  std::size_t queries, keys, value, values;
+  const std::uint8_t* mask;  // null: every key is there
+  std::ptrdiff_t mask_step;
+  const void* decay;  // T, null: none
+  std::ptrdiff_t decay_step;
+  // States (features x all values), (features), (features); null where there is none.
+  const void *s_in, *z_in, *m_in;
+  void *s_out, *z_out, *m_out;
+  unsigned worker;
+};
+
+struct LinearGradient {
+  Rows dy;                 // like out
+  std::ptrdiff_t dy_head;
+  void *dq, *dk, *dv;      // rows contiguous, like q, k and v; dq of the first query head
+  std::ptrdiff_t dq_head;
+  const void *ds, *dz;     // of the state after the last key; null: none
+  void *ds_in, *dz_in;     // of the initial state; null: not wanted
+};
+
+struct SoftmaxCall {
+  bool causal;
+  fastops_dtype dtype;
+  std::size_t dim, values;
+  double scale;
+  const Stop* stop;
+};
+struct SoftmaxHead {
+  Rows q, k, v, out;
+  std::size_t queries, keys, first, last;  // the queries first .. last of them
+  const std::uint8_t* mask;
+  std::ptrdiff_t mask_step;
+  const void* factor;  // T, one for each query; null: none
+  std::ptrdiff_t factor_step;
+  unsigned worker;
+};
+
+// Sizes are in elements of T.
+struct LinearKernels {
+  // FAVOR+'s projection in the kernels' form.
+  std::size_t (*projection_items)(const LinearCall&) noexcept;
+  void (*project)(const LinearCall&, const void* projection, void* prepared) noexcept;
+
+  // A worker's workspace for all functions but the gradient.
+  std::size_t (*work_items)(const LinearCall&) noexcept;
+  void (*causal)(const LinearCall&, const LinearHead&, void* work) noexcept;
+  // Without causality: states of parts of the keys, their sum, the queries against it.
+  std::size_t (*state_items)(const LinearCall&) noexcept;
+  void (*absorb)(const LinearCall&, const LinearHead&, std::size_t first, std::size_t last, bool with_initial,
+                 void* state, void* work) noexcept;
+  // Adds `count` states up in the first, and writes the head's final state.
+  void (*merge)(const LinearCall&, const LinearHead&, void* states, std::size_t count, void* work) noexcept;
+  void (*emit)(const LinearCall&, const LinearHead&, std::size_t first, std::size_t last, const void* state,
+               void* work) noexcept;
+  // One token; s_out, z_out and m_out are the state, in place.
+  void (*step)(const LinearCall&, const LinearHead&, void* work) noexcept;
+};
+
+struct LinearGradientKernels {
+  std::size_t (*work_items)(const LinearCall&, std::size_t queries, std::size_t keys) noexcept;
+  void (*run)(const LinearCall&, const LinearHead&, const LinearGradient&, void* work) noexcept;
+};
+
+struct SoftmaxKernels {
+  std::size_t (*work_items)(const SoftmaxCall&) noexcept;
+  void (*run)(const SoftmaxCall&, const SoftmaxHead&, void* work) noexcept;
+};
+// The queries of one SoftmaxHead, at most.
+inline constexpr std::size_t kSoftmaxRows = 96;
+
+// [0]: float, [1]: double.
+#define FASTOPS_DECLARE_ATTENTION(level)        \
+  namespace level {                             \
+  extern const LinearKernels kLinearKernels[2];   \
+  extern const LinearGradientKernels kLinearGradientKernels[2]; \
+  extern const SoftmaxKernels kSoftmaxKernels[2]; \
+  }
+FASTOPS_FOR_EACH_LEVEL(FASTOPS_DECLARE_ATTENTION)
+#undef FASTOPS_DECLARE_ATTENTION
+
+}  // namespace fastops
+#endif

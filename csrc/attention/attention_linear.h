@@ -1,0 +1,606 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Linear attention by chunks of tokens: inside a chunk the triangle of weights, between chunks the state S = sum f(k) v.
+#ifndef FASTOPS_ATTENTION_ATTENTION_LINEAR_H
+#define FASTOPS_ATTENTION_ATTENTION_LINEAR_H
+
+#include "attention/attention_kernels.h"
+#include "attention/attention_math.h"
+#include "attention/attention_tile.h"
+
+#define FASTOPS_BODY __attribute__((always_inline))
+
+namespace fastops::FASTOPS_LEVEL::attention {
+
+// Exponentials are kept as 2^n times a part near 1, n an integer of T; no key seen yet is this.
+template <class T> inline constexpr T kNone = T(-4e6);
+// How far the largest exponent of a feature may rise within a chunk: far from underflow of what came before it.
+template <class T> inline constexpr T kMostGrowth = T(40);
+
+inline bool has_exponents(fastops_feature_map map) noexcept { return map >= FASTOPS_MAP_EXP; }
+
+// Hands out the parts of a workspace; with a null base it only counts.
+template <class T> class Parts {
+ public:
+  explicit Parts(void* base) noexcept : base_(static_cast<T*>(base)) {}
+  T* take(std::size_t n) noexcept {
+    T* const part = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += (n + 15) / 16 * 16;
+    return part;
+  }
+  std::size_t used() const noexcept { return used_; }
+
+ private:
+  T* base_;
+  std::size_t used_ = 0;
+};
+
+template <class T> void fill(T* to, std::size_t n, T value) noexcept {
+  for (std::size_t i = 0; i < n; ++i) to[i] = value;
+}
+template <class T> T power_of_2(T n) noexcept {
+  return static_cast<T>(__builtin_ldexp(1.0, n > T(20000) ? 20000 : n < T(-20000) ? -20000 : static_cast<int>(n)));
+}
+template <class T> T dot(const T* a, const T* b, std::size_t n) noexcept {
+  Vector<T> sum{};
+  for (std::size_t i = 0; i < n; i += kWidth<T>) sum = simd::fma(load<Vector<T>>(a + i), load<Vector<T>>(b + i), sum);
+  return sum_lanes<T>(sum);
+}
+template <class T> void scale_row(T* row, std::size_t n, T factor) noexcept {
+  for (std::size_t i = 0; i < n; i += kWidth<T>) store(row + i, load<Vector<T>>(row + i) * factor);
+}
+// Bodies of loops over whole vectors of a row; the last of them keeps `tail` lanes and zeros the rest.
+template <class T, class Body> FASTOPS_INLINE void map_row(const T* x, T* f, std::size_t n, std::size_t padded_n,
+                                                           Body body) {
+  using V = Vector<T>;
+  std::size_t i = 0;
+  for (; i + kWidth<T> <= n; i += kWidth<T>) store(f + i, body(load<V>(x + i)));
+  if (i < n) {
+    const V v = body(load<V>(x + i));
+    for (std::size_t l = 0; l < kWidth<T>; ++l) f[i + l] = i + l < n ? v[l] : T(0);
+    i += kWidth<T>;
+  }
+  for (; i < padded_n; ++i) f[i] = 0;
+}
+
+// FAVOR+'s projection W, scaled, as its transpose (dim x features) and itself (features x dim), rows padded.
+template <class T> struct Projection {
+  const T *transposed, *plain;
+  std::size_t dim, features;  // padded
+
+  Projection(const LinearCall& call)
+      : transposed(static_cast<const T*>(call.projection)), dim(padded<T>(call.dim)), features(padded<T>(call.features)) {
+    plain = transposed + call.dim * features;
+  }
+};
+template <class T> std::size_t projection_items(const LinearCall& call) noexcept {
+  return call.dim * padded<T>(call.features) + call.features * padded<T>(call.dim);
+}
+template <class T> void project(const LinearCall& call, const void* projection, void* prepared) noexcept {
+  const auto* const w = static_cast<const T*>(projection);
+  auto* const to = static_cast<T*>(prepared);
+  fill<T>(to, projection_items<T>(call), 0);
+  const T factor = static_cast<T>(__builtin_sqrt(call.scale));
+  const std::size_t features = padded<T>(call.features), dim = padded<T>(call.dim);
+  T* const plain = to + call.dim * features;
+  for (std::size_t r = 0; r < call.features; ++r)
+    for (std::size_t d = 0; d < call.dim; ++d)
+      to[d * features + r] = plain[r * dim + d] = factor * w[r * call.dim + d];
+}
+
+// A state in padded rows.
+template <class T> struct State {
+  T *s, *z, *m;
+  State(Parts<T>& parts, std::size_t features, std::size_t values)
+      : s(parts.take(features * values)), z(parts.take(features)), m(parts.take(features)) {}
+};
+
+// One head's passes over its tokens. Names: kf, qf are chunks of features, s, z, m the state, p the triangle of weights.
+template <class T> class Pass {
+  using V = Vector<T>;
+  static constexpr std::size_t W = kWidth<T>;
+
+ public:
+  Pass(const LinearCall& call, const LinearHead& head, Parts<T>& parts)
+      : Pass(call, head, parts, State<T>(parts, padded<T>(call.features), padded<T>(head.values))) {}
+  Pass(const LinearCall& call, const LinearHead& head, Parts<T>& parts, const State<T>& state)
+      : call_(call),
+        head_(head),
+        dp_(padded<T>(call.dim)),
+        fp_(padded<T>(call.features)),
+        vp_(padded<T>(head.values)),
+        exponents_(has_exponents(call.map)),
+        with_decay_(head.decay != nullptr),
+        x_(parts.take(kChunk * dp_)),
+        v_(parts.take(kChunk * vp_)),
+        kf_(parts.take(kChunk * fp_)),
+        kft_(parts.take(fp_ * kChunk)),
+        qf_(parts.take(kChunk * fp_)),
+        p_(parts.take(kChunk * kChunk)),
+        o_(parts.take(kChunk * vp_)),
+        running_(parts.take(fp_)),
+        m_old_(parts.take(fp_)),
+        decays_(parts.take(kChunk)),
+        prefix_(parts.take(kChunk)),
+        factor_(parts.take(kChunk * kChunk)),
+        state_(state) {}
+
+  void causal() noexcept {
+    load_initial();
+    made_decay_ = 0;
+    const std::size_t keys = head_.keys, queries = head_.queries;
+    const std::size_t alone = queries > keys ? queries - keys : 0;  // queries before the first key
+    const std::size_t shift = keys > queries ? keys - queries : 0;  // keys before the first query
+    emit(0, alone);
+    for (std::size_t t = 0; t < shift;) {
+      const std::size_t n = take_keys(t, least(kChunk, shift - t));
+      update(n);
+      t += n;
+      if (stopped()) return;
+    }
+    for (std::size_t t = shift; t < keys;) {
+      const std::size_t n = take_keys(t, least(kChunk, keys - t));
+      transpose_keys(n);
+      for (std::size_t r = 0; r < call_.group; ++r) attend(r, t - shift + alone, n);
+      update(n);
+      t += n;
+      if (stopped()) return;
+    }
+    store_final();
+  }
+
+  void absorb(std::size_t first, std::size_t last, bool with_initial) noexcept {
+    if (with_initial)
+      load_initial();
+    else
+      clear_state();
+    for (std::size_t t = first; t < last;) {
+      const std::size_t n = take_keys(t, least(kChunk, last - t));
+      update(n);
+      t += n;
+      if (stopped()) return;
+    }
+  }
+
+  // Queries against the state alone.
+  void emit(std::size_t first, std::size_t last) noexcept {
+    for (std::size_t r = 0; r < call_.group; ++r)
+      for (std::size_t i = first; i < last; i += kChunk) {
+        if (stopped()) return;
+        const std::size_t n = least(kChunk, last - i);
+        take_queries(r, i, n);
+        if (call_.map == FASTOPS_MAP_SOFTMAX)
+          for (std::size_t row = 0; row < n; ++row) divide(qf_ + row * fp_, state_.z);
+        product<T>(n, vp_, Term<T>{qf_, stride(fp_), 1, state_.s, stride(vp_), call_.features},
+                   {o_, stride(vp_), nullptr, 0});
+        for (std::size_t row = 0; row < n; ++row)
+          finish(r, i + row, row, normalizes() ? dot(qf_ + row * fp_, state_.z, fp_) : T(0));
+      }
+  }
+
+  void add(const State<T>& other) noexcept {
+    if (exponents_) {
+      copy(m_old_, state_.m, fp_);
+      for (std::size_t d = 0; d < fp_; ++d) state_.m[d] = state_.m[d] > other.m[d] ? state_.m[d] : other.m[d];
+      rescale(m_old_);
+    }
+    for (std::size_t d = 0; d < fp_; ++d) {
+      const T f = exponents_ ? power_of_2(other.m[d] - state_.m[d]) : T(1);
+      state_.z[d] += f * other.z[d];
+      for (std::size_t e = 0; e < vp_; ++e) state_.s[d * vp_ + e] += f * other.s[d * vp_ + e];
+    }
+  }
+
+  void load_initial() noexcept {
+    clear_state();
+    if (head_.s_in == nullptr) return;
+    const auto* const s = static_cast<const T*>(head_.s_in) + head_.value;
+    for (std::size_t d = 0; d < call_.features; ++d)
+      for (std::size_t e = 0; e < head_.values; ++e) state_.s[d * vp_ + e] = s[d * call_.values + e];
+    copy(state_.z, static_cast<const T*>(head_.z_in), call_.features);
+    if (!exponents_) return;
+    const auto* const m = static_cast<const T*>(head_.m_in);
+    for (std::size_t d = 0; d < call_.features; ++d) state_.m[d] = m[d] > kNone<T> ? m[d] : kNone<T>;
+  }
+  void store_final() const noexcept {
+    if (head_.s_out == nullptr) return;
+    auto* const s = static_cast<T*>(head_.s_out) + head_.value;
+    for (std::size_t d = 0; d < call_.features; ++d)
+      for (std::size_t e = 0; e < head_.values; ++e) s[d * call_.values + e] = state_.s[d * vp_ + e];
+    if (head_.value != 0) return;
+    copy(static_cast<T*>(head_.z_out), state_.z, call_.features);
+    if (!exponents_) return;
+    auto* const m = static_cast<T*>(head_.m_out);
+    for (std::size_t d = 0; d < call_.features; ++d)
+      m[d] = state_.m[d] > kNone<T> ? state_.m[d] : static_cast<T>(-__builtin_inf());
+  }
+  // One token, with the caller's own state in place of the padded one.
+  void step() noexcept {
+    in_place_ = true;
+    take_step_decay();
+    auto* const s = static_cast<T*>(head_.s_out);
+    auto* const z = static_cast<T*>(head_.z_out);
+    copy(state_.z, z, call_.features);
+    for (std::size_t d = call_.features; d < fp_; ++d) state_.z[d] = 0;
+    T* const keep = running_;
+    fill(keep, fp_, with_decay_ ? prefix_[0] : T(1));
+    if (exponents_) {
+      auto* const m = static_cast<T*>(head_.m_out);
+      fill(state_.m, fp_, kNone<T>);
+      for (std::size_t d = 0; d < call_.features; ++d) state_.m[d] = m[d] > kNone<T> ? m[d] : kNone<T>;
+      take_keys(0, 1);
+      for (std::size_t d = 0; d < call_.features; ++d) {
+        keep[d] *= power_of_2(m_old_[d] - state_.m[d]);
+        m[d] = state_.m[d];
+      }
+    } else {
+      take_keys(0, 1);
+    }
+    for (std::size_t d = 0; d < call_.features; ++d) z[d] = state_.z[d] = keep[d] * state_.z[d] + kf_[d];
+    for (std::size_t d = call_.features; d < fp_; ++d) state_.z[d] = 0;
+    for (std::size_t r = 0; r < call_.group; ++r) {
+      take_queries(r, 0, 1);
+      if (call_.map == FASTOPS_MAP_SOFTMAX) divide(qf_, state_.z);
+      for (std::size_t e = 0; e < head_.values; e += 4 * W) step_columns(s, keep, e, r == 0);
+      finish(r, 0, 0, normalizes() ? dot(qf_, state_.z, fp_) : T(0));
+    }
+  }
+
+ protected:
+  // Asked after every chunk, answers every so many of them: some 100 us of work.
+  bool stopped() noexcept {
+    return ++asked_ % 16 == 0 && call_.stop != nullptr && call_.stop->asked(call_.stop->context, head_.worker);
+  }
+  static std::size_t least(std::size_t a, std::size_t b) { return a < b ? a : b; }
+  static std::ptrdiff_t stride(std::size_t n) { return static_cast<std::ptrdiff_t>(n); }
+  static void copy(T* to, const T* from, std::size_t n) { __builtin_memcpy(to, from, n * sizeof(T)); }
+  bool normalizes() const { return call_.normalize && call_.map != FASTOPS_MAP_SOFTMAX; }
+  const char* key_row(std::size_t t) const { return row_at(call_.dtype, head_.k.data, head_.k.row, t); }
+  const char* value_row(const Rows& rows, std::size_t t) const {
+    return row_at(call_.dtype, rows.data, rows.row, t) +
+           (row_at(call_.dtype, nullptr, 1, head_.value) - static_cast<const char*>(nullptr));
+  }
+  const char* head_row(const Rows& rows, std::ptrdiff_t step, std::size_t r, std::size_t i) const {
+    return row_at(call_.dtype, row_at(call_.dtype, rows.data, step, r), rows.row, i);
+  }
+
+  void clear_state() noexcept {
+    fill<T>(state_.s, fp_ * vp_, 0);
+    fill<T>(state_.z, fp_, 0);
+    fill(state_.m, fp_, kNone<T>);
+  }
+
+  // The tokens t .. t + n of k and v, with features and decay; how many of them one chunk can hold. Fewer than n where a
+  // row is not finite, since 0 times nan would reach the rows before it, or where exponents rise too steeply.
+  std::size_t take_keys(std::size_t t, std::size_t n) noexcept {
+    for (std::size_t j = 0; j < n; ++j) {
+      live_[j] = head_.mask == nullptr || head_.mask[stride(t + j) * head_.mask_step] != 0;
+      if (live_[j]) {
+        read_row<T>(call_.dtype, key_row(t + j), call_.dim, x_ + j * dp_);
+        read_row<T>(call_.dtype, value_row(head_.v, t + j), head_.values, v_ + j * vp_);
+      } else {
+        fill<T>(x_ + j * dp_, dp_, 0);
+        fill<T>(v_ + j * vp_, vp_, 0);
+      }
+    }
+    if (call_.causal) n = finite_rows(n);
+    if (exponents_)
+      n = exponential_keys(n);
+    else
+      plain_features(x_, kf_, n);
+    for (std::size_t j = 0; j < kChunk; ++j)
+      if (j >= n || !live_[j]) fill<T>(kf_ + j * fp_, fp_, 0);
+    if (with_decay_ && !in_place_) take_decay(t, n);
+    return n;
+  }
+
+  // Rows up to the first that is not finite; at least one.
+  std::size_t finite_rows(std::size_t n) const noexcept {
+    const auto finite = [&](std::size_t first, std::size_t last) {
+      V sum{};
+      for (std::size_t i = first * dp_; i < last * dp_; i += W) sum += load<V>(x_ + i) * T(0);
+      for (std::size_t i = first * vp_; i < last * vp_; i += W) sum += load<V>(v_ + i) * T(0);
+      return !simd::any(sum != sum);
+    };
+    if (finite(0, n)) return n;
+    for (std::size_t j = 0; j < n; ++j)
+      if (!finite(j, j + 1)) return j == 0 ? 1 : j;
+    return n;
+  }
+
+  void plain_features(const T* x, T* f, std::size_t n) const noexcept {
+    const T eps = static_cast<T>(call_.kernel_eps);
+    const auto all = [&](auto body) FASTOPS_BODY {
+      for (std::size_t j = 0; j < n; ++j) map_row(x + j * dp_, f + j * fp_, call_.dim, fp_, body);
+    };
+    switch (call_.map) {
+      case FASTOPS_MAP_ELU:
+        return all([](V v) FASTOPS_BODY { return elu_feature(v); });
+      case FASTOPS_MAP_RELU:
+        return all([eps](V v) FASTOPS_BODY { return rectified(v) + eps; });
+      case FASTOPS_MAP_RELU2:
+        return all([eps](V v) FASTOPS_BODY {
+          const V r = rectified(v);
+          return simd::fma(r, r, splat<V>(eps));
+        });
+      case FASTOPS_MAP_COSINE:
+        for (std::size_t j = 0; j < n; ++j) {
+          const T factor = inverse_norm(x + j * dp_);
+          map_row(x + j * dp_, f + j * fp_, call_.dim, fp_, [factor](V v) FASTOPS_BODY { return v * factor; });
+          f[j * fp_ + call_.dim] = 1;
+        }
+        return;
+      default:
+        return all([](V v) FASTOPS_BODY { return v; });
+    }
+  }
+  // By the largest element first: squares overflow where elements do not.
+  T inverse_norm(const T* x) const noexcept {
+    T largest = 0;
+    for (std::size_t d = 0; d < call_.dim; ++d) {
+      const T size = x[d] < 0 ? -x[d] : x[d];
+      if (!(size <= largest)) largest = size;
+    }
+    if (largest == 0) return 0;
+    int exponent;
+    const double unit = __builtin_frexp(static_cast<double>(largest), &exponent);
+    const T down = power_of_2(static_cast<T>(-exponent));
+    (void)unit;
+    V sum{};
+    for (std::size_t d = 0; d < dp_; d += W) {
+      const V v = load<V>(x + d) * down;
+      sum = simd::fma(v, v, sum);
+    }
+    return static_cast<T>(down / __builtin_sqrt(static_cast<double>(sum_lanes<T>(sum))));
+  }
+
+  // Logarithms of the exponential features.
+  void logarithms(const T* x, T* f, std::size_t n) const noexcept {
+    const T scale = static_cast<T>(call_.scale);
+    if (call_.map != FASTOPS_MAP_FAVOR) {
+      for (std::size_t j = 0; j < n; ++j)
+        map_row(x + j * dp_, f + j * fp_, call_.dim, fp_, [scale](V v) FASTOPS_BODY { return v * scale; });
+      return;
+    }
+    const Projection<T> w(call_);
+    product<T>(n, fp_, Term<T>{x, stride(dp_), 1, w.transposed, stride(fp_), call_.dim}, {f, stride(fp_), nullptr, 0});
+    for (std::size_t j = 0; j < n; ++j) {
+      const T half = T(0.5) * scale * dot(x + j * dp_, x + j * dp_, dp_);
+      map_row(f + j * fp_, f + j * fp_, call_.features, fp_, [half](V v) FASTOPS_BODY { return v - half; });
+    }
+  }
+
+  std::size_t exponential_keys(std::size_t n) noexcept {
+    logarithms(x_, kf_, n);
+    if (call_.causal) n = level_rows(n);
+    copy(m_old_, state_.m, fp_);
+    bool changed = false;
+    for (std::size_t d = 0; d < fp_; d += W) {
+      V top = load<V>(state_.m + d);
+      for (std::size_t j = 0; j < n; ++j) {
+        if (!live_[j]) continue;
+        const V e = split_exp(load<V>(kf_ + j * fp_ + d)).n;
+        top = select(e > top, e, top);
+      }
+      changed |= simd::any(top != load<V>(state_.m + d));
+      store(state_.m + d, top);
+    }
+    if (changed && !in_place_) rescale(m_old_);
+    for (std::size_t j = 0; j < n; ++j) power_features(kf_ + j * fp_);
+    return n;
+  }
+  // Logarithms to features in units of 2^m.
+  void power_features(T* f) const noexcept {
+    for (std::size_t d = 0; d < fp_; d += W) {
+      const Exponential<V> e = split_exp(load<V>(f + d));
+      store(f + d, times_power(e.y, e.n - load<V>(state_.m + d)));
+    }
+    for (std::size_t d = call_.features; d < fp_; ++d) f[d] = 0;
+  }
+  std::size_t level_rows(std::size_t n) const noexcept {
+    std::size_t first = 0;
+    while (first < n && !live_[first]) ++first;
+    std::size_t rows = n;
+    for (std::size_t d = 0; d < fp_ && first < n; d += W) {
+      const V start = split_exp(load<V>(kf_ + first * fp_ + d)).n, before = load<V>(state_.m + d);
+      const V limit = select(start > before, start, before) + kMostGrowth<T>;
+      for (std::size_t j = first + 1; j < rows; ++j)
+        if (live_[j] && simd::any(split_exp(load<V>(kf_ + j * fp_ + d)).n > limit)) rows = j;
+    }
+    return rows;
+  }
+  // The state from units of 2^old to those of 2^m.
+  void rescale(const T* old) noexcept {
+    for (std::size_t d = 0; d < fp_; ++d) {
+      if (old[d] == state_.m[d]) continue;
+      const T factor = power_of_2(old[d] - state_.m[d]);
+      if (transposed_ == nullptr) {
+        scale_row(state_.s + d * vp_, vp_, factor);
+      } else {
+        for (std::size_t e = 0; e < vp_; ++e) transposed_[e * fp_ + d] *= factor;
+      }
+      state_.z[d] *= factor;
+    }
+  }
+
+  // Products of decays: prefix_[i] up to and with token i, factor_[i][j] after token j up to i.
+  void take_decay(std::size_t t, std::size_t n) noexcept {
+    const auto* const g = static_cast<const T*>(head_.decay);
+    if (head_.decay_step == 0 && made_decay_ >= n) return;
+    made_decay_ = n;
+    for (std::size_t j = 0; j < kChunk; ++j) decays_[j] = j < n ? g[stride(t + j) * head_.decay_step] : T(0);
+    for (std::size_t j = 0; j < kChunk; j += W) store(decays_ + j, exp_nonpositive(load<V>(decays_ + j)));
+    fill<T>(factor_, kChunk * kChunk, 0);
+    T product = 1;
+    for (std::size_t i = 0; i < n; ++i) {
+      const T e = decays_[i];
+      prefix_[i] = product *= e;
+      if (i > 0)
+        for (std::size_t j = 0; j < i; j += W)
+          store(factor_ + i * kChunk + j, load<V>(factor_ + (i - 1) * kChunk + j) * e);
+      factor_[i * kChunk + i] = 1;
+    }
+  }
+
+  void take_queries(std::size_t r, std::size_t i, std::size_t n) noexcept {
+    for (std::size_t row = 0; row < n; ++row)
+      read_row<T>(call_.dtype, head_row(head_.q, head_.q_head, r, i + row), call_.dim, x_ + row * dp_);
+    if (!exponents_) {
+      plain_features(x_, qf_, n);
+      if (call_.scale != 1.0)
+        for (std::size_t row = 0; row < n; ++row) scale_row(qf_ + row * fp_, fp_, static_cast<T>(call_.scale));
+      return;
+    }
+    logarithms(x_, qf_, n);
+    for (std::size_t row = 0; row < n; ++row) exponential_query(qf_ + row * fp_, row);
+  }
+  // Features in units of 2^(shift_ - m); of the softmax map those that add up to 1.
+  void exponential_query(T* f, std::size_t row) noexcept {
+    const bool softmax = call_.map == FASTOPS_MAP_SOFTMAX;
+    T top = kNone<T> * 2;
+    for (std::size_t d = 0; d < fp_; d += W) {
+      V e = split_exp(load<V>(f + d)).n;
+      if (!softmax) e += load<V>(state_.m + d);
+      for (std::size_t l = 0; l < W && d + l < call_.features; ++l)
+        if (!(e[l] <= top)) top = e[l];
+    }
+    V sum{};
+    for (std::size_t d = 0; d < fp_; d += W) {
+      const Exponential<V> e = split_exp(load<V>(f + d));
+      const V n = softmax ? e.n : e.n + load<V>(state_.m + d);
+      V y = times_power(e.y, n - top);
+      if (d + W > call_.features)
+        for (std::size_t l = 0; l < W; ++l) y[l] = d + l < call_.features ? y[l] : T(0);
+      sum += y;
+      store(f + d, y);
+    }
+    shift_[row] = top;
+    if (softmax) scale_row(f, fp_, T(1) / sum_lanes<T>(sum));
+  }
+  // f / z, 0 where z is.
+  void divide(T* f, const T* z) const noexcept {
+    for (std::size_t d = 0; d < fp_; d += W) {
+      const V sum = load<V>(z + d);
+      store(f + d, select(sum == V{}, V{}, load<V>(f + d) / sum));
+    }
+  }
+
+  void transpose_keys(std::size_t n) noexcept {
+    transpose<T>(kf_, fp_, padded<T>(n), fp_, kft_, kChunk);
+  }
+
+  // The queries i .. i + n, one beside each key of the chunk.
+  void attend(std::size_t r, std::size_t i, std::size_t n) noexcept {
+    take_queries(r, i, n);
+    if (call_.map == FASTOPS_MAP_SOFTMAX) {
+      copy(running_, state_.z, fp_);
+      for (std::size_t row = 0; row < n; ++row) {
+        accumulate(running_, kf_ + row * fp_);
+        divide(qf_ + row * fp_, running_);
+      }
+    }
+    lower_product<T>(n, {qf_, stride(fp_), 1, kft_, stride(kChunk), call_.features}, p_, stride(kChunk),
+                     with_decay_ ? factor_ : nullptr);
+    T sums[kChunk];
+    if (normalizes())
+      for (std::size_t row = 0; row < n; ++row) {
+        V sum{};
+        for (std::size_t j = 0; j < padded<T>(row + 1); j += W) sum += load<V>(p_ + row * kChunk + j);
+        sums[row] = sum_lanes<T>(sum) + (with_decay_ ? prefix_[row] : T(1)) * dot(qf_ + row * fp_, state_.z, fp_);
+      }
+    if (with_decay_)
+      for (std::size_t row = 0; row < n; ++row) scale_row(qf_ + row * fp_, fp_, prefix_[row]);
+    const Term<T> terms[2] = {{qf_, stride(fp_), 1, state_.s, stride(vp_), call_.features},
+                              {p_, stride(kChunk), 1, v_, stride(vp_), n}};
+    product<T>(n, vp_, terms, 2, {o_, stride(vp_), nullptr, 0}, Band::kLower);
+    for (std::size_t row = 0; row < n; ++row) finish(r, i + row, row, normalizes() ? sums[row] : T(0));
+  }
+  void accumulate(T* sum, const T* row) const noexcept {
+    for (std::size_t d = 0; d < fp_; d += W) store(sum + d, load<V>(sum + d) + load<V>(row + d));
+  }
+  // 1 / (denominator + eps), 0 where that is 0; without a normaliser the units of the weights.
+  T row_factor(T denominator, std::size_t row) const noexcept {
+    const bool shifted = exponents_ && call_.map != FASTOPS_MAP_SOFTMAX;
+    // Favor's 1 / features is a factor of every weight.
+    const T share = call_.map == FASTOPS_MAP_FAVOR ? T(1) / static_cast<T>(call_.features) : T(1);
+    if (!normalizes()) return shifted ? share * power_of_2(shift_[row]) : T(1);
+    if (call_.eps != 0.0) {
+      const T eps = static_cast<T>(call_.eps);
+      denominator += shifted ? eps * power_of_2(-shift_[row]) / share : eps;
+    }
+    return denominator == 0 ? T(0) : T(1) / denominator;
+  }
+  void finish(std::size_t r, std::size_t i, std::size_t row, T denominator) noexcept {
+    const T factor = row_factor(denominator, row);
+    if (factor != 1) scale_row(o_ + row * vp_, vp_, factor);
+    const Rows out{row_at(call_.dtype, head_.out.data, head_.out_head, r), head_.out.row};
+    write_row<T>(call_.dtype, o_ + row * vp_, head_.values, const_cast<char*>(value_row(out, i)));
+  }
+
+  // S and z after the chunk.
+  void update(std::size_t n) noexcept {
+    const T keep = with_decay_ ? prefix_[n - 1] : T(1);
+    if (with_decay_)
+      for (std::size_t j = 0; j < n; ++j) scale_row(kf_ + j * fp_, fp_, factor_[(n - 1) * kChunk + j]);
+    product<T>(call_.features, vp_, Term<T>{kf_, 1, stride(fp_), v_, stride(vp_), n},
+               {state_.s, stride(vp_), &keep, 0});
+    if (with_decay_) scale_row(state_.z, fp_, keep);
+    for (std::size_t j = 0; j < n; ++j) accumulate(state_.z, kf_ + j * fp_);
+  }
+
+  void take_step_decay() noexcept {
+    if (!with_decay_) return;
+    fill<T>(decays_, kChunk, 0);
+    decays_[0] = *static_cast<const T*>(head_.decay);
+    store(decays_, exp_nonpositive(load<V>(decays_)));
+    prefix_[0] = decays_[0];
+  }
+  // Four vectors of columns: [s = keep s + k v and] o = q s.
+  void step_columns(T* s, const T* keep, std::size_t e, bool moves) noexcept {
+    V sums[4] = {}, values[4];
+    for (std::size_t x = 0; x < 4; ++x) values[x] = e + x * W < vp_ ? load<V>(v_ + e + x * W) : V{};
+    const bool whole = e + 4 * W <= head_.values;
+    for (std::size_t d = 0; d < call_.features; ++d) {
+      const V k = splat<V>(kf_[d]), q = splat<V>(qf_[d]), kept = splat<V>(keep[d]);
+      T* const row = s + d * call_.values + e;
+      if (whole) {
+#pragma GCC unroll 4
+        for (std::size_t x = 0; x < 4; ++x) {
+          V y = load<V>(row + x * W);
+          if (moves) store(row + x * W, y = simd::fma(k, values[x], kept * y));
+          sums[x] = simd::fma(q, y, sums[x]);
+        }
+        continue;
+      }
+      for (std::size_t x = 0; x < 4 && e + x * W < head_.values; ++x) {
+        const std::size_t count = least(W, head_.values - e - x * W);
+        V y = count == W ? load<V>(row + x * W) : simd::load_first<V>(row + x * W, count, T(0));
+        if (moves) {
+          y = simd::fma(k, values[x], kept * y);
+          if (count == W)
+            store(row + x * W, y);
+          else
+            simd::store_first(row + x * W, y, count);
+        }
+        sums[x] = simd::fma(q, y, sums[x]);
+      }
+    }
+    for (std::size_t x = 0; x < 4 && e + x * W < vp_; ++x) store(o_ + e + x * W, sums[x]);
+  }
+
+  const LinearCall& call_;
+  const LinearHead& head_;
+  const std::size_t dp_, fp_, vp_;  // padded
+  const bool exponents_, with_decay_;
+  T *const x_, *const v_, *const kf_, *const kft_, *const qf_, *const p_, *const o_, *const running_, *const m_old_,
+      *const decays_, *const prefix_, *const factor_;
+  State<T> state_;
+  T* transposed_ = nullptr;  // the state's S as (values x features), where a pass keeps that
+  bool in_place_ = false;    // the state is the caller's, and rescaled with the step
+  std::size_t made_decay_ = 0;
+  unsigned asked_ = 0;
+  bool live_[kChunk];
+  T shift_[kChunk];
+};
+
+}  // namespace fastops::FASTOPS_LEVEL::attention
+#endif

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The forward kernels of linear attention and its step for one token.
+#include "attention/attention_linear.h"
+
+namespace fastops::FASTOPS_LEVEL {
+namespace {
+
+using namespace attention;
+
+// A head that takes all value columns, for sizes.
+LinearHead widest(const LinearCall& call) noexcept {
+  LinearHead head{};
+  head.values = call.values;
+  return head;
+}
+
+template <class T> std::size_t work_items(const LinearCall& call) noexcept {
+  const LinearHead head = widest(call);
+  Parts<T> parts(nullptr);
+  Pass<T> pass(call, head, parts);
+  return parts.used();
+}
+template <class T> std::size_t state_items(const LinearCall& call) noexcept {
+  Parts<T> parts(nullptr);
+  State<T>(parts, padded<T>(call.features), padded<T>(call.values));
+  return parts.used();
+}
+
+template <class T> void causal(const LinearCall& call, const LinearHead& head, void* work) noexcept {
+  Parts<T> parts(work);
+  Pass<T>(call, head, parts).causal();
+}
+template <class T> State<T> state_at(const LinearCall& call, void* states, std::size_t i) noexcept {
+  Parts<T> parts(static_cast<T*>(states) + i * state_items<T>(call));
+  return State<T>(parts, padded<T>(call.features), padded<T>(call.values));
+}
+template <class T>
+void absorb(const LinearCall& call, const LinearHead& head, std::size_t first, std::size_t last, bool with_initial,
+            void* state, void* work) noexcept {
+  Parts<T> parts(work);
+  Pass<T> pass(call, head, parts, state_at<T>(call, state, 0));
+  pass.absorb(first, last, with_initial);
+}
+template <class T>
+void merge(const LinearCall& call, const LinearHead& head, void* states, std::size_t count, void* work) noexcept {
+  Parts<T> parts(work);
+  Pass<T> pass(call, head, parts, state_at<T>(call, states, 0));
+  for (std::size_t i = 1; i < count; ++i) pass.add(state_at<T>(call, states, i));
+  pass.store_final();
+}
+template <class T>
+void emit(const LinearCall& call, const LinearHead& head, std::size_t first, std::size_t last, const void* state,
+          void* work) noexcept {
+  Parts<T> parts(work);
+  // The state is only read.
+  Pass<T> pass(call, head, parts, state_at<T>(call, const_cast<void*>(state), 0));
+  pass.emit(first, last);
+}
+template <class T> void step(const LinearCall& call, const LinearHead& head, void* work) noexcept {
+  Parts<T> parts(work);
+  Pass<T>(call, head, parts).step();
+}
+
+template <class T> constexpr LinearKernels kTable() {
+  return {projection_items<T>, project<T>, work_items<T>, causal<T>, state_items<T>,
+          absorb<T>,           merge<T>,   emit<T>,       step<T>};
+}
+
+}  // namespace
+
+const LinearKernels kLinearKernels[2] = {kTable<float>(), kTable<double>()};
+
+}  // namespace fastops::FASTOPS_LEVEL

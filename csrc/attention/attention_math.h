@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Feature maps of linear attention and the exponentials of all attention kernels, on simd lanes.
+#ifndef FASTOPS_ATTENTION_ATTENTION_MATH_H
+#define FASTOPS_ATTENTION_ATTENTION_MATH_H
+
+#include "core/math.h"
+#include "core/simd.h"
+
+namespace fastops::FASTOPS_LEVEL::attention {
+
+using simd::select;
+using simd::splat;
+
+template <class V> struct ExpRange;
+template <> struct ExpRange<simd::f32> {
+  static constexpr float kNormal = -87.3f;      // exp of it is normal
+  static constexpr float kFarthest = 1e6f;      // logits beyond it count as it
+  static constexpr float kVanishing = -200.0f;  // 2^it is 0
+};
+template <> struct ExpRange<simd::f64> {
+  static constexpr double kNormal = -708.3, kFarthest = 1e6, kVanishing = -1200.0;
+};
+
+// exp(x) for x <= 0, within 1.3 units in the last place; 0 where it would be subnormal.
+template <class V> FASTOPS_INLINE V exp_nonpositive(V x) {
+  using F = math::Format<V>;
+  const V low = splat<V>(ExpRange<V>::kNormal), round = splat<V>(F::kRound);
+  const V clamped = select(x < low, low, x);
+  const V rounded = simd::fma(clamped, splat<V>(F::kLog2E), round);
+  const V n = rounded - round;
+  const V r = simd::fma(-n, splat<V>(F::kLn2Low), simd::fma(-n, splat<V>(F::kLn2High), clamped));
+  const V y = simd::fma(r * r, math::polynomial(r, F::kExp), r) + 1;
+  // The product keeps a nan of y, which a sum of bit patterns would not.
+  using U = typename F::Unsigned;
+  const U power = (simd::bits<U>(rounded) + typename F::U(F::kBias)) << F::kMantissa;
+  return select(x < low, V{}, y * simd::bits<V>(power));
+}
+
+// exp(x) = y 2^n with an integer n: so a common factor 2^k never changes a bit of y.
+template <class V> struct Exponential {
+  V y, n;
+};
+template <class V> FASTOPS_INLINE Exponential<V> split_exp(V x) {
+  using F = math::Format<V>;
+  const V far = splat<V>(ExpRange<V>::kFarthest), round = splat<V>(F::kRound);
+  x = select(x < -far, -far, x);
+  x = select(x > far, far, x);
+  const V n = simd::fma(x, splat<V>(F::kLog2E), round) - round;
+  const V r = simd::fma(-n, splat<V>(F::kLn2Low), simd::fma(-n, splat<V>(F::kLn2High), x));
+  return {simd::fma(r * r, math::polynomial(r, F::kExp), r) + 1, n};
+}
+// y 2^k for an integer k, at most 1 or so above 0.
+template <class V> FASTOPS_INLINE V times_power(V y, V k) {
+  const V least = splat<V>(ExpRange<V>::kVanishing);
+  k = select(k < least, least, k);
+  return math::scale(y, k + splat<V>(math::Format<V>::kRound));
+}
+
+// elu(x) + 1 without its cancellation.
+template <class V> FASTOPS_INLINE V elu_feature(V x) {
+  const V e = exp_nonpositive(select(x < V{}, x, V{}));
+  return select(x < V{}, e, x + 1);
+}
+// nan stays.
+template <class V> FASTOPS_INLINE V rectified(V x) { return select(x < V{}, V{}, x); }
+
+}  // namespace fastops::FASTOPS_LEVEL::attention
+#endif

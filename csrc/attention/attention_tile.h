@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Products of small matrices that lie in a workspace, rows padded to whole vectors: what all attention kernels are made of.
+#ifndef FASTOPS_ATTENTION_ATTENTION_TILE_H
+#define FASTOPS_ATTENTION_ATTENTION_TILE_H
+
+#include "core/half.h"
+#include "core/simd.h"
+#include "core/tile.h"
+#include "fastops/fastops.h"
+
+namespace fastops::FASTOPS_LEVEL::attention {
+
+using simd::kLanes;
+using simd::load;
+using simd::select;
+using simd::splat;
+using simd::store;
+
+template <class T> using Vector = simd::lanes<T>;
+template <class T> inline constexpr std::size_t kWidth = kLanes<Vector<T>>;
+
+// Rows and vectors of the register tile, and the rows of a chunk of tokens: a multiple of both.
+#if defined(FASTOPS_32_REGISTERS)
+inline constexpr int kTileRows = 8, kTileVectors = 2;
+inline constexpr std::size_t kChunk = 16;
+#else
+inline constexpr int kTileRows = 6, kTileVectors = 2;
+inline constexpr std::size_t kChunk = 24;
+#endif
+
+template <class T> constexpr std::size_t padded(std::size_t n) { return (n + kWidth<T> - 1) / kWidth<T> * kWidth<T>; }
+
+// a b, with element (i, k) of a at a[i * a_row + k * a_step] and the rows of b contiguous.
+template <class T> struct Term {
+  const T* a;
+  std::ptrdiff_t a_row, a_step;
+  const T* b;
+  std::ptrdiff_t b_row;
+  std::size_t steps;
+};
+
+// Which elements of a square a there are: all, those with k <= i, those with k >= i.
+enum class Band { kAll, kLower, kUpper };
+
+template <class T> struct TermBody {
+  using Vector = attention::Vector<T>;
+  using Row = Vector;
+  using Column = Vector;
+  const Term<T>& term;
+  FASTOPS_INLINE Row row(std::size_t k, int i) const {
+    return splat<Vector>(term.a[i * term.a_row + static_cast<std::ptrdiff_t>(k) * term.a_step]);
+  }
+  FASTOPS_INLINE Column column(std::size_t k, int v) const {
+    return load<Vector>(term.b + static_cast<std::ptrdiff_t>(k) * term.b_row +
+                        static_cast<std::ptrdiff_t>(v * kWidth<T>));
+  }
+  FASTOPS_INLINE Vector step(Row row, Column column, int, int, Vector acc) const { return simd::fma(row, column, acc); }
+};
+
+// c = [keep[i] c +] the terms. keep: null writes c anew; a stride of 0 in `keep_step` takes one factor for all rows.
+template <class T> struct Target {
+  T* c;
+  std::ptrdiff_t c_row;
+  const T* keep;
+  std::ptrdiff_t keep_step;
+};
+
+template <int Rows, int Vectors, class T>
+__attribute__((noinline)) void product_tile(const Term<T>* terms, int count, const Target<T>& target) noexcept {
+  Vector<T> acc[Rows][Vectors];
+  run_tile<Rows, Vectors>(TermBody<T>{terms[0]}, terms[0].steps, acc);
+  for (int t = 1; t < count; ++t) extend_tile<Rows, Vectors>(TermBody<T>{terms[t]}, terms[t].steps, acc);
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) {
+      T* const p = target.c + i * target.c_row + static_cast<std::ptrdiff_t>(v * kWidth<T>);
+      Vector<T> r = acc[i][v];
+      if (target.keep != nullptr)
+        r = simd::fma(splat<Vector<T>>(target.keep[i * target.keep_step]), load<Vector<T>>(p), r);
+      store(p, r);
+    }
+}
+
+template <class T> using TileFunction = void (*)(const Term<T>*, int, const Target<T>&) noexcept;
+template <class T>
+inline constexpr TileFunction<T> kTiles[kTileVectors][8] = {
+    {product_tile<1, 1, T>, product_tile<2, 1, T>, product_tile<3, 1, T>, product_tile<4, 1, T>, product_tile<5, 1, T>,
+     product_tile<6, 1, T>, product_tile<kTileRows == 8 ? 7 : 1, 1, T>, product_tile<kTileRows == 8 ? 8 : 1, 1, T>},
+    {product_tile<1, 2, T>, product_tile<2, 2, T>, product_tile<3, 2, T>, product_tile<4, 2, T>, product_tile<5, 2, T>,
+     product_tile<6, 2, T>, product_tile<kTileRows == 8 ? 7 : 1, 2, T>, product_tile<kTileRows == 8 ? 8 : 1, 2, T>}};
+
+// c (rows x cols, cols whole vectors) = [keep c +] first [+ second]; of the last term only the band is there.
+template <class T>
+void product(std::size_t rows, std::size_t cols, const Term<T>* terms, int count, Target<T> target,
+             Band band = Band::kAll) noexcept {
+  constexpr std::size_t kRows = kTileRows, kPanel = kTileVectors * kWidth<T>;
+  for (std::size_t j = 0; j < cols; j += kPanel) {
+    const int vectors = cols - j < kPanel ? 1 : kTileVectors;
+    for (std::size_t i = 0; i < rows; i += kRows) {
+      const std::size_t count_rows = rows - i < kRows ? rows - i : kRows;
+      const auto at = static_cast<std::ptrdiff_t>(i);
+      Term<T> part[2];
+      for (int t = 0; t < count; ++t) {
+        part[t] = terms[t];
+        part[t].a += at * part[t].a_row;
+        part[t].b += j;
+      }
+      Term<T>& last = part[count - 1];
+      if (band == Band::kLower && last.steps > i + count_rows) last.steps = i + count_rows;
+      if (band == Band::kUpper) {
+        last.a += at * last.a_step;
+        last.b += at * last.b_row;
+        last.steps -= i;
+      }
+      const T* const keep = target.keep == nullptr ? nullptr : target.keep + at * target.keep_step;
+      kTiles<T>[vectors - 1][count_rows - 1](part, count,
+                                            {target.c + at * target.c_row + static_cast<std::ptrdiff_t>(j),
+                                             target.c_row, keep, target.keep_step});
+    }
+  }
+}
+template <class T>
+FASTOPS_INLINE void product(std::size_t rows, std::size_t cols, Term<T> term, Target<T> target,
+                            Band band = Band::kAll) noexcept {
+  product<T>(rows, cols, &term, 1, target, band);
+}
+
+// p_ij = (a_i b_j + row_term_i) factor_ij for j <= i, zeros above the diagonal up to the vector that the tile of a row
+// ends in; `term.b` is b transposed. factor is laid out as p; it and row_term may be null.
+template <class T>
+void lower_product(std::size_t rows, Term<T> term, T* p, std::ptrdiff_t p_row, const T* factor,
+                   const T* row_term = nullptr) noexcept {
+  using V = Vector<T>;
+  constexpr std::size_t kRows = kTileRows;
+  using Index = decltype(V{} < V{});
+  using Int = decltype(Index{}[0] + 0);
+  Index iota{};
+  for (std::size_t l = 0; l < kWidth<T>; ++l) iota[l] = static_cast<Int>(l);
+  for (std::size_t i = 0; i < rows; i += kRows) {
+    const std::size_t count = rows - i < kRows ? rows - i : kRows;
+    const std::size_t cols = padded<T>(i + count);
+    Term<T> part = term;
+    part.a += static_cast<std::ptrdiff_t>(i) * part.a_row;
+    T* const c = p + static_cast<std::ptrdiff_t>(i) * p_row;
+    product<T>(count, cols, part, {c, p_row, nullptr, 0});
+    const std::size_t first = factor != nullptr || row_term != nullptr ? 0 : i / kWidth<T> * kWidth<T>;
+    for (std::size_t r = 0; r < count; ++r)
+      for (std::size_t j = first; j < cols; j += kWidth<T>) {
+        T* const at = c + static_cast<std::ptrdiff_t>(r) * p_row + static_cast<std::ptrdiff_t>(j);
+        V v = load<V>(at);
+        if (row_term != nullptr) v += row_term[i + r];
+        if (factor != nullptr) v *= load<V>(factor + (at - p));
+        const auto last = static_cast<Int>(static_cast<std::ptrdiff_t>(i + r) - static_cast<std::ptrdiff_t>(j));
+        store(at, select(iota <= last, v, V{}));
+      }
+  }
+}
+
+// to[c][r] = from[r][c] for whole vectors of columns; `rows` a multiple of 16 bytes of elements.
+template <class T>
+void transpose(const T* from, std::size_t from_row, std::size_t rows, std::size_t cols, T* to,
+               std::size_t to_row) noexcept {
+  constexpr std::size_t kPart = 16 / sizeof(T);
+  for (std::size_t c = 0; c < cols; c += kWidth<T>)
+    for (std::size_t r = 0; r < rows; r += kPart) {
+      simd::i32 x[kPart];
+      for (std::size_t i = 0; i < kPart; ++i)
+        x[i] = simd::bits<simd::i32>(load<Vector<T>>(from + (r + i) * from_row + c));
+      simd::turn<sizeof(T)>(x);
+      // Part p of x[i] is column c + p kPart + i.
+      for (std::size_t i = 0; i < kPart; ++i)
+        simd::store_parts(reinterpret_cast<char*>(to + (c + i) * to_row + r), kPart * to_row * sizeof(T), x[i]);
+    }
+}
+
+template <class T> FASTOPS_INLINE T sum_lanes(Vector<T> v) {
+  T sum = 0;
+  for (std::size_t l = 0; l < kWidth<T>; ++l) sum += v[l];
+  return sum;
+}
+
+// Elements of an array in memory, as T.
+template <class T> void read_row(fastops_dtype dtype, const void* from, std::size_t n, T* to) noexcept {
+  const std::size_t whole = n / kWidth<T> * kWidth<T>;
+  std::size_t i = 0;
+  if constexpr (sizeof(T) == 4) {
+    if (dtype == FASTOPS_F32) {
+      const auto* const p = static_cast<const float*>(from);
+      for (; i < whole; i += kWidth<T>) store(to + i, load<simd::f32>(p + i));
+      if (i < n) store(to + i, simd::load_first<simd::f32>(p + i, n - i, 0.0f));
+      return;
+    }
+    const auto* const p = static_cast<const std::uint16_t*>(from);
+    if (dtype == FASTOPS_F16) {
+      for (; i < whole; i += kWidth<T>) store(to + i, half::from_f16(load<simd::half_u16>(p + i)));
+      for (; i < n; ++i) to[i] = half::from_f16(p[i]);
+    } else {
+      for (; i < whole; i += kWidth<T>) store(to + i, half::from_bf16(load<simd::half_u16>(p + i)));
+      for (; i < n; ++i) to[i] = half::from_bf16(p[i]);
+    }
+  } else {
+    const auto* const p = static_cast<const double*>(from);
+    for (; i < whole; i += kWidth<T>) store(to + i, load<simd::f64>(p + i));
+    if (i < n) store(to + i, simd::load_first<simd::f64>(p + i, n - i, 0.0));
+    return;
+  }
+  for (; i < padded<T>(n); ++i) to[i] = 0;
+}
+template <class T> void write_row(fastops_dtype dtype, const T* from, std::size_t n, void* to) noexcept {
+  const std::size_t whole = n / kWidth<T> * kWidth<T>;
+  std::size_t i = 0;
+  if constexpr (sizeof(T) == 4) {
+    if (dtype == FASTOPS_F32) {
+      auto* const p = static_cast<float*>(to);
+      for (; i < whole; i += kWidth<T>) store(p + i, load<simd::f32>(from + i));
+      if (i < n) simd::store_first(p + i, load<simd::f32>(from + i), n - i);
+      return;
+    }
+    auto* const p = static_cast<std::uint16_t*>(to);
+    if (dtype == FASTOPS_F16) {
+      for (; i < whole; i += kWidth<T>) store(p + i, half::to_f16(load<simd::f32>(from + i)));
+      for (; i < n; ++i) p[i] = half::to_f16(from[i]);
+    } else {
+      for (; i < whole; i += kWidth<T>) store(p + i, half::to_bf16(load<simd::f32>(from + i)));
+      for (; i < n; ++i) p[i] = half::to_bf16(from[i]);
+    }
+  } else {
+    auto* const p = static_cast<double*>(to);
+    for (; i < whole; i += kWidth<T>) store(p + i, load<simd::f64>(from + i));
+    if (i < n) simd::store_first(p + i, load<simd::f64>(from + i), n - i);
+  }
+}
+// Where row `i` of an array of the dtype begins; the step in elements.
+FASTOPS_INLINE const char* row_at(fastops_dtype dtype, const void* data, std::ptrdiff_t step, std::size_t i) {
+  const std::ptrdiff_t size = dtype == FASTOPS_F64 ? 8 : dtype == FASTOPS_F32 ? 4 : 2;
+  return static_cast<const char*>(data) + static_cast<std::ptrdiff_t>(i) * step * size;
+}
+
+}  // namespace fastops::FASTOPS_LEVEL::attention
+#endif
