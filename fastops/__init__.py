@@ -2,7 +2,7 @@
 """fastops: numeric operations with native kernels, NumPy arrays in and NumPy arrays out.
 
 Mitchell arithmetic (multiplication by adding approximate logarithms) as NumPy ufuncs, with matrix products, convolutions
-and gradients; moving averages and optimizer steps over lists of tensors, in place. `show_config()` says what is compiled in and what was chosen.
+and gradients; moving averages and optimizer steps over lists of tensors, in place; linear and softmax attention. `show_config()` says what is compiled in and what was chosen.
 """
 
 from __future__ import annotations
@@ -42,6 +42,14 @@ except ImportError:
 if TYPE_CHECKING:
     from ._tensors import TensorList
     from .analysis import optimal_offset
+    from .attention import (
+        favor_projection,
+        linear_attention,
+        linear_attention_backward,
+        linear_attention_step_,
+        logn_scale,
+        softmax_attention,
+    )
     from .averaging import EMA, posthoc_ema_weights
     from .optim import (
         adamw_step_,
@@ -62,9 +70,14 @@ __all__ = [
     "adaptive_eg_step_",
     "eg_step_",
     "ema_update_",
+    "favor_projection",
     "get_num_threads",
     "lazy_adamw_rows_",
+    "linear_attention",
+    "linear_attention_backward",
+    "linear_attention_step_",
     "lmul",
+    "logn_scale",
     "lookahead_sync_",
     "lut_matmul",
     "mitchell_conv2d",
@@ -86,10 +99,11 @@ __all__ = [
     "set_num_threads",
     "sgd_step_",
     "show_config",
+    "softmax_attention",
     "target",
 ]
 
-_SUBMODULES = ("analysis", "averaging", "bench", "native", "numba", "optim", "reference")
+_SUBMODULES = ("analysis", "attention", "averaging", "bench", "native", "numba", "optim", "reference")
 # Public names that are loaded when they are first asked for, and their modules.
 _LATER = {
     "EMA": "averaging",
@@ -98,11 +112,17 @@ _LATER = {
     "adaptive_eg_step_": "optim",
     "eg_step_": "optim",
     "ema_update_": "optim",
+    "favor_projection": "attention",
     "lazy_adamw_rows_": "optim",
+    "linear_attention": "attention",
+    "linear_attention_backward": "attention",
+    "linear_attention_step_": "attention",
+    "logn_scale": "attention",
     "lookahead_sync_": "optim",
     "optimal_offset": "analysis",
     "posthoc_ema_weights": "averaging",
     "sgd_step_": "optim",
+    "softmax_attention": "attention",
 }
 
 

@@ -16,6 +16,12 @@ VARIABLE = "FASTOPS_BACKEND"
 
 # What every backend offers, by the module of its package that holds it; loaded when it is first asked for.
 FAMILIES: dict[str, tuple[str, ...]] = {
+    "attention": (
+        "linear_attention",
+        "linear_attention_backward",
+        "linear_attention_step",
+        "softmax_attention",
+    ),
     "mitchell": (
         "lmul",
         "lut_matmul",
