@@ -245,10 +245,11 @@ template <class T> class GradientPass : public Pass<T> {
           all([](V v, V, V d) FASTOPS_BODY { return select(v > V{}, d * (v + v), v * T(0)); });
           break;
         case FASTOPS_MAP_COSINE: {
-          const T inverse = this->inverse_norm(x);
+          const auto norm = this->norm_of(x);
           T along = 0;
-          for (std::size_t d = 0; d < call_.dim; ++d) along += x[d] * inverse * df[d];
-          for (std::size_t d = 0; d < call_.dim; ++d) dx[d] = (df[d] - x[d] * inverse * along) * inverse;
+          for (std::size_t d = 0; d < call_.dim; ++d) along += x[d] * norm.down / norm.root * df[d];
+          for (std::size_t d = 0; d < call_.dim; ++d)
+            dx[d] = (df[d] - x[d] * norm.down / norm.root * along) / norm.root * norm.down;
           break;
         }
         case FASTOPS_MAP_EXP:

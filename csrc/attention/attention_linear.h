@@ -110,6 +110,9 @@ template <class T> class Pass {
         vp_(padded<T>(head.values)),
         exponents_(has_exponents(call.map)),
         with_decay_(head.decay != nullptr),
+        share_(call.map == FASTOPS_MAP_FAVOR
+                   ? static_cast<T>(1 / __builtin_sqrt(static_cast<double>(call.features)))
+                   : T(1)),
         x_(parts.take(kChunk * dp_)),
         v_(parts.take(kChunk * vp_)),
         kf_(parts.take(kChunk * fp_)),
@@ -324,8 +327,9 @@ template <class T> class Pass {
         });
       case FASTOPS_MAP_COSINE:
         for (std::size_t j = 0; j < n; ++j) {
-          const T factor = inverse_norm(x + j * dp_);
-          map_row(x + j * dp_, f + j * fp_, call_.dim, fp_, [factor](V v) FASTOPS_BODY { return v * factor; });
+          const Norm norm = norm_of(x + j * dp_);
+          map_row(x + j * dp_, f + j * fp_, call_.dim, fp_,
+                  [norm](V v) FASTOPS_BODY { return v * norm.down / norm.root; });
           f[j * fp_ + call_.dim] = 1;
         }
         return;
@@ -333,24 +337,27 @@ template <class T> class Pass {
         return all([](V v) FASTOPS_BODY { return v; });
     }
   }
-  // By the largest element first: squares overflow where elements do not.
-  T inverse_norm(const T* x) const noexcept {
+  // |x| = root / down, down a power of two: squares overflow where elements do not. A quotient by the root is exactly 1
+  // where x has one element.
+  struct Norm {
+    T down, root;
+  };
+  Norm norm_of(const T* x) const noexcept {
     T largest = 0;
     for (std::size_t d = 0; d < call_.dim; ++d) {
       const T size = x[d] < 0 ? -x[d] : x[d];
       if (!(size <= largest)) largest = size;
     }
-    if (largest == 0) return 0;
-    int exponent;
-    const double unit = __builtin_frexp(static_cast<double>(largest), &exponent);
+    if (largest == 0) return {0, 1};
+    int exponent = 0;
+    (void)__builtin_frexp(static_cast<double>(largest), &exponent);
     const T down = power_of_2(static_cast<T>(-exponent));
-    (void)unit;
     V sum{};
     for (std::size_t d = 0; d < dp_; d += W) {
       const V v = load<V>(x + d) * down;
       sum = simd::fma(v, v, sum);
     }
-    return static_cast<T>(down / __builtin_sqrt(static_cast<double>(sum_lanes<T>(sum))));
+    return {down, static_cast<T>(__builtin_sqrt(static_cast<double>(sum_lanes<T>(sum))))};
   }
 
   // Logarithms of the exponential features.
@@ -392,7 +399,7 @@ template <class T> class Pass {
   void power_features(T* f) const noexcept {
     for (std::size_t d = 0; d < fp_; d += W) {
       const Exponential<V> e = split_exp(load<V>(f + d));
-      store(f + d, times_power(e.y, e.n - load<V>(state_.m + d)));
+      store(f + d, times_power(e.y, e.n - load<V>(state_.m + d)) * share_);
     }
     for (std::size_t d = call_.features; d < fp_; ++d) f[d] = 0;
   }
@@ -467,7 +474,7 @@ template <class T> class Pass {
     for (std::size_t d = 0; d < fp_; d += W) {
       const Exponential<V> e = split_exp(load<V>(f + d));
       const V n = softmax ? e.n : e.n + load<V>(state_.m + d);
-      V y = times_power(e.y, n - top);
+      V y = times_power(e.y, n - top) * share_;
       if (d + W > call_.features)
         for (std::size_t l = 0; l < W; ++l) y[l] = d + l < call_.features ? y[l] : T(0);
       sum += y;
@@ -520,12 +527,10 @@ template <class T> class Pass {
   // 1 / (denominator + eps), 0 where that is 0; without a normaliser the units of the weights.
   T row_factor(T denominator, std::size_t row) const noexcept {
     const bool shifted = exponents_ && call_.map != FASTOPS_MAP_SOFTMAX;
-    // Favor's 1 / features is a factor of every weight.
-    const T share = call_.map == FASTOPS_MAP_FAVOR ? T(1) / static_cast<T>(call_.features) : T(1);
-    if (!normalizes()) return shifted ? share * power_of_2(shift_[row]) : T(1);
+    if (!normalizes()) return shifted ? power_of_2(shift_[row]) : T(1);
     if (call_.eps != 0.0) {
       const T eps = static_cast<T>(call_.eps);
-      denominator += shifted ? eps * power_of_2(-shift_[row]) / share : eps;
+      denominator += shifted ? eps * power_of_2(-shift_[row]) : eps;
     }
     return denominator == 0 ? T(0) : T(1) / denominator;
   }
@@ -591,6 +596,7 @@ template <class T> class Pass {
   const LinearHead& head_;
   const std::size_t dp_, fp_, vp_;  // padded
   const bool exponents_, with_decay_;
+  const T share_;  // FAVOR's 1 / sqrt(features)
   T *const x_, *const v_, *const kf_, *const kft_, *const qf_, *const p_, *const o_, *const running_, *const m_old_,
       *const decays_, *const prefix_, *const factor_;
   State<T> state_;
