@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -153,16 +153,67 @@ def _conditions(
     return mask, offsets, g, p.state("initial_state", initial_state, options, offsets)
 
 
+class _Plan(NamedTuple):
+    """What follows from the sizes and options of a step."""
+
+    options: LinearOptions
+    wide: np.dtype[Any]
+    state: tuple[tuple[int, ...], ...]
+    result: tuple[int, ...]
+
+
 @lru_cache(maxsize=64, typed=True)
-def _step_options(
-    d: int, dtype: Any, feature_map: str, normalize: Any, eps: Any, kernel_eps: Any, scale: Any
-) -> LinearOptions:
-    return _attention.linear_options(d, dtype, True, feature_map, normalize, eps, kernel_eps, scale, None)
+def _plan(
+    dtype: np.dtype[Any],
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    v: tuple[int, ...],
+    feature_map: str,
+    normalize: bool | None,
+    eps: float,
+    kernel_eps: float | None,
+    scale: float | None,
+) -> _Plan | None:
+    """The plan of a step on 3-D arrays of these shapes; None where the full check is needed."""
+    if dtype not in _validate.FLOAT_DTYPES or not (len(q) == len(k) == len(v) == 3) or q[2] != k[2] or k[:2] != v[:2]:
+        return None
+    # The strides of axes of length 1 say nothing.
+    if q[0] != k[0] or not q[1] or not k[1] or q[1] % k[1] or q[2] < 2 or v[2] < 2:
+        return None
+    wide = _attention.compute_dtype(dtype)
+    checked = _attention.linear_options(q[2], wide, True, feature_map, normalize, eps, kernel_eps, scale, None)
+    lead, f = k[:2], checked.features(q[2])
+    return _Plan(checked, wide, ((*lead, f, v[2]), *[(*lead, f)] * (checked.parts - 1)), (*q[:2], v[2]))
 
 
-_WIDE = {np.dtype(t): np.dtype(np.float32) for t in _validate.FLOAT_DTYPES} | {
-    np.dtype(np.float64): np.dtype(np.float64)
-}
+_ndarray = np.ndarray
+
+
+def _planned(q: Any, k: Any, v: Any, state: Any, *options: Any) -> _Plan | None:
+    """The plan of a step whose arrays backends can take as they are, else None: the full check says why, or makes them fit."""
+    if not (type(q) is type(k) is type(v) is _ndarray and type(state) is tuple):
+        return None
+    dtype = q.dtype
+    if not (dtype is k.dtype is v.dtype):
+        return None
+    try:
+        plan = _plan(dtype, q.shape, k.shape, v.shape, *options)
+    except TypeError:  # an option of the wrong type, or one without a hash
+        return None
+    if plan is None or len(state) != len(plan.state):
+        return None
+    for x in (q, k, v):
+        if not x.flags.carray and (x.strides[2] != x.itemsize or not x.flags.aligned):
+            return None
+    wide = plan.wide
+    qb, kb, vb = q.base, k.base, v.base
+    for x, shape in zip(state, plan.state, strict=False):
+        # Memory of its own: at most views of it may overlap.
+        if not (type(x) is _ndarray and x.base is None and x.dtype is wide and x.shape == shape and x.flags.carray):
+            return None
+        if qb is x or kb is x or vb is x:
+            return None
+    return plan
 
 
 def linear_attention_step_(
@@ -239,63 +290,17 @@ def linear_attention_step_(
     >>> state[1][0, 0]
     array([2., 2., 2., 2.], dtype=float32)
     """
-    given = (feature_map, normalize, eps, kernel_eps, scale)
-    if (
-        type(q) is np.ndarray
-        and type(k) is np.ndarray
-        and type(v) is np.ndarray
-        and out is None
-        and decay is None
-        and projection is None
-        and type(state) is tuple
-        and (options := _quick(q, k, v, state, given)) is not None
-    ):
-        b, h, _ = q.shape
-        y = np.empty((b, h, v.shape[2]), q.dtype)
-        _backend.linear_attention_step(q, k, v, y, options, None, state)
-        return y
-    step, options = _attention.prepare_step(q, k, v, out, decay, state, (*given, projection))
+    if out is None and decay is None and projection is None:
+        plan = _planned(q, k, v, state, feature_map, normalize, eps, kernel_eps, scale)
+        if plan is not None:
+            y = np.empty(plan.result, q.dtype)  # type: ignore[union-attr]
+            _backend.linear_attention_step(q, k, v, y, plan.options, None, state)
+            return y
+    given = (feature_map, normalize, eps, kernel_eps, scale, projection)
+    step, options = _attention.prepare_step(q, k, v, out, decay, state, given)
     _backend.linear_attention_step(step.q, step.k, step.v, step.out, options, step.decay, step.state)
     _attention.settle(step.out, step.given)
     return step.result
-
-
-def _quick(
-    q: AnyArray, k: AnyArray, v: AnyArray, state: tuple[Any, ...], given: tuple[Any, ...]
-) -> LinearOptions | None:
-    """The options where all arrays are plain and fit, else None: the full check says why or makes them fit."""
-    dtype, size = q.dtype, q.itemsize
-    wide = _WIDE.get(dtype)
-    if wide is None or k.dtype is not dtype or v.dtype is not dtype or q.ndim != 3:
-        return None
-    b, hq, d = q.shape
-    kv = k.shape
-    try:
-        options = _step_options(d, wide, *given)
-    except TypeError:  # an option that has no hash
-        return None
-    hkv = kv[1] if len(kv) == 3 else 0
-    f = d + 1 if options.feature_map == "cosine" else d
-    if not hkv or hq % hkv or not hq or kv[0] != b or kv[2] != d or v.shape[:2] != kv[:2] or v.ndim != 3:
-        return None
-    e = v.shape[2]
-    # Arrays that own their memory share none with arrays that are not views of them.
-    for x in (q, k, v):
-        if x.strides[2] != size or not x.flags.aligned:
-            return None
-        for part in state:
-            if x.base is part or x is part:
-                return None
-    wanted: tuple[int, ...] = (b, hkv, f, e)
-    if len(state) != options.parts:
-        return None
-    for part in state:
-        if type(part) is not np.ndarray or part.base is not None or part.dtype is not wide or part.shape != wanted:
-            return None
-        if not part.flags.carray:
-            return None
-        wanted = (b, hkv, f)
-    return options
 
 
 def linear_attention_backward(
