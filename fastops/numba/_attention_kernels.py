@@ -1,0 +1,1004 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The compiled loops of the Numba backend's attention, over the rows of one head that the caller hands over.
+
+Linear attention goes in chunks of `CHUNK` tokens: what came before them is the state S (features, columns of v), what is between
+them a triangle. Both are products of matrices whose innermost loops run along rows, so that they become vectors without a sum
+being reordered. Each loop is compiled for float32 and for float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import extending
+
+from ._kernel import Kernel, given, kernel, njit, types
+
+Pair = dict[np.dtype[Any], Kernel]
+
+# Tokens of a chunk at most, and keys of a block of softmax attention.
+CHUNK = 32
+BLOCK = 64
+
+ELU, RELU, RELU2, IDENTITY, COSINE, EXP, FAVOR, SOFTMAX = range(8)
+# What the sums hold: features as they are, features over 2**m, or the same divided by each feature's own sum.
+PLAIN, SCALED, EACH = range(3)
+
+# Within a chunk the features of all its rows are held over one power of two: rows whose own maxima are further apart than this
+# do not share a chunk, or a later key would push earlier ones out of the range of the numbers.
+_WINDOW = 16.0
+
+
+def _pair(signature: Callable[[Any, Any, Any], Any]) -> Callable[[Callable[..., Any]], Pair]:
+    """Makes kernels for both precisions; `signature` gets the number, what is read and what is written, by dimensions."""
+
+    def make(function: Callable[..., Any]) -> Pair:
+        return {
+            np.dtype(real.name): kernel(
+                signature(
+                    real,
+                    lambda ndim, real=real: given(real, ndim),
+                    lambda ndim, real=real: types.Array(real, ndim, "C"),
+                ),
+                error_model="numpy",
+            )(function)
+            for real in (types.float32, types.float64)
+        }
+
+    return make
+
+
+# Exponentials.
+
+
+def _exp(x: Any, m: Any) -> Any:
+    """exp(x) * 2**-m for whole m: to some units of the dtype, without a call, so that loops of it become vectors."""
+    raise NotImplementedError
+
+
+@njit
+def _power32(n):  # type: ignore[no-untyped-def]
+    """2**n of a whole number in [-126, 127]: the bits of n + 1.5 * 2**23 hold it."""
+    shifted = np.float32(n + np.float32(127.0 + 12582912.0))
+    return np.int32(shifted.view(np.int32) << np.int32(23)).view(np.float32)
+
+
+@njit
+def _power64(n):  # type: ignore[no-untyped-def]
+    shifted = n + (1023.0 + 6755399441055744.0)
+    return np.int64(np.float64(shifted).view(np.int64) << 52).view(np.float64)
+
+
+@njit
+def _exp32(x, m):  # type: ignore[no-untyped-def]
+    # Adding 1.5 * 2**23 rounds to whole numbers.
+    n = (x * np.float32(1.44269504) + np.float32(12582912.0)) - np.float32(12582912.0)
+    # log(2) in two parts, the first of nine bits.
+    r = (x - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
+    s = n - m
+    if s < np.float32(-200.0):
+        s = np.float32(-200.0)
+        r = np.float32(0.0)
+    # Taylor's series: |r| <= log(2) / 2, whose 8th power over 8! is 5e-9.
+    y = np.float32(1.0 / 720.0) + r * np.float32(1.0 / 5040.0)
+    y = np.float32(1.0 / 120.0) + r * y
+    y = np.float32(1.0 / 24.0) + r * y
+    y = np.float32(1.0 / 6.0) + r * y
+    y = np.float32(0.5) + r * y
+    y = np.float32(1.0) + r * (np.float32(1.0) + r * y)
+    # In two factors, neither of which leaves the range.
+    if s > np.float32(250.0):
+        s = np.float32(250.0)
+    half = (s * np.float32(0.5) + np.float32(12582912.0)) - np.float32(12582912.0)
+    return y * _power32(half) * _power32(s - half)
+
+
+@njit
+def _exp64(x, m):  # type: ignore[no-untyped-def]
+    n = (x * 1.4426950408889634 + 6755399441055744.0) - 6755399441055744.0
+    r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10
+    s = n - m
+    if s < -1500.0:
+        s = -1500.0
+        r = 0.0
+    y = 1.0 / 479001600.0 + r * (1.0 / 6227020800.0)
+    y = 1.0 / 39916800.0 + r * y
+    y = 1.0 / 3628800.0 + r * y
+    y = 1.0 / 362880.0 + r * y
+    y = 1.0 / 40320.0 + r * y
+    y = 1.0 / 5040.0 + r * y
+    y = 1.0 / 720.0 + r * y
+    y = 1.0 / 120.0 + r * y
+    y = 1.0 / 24.0 + r * y
+    y = 1.0 / 6.0 + r * y
+    y = 0.5 + r * y
+    y = 1.0 + r * (1.0 + r * y)
+    if s > 2000.0:
+        s = 2000.0
+    half = (s * 0.5 + 6755399441055744.0) - 6755399441055744.0
+    return y * _power64(half) * _power64(s - half)
+
+
+@extending.overload(_exp)
+def _choose_exp(x, m):  # type: ignore[no-untyped-def]
+    if x == types.float32:
+        return lambda x, m: _exp32(x, m)
+    return lambda x, m: _exp64(x, m)
+
+
+# Products of small matrices.
+
+
+@njit(error_model="numpy")
+def _add_product(c, a, b, rows, depth, columns):  # type: ignore[no-untyped-def]
+    """c[:rows, :columns] += a[:rows, :depth] b[:depth, :columns], two rows and four terms at a time."""
+    even, fours = rows - rows % 2, depth - depth % 4
+    for i in range(0, even, 2):
+        for p in range(0, fours, 4):
+            a00, a01, a02, a03 = a[i, p], a[i, p + 1], a[i, p + 2], a[i, p + 3]
+            a10, a11, a12, a13 = a[i + 1, p], a[i + 1, p + 1], a[i + 1, p + 2], a[i + 1, p + 3]
+            for e in range(columns):
+                b0, b1, b2, b3 = b[p, e], b[p + 1, e], b[p + 2, e], b[p + 3, e]
+                c[i, e] += (a00 * b0 + a01 * b1) + (a02 * b2 + a03 * b3)
+                c[i + 1, e] += (a10 * b0 + a11 * b1) + (a12 * b2 + a13 * b3)
+        for p in range(fours, depth):
+            a00, a10 = a[i, p], a[i + 1, p]
+            for e in range(columns):
+                c[i, e] += a00 * b[p, e]
+                c[i + 1, e] += a10 * b[p, e]
+    for i in range(even, rows):
+        for p in range(depth):
+            a00 = a[i, p]
+            for e in range(columns):
+                c[i, e] += a00 * b[p, e]
+
+
+@njit(error_model="numpy")
+def _add_row(c, a, b, i, first, last, columns):  # type: ignore[no-untyped-def]
+    """c[i] += a[i, first:last] b[first:last]."""
+    fours = last - (last - first) % 4
+    for p in range(first, fours, 4):
+        a0, a1, a2, a3 = a[i, p], a[i, p + 1], a[i, p + 2], a[i, p + 3]
+        for e in range(columns):
+            c[i, e] += (a0 * b[p, e] + a1 * b[p + 1, e]) + (a2 * b[p + 2, e] + a3 * b[p + 3, e])
+    for p in range(fours, last):
+        a0 = a[i, p]
+        for e in range(columns):
+            c[i, e] += a0 * b[p, e]
+
+
+@njit(error_model="numpy")
+def _transpose(a, out, rows, columns):  # type: ignore[no-untyped-def]
+    """out[:columns, :rows] = a[:rows, :columns] transposed."""
+    for i in range(rows):
+        for j in range(columns):
+            out[j, i] = a[i, j]
+
+
+@njit(error_model="numpy")
+def _dot(a, b, n):  # type: ignore[no-untyped-def]
+    """a[:n] . b[:n], in four sums."""
+    s0 = s1 = s2 = s3 = a.dtype.type(0)
+    fours = n - n % 4
+    for i in range(0, fours, 4):
+        s0 += a[i] * b[i]
+        s1 += a[i + 1] * b[i + 1]
+        s2 += a[i + 2] * b[i + 2]
+        s3 += a[i + 3] * b[i + 3]
+    for i in range(fours, n):
+        s0 += a[i] * b[i]
+    return (s0 + s1) + (s2 + s3)
+
+
+# Feature maps.
+
+
+@njit(error_model="numpy")
+def _map(x, f, kind, factor, eps, projection):  # type: ignore[no-untyped-def]
+    """f = factor * features of the rows x; logarithms of them for `EXP` (of factor * x) and `FAVOR` (of rows times factor).
+
+    `projection` is (D, features).
+    """
+    rows, d = x.shape
+    zero = factor - factor
+    one = x.dtype.type(1)
+    for i in range(rows):
+        if kind == ELU:
+            for j in range(d):
+                below = x[i, j]
+                if below > zero:
+                    below = zero
+                y = _exp(below, zero)
+                if x[i, j] >= zero:
+                    y = x[i, j] + one
+                f[i, j] = factor * y
+        elif kind == RELU:
+            for j in range(d):
+                f[i, j] = factor * ((zero if x[i, j] < zero else x[i, j]) + eps)
+        elif kind == RELU2:
+            for j in range(d):
+                y = zero if x[i, j] < zero else x[i, j]
+                f[i, j] = factor * (y * y + eps)
+        elif kind == COSINE:
+            largest, inverse = _length(x[i], d)
+            for j in range(d):
+                f[i, j] = np.float64(factor) * (np.float64(x[i, j]) / largest * inverse)
+            f[i, d] = factor
+        elif kind == FAVOR:
+            # Performers (Choromanski et al. 2021), eq. 5: exp(w.x - |x|^2 / 2) / sqrt(m).
+            squares = 0.0
+            for j in range(d):
+                y = np.float64(factor) * np.float64(x[i, j])
+                squares += y * y
+            start = x.dtype.type(-0.5 * (squares + math.log(f.shape[1])))
+            for r in range(f.shape[1]):
+                f[i, r] = zero
+            for j in range(d):
+                y = factor * x[i, j]
+                for r in range(f.shape[1]):
+                    f[i, r] += y * projection[j, r]
+            for r in range(f.shape[1]):
+                f[i, r] += start
+        else:
+            for j in range(d):
+                f[i, j] = factor * x[i, j]
+            if kind == SOFTMAX:
+                _softmax_row(f[i], d)
+
+
+@njit(error_model="numpy")
+def _length(x, d):  # type: ignore[no-untyped-def]
+    """The largest magnitude, and one over the length in units of it; 1 and 0 of zeros."""
+    largest = 0.0
+    for j in range(d):
+        if abs(x[j]) > largest:
+            largest = np.float64(abs(x[j]))
+    if largest == 0.0:
+        largest = 1.0
+    squares = 0.0
+    for j in range(d):
+        y = np.float64(x[j]) / largest
+        squares += y * y
+    return largest, 1.0 / math.sqrt(squares) if squares != 0.0 else 0.0
+
+
+@njit(error_model="numpy")
+def _softmax_row(f, d):  # type: ignore[no-untyped-def]
+    high = f[0]
+    for j in range(1, d):
+        if f[j] > high:
+            high = f[j]
+    total = 0.0
+    zero = f.dtype.type(0)
+    for j in range(d):
+        f[j] = _exp(f[j] - high, zero)
+    for j in range(d):
+        total += f[j]
+    inverse = f.dtype.type(1.0 / total)
+    for j in range(d):
+        f[j] *= inverse
+
+
+@_pair(lambda real, read, write: types.void(read(2), write(2), types.int64, real, real, read(2)))
+def features(x, f, kind, factor, eps, projection):  # type: ignore[no-untyped-def]
+    """Features of the rows x, or their logarithms."""
+    _map(x, f, kind, factor, eps, projection)
+
+
+@_pair(lambda real, read, write: types.void(read(2), read(2), write(2), types.int64, real, read(2)))
+def features_back(x, df, dx, kind, factor, projection):  # type: ignore[no-untyped-def]
+    """dx of the rows x from the gradient of what `features` gave; `projection` is (features, D)."""
+    rows, d = x.shape
+    zero = factor - factor
+    two = x.dtype.type(2)
+    for i in range(rows):
+        if kind == ELU:
+            for j in range(d):
+                below = x[i, j]
+                if below > zero:
+                    below = zero
+                dx[i, j] = factor * df[i, j] * _exp(below, zero)
+        elif kind == RELU:
+            for j in range(d):
+                dx[i, j] = factor * df[i, j] if x[i, j] > zero else (zero if x[i, j] <= zero else x[i, j])
+        elif kind == RELU2:
+            for j in range(d):
+                dx[i, j] = factor * df[i, j] * (two * (zero if x[i, j] < zero else x[i, j]))
+        elif kind == COSINE:
+            largest, inverse = _length(x[i], d)
+            along = 0.0
+            for j in range(d):
+                along += np.float64(df[i, j]) * (np.float64(x[i, j]) / largest * inverse)
+            for j in range(d):
+                y = np.float64(df[i, j]) - along * (np.float64(x[i, j]) / largest * inverse)
+                dx[i, j] = np.float64(factor) * inverse * y / largest
+        elif kind == FAVOR:
+            total = 0.0
+            for r in range(df.shape[1]):
+                total += np.float64(df[i, r])
+            weight = x.dtype.type(total) * factor
+            for j in range(d):
+                dx[i, j] = zero
+            for r in range(df.shape[1]):
+                y = df[i, r]
+                for j in range(d):
+                    dx[i, j] += y * projection[r, j]
+            for j in range(d):
+                dx[i, j] = factor * (dx[i, j] - weight * x[i, j])
+        else:
+            for j in range(d):
+                dx[i, j] = factor * df[i, j]
+
+
+# Chunks.
+
+
+@njit(error_model="numpy")
+def _window(u, first, most, decay, z, m, factors, low, high, last):  # type: ignore[no-untyped-def]
+    """How many tokens from `first` share a chunk; their exponentials replace the logarithms u, and m becomes the chunk's.
+
+    `factors` gets, for each feature, what the state must be multiplied with: the change of 2**m, and the first token's decay.
+    """
+    d = u.shape[1]
+    none = u.dtype.type(-np.inf)
+    log2e = u.dtype.type(1.4426950408889634)
+    width = u.dtype.type(_WINDOW)
+    decays = decay.size > 0
+    for j in range(d):
+        low[j] = high[j] = none
+        last[j] = m[j]
+        if decays and m[j] > none:
+            # The sum itself says how far it has decayed.
+            last[j] = m[j] + u.dtype.type(math.frexp(np.float64(z[j]))[1]) if z[j] > 0 else none
+    count = 0
+    while count < most:
+        gone = u.dtype.type(decay[first + count]) * log2e if decays else u.dtype.type(0)
+        apart = 0
+        for j in range(d):
+            x = u[first + count, j] * log2e
+            y = last[j] + gone
+            y = x if x > y else y
+            least = low[j] if low[j] < y and low[j] > none else y
+            most_of = high[j] if high[j] > y else y
+            apart += most_of - least > width
+        if apart and count:
+            break
+        for j in range(d):
+            x = u[first + count, j] * log2e
+            y = last[j] + gone
+            y = x if x > y else y
+            last[j] = y
+            low[j] = low[j] if low[j] < y and low[j] > none else y
+            high[j] = high[j] if high[j] > y else y
+        count += 1
+    start = np.float64(decay[first]) * 1.4426950408889634 if decays else 0.0
+    for j in range(d):
+        old = m[j]
+        m[j] = np.ceil(high[j])
+        if not decays and old > m[j]:
+            m[j] = old
+        if old == m[j] and start == 0.0:
+            factors[j] = 1.0 if old > none else 0.0
+        elif old == none or m[j] == none:
+            factors[j] = 0.0
+        else:
+            factors[j] = 2.0 ** (np.float64(old) - np.float64(m[j]) + start)
+        high[j] = m[j] if m[j] > none else u.dtype.type(0)
+    for i in range(first, first + count):
+        for j in range(d):
+            u[i, j] = _exp(u[i, j], high[j])
+    return count
+
+
+@njit(error_model="numpy")
+def _rescale(s, z, factors):  # type: ignore[no-untyped-def]
+    for j in range(factors.size):
+        factor = s.dtype.type(factors[j])
+        if factor != 1:
+            z[j] *= factor
+            for e in range(s.shape[1]):
+                s[j, e] *= factor
+
+
+@njit(error_model="numpy")
+def _between(decay, first, count, taken, ratio, reach):  # type: ignore[no-untyped-def]
+    """ratio[i, j] = exp(sum of decay over (j, i]), reach[i] the same from before the chunk; `taken`: without the first token's."""
+    product = 1.0
+    for i in range(count):
+        factor = math.exp(np.float64(decay[first + i]))
+        if i or not taken:
+            product *= factor
+        reach[i] = product
+        for j in range(i):
+            ratio[i, j] = ratio[i - 1, j] * factor
+        ratio[i, i] = 1.0
+
+
+@njit(error_model="numpy")
+def _scale_query(q, m, d):  # type: ignore[no-untyped-def]
+    """Replaces logarithms q by exp(q) 2**(m - top), whose largest is about 1; returns top."""
+    none = q.dtype.type(-np.inf)
+    log2e = q.dtype.type(1.4426950408889634)
+    top = none
+    for j in range(d):
+        x = q[j] * log2e + m[j]
+        if x > top:
+            top = x
+    top = np.ceil(top)
+    if not top - top == 0:
+        top = q.dtype.type(0)
+    for j in range(d):
+        q[j] = _exp(q[j], top - m[j])
+    return top
+
+
+@njit(error_model="numpy")
+def _queries(q, k, m, z, running, count, first, keys, holds, tops):  # type: ignore[no-untyped-def]
+    """The rows' features as factors of the state: over 2**top for `SCALED`, over each feature's own sum for `EACH`."""
+    d = q.shape[1]
+    zero = q.dtype.type(0)
+    if holds == SCALED:
+        for i in range(count):
+            tops[i] = _scale_query(q[i], m, d)
+    elif holds == EACH:
+        for j in range(d):
+            running[j] = z[j]
+        for i in range(count):
+            for j in range(d):
+                if keys:
+                    running[j] += k[first + i, j]
+                q[i, j] = q[i, j] / running[j] if running[j] != zero else zero
+
+
+@njit(error_model="numpy")
+def _segment(  # type: ignore[no-untyped-def]
+    q, k, v, decay, out, s, z, m, holds, normalize, eps, turned, weights, ratio, reach, tops, factors, low, high, last
+):
+    """Takes keys into the state and rows out of it; where there are both, row i sees the keys up to its own."""
+    groups, n_rows, d = q.shape
+    n_keys, columns = v.shape
+    zero = s.dtype.type(0)
+    total = max(n_rows, n_keys)
+    decays = decay.size > 0
+    first = 0
+    while first < total:
+        count = min(turned.shape[1], total - first)
+        taken = False
+        if n_keys:
+            if holds != PLAIN:
+                count = _window(k, first, count, decay, z, m, factors, low, high, last)
+                _rescale(s, z, factors)
+                taken = True
+            if decays:
+                _between(decay, first, count, taken, ratio, reach)
+            _transpose(k[first : first + count], turned, count, d)
+        for g in range(groups if n_rows else 0):
+            part = q[g, first : first + count]
+            result = out[g, first : first + count]
+            _queries(part, k, m, z, last, count, first, n_keys > 0, holds, tops)
+            result[:] = zero
+            _add_product(result, part, s, count, d, columns)
+            if n_keys:
+                for i in range(count):
+                    for j in range(count):
+                        weights[i, j] = zero
+                _add_product(weights, part, turned, count, d, count)
+                if decays:
+                    for i in range(count):
+                        factor = s.dtype.type(reach[i])
+                        for e in range(columns):
+                            result[i, e] *= factor
+                        for j in range(i + 1):
+                            weights[i, j] *= s.dtype.type(ratio[i, j])
+                for i in range(count):
+                    _add_row(result, weights, v[first : first + count], i, 0, i + 1, columns)
+            if holds == EACH:
+                continue
+            for i in range(count):
+                if normalize:
+                    sums = _dot(part[i], z, d)
+                    if n_keys:
+                        if decays:
+                            sums *= s.dtype.type(reach[i])
+                        for j in range(i + 1):
+                            sums += weights[i, j]
+                    sums += eps if holds == PLAIN or eps == zero else s.dtype.type(eps * 2.0 ** -np.float64(tops[i]))
+                    for e in range(columns):
+                        result[i, e] = result[i, e] / sums if sums != zero else zero
+                elif holds == SCALED:
+                    factor = 2.0 ** np.float64(tops[i])
+                    for e in range(columns):
+                        result[i, e] = s.dtype.type(np.float64(result[i, e]) * factor)
+        if n_keys:
+            if decays:
+                factor = s.dtype.type(reach[count - 1])
+                for j in range(d):
+                    z[j] *= factor
+                    for e in range(columns):
+                        s[j, e] *= factor
+                    for i in range(count):
+                        turned[j, i] *= s.dtype.type(ratio[count - 1, i])
+            _add_product(s, turned, v[first : first + count], d, count, columns)
+            for j in range(d):
+                add = zero
+                for i in range(count):
+                    add += turned[j, i]
+                z[j] += add
+        first += count
+
+
+def _work(real: Any, read: Any, write: Any) -> tuple[Any, ...]:
+    """What the loops of a chunk need: see `_segment`."""
+    double = types.float64
+    return (write(2), write(2), types.Array(double, 2, "C"), double[::1], write(1), double[::1], *(write(1),) * 3)
+
+
+@_pair(
+    lambda real, read, write: types.void(
+        write(3),
+        write(2),
+        read(2),
+        given(types.float64),
+        write(3),
+        write(2),
+        write(1),
+        write(1),
+        types.int64,
+        types.boolean,
+        real,
+        *_work(real, read, write),
+    )
+)
+def segment(  # type: ignore[no-untyped-def]
+    q, k, v, decay, out, s, z, m, holds, normalize, eps, turned, weights, ratio, reach, tops, factors, low, high, last
+):
+    """Some tokens of a head; q and k hold features, or logarithms of them, and are overwritten."""
+    _segment(
+        q, k, v, decay, out, s, z, m, holds, normalize, eps, turned, weights, ratio, reach, tops, factors, low, high, last
+    )
+
+
+@_pair(
+    lambda real, read, write: types.void(
+        write(3),
+        write(2),
+        read(2),
+        given(types.float64),
+        write(3),
+        write(3),
+        write(2),
+        write(2),
+        types.int64,
+        types.boolean,
+        real,
+        *_work(real, read, write),
+    )
+)
+def steps(  # type: ignore[no-untyped-def]
+    q, k, v, decay, out, s, z, m, holds, normalize, eps, turned, weights, ratio, reach, tops, factors, low, high, last
+):
+    """One token of each head: q and out (heads, groups, ...), k and v (heads, ...)."""
+    groups, d = q.shape[1:]
+    columns = v.shape[1]
+    for h in range(k.shape[0]):
+        _segment(
+            q[h].reshape(groups, 1, d),
+            k[h : h + 1],
+            v[h : h + 1],
+            decay[h : h + 1],
+            out[h].reshape(groups, 1, columns),
+            s[h],
+            z[h],
+            m[h],
+            holds,
+            normalize,
+            eps,
+            turned,
+            weights,
+            ratio,
+            reach,
+            tops,
+            factors,
+            low,
+            high,
+            last,
+        )
+
+
+# Gradients. With w the weights, G_i = dy_i / (den_i + eps) and c_i = -dy_i.y_i / (den_i + eps): dw_ij = G_i.v_j + c_i.
+
+
+@njit(error_model="numpy")
+def _triangles(  # type: ignore[no-untyped-def]
+    q, g, c, turned, turned_v, weights, slopes, ratio, decays, count, d, columns
+):
+    """weights[i, j] = q_i.k_j and slopes[i, j] = dw_ij of a chunk, both times the decay between, for j <= i."""
+    zero = q.dtype.type(0)
+    for i in range(count):
+        for j in range(count):
+            weights[i, j] = zero
+            slopes[i, j] = c[i]
+    _add_product(weights, q, turned, count, d, count)
+    _add_product(slopes, g, turned_v, count, columns, count)
+    if decays:
+        for i in range(count):
+            for j in range(i + 1):
+                weights[i, j] *= q.dtype.type(ratio[i, j])
+                slopes[i, j] *= q.dtype.type(ratio[i, j])
+
+
+@_pair(
+    lambda real, read, write: types.int64(
+        write(3),
+        write(2),
+        read(2),
+        given(types.float64),
+        write(3),
+        read(3),
+        write(2),
+        write(3),
+        write(3),
+        write(2),
+        write(1),
+        write(1),
+        types.int64,
+        types.boolean,
+        real,
+        types.int64[::1],
+        types.Array(types.float64, 2, "C"),
+        write(2),
+        write(2),
+        write(2),
+        *_work(real, read, write),
+    )
+)
+def forth(  # type: ignore[no-untyped-def]
+    q,
+    k,
+    v,
+    decay,
+    g,
+    y,
+    c,
+    dq,
+    extra,
+    s,
+    z,
+    m,
+    holds,
+    normalize,
+    eps,
+    starts,
+    changes,
+    turned_v,
+    turned_s,
+    slopes,
+    turned,
+    weights,
+    ratio,
+    reach,
+    tops,
+    factors,
+    low,
+    high,
+    last,
+):
+    """The forward sweep over some tokens: dq, and what `back` needs. Returns the number of chunks, which begin at `starts`.
+
+    g is dy and becomes G, q and k become the factors of the state, dq is that of the features, or of their logarithms;
+    `extra` gets what each feature's own sum passes on; `changes` what the state was multiplied with before each chunk.
+    """
+    groups, n_rows, d = q.shape
+    n_keys, columns = v.shape
+    zero = s.dtype.type(0)
+    total = max(n_rows, n_keys)
+    decays = decay.size > 0
+    first = 0
+    chunks = 0
+    while first < total:
+        count = min(turned.shape[1], total - first)
+        starts[chunks] = first
+        taken = False
+        if n_keys:
+            if holds != PLAIN:
+                count = _window(k, first, count, decay, z, m, factors, low, high, last)
+                _rescale(s, z, factors)
+                changes[chunks] = factors
+                taken = True
+            if decays:
+                _between(decay, first, count, taken, ratio, reach)
+            _transpose(k[first : first + count], turned, count, d)
+            _transpose(v[first : first + count], turned_v, count, columns)
+        if n_rows:
+            _transpose(s, turned_s, d, columns)
+        for h in range(groups if n_rows else 0):
+            part = q[h, first : first + count]
+            slope = g[h, first : first + count]
+            result = dq[h, first : first + count]
+            mean = c[h, first : first + count]
+            _queries(part, k, m, z, last, count, first, n_keys > 0, holds, tops)
+            if normalize and holds != EACH:
+                if n_keys:
+                    for i in range(count):
+                        for j in range(count):
+                            weights[i, j] = zero
+                    _add_product(weights, part, turned, count, d, count)
+                for i in range(count):
+                    sums = _dot(part[i], z, d)
+                    if n_keys:
+                        if decays:
+                            sums *= s.dtype.type(reach[i])
+                        for j in range(i + 1):
+                            sums += weights[i, j] * s.dtype.type(ratio[i, j]) if decays else weights[i, j]
+                    sums += eps if holds == PLAIN or eps == zero else s.dtype.type(eps * 2.0 ** -np.float64(tops[i]))
+                    inverse = s.dtype.type(1) / sums if sums != zero else zero
+                    for e in range(columns):
+                        slope[i, e] *= inverse
+                    mean[i] = -_dot(slope[i], y[h, first + i], columns)
+            else:
+                for i in range(count):
+                    mean[i] = zero
+                    if holds == SCALED:
+                        factor = 2.0 ** np.float64(tops[i])
+                        for e in range(columns):
+                            slope[i, e] = s.dtype.type(np.float64(slope[i, e]) * factor)
+            result[:] = zero
+            _add_product(result, slope, turned_s, count, columns, d)
+            for i in range(count):
+                factor = s.dtype.type(reach[i]) if decays and n_keys else s.dtype.type(1)
+                for j in range(d):
+                    result[i, j] = factor * (result[i, j] + mean[i] * z[j])
+            if n_keys:
+                _triangles(part, slope, mean, turned, turned_v, weights, slopes, ratio, decays, count, d, columns)
+                for i in range(count):
+                    _add_row(result, slopes, k[first : first + count], i, 0, i + 1, d)
+            if holds == SCALED:
+                for i in range(count):
+                    for j in range(d):
+                        result[i, j] *= part[i, j]
+            elif holds == EACH:
+                for j in range(d):
+                    last[j] = z[j]
+                for i in range(count):
+                    along = _dot(part[i], result[i], d)
+                    for j in range(d):
+                        if n_keys:
+                            last[j] += k[first + i, j]
+                        own = part[i, j] * result[i, j]
+                        extra[h, first + i, j] = -own / last[j] if last[j] != zero else zero
+                        result[i, j] = own - part[i, j] * last[j] * along
+        if n_keys:
+            if decays:
+                factor = s.dtype.type(reach[count - 1])
+                for j in range(d):
+                    z[j] *= factor
+                    for e in range(columns):
+                        s[j, e] *= factor
+                    for i in range(count):
+                        turned[j, i] *= s.dtype.type(ratio[count - 1, i])
+            _add_product(s, turned, v[first : first + count], d, count, columns)
+            for j in range(d):
+                add = zero
+                for i in range(count):
+                    add += turned[j, i]
+                z[j] += add
+        first += count
+        chunks += 1
+    starts[chunks] = total
+    return chunks
+
+
+@_pair(
+    lambda real, read, write: types.void(
+        read(3),
+        read(2),
+        read(2),
+        given(types.float64),
+        read(3),
+        read(2),
+        read(3),
+        write(2),
+        write(2),
+        write(2),
+        write(1),
+        types.int64,
+        types.int64,
+        types.int64[::1],
+        types.Array(types.float64, 2, "C"),
+        write(2),
+        write(2),
+        write(2),
+        *_work(real, read, write),
+    )
+)
+def back(  # type: ignore[no-untyped-def]
+    q,
+    k,
+    v,
+    decay,
+    g,
+    c,
+    extra,
+    dk,
+    dv,
+    s,
+    z,
+    holds,
+    chunks,
+    starts,
+    changes,
+    turned_v,
+    turned_s,
+    slopes,
+    turned,
+    weights,
+    ratio,
+    reach,
+    tops,
+    factors,
+    low,
+    high,
+    last,
+):
+    """The reverse sweep over the same tokens: dk and dv; s and z are the gradient of the state."""
+    groups, n_rows, d = q.shape
+    n_keys, columns = v.shape
+    zero = s.dtype.type(0)
+    decays = decay.size > 0
+    for chunk in range(chunks - 1, -1, -1):
+        first, end = starts[chunk], starts[chunk + 1]
+        count = end - first
+        if n_keys:
+            if decays:
+                _between(decay, first, count, holds != PLAIN, ratio, reach)
+            dk_part, dv_part = dk[first:end], dv[first:end]
+            dk_part[:] = zero
+            dv_part[:] = zero
+            _transpose(s, turned_s, d, columns)
+            _add_product(dk_part, v[first:end], turned_s, count, columns, d)
+            _add_product(dv_part, k[first:end], s, count, d, columns)
+            for i in range(count):
+                factor = s.dtype.type(ratio[count - 1, i]) if decays else s.dtype.type(1)
+                for j in range(d):
+                    dk_part[i, j] = factor * (dk_part[i, j] + z[j])
+                for e in range(columns):
+                    dv_part[i, e] *= factor
+            if decays:
+                factor = s.dtype.type(reach[count - 1])
+                for j in range(d):
+                    z[j] *= factor
+                    for e in range(columns):
+                        s[j, e] *= factor
+        for h in range(groups if n_rows else 0):
+            part, slope, mean = q[h, first:end], g[h, first:end], c[h, first:end]
+            if n_keys:
+                _transpose(k[first:end], turned, count, d)
+                _transpose(v[first:end], turned_v, count, columns)
+                _triangles(part, slope, mean, turned, turned_v, weights, slopes, ratio, decays, count, d, columns)
+                # The other way round, so that a key's row of them is one.
+                for i in range(count):
+                    for j in range(i):
+                        weights[j, i], slopes[j, i] = weights[i, j], slopes[i, j]
+                for i in range(count):
+                    _add_row(dk_part, slopes, part, i, i, count, d)
+                    _add_row(dv_part, weights, slope, i, i, count, columns)
+            if holds == EACH:
+                for j in range(d):
+                    last[j] = zero
+                for i in range(count - 1, -1, -1):
+                    for j in range(d):
+                        last[j] += extra[h, first + i, j]
+                        if n_keys:
+                            dk_part[i, j] += last[j]
+                for j in range(d):
+                    z[j] += last[j]
+            _transpose(part, turned, count, d)
+            for i in range(count):
+                factor = s.dtype.type(reach[i]) if decays and n_keys else s.dtype.type(1)
+                for j in range(d):
+                    turned[j, i] *= factor
+                    z[j] += turned[j, i] * mean[i]
+            _add_product(s, turned, slope, d, count, columns)
+        if n_keys and holds != PLAIN:
+            for i in range(count):
+                for j in range(d):
+                    dk_part[i, j] *= k[first + i, j]
+            _rescale(s, z, changes[chunk])
+
+
+# Softmax attention.
+
+
+@_pair(
+    lambda real, read, write: types.void(
+        read(2),
+        read(2),
+        read(2),
+        given(types.boolean),
+        read(1),
+        write(2),
+        types.int64,
+        types.boolean,
+        write(2),
+        write(2),
+        write(2),
+        write(1),
+        types.float64[::1],
+    )
+)
+def attend(q, k, v, mask, scales, out, shift, causal, turned, scores, values, highest, sums):  # type: ignore[no-untyped-def]
+    """out = softmax(scales * q k^T) v for some rows, by blocks of keys; row i sees those up to i + shift where `causal`.
+
+    Milakov and Gimelshein (2018): the maximum runs along, what was summed before is scaled when it grows.
+    """
+    rows, d = q.shape
+    n_keys, columns = v.shape
+    zero = q.dtype.type(0)
+    none = q.dtype.type(-np.inf)
+    out[:] = zero
+    highest[:] = none
+    sums[:] = 0.0
+    tile = scores.shape[0]
+    end = min(n_keys, rows + shift) if causal else n_keys
+    for first in range(0, end, turned.shape[1]):
+        block = min(turned.shape[1], end - first)
+        masked = mask.size > 0
+        for j in range(block):
+            if masked and not mask[first + j]:
+                for p in range(d):
+                    turned[p, j] = zero
+                for e in range(columns):
+                    values[j, e] = zero
+            else:
+                for p in range(d):
+                    turned[p, j] = k[first + j, p]
+                for e in range(columns):
+                    values[j, e] = v[first + j, e]
+        for row in range(0, rows, tile):
+            height = min(tile, rows - row)
+            if causal and row + height + shift <= first:
+                continue
+            for i in range(height):
+                for j in range(block):
+                    scores[i, j] = zero
+            _add_product(scores, q[row : row + height], turned, height, d, block)
+            for i in range(height):
+                seen = block
+                if causal:
+                    seen = min(block, row + i + shift + 1 - first)
+                if seen <= 0:
+                    continue
+                scale = scales[row + i]
+                high = highest[row + i]
+                for j in range(seen):
+                    scores[i, j] *= scale
+                if masked:
+                    for j in range(seen):
+                        if not mask[first + j]:
+                            scores[i, j] = none
+                for j in range(seen):
+                    if scores[i, j] > high:
+                        high = scores[i, j]
+                if high > highest[row + i]:
+                    if highest[row + i] > none:
+                        factor = _exp(highest[row + i] - high, zero)
+                        sums[row + i] *= np.float64(factor)
+                        for e in range(columns):
+                            out[row + i, e] *= factor
+                    highest[row + i] = high
+                if high == none:
+                    high = zero
+                for j in range(seen):
+                    scores[i, j] = _exp(scores[i, j] - high, zero)
+                add = zero
+                for j in range(seen):
+                    add += scores[i, j]
+                sums[row + i] += np.float64(add)
+                _add_row(out[row : row + height], scores, values, i, 0, seen, columns)
+    for i in range(rows):
+        inverse = q.dtype.type(1.0 / sums[i]) if sums[i] != 0.0 else zero
+        for e in range(columns):
+            out[i, e] *= inverse
