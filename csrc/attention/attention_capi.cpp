@@ -275,7 +275,7 @@ fastops_status fastops_linear_attention_step(const fastops_linear_attention* sha
   const unsigned workers = worker_count();
   const std::size_t count = heads.count();
   Workspaces work;
-  if (!work.reserve(workers, kernels.work_items(call), compute_size(*shape))) return FASTOPS_NO_MEMORY;
+  if (!work.reserve(workers, kernels.step_items(call), compute_size(*shape))) return FASTOPS_NO_MEMORY;
   // A step that has begun is finished: half a state would be worth nothing.
   return parallel_run(
       count, [&](std::size_t unit, unsigned worker) { kernels.step(call, heads[unit], work[worker]); },

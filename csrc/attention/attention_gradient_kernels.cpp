@@ -13,7 +13,7 @@ template <class T> class GradientPass : public Pass<T> {
   using Base = Pass<T>;
   using V = Vector<T>;
   static constexpr std::size_t W = kWidth<T>;
-  using Base::call_, Base::head_, Base::dp_, Base::fp_, Base::vp_, Base::exponents_, Base::with_decay_, Base::x_, Base::v_,
+  using Base::call_, Base::head_, Base::dp_, Base::fp_, Base::vp_, Base::exponents_, Base::with_decay_, Base::x_, Base::v_, Base::v_copy_,
       Base::kf_, Base::kft_, Base::qf_, Base::p_, Base::o_, Base::running_, Base::m_old_, Base::prefix_, Base::factor_,
       Base::state_, Base::live_, Base::shift_, Base::transposed_, Base::least, Base::stride, Base::copy,
       Base::normalizes;
@@ -35,7 +35,6 @@ template <class T> class GradientPass : public Pass<T> {
         dkf_(parts.take(kChunk * fp_)),
         dv_(parts.take(kChunk * vp_)),
         dx_(parts.take(kChunk * dp_)),
-        kx_(parts.take(kChunk * dp_)),
         c_(parts.take(kChunk)),
         first_m_(parts.take(fp_)),
         denominators_(parts.take(call.group * head.queries)),
@@ -95,16 +94,16 @@ template <class T> class GradientPass : public Pass<T> {
       }
       ++pieces_;
       if (t >= shift_keys_) {
-        transpose<T>(v_, vp_, padded<T>(n), vp_, vt_, kChunk);
+        transpose_values(n);
         for (std::size_t r = 0; r < call_.group; ++r) chunk_dq(r, t - shift_keys_ + alone_, n);
       }
       // st = keep st + v^T f(k).
       const T keep = with_decay_ ? prefix_[n - 1] : T(1);
       if (with_decay_)
         for (std::size_t j = 0; j < n; ++j) scale_row(kf_ + j * fp_, fp_, factor_[(n - 1) * kChunk + j]);
-      product<T>(vp_, fp_, Term<T>{v_, 1, stride(vp_), kf_, stride(fp_), n}, {st_, stride(fp_), &keep, 0});
+      product<T>(vp_, fp_, Term<T>{v_.data, 1, v_.step, kf_, stride(fp_), n}, {st_, stride(fp_), &keep, 0});
       if (with_decay_) scale_row(state_.z, fp_, keep);
-      for (std::size_t j = 0; j < n; ++j) this->accumulate(state_.z, kf_ + j * fp_);
+      this->add_keys(n);
       t += n;
       if (this->stopped()) return;
     }
@@ -126,7 +125,7 @@ template <class T> class GradientPass : public Pass<T> {
       if (softmax_) this->divide(f, state_.z);
       take_gradient(r, i, row, normalizes() ? dot(f, state_.z, fp_) : T(0));
     }
-    product<T>(n, fp_, Term<T>{g_, stride(vp_), 1, st_, stride(fp_), call_.values}, {df_, stride(fp_), nullptr, 0});
+    product<T>(n, fp_, Term<T>{g_, stride(vp_), 1, st_, stride(fp_), call_.values}, {df_, stride(fp_)});
     for (std::size_t row = 0; row < n; ++row) {
       add_multiple(df_ + row * fp_, state_.z, c_[row]);
       if (collects && softmax_) {
@@ -195,7 +194,7 @@ template <class T> class GradientPass : public Pass<T> {
       }
     const Term<T> terms[2] = {{g_, stride(vp_), 1, st_, stride(fp_), call_.values},
                               {a_, stride(kChunk), 1, kf_, stride(fp_), n}};
-    product<T>(n, fp_, terms, 2, {df_, stride(fp_), nullptr, 0}, Band::kLower);
+    product<T>(n, fp_, terms, 2, {df_, stride(fp_)}, Band::kLower);
     for (std::size_t row = 0; row < n; ++row) add_multiple(df_ + row * fp_, state_.z, c_[row]);
     finish_dq(r, i, n, sums, true);
   }
@@ -216,7 +215,7 @@ template <class T> class GradientPass : public Pass<T> {
         df[d] = df[d] * f[d] - f[d] * z[d] * sum;
       }
     }
-    to_input(qf_, df_, x_, n, softmax_);
+    to_input(qf_, df_, n, softmax_);
     for (std::size_t row = 0; row < n; ++row)
       write_row<T>(call_.dtype, dx_ + row * dp_, call_.dim, 
                    const_cast<char*>(row_at(call_.dtype, row_at(call_.dtype, gradient_.dq, gradient_.dq_head, r),
@@ -227,8 +226,9 @@ template <class T> class GradientPass : public Pass<T> {
   }
 
   // dx_ from the gradient df of the features f of x; with is_product from f df, of the softmax map.
-  void to_input(const T* f, const T* df, const T* x, std::size_t n, bool is_product) noexcept {
-    for (std::size_t row = 0; row < n; ++row, f += fp_, df += fp_, x += dp_) {
+  void to_input(const T* f, const T* df, std::size_t n, bool is_product) noexcept {
+    for (std::size_t row = 0; row < n; ++row, f += fp_, df += fp_) {
+      const T* const x = x_[row];
       T* const dx = dx_ + row * dp_;
       const auto all = [&](auto body) FASTOPS_BODY {
         for (std::size_t d = 0; d < dp_; d += W) store(dx + d, body(load<V>(x + d), load<V>(f + d), load<V>(df + d)));
@@ -265,7 +265,7 @@ template <class T> class GradientPass : public Pass<T> {
           V sum{};
           for (std::size_t d = 0; d < fp_; d += W) sum += load<V>(logs + d);
           product<T>(1, dp_, Term<T>{logs, stride(fp_), 1, w.plain, stride(w.dim), call_.features},
-                     {dx, stride(dp_), nullptr, 0});
+                     {dx, stride(dp_)});
           add_multiple(dx, x, -scale * sum_lanes<T>(sum), dp_);
           break;
         }
@@ -275,11 +275,27 @@ template <class T> class GradientPass : public Pass<T> {
     }
   }
 
+  // Rows past the chunk's are zeros.
+  void transpose_values(std::size_t n) noexcept {
+    const T* from = v_.data;
+    auto step = static_cast<std::size_t>(v_.step);
+    if (v_.step < 0 || n != padded<T>(n) || from == v_copy_) {
+      for (std::size_t j = 0; j < padded<T>(n); ++j)
+        if (j >= n)
+          fill<T>(v_copy_ + j * vp_, vp_, 0);
+        else if (from != v_copy_)
+          copy(v_copy_ + j * vp_, v_[j], vp_);
+      from = v_copy_;
+      step = vp_;
+    }
+    transpose<T>(from, step, padded<T>(n), vp_, vt_, kChunk);
+  }
   void transpose_ds() noexcept { transpose<T>(ds_, vp_, fp_, vp_, dst_, fp_); }
 
   // dv and dk of the tokens t .. t + n, whose gradients of features and values are in dkf_ and dv_.
   void finish_keys(std::size_t t, std::size_t n) noexcept {
-    to_input(kf_, dkf_, kx_, n, false);
+    x_ = this->block(head_.k, t, n, call_.dim, 0, this->x_copy_, head_.mask == nullptr ? nullptr : live_);
+    to_input(kf_, dkf_, n, false);
     for (std::size_t j = 0; j < n; ++j) {
       if (!live_[j]) {
         fill<T>(dx_ + j * dp_, dp_, 0);
@@ -302,7 +318,6 @@ template <class T> class GradientPass : public Pass<T> {
       }
       this->take_keys(t, n);
       if (with_decay_) this->take_decay(t, n);
-      copy(kx_, x_, n * dp_);
       chunk_dk(t, n);
       finish_keys(t, n);
       if (this->stopped()) return;
@@ -327,10 +342,10 @@ template <class T> class GradientPass : public Pass<T> {
   void chunk_dk(std::size_t t, std::size_t n) noexcept {
     transpose_ds();
     this->transpose_keys(n);
-    transpose<T>(v_, vp_, padded<T>(n), vp_, vt_, kChunk);
+    transpose_values(n);
     // What later tokens ask of this chunk's.
-    product<T>(n, vp_, Term<T>{kf_, stride(fp_), 1, ds_, stride(vp_), call_.features}, {dv_, stride(vp_), nullptr, 0});
-    product<T>(n, fp_, Term<T>{v_, stride(vp_), 1, dst_, stride(fp_), call_.values}, {dkf_, stride(fp_), nullptr, 0});
+    product<T>(n, vp_, Term<T>{kf_, stride(fp_), 1, ds_, stride(vp_), call_.features}, {dv_, stride(vp_)});
+    product<T>(n, fp_, Term<T>{v_.data, v_.step, 1, dst_, stride(fp_), call_.values}, {dkf_, stride(fp_)});
     for (std::size_t j = 0; j < n; ++j) {
       this->accumulate(dkf_ + j * fp_, dz_);
       if (!with_decay_) continue;
@@ -400,11 +415,10 @@ template <class T> class GradientPass : public Pass<T> {
     this->in_place_ = true;
     for (std::size_t t = 0; t < keys;) {
       const std::size_t n = this->take_keys(t, least(kChunk, keys - t));
-      copy(kx_, x_, n * dp_);
       product<T>(n, vp_, Term<T>{kf_, stride(fp_), 1, ds_, stride(vp_), call_.features},
-                 {dv_, stride(vp_), nullptr, 0});
-      product<T>(n, fp_, Term<T>{v_, stride(vp_), 1, dst_, stride(fp_), call_.values},
-                 {dkf_, stride(fp_), nullptr, 0});
+                 {dv_, stride(vp_)});
+      product<T>(n, fp_, Term<T>{v_.data, v_.step, 1, dst_, stride(fp_), call_.values},
+                 {dkf_, stride(fp_)});
       for (std::size_t j = 0; j < n; ++j) this->accumulate(dkf_ + j * fp_, dz_);
       finish_keys(t, n);
       t += n;
@@ -424,7 +438,7 @@ template <class T> class GradientPass : public Pass<T> {
   const bool softmax_;
   // S^T (values x features), the gradient of the state and its transpose.
   T *const st_, *const ds_, *const dst_, *const dz_;
-  T *const g_, *const y_, *const vt_, *const a_, *const df_, *const dkf_, *const dv_, *const dx_, *const kx_, *const c_, *const first_m_;
+  T *const g_, *const y_, *const vt_, *const a_, *const df_, *const dkf_, *const dv_, *const dx_, *const c_, *const first_m_;
   T *const denominators_, *const shares_, *const starts_, *const z_at_, *const m_at_;
   std::size_t alone_ = 0, shift_keys_ = 0, pieces_ = 0;
 };

@@ -94,6 +94,7 @@ struct LinearKernels {
   void (*emit)(const LinearCall&, const LinearHead&, std::size_t first, std::size_t last, const void* state,
                void* work) noexcept;
   // One token; s_out, z_out and m_out are the state, in place.
+  std::size_t (*step_items)(const LinearCall&) noexcept;
   void (*step)(const LinearCall&, const LinearHead&, void* work) noexcept;
 };
 

@@ -16,6 +16,9 @@ template <class T> inline constexpr T kNone = T(-4e6);
 // How far the largest exponent of a feature may rise within a chunk: far from underflow of what came before it.
 template <class T> inline constexpr T kMostGrowth = T(40);
 
+// Tokens of a chunk without causality.
+inline constexpr std::size_t kMostRows = 2 * kChunk;
+
 inline bool has_exponents(fastops_feature_map map) noexcept { return map >= FASTOPS_MAP_EXP; }
 
 // Hands out the parts of a workspace; with a null base it only counts.
@@ -100,9 +103,10 @@ template <class T> class Pass {
   static constexpr std::size_t W = kWidth<T>;
 
  public:
-  Pass(const LinearCall& call, const LinearHead& head, Parts<T>& parts)
-      : Pass(call, head, parts, State<T>(parts, padded<T>(call.features), padded<T>(head.values))) {}
-  Pass(const LinearCall& call, const LinearHead& head, Parts<T>& parts, const State<T>& state)
+  // Chunks of `rows` tokens: kChunk with causality, whose triangle they hold, else more, one for a step.
+  Pass(const LinearCall& call, const LinearHead& head, Parts<T>& parts, std::size_t rows = kChunk)
+      : Pass(call, head, parts, State<T>(parts, padded<T>(call.features), padded<T>(head.values)), rows) {}
+  Pass(const LinearCall& call, const LinearHead& head, Parts<T>& parts, const State<T>& state, std::size_t rows)
       : call_(call),
         head_(head),
         dp_(padded<T>(call.dim)),
@@ -110,21 +114,22 @@ template <class T> class Pass {
         vp_(padded<T>(head.values)),
         exponents_(has_exponents(call.map)),
         with_decay_(head.decay != nullptr),
+        rows_(rows),
         share_(call.map == FASTOPS_MAP_FAVOR
                    ? static_cast<T>(1 / __builtin_sqrt(static_cast<double>(call.features)))
                    : T(1)),
-        x_(parts.take(kChunk * dp_)),
-        v_(parts.take(kChunk * vp_)),
-        kf_(parts.take(kChunk * fp_)),
-        kft_(parts.take(fp_ * kChunk)),
-        qf_(parts.take(kChunk * fp_)),
-        p_(parts.take(kChunk * kChunk)),
-        o_(parts.take(kChunk * vp_)),
+        x_copy_(parts.take(rows * dp_)),
+        v_copy_(parts.take(rows * vp_)),
+        kf_(parts.take(rows * fp_)),
+        kft_(parts.take(rows == kChunk ? fp_ * kChunk : 0)),
+        qf_(parts.take(rows * fp_)),
+        p_(parts.take(rows == kChunk ? kChunk * kChunk : 0)),
+        o_(parts.take(rows * vp_)),
         running_(parts.take(fp_)),
         m_old_(parts.take(fp_)),
         decays_(parts.take(kChunk)),
         prefix_(parts.take(kChunk)),
-        factor_(parts.take(kChunk * kChunk)),
+        factor_(parts.take(rows == kChunk ? kChunk * kChunk : 0)),
         state_(state) {}
 
   void causal() noexcept {
@@ -157,7 +162,7 @@ template <class T> class Pass {
     else
       clear_state();
     for (std::size_t t = first; t < last;) {
-      const std::size_t n = take_keys(t, least(kChunk, last - t));
+      const std::size_t n = take_keys(t, least(rows_, last - t));
       update(n);
       t += n;
       if (stopped()) return;
@@ -167,16 +172,16 @@ template <class T> class Pass {
   // Queries against the state alone.
   void emit(std::size_t first, std::size_t last) noexcept {
     for (std::size_t r = 0; r < call_.group; ++r)
-      for (std::size_t i = first; i < last; i += kChunk) {
+      for (std::size_t i = first; i < last; i += rows_) {
         if (stopped()) return;
-        const std::size_t n = least(kChunk, last - i);
+        const std::size_t n = least(rows_, last - i);
         take_queries(r, i, n);
         if (call_.map == FASTOPS_MAP_SOFTMAX)
           for (std::size_t row = 0; row < n; ++row) divide(qf_ + row * fp_, state_.z);
-        product<T>(n, vp_, Term<T>{qf_, stride(fp_), 1, state_.s, stride(vp_), call_.features},
-                   {o_, stride(vp_), nullptr, 0});
         for (std::size_t row = 0; row < n; ++row)
-          finish(r, i + row, row, normalizes() ? dot(qf_ + row * fp_, state_.z, fp_) : T(0));
+          factors_[row] = row_factor(normalizes() ? dot(qf_ + row * fp_, state_.z, fp_) : T(0), row);
+        const Term<T> term{qf_, stride(fp_), 1, state_.s, stride(vp_), call_.features};
+        write(r, i, n, &term, 1);
       }
   }
 
@@ -244,7 +249,9 @@ template <class T> class Pass {
       take_queries(r, 0, 1);
       if (call_.map == FASTOPS_MAP_SOFTMAX) divide(qf_, state_.z);
       for (std::size_t e = 0; e < head_.values; e += 4 * W) step_columns(s, keep, e, r == 0);
-      finish(r, 0, 0, normalizes() ? dot(qf_, state_.z, fp_) : T(0));
+      scale_row(o_, vp_, row_factor(normalizes() ? dot(qf_, state_.z, fp_) : T(0), 0));
+      write_row<T>(call_.dtype, o_, head_.values,
+                   const_cast<char*>(row_at(call_.dtype, head_.out.data, head_.out_head, r)));
     }
   }
 
@@ -257,11 +264,6 @@ template <class T> class Pass {
   static std::ptrdiff_t stride(std::size_t n) { return static_cast<std::ptrdiff_t>(n); }
   static void copy(T* to, const T* from, std::size_t n) { __builtin_memcpy(to, from, n * sizeof(T)); }
   bool normalizes() const { return call_.normalize && call_.map != FASTOPS_MAP_SOFTMAX; }
-  const char* key_row(std::size_t t) const { return row_at(call_.dtype, head_.k.data, head_.k.row, t); }
-  const char* value_row(const Rows& rows, std::size_t t) const {
-    return row_at(call_.dtype, rows.data, rows.row, t) +
-           (row_at(call_.dtype, nullptr, 1, head_.value) - static_cast<const char*>(nullptr));
-  }
   const char* head_row(const Rows& rows, std::ptrdiff_t step, std::size_t r, std::size_t i) const {
     return row_at(call_.dtype, row_at(call_.dtype, rows.data, step, r), rows.row, i);
   }
@@ -275,33 +277,52 @@ template <class T> class Pass {
   // The tokens t .. t + n of k and v, with features and decay; how many of them one chunk can hold. Fewer than n where a
   // row is not finite, since 0 times nan would reach the rows before it, or where exponents rise too steeply.
   std::size_t take_keys(std::size_t t, std::size_t n) noexcept {
+    bool all = true;
     for (std::size_t j = 0; j < n; ++j) {
       live_[j] = head_.mask == nullptr || head_.mask[stride(t + j) * head_.mask_step] != 0;
-      if (live_[j]) {
-        read_row<T>(call_.dtype, key_row(t + j), call_.dim, x_ + j * dp_);
-        read_row<T>(call_.dtype, value_row(head_.v, t + j), head_.values, v_ + j * vp_);
-      } else {
-        fill<T>(x_ + j * dp_, dp_, 0);
-        fill<T>(v_ + j * vp_, vp_, 0);
-      }
+      all &= live_[j];
     }
+    x_ = block(head_.k, t, n, call_.dim, 0, x_copy_, all ? nullptr : live_);
+    v_ = block(head_.v, t, n, head_.values, head_.value, v_copy_, all ? nullptr : live_);
+    fetch_ahead(head_.k, t + n, head_.keys, call_.dim);
+    fetch_ahead(head_.v, t + n, head_.keys, call_.values);
     if (call_.causal) n = finite_rows(n);
     if (exponents_)
       n = exponential_keys(n);
     else
-      plain_features(x_, kf_, n);
-    for (std::size_t j = 0; j < kChunk; ++j)
+      plain_features(kf_, n);
+    for (std::size_t j = 0; j < rows_; ++j)
       if (j >= n || !live_[j]) fill<T>(kf_ + j * fp_, fp_, 0);
     if (with_decay_ && !in_place_) take_decay(t, n);
     return n;
+  }
+
+  // The rows t .. t + n of an array, from its column `first` on; those that are not live are zeros.
+  Block<T> block(const Rows& rows, std::size_t t, std::size_t n, std::size_t width, std::size_t first, T* copy,
+                 const bool* live) const noexcept {
+    const char* const data = row_at(call_.dtype, row_at(call_.dtype, rows.data, rows.row, t), 1, first);
+    if (live == nullptr && is_plain<T>(call_.dtype, width)) return {reinterpret_cast<const T*>(data), rows.row};
+    const std::size_t wide = padded<T>(width);
+    for (std::size_t j = 0; j < n; ++j)
+      if (live == nullptr || live[j])
+        read_row<T>(call_.dtype, row_at(call_.dtype, data, rows.row, j), width, copy + j * wide);
+      else
+        fill<T>(copy + j * wide, wide, 0);
+    return {copy, stride(wide)};
+  }
+
+  void fetch_ahead(const Rows& rows, std::size_t t, std::size_t end, std::size_t width) const noexcept {
+    fetch_rows(call_.dtype, rows.data, rows.row, t, least(t + rows_, end), width);
   }
 
   // Rows up to the first that is not finite; at least one.
   std::size_t finite_rows(std::size_t n) const noexcept {
     const auto finite = [&](std::size_t first, std::size_t last) {
       V sum{};
-      for (std::size_t i = first * dp_; i < last * dp_; i += W) sum += load<V>(x_ + i) * T(0);
-      for (std::size_t i = first * vp_; i < last * vp_; i += W) sum += load<V>(v_ + i) * T(0);
+      for (std::size_t j = first; j < last; ++j) {
+        for (std::size_t d = 0; d < dp_; d += W) sum = simd::fma(load<V>(x_[j] + d), V{}, sum);
+        for (std::size_t e = 0; e < vp_; e += W) sum = simd::fma(load<V>(v_[j] + e), V{}, sum);
+      }
       return !simd::any(sum != sum);
     };
     if (finite(0, n)) return n;
@@ -310,10 +331,10 @@ template <class T> class Pass {
     return n;
   }
 
-  void plain_features(const T* x, T* f, std::size_t n) const noexcept {
+  void plain_features(T* f, std::size_t n) const noexcept {
     const T eps = static_cast<T>(call_.kernel_eps);
     const auto all = [&](auto body) FASTOPS_BODY {
-      for (std::size_t j = 0; j < n; ++j) map_row(x + j * dp_, f + j * fp_, call_.dim, fp_, body);
+      for (std::size_t j = 0; j < n; ++j) map_row(x_[j], f + j * fp_, call_.dim, fp_, body);
     };
     switch (call_.map) {
       case FASTOPS_MAP_ELU:
@@ -327,8 +348,8 @@ template <class T> class Pass {
         });
       case FASTOPS_MAP_COSINE:
         for (std::size_t j = 0; j < n; ++j) {
-          const Norm norm = norm_of(x + j * dp_);
-          map_row(x + j * dp_, f + j * fp_, call_.dim, fp_,
+          const Norm norm = norm_of(x_[j]);
+          map_row(x_[j], f + j * fp_, call_.dim, fp_,
                   [norm](V v) FASTOPS_BODY { return v * norm.down / norm.root; });
           f[j * fp_ + call_.dim] = 1;
         }
@@ -361,23 +382,23 @@ template <class T> class Pass {
   }
 
   // Logarithms of the exponential features.
-  void logarithms(const T* x, T* f, std::size_t n) const noexcept {
+  void logarithms(T* f, std::size_t n) const noexcept {
     const T scale = static_cast<T>(call_.scale);
     if (call_.map != FASTOPS_MAP_FAVOR) {
       for (std::size_t j = 0; j < n; ++j)
-        map_row(x + j * dp_, f + j * fp_, call_.dim, fp_, [scale](V v) FASTOPS_BODY { return v * scale; });
+        map_row(x_[j], f + j * fp_, call_.dim, fp_, [scale](V v) FASTOPS_BODY { return v * scale; });
       return;
     }
     const Projection<T> w(call_);
-    product<T>(n, fp_, Term<T>{x, stride(dp_), 1, w.transposed, stride(fp_), call_.dim}, {f, stride(fp_), nullptr, 0});
+    product<T>(n, fp_, Term<T>{x_.data, x_.step, 1, w.transposed, stride(fp_), call_.dim}, {f, stride(fp_)});
     for (std::size_t j = 0; j < n; ++j) {
-      const T half = T(0.5) * scale * dot(x + j * dp_, x + j * dp_, dp_);
+      const T half = T(0.5) * scale * dot(x_[j], x_[j], dp_);
       map_row(f + j * fp_, f + j * fp_, call_.features, fp_, [half](V v) FASTOPS_BODY { return v - half; });
     }
   }
 
   std::size_t exponential_keys(std::size_t n) noexcept {
-    logarithms(x_, kf_, n);
+    logarithms(kf_, n);
     if (call_.causal) n = level_rows(n);
     copy(m_old_, state_.m, fp_);
     bool changed = false;
@@ -449,15 +470,16 @@ template <class T> class Pass {
   }
 
   void take_queries(std::size_t r, std::size_t i, std::size_t n) noexcept {
-    for (std::size_t row = 0; row < n; ++row)
-      read_row<T>(call_.dtype, head_row(head_.q, head_.q_head, r, i + row), call_.dim, x_ + row * dp_);
+    const Rows q{row_at(call_.dtype, head_.q.data, head_.q_head, r), head_.q.row};
+    x_ = block(q, i, n, call_.dim, 0, x_copy_, nullptr);
+    fetch_ahead(q, i + n, head_.queries, call_.dim);
     if (!exponents_) {
-      plain_features(x_, qf_, n);
+      plain_features(qf_, n);
       if (call_.scale != 1.0)
         for (std::size_t row = 0; row < n; ++row) scale_row(qf_ + row * fp_, fp_, static_cast<T>(call_.scale));
       return;
     }
-    logarithms(x_, qf_, n);
+    logarithms(qf_, n);
     for (std::size_t row = 0; row < n; ++row) exponential_query(qf_ + row * fp_, row);
   }
   // Features in units of 2^(shift_ - m); of the softmax map those that add up to 1.
@@ -517,9 +539,16 @@ template <class T> class Pass {
     if (with_decay_)
       for (std::size_t row = 0; row < n; ++row) scale_row(qf_ + row * fp_, fp_, prefix_[row]);
     const Term<T> terms[2] = {{qf_, stride(fp_), 1, state_.s, stride(vp_), call_.features},
-                              {p_, stride(kChunk), 1, v_, stride(vp_), n}};
-    product<T>(n, vp_, terms, 2, {o_, stride(vp_), nullptr, 0}, Band::kLower);
-    for (std::size_t row = 0; row < n; ++row) finish(r, i + row, row, normalizes() ? sums[row] : T(0));
+                              {p_, stride(kChunk), 1, v_.data, v_.step, n}};
+    for (std::size_t row = 0; row < n; ++row) factors_[row] = row_factor(normalizes() ? sums[row] : T(0), row);
+    write(r, i, n, terms, 2);
+  }
+  void add_keys(std::size_t n) noexcept {
+    for (std::size_t d = 0; d < fp_; d += W) {
+      V sum = load<V>(state_.z + d);
+      for (std::size_t j = 0; j < n; ++j) sum += load<V>(kf_ + j * fp_ + d);
+      store(state_.z + d, sum);
+    }
   }
   void accumulate(T* sum, const T* row) const noexcept {
     for (std::size_t d = 0; d < fp_; d += W) store(sum + d, load<V>(sum + d) + load<V>(row + d));
@@ -534,11 +563,20 @@ template <class T> class Pass {
     }
     return denominator == 0 ? T(0) : T(1) / denominator;
   }
-  void finish(std::size_t r, std::size_t i, std::size_t row, T denominator) noexcept {
-    const T factor = row_factor(denominator, row);
-    if (factor != 1) scale_row(o_ + row * vp_, vp_, factor);
+  // The outputs i .. i + n: the sum of the terms, times factors_.
+  void write(std::size_t r, std::size_t i, std::size_t n, const Term<T>* terms, int count) noexcept {
     const Rows out{row_at(call_.dtype, head_.out.data, head_.out_head, r), head_.out.row};
-    write_row<T>(call_.dtype, o_ + row * vp_, head_.values, const_cast<char*>(value_row(out, i)));
+    char* const data = const_cast<char*>(row_at(call_.dtype, row_at(call_.dtype, out.data, out.row, i), 1, head_.value));
+    fetch_ahead(out, i + n, head_.queries, head_.values);
+    if (is_plain<T>(call_.dtype, head_.values)) {
+      product<T>(n, vp_, terms, count, {reinterpret_cast<T*>(data), out.row, nullptr, 0, factors_},
+                 count == 2 ? Band::kLower : Band::kAll);
+      return;
+    }
+    product<T>(n, vp_, terms, count, {o_, stride(vp_), nullptr, 0, factors_}, count == 2 ? Band::kLower : Band::kAll);
+    for (std::size_t row = 0; row < n; ++row)
+      write_row<T>(call_.dtype, o_ + row * vp_, head_.values,
+                   const_cast<char*>(row_at(call_.dtype, data, out.row, row)));
   }
 
   // S and z after the chunk.
@@ -546,10 +584,10 @@ template <class T> class Pass {
     const T keep = with_decay_ ? prefix_[n - 1] : T(1);
     if (with_decay_)
       for (std::size_t j = 0; j < n; ++j) scale_row(kf_ + j * fp_, fp_, factor_[(n - 1) * kChunk + j]);
-    product<T>(call_.features, vp_, Term<T>{kf_, 1, stride(fp_), v_, stride(vp_), n},
+    product<T>(call_.features, vp_, Term<T>{kf_, 1, stride(fp_), v_.data, v_.step, n},
                {state_.s, stride(vp_), &keep, 0});
     if (with_decay_) scale_row(state_.z, fp_, keep);
-    for (std::size_t j = 0; j < n; ++j) accumulate(state_.z, kf_ + j * fp_);
+    add_keys(n);
   }
 
   void take_step_decay() noexcept {
@@ -562,7 +600,7 @@ template <class T> class Pass {
   // Four vectors of columns: [s = keep s + k v and] o = q s.
   void step_columns(T* s, const T* keep, std::size_t e, bool moves) noexcept {
     V sums[4] = {}, values[4];
-    for (std::size_t x = 0; x < 4; ++x) values[x] = e + x * W < vp_ ? load<V>(v_ + e + x * W) : V{};
+    for (std::size_t x = 0; x < 4; ++x) values[x] = e + x * W < vp_ ? load<V>(v_[0] + e + x * W) : V{};
     const bool whole = e + 4 * W <= head_.values;
     for (std::size_t d = 0; d < call_.features; ++d) {
       const V k = splat<V>(kf_[d]), q = splat<V>(qf_[d]), kept = splat<V>(keep[d]);
@@ -596,16 +634,18 @@ template <class T> class Pass {
   const LinearHead& head_;
   const std::size_t dp_, fp_, vp_;  // padded
   const bool exponents_, with_decay_;
+  const std::size_t rows_;
   const T share_;  // FAVOR's 1 / sqrt(features)
-  T *const x_, *const v_, *const kf_, *const kft_, *const qf_, *const p_, *const o_, *const running_, *const m_old_,
+  T *const x_copy_, *const v_copy_, *const kf_, *const kft_, *const qf_, *const p_, *const o_, *const running_, *const m_old_,
       *const decays_, *const prefix_, *const factor_;
   State<T> state_;
   T* transposed_ = nullptr;  // the state's S as (values x features), where a pass keeps that
+  Block<T> x_{}, v_{};       // the chunk's rows of q or k, and of v: the caller's, or the copies
   bool in_place_ = false;    // the state is the caller's, and rescaled with the step
   std::size_t made_decay_ = 0;
   unsigned asked_ = 0;
-  bool live_[kChunk];
-  T shift_[kChunk];
+  bool live_[kMostRows];
+  T shift_[kMostRows], factors_[kMostRows];
 };
 
 }  // namespace fastops::FASTOPS_LEVEL::attention

@@ -17,12 +17,19 @@ LinearHead widest(const LinearCall& call) noexcept {
 template <class T> std::size_t work_items(const LinearCall& call) noexcept {
   const LinearHead head = widest(call);
   Parts<T> parts(nullptr);
-  Pass<T> pass(call, head, parts);
+  Pass<T> pass(call, head, parts, call.causal ? kChunk : kMostRows);
   return parts.used();
 }
 template <class T> std::size_t state_items(const LinearCall& call) noexcept {
   Parts<T> parts(nullptr);
   State<T>(parts, padded<T>(call.features), padded<T>(call.values));
+  return parts.used();
+}
+
+template <class T> std::size_t step_items(const LinearCall& call) noexcept {
+  const LinearHead head = widest(call);
+  Parts<T> parts(nullptr);
+  Pass<T> pass(call, head, parts, State<T>(parts, padded<T>(call.features), 0), 1);
   return parts.used();
 }
 
@@ -38,13 +45,13 @@ template <class T>
 void absorb(const LinearCall& call, const LinearHead& head, std::size_t first, std::size_t last, bool with_initial,
             void* state, void* work) noexcept {
   Parts<T> parts(work);
-  Pass<T> pass(call, head, parts, state_at<T>(call, state, 0));
+  Pass<T> pass(call, head, parts, state_at<T>(call, state, 0), kMostRows);
   pass.absorb(first, last, with_initial);
 }
 template <class T>
 void merge(const LinearCall& call, const LinearHead& head, void* states, std::size_t count, void* work) noexcept {
   Parts<T> parts(work);
-  Pass<T> pass(call, head, parts, state_at<T>(call, states, 0));
+  Pass<T> pass(call, head, parts, state_at<T>(call, states, 0), kMostRows);
   for (std::size_t i = 1; i < count; ++i) pass.add(state_at<T>(call, states, i));
   pass.store_final();
 }
@@ -53,17 +60,17 @@ void emit(const LinearCall& call, const LinearHead& head, std::size_t first, std
           void* work) noexcept {
   Parts<T> parts(work);
   // The state is only read.
-  Pass<T> pass(call, head, parts, state_at<T>(call, const_cast<void*>(state), 0));
+  Pass<T> pass(call, head, parts, state_at<T>(call, const_cast<void*>(state), 0), kMostRows);
   pass.emit(first, last);
 }
 template <class T> void step(const LinearCall& call, const LinearHead& head, void* work) noexcept {
   Parts<T> parts(work);
-  Pass<T>(call, head, parts).step();
+  Pass<T>(call, head, parts, State<T>(parts, padded<T>(call.features), 0), 1).step();
 }
 
 template <class T> constexpr LinearKernels kTable() {
   return {projection_items<T>, project<T>, work_items<T>, causal<T>, state_items<T>,
-          absorb<T>,           merge<T>,   emit<T>,       step<T>};
+          absorb<T>,           merge<T>,   emit<T>,       step_items<T>, step<T>};
 }
 
 }  // namespace

@@ -21,19 +21,27 @@ template <> struct ExpRange<simd::f64> {
   static constexpr double kNormal = -708.3, kFarthest = 1e6, kVanishing = -1200.0;
 };
 
-// exp(x) for x <= 0, within 1.3 units in the last place; 0 where it would be subnormal.
-template <class V> FASTOPS_INLINE V exp_nonpositive(V x) {
+// exp(x) for kNormal <= x <= 0, within 1.5 units in the last place, 4 near kNormal (ln 2 is one float here); nan stays.
+template <class V> FASTOPS_INLINE V exp_normal(V x) {
   using F = math::Format<V>;
-  const V low = splat<V>(ExpRange<V>::kNormal), round = splat<V>(F::kRound);
-  const V clamped = select(x < low, low, x);
-  const V rounded = simd::fma(clamped, splat<V>(F::kLog2E), round);
-  const V n = rounded - round;
-  const V r = simd::fma(-n, splat<V>(F::kLn2Low), simd::fma(-n, splat<V>(F::kLn2High), clamped));
+  using T = typename F::T;
+  const V rounded = simd::fma(x, splat<V>(F::kLog2E), splat<V>(F::kRound));
+  const V n = rounded - splat<V>(F::kRound);
+  V r;
+  if constexpr (sizeof(T) == 4)
+    r = simd::fma(n, splat<V>(T(-0x1.62e430p-1)), x);
+  else
+    r = simd::fma(n, splat<V>(-F::kLn2Low), simd::fma(n, splat<V>(-F::kLn2High), x));
   const V y = simd::fma(r * r, math::polynomial(r, F::kExp), r) + 1;
   // The product keeps a nan of y, which a sum of bit patterns would not.
   using U = typename F::Unsigned;
   const U power = (simd::bits<U>(rounded) + typename F::U(F::kBias)) << F::kMantissa;
-  return select(x < low, V{}, y * simd::bits<V>(power));
+  return y * simd::bits<V>(power);
+}
+// exp(x) for x <= 0; 0 where it would be subnormal.
+template <class V> FASTOPS_INLINE V exp_nonpositive(V x) {
+  const V low = splat<V>(ExpRange<V>::kNormal);
+  return select(x < low, V{}, exp_normal(simd::max(low, x)));
 }
 
 // exp(x) = y 2^n with an integer n: so a common factor 2^k never changes a bit of y.
@@ -56,10 +64,10 @@ template <class V> FASTOPS_INLINE V times_power(V y, V k) {
   return math::scale(y, k + splat<V>(math::Format<V>::kRound));
 }
 
-// elu(x) + 1 without its cancellation.
+// elu(x) + 1 without its cancellation: exp(min(x, 0)) + max(x, 0). Never below the least normal number.
 template <class V> FASTOPS_INLINE V elu_feature(V x) {
-  const V e = exp_nonpositive(select(x < V{}, x, V{}));
-  return select(x < V{}, e, x + 1);
+  const V negative = select(x < V{}, x, V{});
+  return exp_normal(simd::max(splat<V>(ExpRange<V>::kNormal), negative)) + simd::max(V{}, x);
 }
 // nan stays.
 template <class V> FASTOPS_INLINE V rectified(V x) { return select(x < V{}, V{}, x); }

@@ -86,7 +86,7 @@ template <class T> void run(const SoftmaxCall& call, const SoftmaxHead& head, vo
     }
     if (n == 0) continue;
     product<T>(n, cols, Term<T>{k, stride(size.dim), 1, qt, stride(kSoftmaxRows), call.dim},
-               {logits, stride(kSoftmaxRows), nullptr, 0});
+               {logits, stride(kSoftmaxRows)});
     bool hidden = false;
     for (std::size_t j = 0; j < n && call.causal; ++j)
       for (std::size_t i = 0; i < rows && stride(number[j]) >= seen(head.first + i); ++i) {

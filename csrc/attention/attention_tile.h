@@ -42,42 +42,46 @@ template <class T> struct Term {
 // Which elements of a square a there are: all, those with k <= i, those with k >= i.
 enum class Band { kAll, kLower, kUpper };
 
-template <class T> struct TermBody {
-  using Vector = attention::Vector<T>;
-  using Row = Vector;
-  using Column = Vector;
-  const Term<T>& term;
-  FASTOPS_INLINE Row row(std::size_t k, int i) const {
-    return splat<Vector>(term.a[i * term.a_row + static_cast<std::ptrdiff_t>(k) * term.a_step]);
-  }
-  FASTOPS_INLINE Column column(std::size_t k, int v) const {
-    return load<Vector>(term.b + static_cast<std::ptrdiff_t>(k) * term.b_row +
-                        static_cast<std::ptrdiff_t>(v * kWidth<T>));
-  }
-  FASTOPS_INLINE Vector step(Row row, Column column, int, int, Vector acc) const { return simd::fma(row, column, acc); }
-};
-
-// c = [keep[i] c +] the terms. keep: null writes c anew; a stride of 0 in `keep_step` takes one factor for all rows.
+// c = [keep[i] c +] the terms, times scale[i] where there is one. keep: null writes c anew; a keep_step of 0 takes one
+// factor for all rows.
 template <class T> struct Target {
   T* c;
   std::ptrdiff_t c_row;
-  const T* keep;
-  std::ptrdiff_t keep_step;
+  const T* keep = nullptr;
+  std::ptrdiff_t keep_step = 0;
+  const T* scale = nullptr;
 };
 
 template <int Rows, int Vectors, class T>
-__attribute__((noinline)) void product_tile(const Term<T>* terms, int count, const Target<T>& target) noexcept {
-  Vector<T> acc[Rows][Vectors];
-  run_tile<Rows, Vectors>(TermBody<T>{terms[0]}, terms[0].steps, acc);
-  for (int t = 1; t < count; ++t) extend_tile<Rows, Vectors>(TermBody<T>{terms[t]}, terms[t].steps, acc);
+FASTOPS_INLINE void add_term(Term<T> term, Vector<T> (&acc)[Rows][Vectors]) {
+  const std::ptrdiff_t row = term.a_row;
+  for (std::size_t k = 0; k < term.steps; ++k, term.a += term.a_step, term.b += term.b_row) {
+    Vector<T> b[Vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) b[v] = load<Vector<T>>(term.b + v * static_cast<std::ptrdiff_t>(kWidth<T>));
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+      const Vector<T> a = splat<Vector<T>>(term.a[i * row]);
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v) acc[i][v] = simd::fma(a, b[v], acc[i][v]);
+    }
+  }
+}
+
+template <int Rows, int Vectors, class T>
+__attribute__((noinline)) void product_tile(const Term<T>* terms, int count, const Target<T>& to) noexcept {
+  const Target<T> target = to;
+  Vector<T> acc[Rows][Vectors] = {};
+  for (int t = 0; t < count; ++t) add_term<Rows, Vectors>(terms[t], acc);
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < Vectors; ++v) {
-      T* const p = target.c + i * target.c_row + static_cast<std::ptrdiff_t>(v * kWidth<T>);
+      T* const p = target.c + i * target.c_row + v * static_cast<std::ptrdiff_t>(kWidth<T>);
       Vector<T> r = acc[i][v];
       if (target.keep != nullptr)
         r = simd::fma(splat<Vector<T>>(target.keep[i * target.keep_step]), load<Vector<T>>(p), r);
+      if (target.scale != nullptr) r *= target.scale[i];
       store(p, r);
     }
 }
@@ -92,36 +96,39 @@ inline constexpr TileFunction<T> kTiles[kTileVectors][8] = {
 
 // c (rows x cols, cols whole vectors) = [keep c +] first [+ second]; of the last term only the band is there.
 template <class T>
-void product(std::size_t rows, std::size_t cols, const Term<T>* terms, int count, Target<T> target,
+void product(std::size_t rows, std::size_t cols, const Term<T>* terms, int count, const Target<T>& target,
              Band band = Band::kAll) noexcept {
   constexpr std::size_t kRows = kTileRows, kPanel = kTileVectors * kWidth<T>;
   for (std::size_t j = 0; j < cols; j += kPanel) {
     const int vectors = cols - j < kPanel ? 1 : kTileVectors;
+    Term<T> part[2] = {terms[0], terms[count - 1]};
+    part[0].b += j;
+    part[1].b += j;
+    Term<T>& last = part[count - 1];
+    const std::size_t steps = last.steps;
+    Target<T> to = target;
+    to.c += j;
+    // Field by field from here on: a copy of a whole struct that was just written waits for its parts.
     for (std::size_t i = 0; i < rows; i += kRows) {
       const std::size_t count_rows = rows - i < kRows ? rows - i : kRows;
-      const auto at = static_cast<std::ptrdiff_t>(i);
-      Term<T> part[2];
-      for (int t = 0; t < count; ++t) {
-        part[t] = terms[t];
-        part[t].a += at * part[t].a_row;
-        part[t].b += j;
+      if (band == Band::kLower) last.steps = steps < i + count_rows ? steps : i + count_rows;
+      kTiles<T>[vectors - 1][count_rows - 1](part, count, to);
+      constexpr auto kStep = static_cast<std::ptrdiff_t>(kRows);
+      part[0].a += kStep * part[0].a_row;
+      if (count == 2) part[1].a += kStep * part[1].a_row;
+      to.c += kStep * to.c_row;
+      if (to.keep != nullptr) to.keep += kStep * to.keep_step;
+      if (to.scale != nullptr) to.scale += kRows;
+      if (band == Band::kUpper && i + kRows < rows) {
+        last.a += kStep * last.a_step;
+        last.b += kStep * last.b_row;
+        last.steps -= kRows;
       }
-      Term<T>& last = part[count - 1];
-      if (band == Band::kLower && last.steps > i + count_rows) last.steps = i + count_rows;
-      if (band == Band::kUpper) {
-        last.a += at * last.a_step;
-        last.b += at * last.b_row;
-        last.steps -= i;
-      }
-      const T* const keep = target.keep == nullptr ? nullptr : target.keep + at * target.keep_step;
-      kTiles<T>[vectors - 1][count_rows - 1](part, count,
-                                            {target.c + at * target.c_row + static_cast<std::ptrdiff_t>(j),
-                                             target.c_row, keep, target.keep_step});
     }
   }
 }
 template <class T>
-FASTOPS_INLINE void product(std::size_t rows, std::size_t cols, Term<T> term, Target<T> target,
+FASTOPS_INLINE void product(std::size_t rows, std::size_t cols, const Term<T>& term, const Target<T>& target,
                             Band band = Band::kAll) noexcept {
   product<T>(rows, cols, &term, 1, target, band);
 }
@@ -143,7 +150,7 @@ void lower_product(std::size_t rows, Term<T> term, T* p, std::ptrdiff_t p_row, c
     Term<T> part = term;
     part.a += static_cast<std::ptrdiff_t>(i) * part.a_row;
     T* const c = p + static_cast<std::ptrdiff_t>(i) * p_row;
-    product<T>(count, cols, part, {c, p_row, nullptr, 0});
+    product<T>(count, cols, part, {c, p_row});
     const std::size_t first = factor != nullptr || row_term != nullptr ? 0 : i / kWidth<T> * kWidth<T>;
     for (std::size_t r = 0; r < count; ++r)
       for (std::size_t j = first; j < cols; j += kWidth<T>) {
@@ -174,13 +181,26 @@ void transpose(const T* from, std::size_t from_row, std::size_t rows, std::size_
     }
 }
 
-template <class T> FASTOPS_INLINE T sum_lanes(Vector<T> v) {
-  T sum = 0;
-  for (std::size_t l = 0; l < kWidth<T>; ++l) sum += v[l];
-  return sum;
+// The sum of all lanes, in pairs: a chain of additions would take longer than the rest of a row's work.
+template <class T, class V> FASTOPS_INLINE T sum_pairs(V v) {
+  if constexpr (sizeof(V) == 2 * sizeof(T)) {
+    return v[0] + v[1];
+  } else {
+    using Half = typename simd::LaneType<T, sizeof(V) / 2>::type;
+    Half half[2];
+    __builtin_memcpy(half, &v, sizeof v);
+    return sum_pairs<T>(half[0] + half[1]);
+  }
+}
+template <class T> FASTOPS_INLINE T sum_lanes(Vector<T> v) { return sum_pairs<T>(v); }
+
+// Where row `i` of an array of the dtype begins; the step in elements.
+FASTOPS_INLINE const char* row_at(fastops_dtype dtype, const void* data, std::ptrdiff_t step, std::size_t i) {
+  const std::ptrdiff_t size = dtype == FASTOPS_F64 ? 8 : dtype == FASTOPS_F32 ? 4 : 2;
+  return static_cast<const char*>(data) + static_cast<std::ptrdiff_t>(i) * step * size;
 }
 
-// Elements of an array in memory, as T.
+// Rows of an array in memory as T, with zeros up to whole vectors.
 template <class T> void read_row(fastops_dtype dtype, const void* from, std::size_t n, T* to) noexcept {
   const std::size_t whole = n / kWidth<T> * kWidth<T>;
   std::size_t i = 0;
@@ -231,10 +251,26 @@ template <class T> void write_row(fastops_dtype dtype, const T* from, std::size_
     if (i < n) simd::store_first(p + i, load<simd::f64>(from + i), n - i);
   }
 }
-// Where row `i` of an array of the dtype begins; the step in elements.
-FASTOPS_INLINE const char* row_at(fastops_dtype dtype, const void* data, std::ptrdiff_t step, std::size_t i) {
-  const std::ptrdiff_t size = dtype == FASTOPS_F64 ? 8 : dtype == FASTOPS_F32 ? 4 : 2;
-  return static_cast<const char*>(data) + static_cast<std::ptrdiff_t>(i) * step * size;
+
+// Asks for rows that come later: lines of rows that lie apart are nothing the CPU would fetch by itself.
+FASTOPS_INLINE void fetch_rows(fastops_dtype dtype, const void* data, std::ptrdiff_t step, std::size_t first,
+                               std::size_t last, std::size_t width) {
+  const std::size_t bytes = width * (dtype == FASTOPS_F64 ? 8 : dtype == FASTOPS_F32 ? 4 : 2);
+  for (std::size_t i = first; i < last; ++i) {
+    const char* const row = row_at(dtype, data, step, i);
+    for (std::size_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
+  }
+}
+
+// Rows of T, `step` elements apart.
+template <class T> struct Block {
+  const T* data;
+  std::ptrdiff_t step;
+  FASTOPS_INLINE const T* operator[](std::size_t i) const { return data + static_cast<std::ptrdiff_t>(i) * step; }
+};
+// Whether rows of n elements can be worked on where they are.
+template <class T> FASTOPS_INLINE bool is_plain(fastops_dtype dtype, std::size_t n) {
+  return dtype == (sizeof(T) == 8 ? FASTOPS_F64 : FASTOPS_F32) && n % kWidth<T> == 0;
 }
 
 }  // namespace fastops::FASTOPS_LEVEL::attention

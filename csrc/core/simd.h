@@ -263,6 +263,34 @@ FASTOPS_INLINE f64 sqrt(f64 a) {
 #endif
 }
 
+// The larger of each pair of lanes; of a nan either.
+FASTOPS_INLINE f32 max(f32 a, f32 b) {
+#if defined(FASTOPS_AVX512)
+  return (f32)_mm512_maskz_max_ps(__mmask16(-1), (__m512)a, (__m512)b);
+#elif defined(FASTOPS_AVX2)
+  return (f32)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(FASTOPS_SSE)
+  return (f32)_mm_max_ps((__m128)a, (__m128)b);
+#elif defined(FASTOPS_NEON)
+  return (f32)vmaxq_f32((float32x4_t)a, (float32x4_t)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+FASTOPS_INLINE f64 max(f64 a, f64 b) {
+#if defined(FASTOPS_AVX512)
+  return (f64)_mm512_maskz_max_pd(__mmask8(-1), (__m512d)a, (__m512d)b);
+#elif defined(FASTOPS_AVX2)
+  return (f64)_mm256_max_pd((__m256d)a, (__m256d)b);
+#elif defined(FASTOPS_SSE)
+  return (f64)_mm_max_pd((__m128d)a, (__m128d)b);
+#elif defined(FASTOPS_NEON)
+  return (f64)vmaxq_f64((float64x2_t)a, (float64x2_t)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
 // True where any lane of a comparison's result is set.
 template <class M> FASTOPS_INLINE bool any(M mask) {
 #if defined(FASTOPS_AVX512)

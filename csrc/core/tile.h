@@ -16,7 +16,11 @@ namespace fastops::FASTOPS_LEVEL {
 //   Vector step(row, column, i, v, acc)        acc plus one term per lane
 // Every accumulator must stay in a register: Rows * Vectors + Vectors + what a step holds is at most the level's count.
 template <int Rows, int Vectors, class Body>
-FASTOPS_INLINE void extend_tile(const Body& body, std::size_t steps, typename Body::Vector (&acc)[Rows][Vectors]) {
+FASTOPS_INLINE void run_tile(const Body& body, std::size_t steps, typename Body::Vector (&acc)[Rows][Vectors]) {
+#pragma GCC unroll 12
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) acc[i][v] = typename Body::Vector{};
   for (std::size_t k = 0; k < steps; ++k) {
     typename Body::Column columns[Vectors];
 #pragma GCC unroll 4
@@ -28,16 +32,6 @@ FASTOPS_INLINE void extend_tile(const Body& body, std::size_t steps, typename Bo
       for (int v = 0; v < Vectors; ++v) acc[i][v] = body.step(row, columns[v], i, v, acc[i][v]);
     }
   }
-}
-
-// The same from zeros.
-template <int Rows, int Vectors, class Body>
-FASTOPS_INLINE void run_tile(const Body& body, std::size_t steps, typename Body::Vector (&acc)[Rows][Vectors]) {
-#pragma GCC unroll 12
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) acc[i][v] = typename Body::Vector{};
-  extend_tile<Rows, Vectors>(body, steps, acc);
 }
 
 // The part of a tile that exists, from a copy of all of it.
