@@ -100,7 +100,7 @@ template <class T> struct State {
 // One head's passes over its tokens. Names: kf, qf are chunks of features, s, z, m the state, p the triangle of weights.
 template <class T> class Pass {
   using V = Vector<T>;
-  static constexpr std::size_t W = kWidth<T>;
+  static constexpr std::size_t W = kWidth<T>, kStepVectors = 8;
 
  public:
   // Chunks of `rows` tokens: kChunk with causality, whose triangle they hold, else more, one for a step.
@@ -248,7 +248,7 @@ template <class T> class Pass {
     for (std::size_t r = 0; r < call_.group; ++r) {
       take_queries(r, 0, 1);
       if (call_.map == FASTOPS_MAP_SOFTMAX) divide(qf_, state_.z);
-      for (std::size_t e = 0; e < head_.values; e += 4 * W) step_columns(s, keep, e, r == 0);
+      for (std::size_t e = 0; e < head_.values; e += kStepVectors * W) step_columns(s, keep, e, r == 0);
       scale_row(o_, vp_, row_factor(normalizes() ? dot(qf_, state_.z, fp_) : T(0), 0));
       write_row<T>(call_.dtype, o_, head_.values,
                    const_cast<char*>(row_at(call_.dtype, head_.out.data, head_.out_head, r)));
@@ -597,28 +597,28 @@ template <class T> class Pass {
     store(decays_, exp_nonpositive(load<V>(decays_)));
     prefix_[0] = decays_[0];
   }
-  // Four vectors of columns: [s = keep s + k v and] o = q s.
+  // Some vectors of columns, in registers: [s = keep s + k v and] o = q s.
   void step_columns(T* s, const T* keep, std::size_t e, bool moves) noexcept {
-    V sums[4] = {}, values[4];
-    for (std::size_t x = 0; x < 4; ++x) values[x] = e + x * W < vp_ ? load<V>(v_[0] + e + x * W) : V{};
-    const bool whole = e + 4 * W <= head_.values;
+    V sums[kStepVectors] = {};
+    const T* const values = v_[0] + e;
+    const bool whole = e + kStepVectors * W <= head_.values;
     for (std::size_t d = 0; d < call_.features; ++d) {
       const V k = splat<V>(kf_[d]), q = splat<V>(qf_[d]), kept = splat<V>(keep[d]);
       T* const row = s + d * call_.values + e;
       if (whole) {
-#pragma GCC unroll 4
-        for (std::size_t x = 0; x < 4; ++x) {
+#pragma GCC unroll 8
+        for (std::size_t x = 0; x < kStepVectors; ++x) {
           V y = load<V>(row + x * W);
-          if (moves) store(row + x * W, y = simd::fma(k, values[x], kept * y));
+          if (moves) store(row + x * W, y = simd::fma(k, load<V>(values + x * W), kept * y));
           sums[x] = simd::fma(q, y, sums[x]);
         }
         continue;
       }
-      for (std::size_t x = 0; x < 4 && e + x * W < head_.values; ++x) {
+      for (std::size_t x = 0; x < kStepVectors && e + x * W < head_.values; ++x) {
         const std::size_t count = least(W, head_.values - e - x * W);
         V y = count == W ? load<V>(row + x * W) : simd::load_first<V>(row + x * W, count, T(0));
         if (moves) {
-          y = simd::fma(k, values[x], kept * y);
+          y = simd::fma(k, load<V>(values + x * W), kept * y);
           if (count == W)
             store(row + x * W, y);
           else
@@ -627,7 +627,7 @@ template <class T> class Pass {
         sums[x] = simd::fma(q, y, sums[x]);
       }
     }
-    for (std::size_t x = 0; x < 4 && e + x * W < vp_; ++x) store(o_ + e + x * W, sums[x]);
+    for (std::size_t x = 0; x < kStepVectors && e + x * W < vp_; ++x) store(o_ + e + x * W, sums[x]);
   }
 
   const LinearCall& call_;
