@@ -88,10 +88,16 @@ class Definition:
         begin = np.ones((b, heads, n))
         if decay is not None:
             g = np.broadcast_to(wide(decay)[:, np.newaxis] if np.ndim(decay) == 1 else wide(decay), (b, heads, m))
-            log = np.concatenate([np.zeros((b, heads, 1)), np.cumsum(g, -1)], -1)
-            row = log[:, :, np.clip(np.arange(n) + m - n + 1, 0, m)]
+            # Factors of 0 are counted: their logarithms have no differences.
+            zero = np.isneginf(g)
+            log, cuts = (
+                np.concatenate([np.zeros((b, heads, 1)), np.cumsum(x, -1)], -1) for x in (np.where(zero, 0, g), zero)
+            )
+            rows = np.clip(np.arange(n) + m - n + 1, 0, m)
+            row, cut = log[:, :, rows], cuts[:, :, rows]
             weight = weight * np.exp(np.minimum(row[..., np.newaxis] - log[:, :, np.newaxis, 1:], 0))
-            begin = np.exp(row)
+            weight = weight * (cut[..., np.newaxis] <= cuts[:, :, np.newaxis, 1:])
+            begin = np.exp(row) * (cut == 0)
         if initial_state is not None:
             # A state is as many keys as it has features, one of each.
             s, z, *exponent = (wide(x) for x in initial_state)

@@ -216,3 +216,19 @@ LONG_SUM = 5e-4
 # The relative error of 1024 random features against softmax attention at entries of standard deviation 1/4: 3 % are expected of
 # averages over keys, where the family's measurement of single weights found 6 % with 256.
 FAVOR = 0.06
+
+# A central difference of attention in float64, relative to the loss and the gradient: rounding 64 eps / (2 step) and the third
+# derivative step**2 / 6 of features of size 10, each below.
+CENTRAL_STEP = 2.0**-18
+CENTRAL = 2e-7
+
+
+def attention_gradient(size: float, exponent: float, dtype: np.dtype[Any], operands: np.dtype[Any]) -> float:
+    """Bound of a gradient of attention against float64's; `size` is what it would be without cancelling.
+
+    The errors of the forward, twice over (the denominator's enters squared, through dy.y too): 64 roundings more, and two of
+    the exponent. The result y comes rounded to the operands' dtype, and so does the gradient.
+    """
+    u = 0.5 * _EPS["float64" if operands == np.float64 else "float32"]
+    smallest = {"float16": 2.0**-24, "bfloat16": 2.0**-133}.get(dtype.name, 0.0)
+    return float(((128.0 + 4.0 * exponent) * u + 2.0 * _EPS[operands.name]) * size + 8.0 * smallest)
