@@ -27,6 +27,7 @@ ARRAY_LEVEL = [
     "mitchell_matmul_grad",
     "mitchell_mul_grad",
 ]
+ATTENTION = ["linear_attention", "linear_attention_backward", "linear_attention_step", "softmax_attention"]
 STEPS = [
     "adamw_step",
     "adaptive_eg_step",
@@ -73,14 +74,14 @@ def test_the_operations_of_the_plain_multiplier_are_the_public_functions():
 
 
 def test_backends_offer_the_same_names(backend: ModuleType):
-    wanted = sorted([*ARRAY_LEVEL, *STEPS, "lmul", "mitchell_op", *(f"mitchell_{op}" for op in OPS)])
+    wanted = sorted([*ARRAY_LEVEL, *ATTENTION, *STEPS, "lmul", "mitchell_op", *(f"mitchell_{op}" for op in OPS)])
     assert wanted == _backend.NAMES
     assert sorted(set(backend.__all__) & set(wanted)) == wanted
     for op in OPS:
         assert getattr(backend, f"mitchell_{op}") is backend.mitchell_op(op, fastops.Multiplier())
 
 
-@pytest.mark.parametrize("name", ["mitchell_op", *ARRAY_LEVEL, *STEPS])
+@pytest.mark.parametrize("name", ["mitchell_op", *ARRAY_LEVEL, *ATTENTION, *STEPS])
 def test_backends_share_the_signatures_of_reference(backend: ModuleType, name: str):
     def shape(function: object) -> list[tuple[str, inspect._ParameterKind]]:
         return [(p.name, p.kind) for p in inspect.signature(function).parameters.values()]
@@ -133,6 +134,7 @@ def test_the_examples_of_the_elementwise_operations_run(name: str):
         "fastops._config",
         "fastops._multiplier",
         "fastops._tensors",
+        "fastops.attention",
         "fastops.averaging",
         "fastops.optim",
     ],
@@ -147,6 +149,7 @@ def test_the_examples_of_a_module_run(module: str):
 
 
 FRONT_END = (
+    "_attention",
     "_validate",
     "_config",
     "_backend",
@@ -155,6 +158,7 @@ FRONT_END = (
     "_shadows",
     "_tensors",
     "analysis",
+    "attention",
     "averaging",
     "mitchell",
     "optim",
