@@ -21,6 +21,9 @@ from ._kernel import Kernel, given, intrinsic, kernel, njit, types
 
 Pair = dict[np.dtype[Any], Kernel]
 
+# Of the loops below; nothing else calls it.
+_part: Any = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
 # Tokens of a chunk at most, and keys of a block of softmax attention.
 CHUNK = 32
 BLOCK = 64
@@ -61,20 +64,20 @@ def _exp(x: Any, m: Any) -> Any:
     raise NotImplementedError
 
 
-@njit
+@_part
 def _power32(n):  # type: ignore[no-untyped-def]
     """2**n of a whole number in [-126, 127]: the bits of n + 1.5 * 2**23 hold it."""
     shifted = np.float32(n + np.float32(127.0 + 12582912.0))
     return np.int32(shifted.view(np.int32) << np.int32(23)).view(np.float32)
 
 
-@njit
+@_part
 def _power64(n):  # type: ignore[no-untyped-def]
     shifted = n + (1023.0 + 6755399441055744.0)
     return np.int64(np.float64(shifted).view(np.int64) << 52).view(np.float64)
 
 
-@njit
+@_part
 def _exp32(x, m):  # type: ignore[no-untyped-def]
     # Adding 1.5 * 2**23 rounds to whole numbers.
     n = (x * np.float32(1.44269504) + np.float32(12582912.0)) - np.float32(12582912.0)
@@ -98,7 +101,7 @@ def _exp32(x, m):  # type: ignore[no-untyped-def]
     return y * _power32(half) * _power32(s - half)
 
 
-@njit
+@_part
 def _exp64(x, m):  # type: ignore[no-untyped-def]
     n = (x * 1.4426950408889634 + 6755399441055744.0) - 6755399441055744.0
     r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10
@@ -156,6 +159,8 @@ def _multiply(typingctx: Any, c: Any, a: Any, b: Any, i0: Any, i1: Any, p0: Any,
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        # Not once for each place that calls the function around it: that is most of what there is to compile.
+        builder.function.attributes.add("noinline")
         arrays = [context.make_array(t)(context, builder, x) for t, x in zip(signature.args[:3], args[:3], strict=True)]
         strides = [cgutils.unpack_tuple(builder, x.shape)[1] for x in arrays]
         first, last, start, stop, width = args[3:]
@@ -169,7 +174,8 @@ def _multiply(typingctx: Any, c: Any, a: Any, b: Any, i0: Any, i1: Any, p0: Any,
 
         def tile(row: Any, column: Any, rows: int, vectors: int, lanes: int) -> None:
             kind, spread = _block(context, builder, real, lanes)
-            multiply_add = builder.module.declare_intrinsic("llvm.fmuladd", [kind])
+            name = f"llvm.fmuladd.{'' if lanes == 1 else f'v{lanes}'}f{8 * size}"
+            multiply_add = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
             index = row.type
             places = [
                 [
@@ -214,19 +220,19 @@ def _multiply(typingctx: Any, c: Any, a: Any, b: Any, i0: Any, i1: Any, p0: Any,
     return types.void(c, a, b, *(types.int64,) * 5), generate
 
 
-@njit
+@_part
 def _add_product(c, a, b, rows, depth, columns):  # type: ignore[no-untyped-def]
     """c[:rows, :columns] += a[:rows, :depth] b[:depth, :columns]."""
     _multiply(c, a, b, 0, rows, 0, depth, columns)
 
 
-@njit
+@_part
 def _add_row(c, a, b, i, first, last, columns):  # type: ignore[no-untyped-def]
     """c[i] += a[i, first:last] b[first:last]."""
     _multiply(c, a, b, i, i + 1, first, last, columns)
 
 
-@njit(error_model="numpy")
+@_part
 def _transpose(a, out, rows, columns):  # type: ignore[no-untyped-def]
     """out[:columns, :rows] = a[:rows, :columns] transposed."""
     for i in range(rows):
@@ -234,7 +240,7 @@ def _transpose(a, out, rows, columns):  # type: ignore[no-untyped-def]
             out[j, i] = a[i, j]
 
 
-@njit(error_model="numpy")
+@_part
 def _dot(a, b, n):  # type: ignore[no-untyped-def]
     """a[:n] . b[:n], in four sums."""
     s0 = s1 = s2 = s3 = a.dtype.type(0)
@@ -252,7 +258,7 @@ def _dot(a, b, n):  # type: ignore[no-untyped-def]
 # Feature maps.
 
 
-@njit(error_model="numpy")
+@_part
 def _map(x, f, kind, factor, eps, projection):  # type: ignore[no-untyped-def]
     """f = factor * features of the rows x; logarithms of them for `EXP` (of factor * x) and `FAVOR` (of rows times factor).
 
@@ -305,7 +311,7 @@ def _map(x, f, kind, factor, eps, projection):  # type: ignore[no-untyped-def]
                 _softmax_row(f[i], d)
 
 
-@njit(error_model="numpy")
+@_part
 def _length(x, d):  # type: ignore[no-untyped-def]
     """The largest magnitude, and one over the length in units of it; 1 and 0 of zeros."""
     largest = 0.0
@@ -321,7 +327,7 @@ def _length(x, d):  # type: ignore[no-untyped-def]
     return largest, 1.0 / math.sqrt(squares) if squares != 0.0 else 0.0
 
 
-@njit(error_model="numpy")
+@_part
 def _softmax_row(f, d):  # type: ignore[no-untyped-def]
     high = f[0]
     for j in range(1, d):
@@ -392,7 +398,7 @@ def features_back(x, df, dx, kind, factor, projection):  # type: ignore[no-untyp
 # Chunks.
 
 
-@njit(error_model="numpy")
+@_part
 def _window(u, first, most, decay, z, m, factors, low, high, last):  # type: ignore[no-untyped-def]
     """How many tokens from `first` share a chunk; their exponentials replace the logarithms u, and m becomes the chunk's.
 
@@ -449,7 +455,7 @@ def _window(u, first, most, decay, z, m, factors, low, high, last):  # type: ign
     return count
 
 
-@njit(error_model="numpy")
+@_part
 def _rescale(s, z, factors):  # type: ignore[no-untyped-def]
     for j in range(factors.size):
         factor = s.dtype.type(factors[j])
@@ -459,7 +465,7 @@ def _rescale(s, z, factors):  # type: ignore[no-untyped-def]
                 s[j, e] *= factor
 
 
-@njit(error_model="numpy")
+@_part
 def _between(decay, first, count, taken, ratio, reach):  # type: ignore[no-untyped-def]
     """ratio[i, j] = exp(sum of decay over (j, i]), reach[i] the same from before the chunk; `taken`: without the first token's."""
     product = 1.0
@@ -473,7 +479,7 @@ def _between(decay, first, count, taken, ratio, reach):  # type: ignore[no-untyp
         ratio[i, i] = 1.0
 
 
-@njit(error_model="numpy")
+@_part
 def _scale_query(q, m, d):  # type: ignore[no-untyped-def]
     """Replaces logarithms q by exp(q) 2**(m - top), whose largest is about 1; returns top."""
     none = q.dtype.type(-np.inf)
@@ -491,7 +497,7 @@ def _scale_query(q, m, d):  # type: ignore[no-untyped-def]
     return top
 
 
-@njit(error_model="numpy")
+@_part
 def _queries(q, k, m, z, running, count, first, keys, holds, tops):  # type: ignore[no-untyped-def]
     """The rows' features as factors of the state: over 2**top for `SCALED`, over each feature's own sum for `EACH`."""
     d = q.shape[1]
@@ -509,7 +515,7 @@ def _queries(q, k, m, z, running, count, first, keys, holds, tops):  # type: ign
                 q[i, j] = q[i, j] / running[j] if running[j] != zero else zero
 
 
-@njit(error_model="numpy")
+@_part
 def _segment(  # type: ignore[no-untyped-def]
     q, k, v, decay, out, s, z, m, holds, normalize, eps, turned, weights, ratio, reach, tops, factors, low, high, last
 ):
@@ -667,7 +673,7 @@ def steps(  # type: ignore[no-untyped-def]
 # Gradients. With w the weights, G_i = dy_i / (den_i + eps) and c_i = -dy_i.y_i / (den_i + eps): dw_ij = G_i.v_j + c_i.
 
 
-@njit(error_model="numpy")
+@_part
 def _triangles(  # type: ignore[no-untyped-def]
     q, g, c, turned, turned_v, weights, slopes, ratio, decays, count, d, columns
 ):
