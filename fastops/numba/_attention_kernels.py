@@ -13,11 +13,16 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import extending
+from numba.core import cgutils
 
-from ._kernel import Kernel, given, kernel, njit, types
+from ._kernel import Kernel, given, intrinsic, kernel, njit, types
 
 Pair = dict[np.dtype[Any], Kernel]
+
+# Of the loops below; nothing else calls it.
+_part: Any = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 # Tokens of a chunk at most, and keys of a block of softmax attention.
 CHUNK = 32
@@ -59,20 +64,20 @@ def _exp(x: Any, m: Any) -> Any:
     raise NotImplementedError
 
 
-@njit
+@_part
 def _power32(n):  # type: ignore[no-untyped-def]
     """2**n of a whole number in [-126, 127]: the bits of n + 1.5 * 2**23 hold it."""
     shifted = np.float32(n + np.float32(127.0 + 12582912.0))
     return np.int32(shifted.view(np.int32) << np.int32(23)).view(np.float32)
 
 
-@njit
+@_part
 def _power64(n):  # type: ignore[no-untyped-def]
     shifted = n + (1023.0 + 6755399441055744.0)
     return np.int64(np.float64(shifted).view(np.int64) << 52).view(np.float64)
 
 
-@njit
+@_part
 def _exp32(x, m):  # type: ignore[no-untyped-def]
     # Adding 1.5 * 2**23 rounds to whole numbers.
     n = (x * np.float32(1.44269504) + np.float32(12582912.0)) - np.float32(12582912.0)
@@ -96,7 +101,7 @@ def _exp32(x, m):  # type: ignore[no-untyped-def]
     return y * _power32(half) * _power32(s - half)
 
 
-@njit
+@_part
 def _exp64(x, m):  # type: ignore[no-untyped-def]
     n = (x * 1.4426950408889634 + 6755399441055744.0) - 6755399441055744.0
     r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10
@@ -132,45 +137,102 @@ def _choose_exp(x, m):  # type: ignore[no-untyped-def]
 # Products of small matrices.
 
 
-@njit(error_model="numpy")
+def _block(context: Any, builder: Any, real: Any, lanes: int) -> tuple[Any, Callable[[Any], Any]]:
+    """The type of so many lanes, and what makes one of a number."""
+    if lanes == 1:
+        return real, lambda x: x
+    vector = ir.VectorType(real, lanes)
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+
+    def spread(x: Any) -> Any:
+        first = builder.insert_element(ir.Constant(vector, ir.Undefined), x, ir.IntType(32)(0))
+        return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), mask)
+
+    return vector, spread
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _multiply(typingctx: Any, c: Any, a: Any, b: Any, i0: Any, i1: Any, p0: Any, p1: Any, columns: Any) -> Any:
+    """c[i0:i1, :columns] += a[i0:i1, p0:p1] b[p0:p1, :columns], each element in the order of p, whatever its neighbours.
+
+    Four rows by two vectors stay in registers, which no loop of Numba's own would do.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        # Not once for each place that calls the function around it: that is most of what there is to compile.
+        builder.function.attributes.add("noinline")
+        arrays = [context.make_array(t)(context, builder, x) for t, x in zip(signature.args[:3], args[:3], strict=True)]
+        strides = [cgutils.unpack_tuple(builder, x.shape)[1] for x in arrays]
+        first, last, start, stop, width = args[3:]
+        real = context.get_value_type(signature.args[0].dtype)
+        size = signature.args[0].dtype.bitwidth // 8
+        most = 32 // size
+
+        def place(which: int, row: Any, column: Any, kind: Any) -> Any:
+            at = builder.gep(arrays[which].data, [builder.add(builder.mul(row, strides[which]), column)])
+            return builder.bitcast(at, kind.as_pointer())
+
+        def tile(row: Any, column: Any, rows: int, vectors: int, lanes: int) -> None:
+            kind, spread = _block(context, builder, real, lanes)
+            name = f"llvm.fmuladd.{'' if lanes == 1 else f'v{lanes}'}f{8 * size}"
+            multiply_add = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
+            index = row.type
+            places = [
+                [
+                    place(0, builder.add(row, index(i)), builder.add(column, index(j * lanes)), kind)
+                    for j in range(vectors)
+                ]
+                for i in range(rows)
+            ]
+            sums = [[cgutils.alloca_once(builder, kind) for _ in range(vectors)] for _ in range(rows)]
+            for i in range(rows):
+                for j in range(vectors):
+                    builder.store(builder.load(places[i][j], align=size), sums[i][j])
+            with cgutils.for_range_slice(builder, start, stop, index(1)) as (p, _):
+                right = [
+                    builder.load(place(2, p, builder.add(column, index(j * lanes)), kind), align=size)
+                    for j in range(vectors)
+                ]
+                for i in range(rows):
+                    left = spread(builder.load(place(1, builder.add(row, index(i)), p, real), align=size))
+                    for j in range(vectors):
+                        total = builder.call(multiply_add, [left, right[j], builder.load(sums[i][j])])
+                        builder.store(total, sums[i][j])
+            for i in range(rows):
+                for j in range(vectors):
+                    builder.store(builder.load(sums[i][j]), places[i][j], align=size)
+
+        def strip(low: Any, high: Any, rows: int) -> None:
+            with cgutils.for_range_slice(builder, low, high, low.type(rows)) as (row, _):
+                left = low.type(0)
+                for vectors, lanes in ((2, most), (1, most), (1, 1)):
+                    step = low.type(vectors * lanes)
+                    right = builder.sub(width, builder.srem(width, step))
+                    with cgutils.for_range_slice(builder, left, right, step) as (column, _):
+                        tile(row, column, rows, vectors, lanes)
+                    left = right
+
+        fours = builder.sub(last, builder.srem(builder.sub(last, first), last.type(4)))
+        strip(first, fours, 4)
+        strip(fours, last, 1)
+        return context.get_dummy_value()
+
+    return types.void(c, a, b, *(types.int64,) * 5), generate
+
+
+@_part
 def _add_product(c, a, b, rows, depth, columns):  # type: ignore[no-untyped-def]
-    """c[:rows, :columns] += a[:rows, :depth] b[:depth, :columns], two rows and four terms at a time."""
-    even, fours = rows - rows % 2, depth - depth % 4
-    for i in range(0, even, 2):
-        for p in range(0, fours, 4):
-            a00, a01, a02, a03 = a[i, p], a[i, p + 1], a[i, p + 2], a[i, p + 3]
-            a10, a11, a12, a13 = a[i + 1, p], a[i + 1, p + 1], a[i + 1, p + 2], a[i + 1, p + 3]
-            for e in range(columns):
-                b0, b1, b2, b3 = b[p, e], b[p + 1, e], b[p + 2, e], b[p + 3, e]
-                c[i, e] += (a00 * b0 + a01 * b1) + (a02 * b2 + a03 * b3)
-                c[i + 1, e] += (a10 * b0 + a11 * b1) + (a12 * b2 + a13 * b3)
-        for p in range(fours, depth):
-            a00, a10 = a[i, p], a[i + 1, p]
-            for e in range(columns):
-                c[i, e] += a00 * b[p, e]
-                c[i + 1, e] += a10 * b[p, e]
-    for i in range(even, rows):
-        for p in range(depth):
-            a00 = a[i, p]
-            for e in range(columns):
-                c[i, e] += a00 * b[p, e]
+    """c[:rows, :columns] += a[:rows, :depth] b[:depth, :columns]."""
+    _multiply(c, a, b, 0, rows, 0, depth, columns)
 
 
-@njit(error_model="numpy")
+@_part
 def _add_row(c, a, b, i, first, last, columns):  # type: ignore[no-untyped-def]
     """c[i] += a[i, first:last] b[first:last]."""
-    fours = last - (last - first) % 4
-    for p in range(first, fours, 4):
-        a0, a1, a2, a3 = a[i, p], a[i, p + 1], a[i, p + 2], a[i, p + 3]
-        for e in range(columns):
-            c[i, e] += (a0 * b[p, e] + a1 * b[p + 1, e]) + (a2 * b[p + 2, e] + a3 * b[p + 3, e])
-    for p in range(fours, last):
-        a0 = a[i, p]
-        for e in range(columns):
-            c[i, e] += a0 * b[p, e]
+    _multiply(c, a, b, i, i + 1, first, last, columns)
 
 
-@njit(error_model="numpy")
+@_part
 def _transpose(a, out, rows, columns):  # type: ignore[no-untyped-def]
     """out[:columns, :rows] = a[:rows, :columns] transposed."""
     for i in range(rows):
@@ -178,7 +240,7 @@ def _transpose(a, out, rows, columns):  # type: ignore[no-untyped-def]
             out[j, i] = a[i, j]
 
 
-@njit(error_model="numpy")
+@_part
 def _dot(a, b, n):  # type: ignore[no-untyped-def]
     """a[:n] . b[:n], in four sums."""
     s0 = s1 = s2 = s3 = a.dtype.type(0)
@@ -196,7 +258,7 @@ def _dot(a, b, n):  # type: ignore[no-untyped-def]
 # Feature maps.
 
 
-@njit(error_model="numpy")
+@_part
 def _map(x, f, kind, factor, eps, projection):  # type: ignore[no-untyped-def]
     """f = factor * features of the rows x; logarithms of them for `EXP` (of factor * x) and `FAVOR` (of rows times factor).
 
@@ -249,7 +311,7 @@ def _map(x, f, kind, factor, eps, projection):  # type: ignore[no-untyped-def]
                 _softmax_row(f[i], d)
 
 
-@njit(error_model="numpy")
+@_part
 def _length(x, d):  # type: ignore[no-untyped-def]
     """The largest magnitude, and one over the length in units of it; 1 and 0 of zeros."""
     largest = 0.0
@@ -265,7 +327,7 @@ def _length(x, d):  # type: ignore[no-untyped-def]
     return largest, 1.0 / math.sqrt(squares) if squares != 0.0 else 0.0
 
 
-@njit(error_model="numpy")
+@_part
 def _softmax_row(f, d):  # type: ignore[no-untyped-def]
     high = f[0]
     for j in range(1, d):
@@ -336,7 +398,7 @@ def features_back(x, df, dx, kind, factor, projection):  # type: ignore[no-untyp
 # Chunks.
 
 
-@njit(error_model="numpy")
+@_part
 def _window(u, first, most, decay, z, m, factors, low, high, last):  # type: ignore[no-untyped-def]
     """How many tokens from `first` share a chunk; their exponentials replace the logarithms u, and m becomes the chunk's.
 
@@ -393,7 +455,7 @@ def _window(u, first, most, decay, z, m, factors, low, high, last):  # type: ign
     return count
 
 
-@njit(error_model="numpy")
+@_part
 def _rescale(s, z, factors):  # type: ignore[no-untyped-def]
     for j in range(factors.size):
         factor = s.dtype.type(factors[j])
@@ -403,7 +465,7 @@ def _rescale(s, z, factors):  # type: ignore[no-untyped-def]
                 s[j, e] *= factor
 
 
-@njit(error_model="numpy")
+@_part
 def _between(decay, first, count, taken, ratio, reach):  # type: ignore[no-untyped-def]
     """ratio[i, j] = exp(sum of decay over (j, i]), reach[i] the same from before the chunk; `taken`: without the first token's."""
     product = 1.0
@@ -417,7 +479,7 @@ def _between(decay, first, count, taken, ratio, reach):  # type: ignore[no-untyp
         ratio[i, i] = 1.0
 
 
-@njit(error_model="numpy")
+@_part
 def _scale_query(q, m, d):  # type: ignore[no-untyped-def]
     """Replaces logarithms q by exp(q) 2**(m - top), whose largest is about 1; returns top."""
     none = q.dtype.type(-np.inf)
@@ -435,7 +497,7 @@ def _scale_query(q, m, d):  # type: ignore[no-untyped-def]
     return top
 
 
-@njit(error_model="numpy")
+@_part
 def _queries(q, k, m, z, running, count, first, keys, holds, tops):  # type: ignore[no-untyped-def]
     """The rows' features as factors of the state: over 2**top for `SCALED`, over each feature's own sum for `EACH`."""
     d = q.shape[1]
@@ -453,7 +515,7 @@ def _queries(q, k, m, z, running, count, first, keys, holds, tops):  # type: ign
                 q[i, j] = q[i, j] / running[j] if running[j] != zero else zero
 
 
-@njit(error_model="numpy")
+@_part
 def _segment(  # type: ignore[no-untyped-def]
     q, k, v, decay, out, s, z, m, holds, normalize, eps, turned, weights, ratio, reach, tops, factors, low, high, last
 ):
@@ -611,7 +673,7 @@ def steps(  # type: ignore[no-untyped-def]
 # Gradients. With w the weights, G_i = dy_i / (den_i + eps) and c_i = -dy_i.y_i / (den_i + eps): dw_ij = G_i.v_j + c_i.
 
 
-@njit(error_model="numpy")
+@_part
 def _triangles(  # type: ignore[no-untyped-def]
     q, g, c, turned, turned_v, weights, slopes, ratio, decays, count, d, columns
 ):

@@ -377,6 +377,10 @@ def _gradients(
     x, x_k = head.q[:, piece.q], head.k[piece.k]
     q = loops.features(x, True)
     k, v, decay = loops.keys(head, piece.k)
+    rows = loops.tokens(y[:, piece.q])
+    if y.dtype.itemsize == 2 and loops.normalize and loops.map.holds != kernels.EACH:
+        # Rounded to half precision it is not right enough for the difference of dy.v and dy.y.
+        _take(loops, head, piece, rows := np.empty(rows.shape, real), (state[0].copy(), state[1].copy(), state[2].copy()))
     g = np.array(dy[:, piece.q], real, order="C")
     groups, n, _ = g.shape
     c = np.empty((groups, n), real)
@@ -389,7 +393,7 @@ def _gradients(
         v,
         decay,
         g,
-        loops.tokens(y[:, piece.q]),
+        rows,
         c,
         dq,
         extra,
