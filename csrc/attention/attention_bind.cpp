@@ -30,7 +30,10 @@ Tensor tensor(const py::object& object, const char* name, bool writable = false)
   want_float(v, name);
   const bool has_rows = v.ndim() == 4;
   const std::size_t last = v.ndim() - 1;
-  if (v.shape[last] > 1 && v.strides[last] != 1) bad_value(std::string(name) + " must have a contiguous last axis");
+  bool empty = false;
+  for (const py::ssize_t n : v.shape) empty |= n == 0;
+  if (!empty && v.shape[last] > 1 && v.strides[last] != 1)
+    bad_value(std::string(name) + " must have a contiguous last axis");
   t.batch = static_cast<std::size_t>(v.shape[0]);
   t.head = static_cast<std::size_t>(v.shape[1]);
   if (has_rows) t.rows = static_cast<std::size_t>(v.shape[2]);

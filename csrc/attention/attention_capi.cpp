@@ -36,8 +36,8 @@ std::size_t item_size(int dtype) noexcept { return dtype == FASTOPS_F64 ? 8 : dt
 std::size_t compute_size(const Shape& s) noexcept { return is_double(s) ? 8 : 4; }
 
 bool is_valid(const Shape& s, const int64_t* offsets, std::size_t sequences) noexcept {
-  if (s.dtype < FASTOPS_F16 || s.dtype > FASTOPS_F64 || s.heads_kv == 0) return false;
-  if (s.heads_q % s.heads_kv != 0) return false;
+  if (s.dtype < FASTOPS_F16 || s.dtype > FASTOPS_F64) return false;
+  if (s.heads_kv == 0 ? s.heads_q != 0 : s.heads_q % s.heads_kv != 0) return false;
   if (offsets == nullptr) return true;
   if (s.batch != 1 || s.queries != s.keys || offsets[0] != 0) return false;
   for (std::size_t i = 0; i < sequences; ++i)
@@ -74,7 +74,7 @@ LinearCall call_of(const Shape& s) noexcept {
           s.dim,
           s.features,
           s.values,
-          s.heads_q / s.heads_kv,
+          s.heads_kv == 0 ? 1 : s.heads_q / s.heads_kv,
           s.eps,
           s.kernel_eps,
           s.scale,
@@ -340,7 +340,7 @@ fastops_status fastops_softmax_attention(const fastops_linear_attention* shape, 
   Stopper stopper(poll);
   const SoftmaxCall call{s.causal != 0, static_cast<fastops_dtype>(s.dtype), s.dim, s.values, s.scale, stopper.stop()};
   const unsigned workers = worker_count();
-  const std::size_t size = item_size(s.dtype), item = compute_size(s), group = s.heads_q / s.heads_kv;
+  const std::size_t size = item_size(s.dtype), item = compute_size(s), group = s.heads_kv == 0 ? 1 : s.heads_q / s.heads_kv;
   const std::size_t count = (offsets != nullptr ? sequences : s.batch) * s.heads_q;
   const std::size_t blocks = (s.queries + kSoftmaxRows - 1) / kSoftmaxRows;
   std::size_t units = 0;

@@ -308,32 +308,35 @@ template <class T> class GradientPass : public Pass<T> {
 
   void reverse() noexcept {
     transposed_ = nullptr;
-    this->in_place_ = true;  // units are set here, not by the keys
+    this->units_fixed_ = true;
     if (softmax_) fill<T>(running_, fp_, 0);
     for (std::size_t piece = pieces_; piece-- > 0;) {
       const std::size_t t = start(piece), n = start(piece + 1) - t;
       if (exponents_) {
-        if (piece + 1 < pieces_) to_units(m_at_ + piece * fp_, m_at_ + (piece + 1) * fp_);
+        if (piece + 1 < pieces_) to_units(m_at_ + piece * fp_, m_at_ + (piece + 1) * fp_, n + t);
         copy(state_.m, m_at_ + piece * fp_, fp_);
       }
       this->take_keys(t, n);
-      if (with_decay_) this->take_decay(t, n);
       chunk_dk(t, n);
       finish_keys(t, n);
       if (this->stopped()) return;
     }
-    if (exponents_ && pieces_ > 0) to_units(first_m_, m_at_);
+    if (exponents_ && pieces_ > 0) to_units(first_m_, m_at_, 0);
     if (alone_ == 0) return;
     // Their part of the initial state's gradient: the state is loaded again, dq comes out as before.
     this->load_initial();
     transpose<T>(state_.s, vp_, fp_, vp_, st_, fp_);
     queries_alone(true);
   }
-  // The gradient of the state from units of 2^from to those of 2^to.
-  void to_units(const T* to, const T* from) noexcept {
+  // The gradient of the state from units of 2^from to those of 2^to, across the steep decay of token t if it has one.
+  void to_units(const T* to, const T* from, std::size_t t) noexcept {
+    double decay = 0;
+    if (t < head_.keys && this->is_steep(t))
+      decay = static_cast<double>(static_cast<const T*>(head_.decay)[stride(t) * head_.decay_step]) * 1.4426950408889634;
     for (std::size_t d = 0; d < fp_; ++d) {
-      if (to[d] == from[d]) continue;
-      const T factor = power_of_2(to[d] - from[d]);
+      const double exponent = static_cast<double>(to[d]) - static_cast<double>(from[d]) + decay;
+      if (exponent == 0) continue;
+      const T factor = static_cast<T>(__builtin_exp2(exponent < -20000 ? -20000 : exponent > 20000 ? 20000 : exponent));
       scale_row(ds_ + d * vp_, vp_, factor);
       dz_[d] *= factor;
     }
@@ -412,7 +415,7 @@ template <class T> class GradientPass : public Pass<T> {
       for (std::size_t i = 0; i < head_.queries; i += kChunk)
         state_dq(r, i, least(kChunk, head_.queries - i), true);
     transpose_ds();
-    this->in_place_ = true;
+    this->units_fixed_ = true;
     for (std::size_t t = 0; t < keys;) {
       const std::size_t n = this->take_keys(t, least(kChunk, keys - t));
       product<T>(n, vp_, Term<T>{kf_, stride(fp_), 1, ds_, stride(vp_), call_.features},
@@ -424,7 +427,7 @@ template <class T> class GradientPass : public Pass<T> {
       t += n;
       if (this->stopped()) return;
     }
-    if (exponents_) to_units(first_m_, state_.m);
+    if (exponents_) to_units(first_m_, state_.m, 0);
   }
 
   void store_initial() const noexcept {

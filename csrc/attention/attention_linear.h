@@ -12,9 +12,17 @@
 namespace fastops::FASTOPS_LEVEL::attention {
 
 // Exponentials are kept as 2^n times a part near 1, n an integer of T; no key seen yet is this.
-template <class T> inline constexpr T kNone = T(-4e6);
+template <class T> inline constexpr T kNone = T(-1e38);
 // How far the largest exponent of a feature may rise within a chunk: far from underflow of what came before it.
 template <class T> inline constexpr T kMostGrowth = T(40);
+// With exponentials: decays below it go into the exponents of the state, not into its numbers; how far the decays within a
+// chunk may add up; sums of keys below 2^this are brought up again, since what made them large is forgotten.
+template <class T> inline constexpr T kSteepDecay = T(-20);
+template <class T> inline constexpr T kMostDecay = T(-28);
+inline constexpr int kForgotten = -32;
+// Denominators below it are computed again from larger features of the query: their inverse might overflow.
+template <class T> inline constexpr T kSmallDenominator = sizeof(T) == 4 ? T(0x1p-100) : T(0x1p-960);
+template <class T> inline constexpr T kLift = sizeof(T) == 4 ? T(0x1p120) : T(0x1p960);
 
 // Tokens of a chunk without causality.
 inline constexpr std::size_t kMostRows = 2 * kChunk;
@@ -97,6 +105,21 @@ template <class T> struct State {
       : s(parts.take(features * values)), z(parts.take(features)), m(parts.take(features)) {}
 };
 
+// to += from, in common units.
+template <class T>
+void add_state(const State<T>& to, const State<T>& from, std::size_t features, std::size_t values) noexcept {
+  for (std::size_t d = 0; d < features; ++d) {
+    const T m = to.m[d] > from.m[d] ? to.m[d] : from.m[d];
+    const T f = power_of_2(to.m[d] - m), g = power_of_2(from.m[d] - m);
+    to.m[d] = m;
+    to.z[d] = f * to.z[d] + g * from.z[d];
+    T* const row = to.s + d * values;
+    for (std::size_t e = 0; e < values; e += kWidth<T>)
+      store(row + e, simd::fma(splat<Vector<T>>(f), load<Vector<T>>(row + e),
+                               splat<Vector<T>>(g) * load<Vector<T>>(from.s + d * values + e)));
+  }
+}
+
 // One head's passes over its tokens. Names: kf, qf are chunks of features, s, z, m the state, p the triangle of weights.
 template <class T> class Pass {
   using V = Vector<T>;
@@ -178,24 +201,18 @@ template <class T> class Pass {
         take_queries(r, i, n);
         if (call_.map == FASTOPS_MAP_SOFTMAX)
           for (std::size_t row = 0; row < n; ++row) divide(qf_ + row * fp_, state_.z);
-        for (std::size_t row = 0; row < n; ++row)
-          factors_[row] = row_factor(normalizes() ? dot(qf_ + row * fp_, state_.z, fp_) : T(0), row);
+        for (std::size_t row = 0; row < n; ++row) {
+          T* const f = qf_ + row * fp_;
+          factors_[row] = normalizes() ? dot(f, state_.z, fp_) : T(0);
+          if (is_small(factors_[row])) {
+            scale_row(f, fp_, lifted_[row] = kLift<T>);
+            factors_[row] = dot(f, state_.z, fp_);
+          }
+          factors_[row] = row_factor(factors_[row], row);
+        }
         const Term<T> term{qf_, stride(fp_), 1, state_.s, stride(vp_), call_.features};
         write(r, i, n, &term, 1);
       }
-  }
-
-  void add(const State<T>& other) noexcept {
-    if (exponents_) {
-      copy(m_old_, state_.m, fp_);
-      for (std::size_t d = 0; d < fp_; ++d) state_.m[d] = state_.m[d] > other.m[d] ? state_.m[d] : other.m[d];
-      rescale(m_old_);
-    }
-    for (std::size_t d = 0; d < fp_; ++d) {
-      const T f = exponents_ ? power_of_2(other.m[d] - state_.m[d]) : T(1);
-      state_.z[d] += f * other.z[d];
-      for (std::size_t e = 0; e < vp_; ++e) state_.s[d * vp_ + e] += f * other.s[d * vp_ + e];
-    }
   }
 
   void load_initial() noexcept {
@@ -221,6 +238,13 @@ template <class T> class Pass {
     for (std::size_t d = 0; d < call_.features; ++d)
       m[d] = state_.m[d] > kNone<T> ? state_.m[d] : static_cast<T>(-__builtin_inf());
   }
+  const State<T>& state() const noexcept { return state_; }
+  void copy_state(const State<T>& to) const noexcept {
+    copy(to.s, state_.s, fp_ * vp_);
+    copy(to.z, state_.z, fp_);
+    copy(to.m, state_.m, fp_);
+  }
+
   // One token, with the caller's own state in place of the padded one.
   void step() noexcept {
     in_place_ = true;
@@ -243,13 +267,18 @@ template <class T> class Pass {
     } else {
       take_keys(0, 1);
     }
-    for (std::size_t d = 0; d < call_.features; ++d) z[d] = state_.z[d] = keep[d] * state_.z[d] + kf_[d];
+    for (std::size_t d = 0; d < call_.features; ++d) z[d] = state_.z[d] = keep[d] * z[d] + kf_[d];
     for (std::size_t d = call_.features; d < fp_; ++d) state_.z[d] = 0;
     for (std::size_t r = 0; r < call_.group; ++r) {
       take_queries(r, 0, 1);
       if (call_.map == FASTOPS_MAP_SOFTMAX) divide(qf_, state_.z);
+      T denominator = normalizes() ? dot(qf_, state_.z, fp_) : T(0);
+      if (is_small(denominator)) {
+        scale_row(qf_, fp_, lifted_[0] = kLift<T>);
+        denominator = dot(qf_, state_.z, fp_);
+      }
       for (std::size_t e = 0; e < head_.values; e += kStepVectors * W) step_columns(s, keep, e, r == 0);
-      scale_row(o_, vp_, row_factor(normalizes() ? dot(qf_, state_.z, fp_) : T(0), 0));
+      scale_row(o_, vp_, row_factor(denominator, 0));
       write_row<T>(call_.dtype, o_, head_.values,
                    const_cast<char*>(row_at(call_.dtype, head_.out.data, head_.out_head, r)));
     }
@@ -287,6 +316,7 @@ template <class T> class Pass {
     fetch_ahead(head_.k, t + n, head_.keys, call_.dim);
     fetch_ahead(head_.v, t + n, head_.keys, call_.values);
     if (call_.causal) n = finite_rows(n);
+    if (exponents_ && with_decay_) n = limit_decay(t, n);
     if (exponents_)
       n = exponential_keys(n);
     else
@@ -412,7 +442,7 @@ template <class T> class Pass {
       changed |= simd::any(top != load<V>(state_.m + d));
       store(state_.m + d, top);
     }
-    if (changed && !in_place_) rescale(m_old_);
+    if (changed && !units_fixed_) rescale(m_old_);
     for (std::size_t j = 0; j < n; ++j) power_features(kf_ + j * fp_);
     return n;
   }
@@ -438,16 +468,52 @@ template <class T> class Pass {
   }
   // The state from units of 2^old to those of 2^m.
   void rescale(const T* old) noexcept {
-    for (std::size_t d = 0; d < fp_; ++d) {
-      if (old[d] == state_.m[d]) continue;
-      const T factor = power_of_2(old[d] - state_.m[d]);
-      if (transposed_ == nullptr) {
-        scale_row(state_.s + d * vp_, vp_, factor);
-      } else {
-        for (std::size_t e = 0; e < vp_; ++e) transposed_[e * fp_ + d] *= factor;
-      }
-      state_.z[d] *= factor;
+    for (std::size_t d = 0; d < fp_; ++d)
+      if (old[d] != state_.m[d]) scale_state(d, power_of_2(old[d] - state_.m[d]));
+  }
+  void scale_state(std::size_t d, T factor) noexcept {
+    state_.z[d] *= factor;
+    if (in_place_) return;
+    if (transposed_ == nullptr) {
+      scale_row(state_.s + d * vp_, vp_, factor);
+    } else {
+      for (std::size_t e = 0; e < vp_; ++e) transposed_[e * fp_ + d] *= factor;
     }
+  }
+
+  bool is_steep(std::size_t t) const noexcept {
+    return exponents_ && with_decay_ &&
+           static_cast<const T*>(head_.decay)[stride(t) * head_.decay_step] < kSteepDecay<T>;
+  }
+  // Tokens t .. t + n up to where decays would hide what comes before them. The first one's decay, where it is steep, goes
+  // into the units of the state; and units that decays have left behind are brought down.
+  std::size_t limit_decay(std::size_t t, std::size_t n) noexcept {
+    const auto* const g = static_cast<const T*>(head_.decay);
+    T sum = 0;
+    for (std::size_t j = 1; j < n; ++j)
+      if ((sum += g[stride(t + j) * head_.decay_step]) < kMostDecay<T>) n = j;
+    if (units_fixed_) return n;
+    const T decay = g[stride(t) * head_.decay_step];
+    Exponential<V> first{splat<V>(T(1)), V{}};
+    if (is_steep(t)) first = split_exp(splat<V>(decay));
+    for (std::size_t d = 0; d < call_.features; ++d) {
+      if (state_.m[d] <= kNone<T>) continue;
+      state_.m[d] += first.n[0];
+      T factor = decay == -__builtin_inf() ? T(0) : first.y[0];
+      const T z = state_.z[d] * factor;
+      if (z == 0) {
+        state_.m[d] = kNone<T>;
+      } else if (z < power_of_2(T(kForgotten))) {
+        int exponent = 0;
+        (void)__builtin_frexp(static_cast<double>(z), &exponent);
+        state_.m[d] += static_cast<T>(exponent);
+        factor *= power_of_2(static_cast<T>(-exponent));
+      }
+      if (factor == 1) continue;
+      scale_state(d, factor);
+      if (in_place_) running_[d] *= factor;
+    }
+    return n;
   }
 
   // Products of decays: prefix_[i] up to and with token i, factor_[i][j] after token j up to i.
@@ -456,6 +522,7 @@ template <class T> class Pass {
     if (head_.decay_step == 0 && made_decay_ >= n) return;
     made_decay_ = n;
     for (std::size_t j = 0; j < kChunk; ++j) decays_[j] = j < n ? g[stride(t + j) * head_.decay_step] : T(0);
+    if (is_steep(t)) decays_[0] = 0;
     for (std::size_t j = 0; j < kChunk; j += W) store(decays_ + j, exp_nonpositive(load<V>(decays_ + j)));
     fill<T>(factor_, kChunk * kChunk, 0);
     T product = 1;
@@ -473,6 +540,7 @@ template <class T> class Pass {
     const Rows q{row_at(call_.dtype, head_.q.data, head_.q_head, r), head_.q.row};
     x_ = block(q, i, n, call_.dim, 0, x_copy_, nullptr);
     fetch_ahead(q, i + n, head_.queries, call_.dim);
+    for (std::size_t row = 0; row < n; ++row) lifted_[row] = 1;
     if (!exponents_) {
       plain_features(qf_, n);
       if (call_.scale != 1.0)
@@ -527,27 +595,49 @@ template <class T> class Pass {
         divide(qf_ + row * fp_, running_);
       }
     }
-    lower_product<T>(n, {qf_, stride(fp_), 1, kft_, stride(kChunk), call_.features}, p_, stride(kChunk),
-                     with_decay_ ? factor_ : nullptr);
-    T sums[kChunk];
-    if (normalizes())
-      for (std::size_t row = 0; row < n; ++row) {
-        V sum{};
-        for (std::size_t j = 0; j < padded<T>(row + 1); j += W) sum += load<V>(p_ + row * kChunk + j);
-        sums[row] = sum_lanes<T>(sum) + (with_decay_ ? prefix_[row] : T(1)) * dot(qf_ + row * fp_, state_.z, fp_);
-      }
+    weigh(n);
+    const auto denominator = [&](std::size_t row) {
+      V sum{};
+      for (std::size_t j = 0; j < padded<T>(row + 1); j += W) sum += load<V>(p_ + row * kChunk + j);
+      return sum_lanes<T>(sum) + (with_decay_ ? prefix_[row] : T(1)) * dot(qf_ + row * fp_, state_.z, fp_);
+    };
+    bool small = false;
+    for (std::size_t row = 0; row < n; ++row) {
+      factors_[row] = normalizes() ? denominator(row) : T(0);
+      small |= is_small(factors_[row]);
+    }
+    if (small) {
+      lift(n);
+      weigh(n);
+      for (std::size_t row = 0; row < n; ++row) factors_[row] = denominator(row);
+    }
     if (with_decay_)
       for (std::size_t row = 0; row < n; ++row) scale_row(qf_ + row * fp_, fp_, prefix_[row]);
     const Term<T> terms[2] = {{qf_, stride(fp_), 1, state_.s, stride(vp_), call_.features},
                               {p_, stride(kChunk), 1, v_.data, v_.step, n}};
-    for (std::size_t row = 0; row < n; ++row) factors_[row] = row_factor(normalizes() ? sums[row] : T(0), row);
+    for (std::size_t row = 0; row < n; ++row) factors_[row] = row_factor(factors_[row], row);
     write(r, i, n, terms, 2);
+  }
+  // The triangle of weights.
+  void weigh(std::size_t n) noexcept {
+    lower_product<T>(n, {qf_, stride(fp_), 1, kft_, stride(kChunk), call_.features}, p_, stride(kChunk),
+                     with_decay_ ? factor_ : nullptr);
+  }
+  bool is_small(T denominator) const noexcept {
+    return !exponents_ && normalizes() && denominator < kSmallDenominator<T> && denominator > -kSmallDenominator<T>;
+  }
+  // Features of those rows times a power of two, which the normaliser takes out again.
+  void lift(std::size_t n) noexcept {
+    for (std::size_t row = 0; row < n; ++row)
+      if (is_small(factors_[row])) scale_row(qf_ + row * fp_, fp_, lifted_[row] = kLift<T>);
   }
   void add_keys(std::size_t n) noexcept {
     for (std::size_t d = 0; d < fp_; d += W) {
       V sum = load<V>(state_.z + d);
-      for (std::size_t j = 0; j < n; ++j) sum += load<V>(kf_ + j * fp_ + d);
-      store(state_.z + d, sum);
+      // The chunk's sum by itself first: a long sum errs with every addition to it.
+      V chunk{};
+      for (std::size_t j = 0; j < n; ++j) chunk += load<V>(kf_ + j * fp_ + d);
+      store(state_.z + d, sum + chunk);
     }
   }
   void accumulate(T* sum, const T* row) const noexcept {
@@ -559,7 +649,7 @@ template <class T> class Pass {
     if (!normalizes()) return shifted ? power_of_2(shift_[row]) : T(1);
     if (call_.eps != 0.0) {
       const T eps = static_cast<T>(call_.eps);
-      denominator += shifted ? eps * power_of_2(-shift_[row]) : eps;
+      denominator += shifted ? eps * power_of_2(-shift_[row]) : eps * lifted_[row];
     }
     return denominator == 0 ? T(0) : T(1) / denominator;
   }
@@ -593,7 +683,7 @@ template <class T> class Pass {
   void take_step_decay() noexcept {
     if (!with_decay_) return;
     fill<T>(decays_, kChunk, 0);
-    decays_[0] = *static_cast<const T*>(head_.decay);
+    decays_[0] = is_steep(0) ? T(0) : *static_cast<const T*>(head_.decay);
     store(decays_, exp_nonpositive(load<V>(decays_)));
     prefix_[0] = decays_[0];
   }
@@ -641,11 +731,12 @@ template <class T> class Pass {
   State<T> state_;
   T* transposed_ = nullptr;  // the state's S as (values x features), where a pass keeps that
   Block<T> x_{}, v_{};       // the chunk's rows of q or k, and of v: the caller's, or the copies
-  bool in_place_ = false;    // the state is the caller's, and rescaled with the step
+  bool in_place_ = false;    // S is the caller's, and rescaled with the step, by running_
+  bool units_fixed_ = false;  // m is given, not found from the keys
   std::size_t made_decay_ = 0;
   unsigned asked_ = 0;
   bool live_[kMostRows];
-  T shift_[kMostRows], factors_[kMostRows];
+  T shift_[kMostRows], factors_[kMostRows], lifted_[kMostRows];
 };
 
 }  // namespace fastops::FASTOPS_LEVEL::attention

@@ -41,19 +41,30 @@ template <class T> State<T> state_at(const LinearCall& call, void* states, std::
   Parts<T> parts(static_cast<T*>(states) + i * state_items<T>(call));
   return State<T>(parts, padded<T>(call.features), padded<T>(call.values));
 }
+// In blocks whose sums are added up: a running sum of millions of keys would err with each of them.
 template <class T>
 void absorb(const LinearCall& call, const LinearHead& head, std::size_t first, std::size_t last, bool with_initial,
             void* state, void* work) noexcept {
+  constexpr std::size_t kBlock = 8192;
   Parts<T> parts(work);
-  Pass<T> pass(call, head, parts, state_at<T>(call, state, 0), kMostRows);
-  pass.absorb(first, last, with_initial);
+  Pass<T> pass(call, head, parts, kMostRows);
+  const State<T> total = state_at<T>(call, state, 0);
+  const std::size_t features = padded<T>(call.features), values = padded<T>(call.values);
+  for (std::size_t t = first; t == first || t < last; t += kBlock) {
+    pass.absorb(t, last - t < kBlock || last < t ? last : t + kBlock, with_initial && t == first);
+    if (t == first)
+      pass.copy_state(total);
+    else
+      add_state(total, pass.state(), features, values);
+  }
 }
 template <class T>
 void merge(const LinearCall& call, const LinearHead& head, void* states, std::size_t count, void* work) noexcept {
+  const State<T> total = state_at<T>(call, states, 0);
+  for (std::size_t i = 1; i < count; ++i)
+    add_state(total, state_at<T>(call, states, i), padded<T>(call.features), padded<T>(call.values));
   Parts<T> parts(work);
-  Pass<T> pass(call, head, parts, state_at<T>(call, states, 0), kMostRows);
-  for (std::size_t i = 1; i < count; ++i) pass.add(state_at<T>(call, states, i));
-  pass.store_final();
+  Pass<T>(call, head, parts, total, kMostRows).store_final();
 }
 template <class T>
 void emit(const LinearCall& call, const LinearHead& head, std::size_t first, std::size_t last, const void* state,

@@ -14,11 +14,11 @@ using simd::splat;
 template <class V> struct ExpRange;
 template <> struct ExpRange<simd::f32> {
   static constexpr float kNormal = -87.3f;      // exp of it is normal
-  static constexpr float kFarthest = 1e6f;      // logits beyond it count as it
+  static constexpr float kFarthest = 1e37f;     // logits beyond it count as it
   static constexpr float kVanishing = -200.0f;  // 2^it is 0
 };
 template <> struct ExpRange<simd::f64> {
-  static constexpr double kNormal = -708.3, kFarthest = 1e6, kVanishing = -1200.0;
+  static constexpr double kNormal = -708.3, kFarthest = 1e37, kVanishing = -1200.0;
 };
 
 // exp(x) for kNormal <= x <= 0, within 1.5 units in the last place, 4 near kNormal (ln 2 is one float here); nan stays.
@@ -44,17 +44,24 @@ template <class V> FASTOPS_INLINE V exp_nonpositive(V x) {
   return select(x < low, V{}, exp_normal(simd::max(low, x)));
 }
 
-// exp(x) = y 2^n with an integer n: so a common factor 2^k never changes a bit of y.
+// exp(x) = y 2^n with an integer n: so a common factor 2^k never changes a bit of y. Where x is too large for its own
+// fraction, y is 1 or so.
 template <class V> struct Exponential {
   V y, n;
 };
 template <class V> FASTOPS_INLINE Exponential<V> split_exp(V x) {
   using F = math::Format<V>;
+  using T = typename F::T;
   const V far = splat<V>(ExpRange<V>::kFarthest), round = splat<V>(F::kRound);
   x = select(x < -far, -far, x);
   x = select(x > far, far, x);
-  const V n = simd::fma(x, splat<V>(F::kLog2E), round) - round;
-  const V r = simd::fma(-n, splat<V>(F::kLn2Low), simd::fma(-n, splat<V>(F::kLn2High), x));
+  const V t = x * splat<V>(F::kLog2E);
+  const V whole = splat<V>(F::kRound / 8);  // beyond it x ln 2 has no fraction to speak of
+  const auto fine = (t < whole) & (t > -whole);
+  const V rounded = simd::fma(x, splat<V>(F::kLog2E), round) - round;
+  const V n = select(fine, rounded, t);
+  V r = simd::fma(-n, splat<V>(F::kLn2Low), simd::fma(-n, splat<V>(F::kLn2High), x));
+  r = select(fine | (x != x), r, V{} + T(0));
   return {simd::fma(r * r, math::polynomial(r, F::kExp), r) + 1, n};
 }
 // y 2^k for an integer k, at most 1 or so above 0.
