@@ -211,7 +211,7 @@ def _planned(q: Any, k: Any, v: Any, state: Any, *options: Any) -> _Plan | None:
         # Memory of its own: at most views of it may overlap.
         if not (type(x) is _ndarray and x.base is None and x.dtype is wide and x.shape == shape and x.flags.carray):
             return None
-        if qb is x or kb is x or vb is x:
+        if qb is x or kb is x or vb is x or q is x or k is x or v is x:
             return None
     return plan
 
