@@ -593,9 +593,11 @@ def test_more_than_two_to_the_31_elements(native_ops: ModuleType) -> None:
     assert k.size > 2**31
     fastops.set_num_threads(2)
     y, (_, z) = native_ops.linear_attention(row, k, v, return_state=True)
-    np.testing.assert_allclose(y, 3, rtol=tolerance.LONG_SUM)
+    # Blocks of at least 16 keys are summed on their own.
+    bound = tolerance.running_sum(m // 16, equal=True)
+    np.testing.assert_allclose(y, 3, rtol=2 * bound)
     expected = Definition(row[np.newaxis, np.newaxis], row[np.newaxis, np.newaxis], value[np.newaxis, np.newaxis])
-    np.testing.assert_allclose(z, m * expected.fk[0, 0, 0], rtol=tolerance.LONG_SUM)
+    np.testing.assert_allclose(z, m * expected.fk[0, 0, 0], rtol=bound)
 
 
 # --- what other packages got wrong -----------------------------------------------------------------------------------------------
@@ -931,14 +933,14 @@ def test_thread_counts_give_the_same_bits(native_ops: ModuleType, name: str, cau
 
 
 def test_a_million_tokens(native_ops: ModuleType) -> None:
-    n, d = 1_000_000, 16
+    n, d = 1_000_000, 8
     rng = np.random.default_rng(44)
     q, k, v = (rng.standard_normal((1, n, d), np.float32) for _ in range(3))
     for causal in (False, True):
         y, _ = native_ops.linear_attention(q, k, v, causal=causal, return_state=True)
         last = q[np.newaxis, :, -3:]
         want, magnitude = Definition(last, k[np.newaxis], v[np.newaxis], causal=causal).result()
-        assert np.abs(y[0, -3:] - want[0, 0]).max() <= tolerance.LONG_SUM * magnitude.max()
+        assert np.abs(y[0, -3:] - want[0, 0]).max() <= tolerance.running_sum(n) * magnitude.max()
 
 
 def test_memory_beyond_the_result_is_a_few_blocks(native_ops: ModuleType) -> None:
