@@ -123,10 +123,16 @@ def distinct(x: AnyArray) -> AnyArray:
     return x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]
 
 
+def new(shape: tuple[int, ...], dtype: np.dtype[Any]) -> AnyArray:
+    """An array whose last axis is contiguous, also where it has no elements: NumPy gives those strides of 0."""
+    x = np.empty(shape, dtype)
+    return x if x.size else np.lib.stride_tricks.as_strided(x, shape, (*(0,) * (len(shape) - 1), dtype.itemsize))
+
+
 def canonical(x: AnyArray) -> AnyArray:
     """`x`, or a copy where its last axis is not contiguous or its elements are not aligned."""
     if not x.size:
-        return np.empty(x.shape, x.dtype)
+        return new(x.shape, x.dtype)
     if x.flags.aligned:
         if x.strides[-1] == x.itemsize:
             return x
@@ -138,8 +144,8 @@ def canonical(x: AnyArray) -> AnyArray:
 
 def target(given: AnyArray, kept: int) -> AnyArray:
     """An array to write in the place of `given`: a view of it, or new memory where backends could not write there."""
-    plain = merged(canonical(given), kept)
-    return plain if np.may_share_memory(plain, given) else np.empty(plain.shape, plain.dtype)
+    plain = canonical(merged(given, kept))
+    return plain if np.may_share_memory(plain, given) else new(plain.shape, plain.dtype)
 
 
 def merged(x: AnyArray, kept: int) -> AnyArray:
@@ -195,7 +201,7 @@ class Problem:
             )
         for name, x in zip(more, arrays[3:], strict=True):
             self._want(name, x, self._shape(self.hq, self.nq, self.e))
-        self.arrays = [merged(canonical(x), 3) if self.heads else canonical(x)[np.newaxis, np.newaxis] for x in arrays]
+        self.arrays = [canonical(merged(x, 3)) if self.heads else canonical(x)[np.newaxis, np.newaxis] for x in arrays]
 
     def _shape(self, heads: Any, rows: Any, last: Any) -> tuple[Any, ...]:
         return (*self.batch, *((heads,) if self.heads else ()), rows, last)
@@ -332,7 +338,7 @@ class Problem:
         ]
         for name, shape in zip("qkv", shapes, strict=True):
             _validate.fits_memory(name, shape, self.dtype.itemsize)
-        return [np.empty(shape, self.dtype) for shape in shapes]
+        return [new(shape, self.dtype) for shape in shapes]
 
     def given(self, x: AnyArray) -> AnyArray:
         """A C-contiguous (B, H, N, D) array in the caller's dimensions, a view."""

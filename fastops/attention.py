@@ -136,7 +136,8 @@ def linear_attention(
     y, written, given = p.output(out)
     after = p.new_state(options, offsets) if with_state else None
     state_out = None if after is None else p.backend_state(after)
-    _backend.linear_attention(*p.arrays, written, options, mask, offsets, g, state, state_out)
+    if p.b * p.hq:
+        _backend.linear_attention(*p.arrays, written, options, mask, offsets, g, state, state_out)
     _attention.settle(written, given)
     return y if after is None else (y, after)
 
@@ -211,7 +212,7 @@ def _planned(q: Any, k: Any, v: Any, state: Any, *options: Any) -> _Plan | None:
         # Memory of its own: at most views of it may overlap.
         if not (type(x) is _ndarray and x.base is None and x.dtype is wide and x.shape == shape and x.flags.carray):
             return None
-        if qb is x or kb is x or vb is x:
+        if qb is x or kb is x or vb is x or q is x or k is x or v is x:
             return None
     return plan
 
@@ -298,7 +299,8 @@ def linear_attention_step_(
             return y
     given = (feature_map, normalize, eps, kernel_eps, scale, projection)
     step, options = _attention.prepare_step(q, k, v, out, decay, state, given)
-    _backend.linear_attention_step(step.q, step.k, step.v, step.out, options, step.decay, step.state)
+    if step.q.size:
+        _backend.linear_attention_step(step.q, step.k, step.v, step.out, options, step.decay, step.state)
     _attention.settle(step.out, step.given)
     return step.result
 
@@ -404,9 +406,10 @@ def linear_attention_backward(
     d_first = None if state is None else p.new_state(options, offsets)[:2]
     d_initial = None if d_first is None else p.backend_state(d_first)
     qq, kk, vv, d, result = p.arrays
-    _backend.linear_attention_backward(
-        d, qq, kk, vv, result, *gradients, options, mask, offsets, g, state, d_last, d_initial
-    )
+    if p.b * p.hq:
+        _backend.linear_attention_backward(
+            d, qq, kk, vv, result, *gradients, options, mask, offsets, g, state, d_last, d_initial
+        )
     dq, dk, dv = (p.given(x) for x in gradients)
     return (dq, dk, dv) if d_first is None else (dq, dk, dv, d_first)
 
@@ -488,7 +491,8 @@ def softmax_attention(
     elif logn is not None:
         factors = _attention.given_factors(p, logn)
     y, written, given = p.output(out)
-    _backend.softmax_attention(*p.arrays, written, causal, factor, mask, offsets, factors)
+    if p.b * p.hq:
+        _backend.softmax_attention(*p.arrays, written, causal, factor, mask, offsets, factors)
     _attention.settle(written, given)
     return y
 

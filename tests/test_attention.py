@@ -212,10 +212,10 @@ def test_long_sums_keep_their_accuracy(ops: ModuleType, causal: bool) -> None:
     y, state = ops.linear_attention(q, k, v, causal=causal, return_state=True)
     assert state[0].dtype == state[1].dtype == F32
     s, z = Definition(q[:, :, -1:], k, v).sums()
-    np.testing.assert_allclose(state[1], z, rtol=tolerance.attention(np.ones(()), np.ones(()), 0.0, F32))
+    np.testing.assert_allclose(state[1], z, rtol=tolerance.running_sum(4096))
     last = slice(-64, None)
     assert_defined(y[:, :, last], q[:, :, last], k, v, causal=causal)
-    assert np.abs(wide(state[0]) - s).max() <= tolerance.attention(np.abs(s).max(), 0.0, 0.0, F32) * 4
+    assert np.abs(wide(state[0]) - s).max() <= tolerance.running_sum(4096) * z.max() * np.abs(wide(v)).max()
 
 
 # --- states --------------------------------------------------------------------------------------------------------------------
@@ -593,9 +593,11 @@ def test_more_than_two_to_the_31_elements(native_ops: ModuleType) -> None:
     assert k.size > 2**31
     fastops.set_num_threads(2)
     y, (_, z) = native_ops.linear_attention(row, k, v, return_state=True)
-    np.testing.assert_allclose(y, 3, rtol=tolerance.LONG_SUM)
+    # Blocks of at least 16 keys are summed on their own.
+    bound = tolerance.running_sum(m // 16, equal=True)
+    np.testing.assert_allclose(y, 3, rtol=2 * bound)
     expected = Definition(row[np.newaxis, np.newaxis], row[np.newaxis, np.newaxis], value[np.newaxis, np.newaxis])
-    np.testing.assert_allclose(z, m * expected.fk[0, 0, 0], rtol=tolerance.LONG_SUM)
+    np.testing.assert_allclose(z, m * expected.fk[0, 0, 0], rtol=bound)
 
 
 # --- what other packages got wrong -----------------------------------------------------------------------------------------------
@@ -603,7 +605,7 @@ def test_more_than_two_to_the_31_elements(native_ops: ModuleType) -> None:
 
 @both
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shift", [-6.0, -8.0, -15.0, -20.0, -60.0])
+@pytest.mark.parametrize("shift", [-6.0, -8.0, -15.0, -20.0, -40.0])
 def test_elu_is_the_exponential_below_zero(ops: ModuleType, causal: bool, dtype: str, shift: float) -> None:
     """elu(x) + 1 cancels: wrong by 58 % at -6 in bfloat16, and 0 at -20 in float32, so that rows were nan or 0."""
     q, k, v = operands(25, 1, 1, 1, 20, 20, 4, 3, F64, 0.5)
@@ -668,8 +670,8 @@ def test_no_key_reaches_an_earlier_row(ops: ModuleType, name: str, poison: float
             assert_unchanged(y, want, definition, np.s_[:, :, :at])
             if not np.isfinite(poison) and which == "v":
                 assert not np.isfinite(y[:, :, at:, 1]).any()
-                defined, magnitude = definition.result()
-                assert_close(y[..., 0], defined[..., 0], magnitude[..., 0], definition.exponent())
+                y[..., 1] = want[..., 1]
+                assert_close(y, *definition.result(), definition.exponent())
 
 
 @both
@@ -811,6 +813,8 @@ def test_retention(ops: ModuleType) -> None:
 def test_huge_logits(ops: ModuleType, name: str, causal: bool, size: float) -> None:
     """exp(k) overflows from 88 on, in float16 from 11; running maxima do not, and small ones after large ones count."""
     n, d = 50, 3
+    if name == "favor":
+        size = min(size, 1e3)  # its exponents are squares, and their roundings relative errors
     rng = np.random.default_rng(39)
     q, k, v = (rng.integers(-8, 9, (1, 1, n, d)) / 8 for _ in range(3))
     k[:, :, ::7] *= size
@@ -932,14 +936,14 @@ def test_thread_counts_give_the_same_bits(native_ops: ModuleType, name: str, cau
 
 
 def test_a_million_tokens(native_ops: ModuleType) -> None:
-    n, d = 1_000_000, 16
+    n, d = 1_000_000, 8
     rng = np.random.default_rng(44)
     q, k, v = (rng.standard_normal((1, n, d), np.float32) for _ in range(3))
     for causal in (False, True):
         y, _ = native_ops.linear_attention(q, k, v, causal=causal, return_state=True)
         last = q[np.newaxis, :, -3:]
         want, magnitude = Definition(last, k[np.newaxis], v[np.newaxis], causal=causal).result()
-        assert np.abs(y[0, -3:] - want[0, 0]).max() <= tolerance.LONG_SUM * magnitude.max()
+        assert np.abs(y[0, -3:] - want[0, 0]).max() <= tolerance.running_sum(n) * magnitude.max()
 
 
 def test_memory_beyond_the_result_is_a_few_blocks(native_ops: ModuleType) -> None:

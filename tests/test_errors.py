@@ -88,6 +88,74 @@ def _adaptive(**change: Any) -> Callable[..., Any]:
     )
 
 
+def _rows(**sizes: int) -> dict[str, Any]:
+    """q, k and v of (B, H, N, D)."""
+    b, h, heads, n, m, d, e = ({"b": 2, "h": 4, "heads": 2, "n": 5, "m": 6, "d": 3, "e": 7} | sizes).values()
+    shapes = {"q": (b, h, n, d), "k": (b, heads, m, d), "v": (b, heads, m, e)}
+    return {name: np.full(shape, SECRET, np.float32) for name, shape in shapes.items()}
+
+
+def _attend(**change: Any) -> Callable[..., Any]:
+    return lambda out=None: fastops.linear_attention(**_rows() | {"out": out} | change)
+
+
+def _causal(**change: Any) -> Callable[..., Any]:
+    return _attend(causal=True, **change)
+
+
+def _softmax(**change: Any) -> Callable[..., Any]:
+    return lambda out=None: fastops.softmax_attention(**_rows() | {"out": out} | change)
+
+
+def _state(count: int = 2, d: int = 3, dtype: Any = np.float32) -> tuple[Any, ...]:
+    return tuple(np.full(shape, SECRET, dtype) for shape in ((2, 2, d, 7), (2, 2, d), (2, 2, d))[:count])
+
+
+def _step(**change: Any) -> Callable[..., Any]:
+    def call(out: Any = None) -> Any:
+        state = change.get("state", _state())
+        before = [x.tobytes() for x in state] if isinstance(state, tuple) else []
+        q, k, v = (x[:, :, 0] for x in _rows().values())
+        try:
+            return fastops.linear_attention_step_(**{"q": q, "k": k, "v": v, "state": state, "out": out} | change)
+        finally:
+            assert not before or before == [x.tobytes() for x in state]
+
+    return call
+
+
+def _backward(**change: Any) -> Callable[..., Any]:
+    y = np.full((2, 4, 5, 7), SECRET, np.float32)
+    return lambda: fastops.linear_attention_backward(**_rows() | {"dy": y, "y": y} | change)
+
+
+def _attended_in_place() -> Any:
+    x = np.full((1, 4, 4), SECRET, np.float32)
+    return fastops.linear_attention(x, x.copy(), x.copy(), out=x)
+
+
+def _attended_onto_decay() -> Any:
+    x = np.full((1, 1, 4, 1), SECRET, np.float32)
+    decay = np.zeros((1, 1, 4), np.float32)
+    return fastops.linear_attention(x, x.copy(), x.copy(), causal=True, decay=decay, out=decay[..., np.newaxis])
+
+
+def _frozen_state() -> Any:
+    state = _state()
+    state[1].flags.writeable = False
+    return _step(state=state)()
+
+
+def _shared_state() -> Any:
+    s = np.full((2, 2, 3, 7), SECRET, np.float32)
+    return _step(state=(s, s.reshape(-1)[:12].reshape(2, 2, 3)))()
+
+
+def _state_of_keys() -> Any:
+    state = _state()
+    return _step(state=state, k=state[1])()
+
+
 def _overlapping_out() -> Any:
     base = np.full(30, SECRET, np.float32)
     return fastops.mitchell_matmul(base[:12].reshape(3, 4), B, out=base[10:25].reshape(3, 5))
@@ -116,6 +184,7 @@ def _read_only_out(out: Any) -> Any:
 
 FLOATS = "float16, bfloat16, float32 or float64"
 OUT = ((3, 5), "f4")
+ROWS = ((2, 4, 5, 7), "f4")
 CASES: dict[str, Wrong] = {
     # matrix products
     "matmul integers": Wrong(_matmul(a=A.astype(np.int32)), TypeError, "a", FLOATS, "int32", OUT),
@@ -388,6 +457,302 @@ CASES: dict[str, Wrong] = {
     "TensorList str": Wrong(lambda: fastops.TensorList("abc"), TypeError, "arrays", "a list of arrays", "'abc'"),
     "TensorList item": Wrong(lambda: fastops.TensorList([A, 1.0]), TypeError, "arrays[1]", "an array in host", "1.0"),
     "TensorList verify": Wrong(lambda: fastops.TensorList([A], verify=1), TypeError, "verify", "True or False", "1"),
+    # attention
+    "attention integers": Wrong(_attend(q=np.ones((2, 4, 5, 3), int)), TypeError, "q", FLOATS, "int64", ROWS),
+    "attention complex": Wrong(_attend(v=np.ones((2, 2, 6, 7), complex)), TypeError, "v", FLOATS, "complex128", ROWS),
+    "attention bool": Wrong(_attend(k=np.ones((2, 2, 6, 3), bool)), TypeError, "k", FLOATS, "bool", ROWS),
+    "attention None": Wrong(_attend(v=None), TypeError, "v", FLOATS, "object", ROWS),
+    "attention masked array": Wrong(
+        _attend(q=np.ma.masked_array(np.ones((2, 4, 5, 3)))), TypeError, "q", "without a mask", "masked", ROWS
+    ),
+    "attention 1-D": Wrong(_attend(q=A[0]), ValueError, "q", "(..., H, N, D), or (N, D)", "(4,)", ROWS),
+    "attention 2-D of bnhd": Wrong(
+        lambda: fastops.linear_attention(A, A, A, layout="bnhd"), ValueError, "q", "(..., N, H, D)", "(3, 4)"
+    ),
+    "attention D": Wrong(_attend(k=_rows(d=4)["k"]), ValueError, "k", "(2, H, N, 3)", "(2, 2, 6, 4)", ROWS),
+    "attention D of bnhd": Wrong(
+        lambda: fastops.linear_attention(X, X[..., :5], X, layout="bnhd"),
+        ValueError,
+        "k",
+        "(2, N, H, 7)",
+        "(2, 4, 6, 5)",
+    ),
+    "attention batch": Wrong(_attend(k=_rows(b=3)["k"]), ValueError, "k", "(2, H, N, 3)", "(3, 2, 6, 3)", ROWS),
+    "attention dimensions": Wrong(_attend(k=_rows()["k"][0]), ValueError, "k", "(2, H, N, 3)", "(2, 6, 3)", ROWS),
+    "attention values": Wrong(_attend(v=_rows(m=5)["v"]), ValueError, "v", "(2, 2, 6, E)", "(2, 2, 5, 7)", ROWS),
+    "attention heads of values": Wrong(
+        _attend(v=_rows(heads=4)["v"]), ValueError, "v", "(2, 2, 6, E)", "(2, 4, 6, 7)", ROWS
+    ),
+    "attention heads": Wrong(
+        lambda: fastops.linear_attention(**_rows(h=3)),
+        ValueError,
+        "q",
+        "a multiple of the 2 heads of k and v",
+        "3 heads",
+    ),
+    "attention no query heads": Wrong(
+        lambda: fastops.linear_attention(**_rows(h=0)), ValueError, "q", "a multiple of the 2 heads", "0 heads"
+    ),
+    "attention no key heads": Wrong(
+        lambda: fastops.linear_attention(**_rows(heads=0)), ValueError, "q", "a multiple of the 0 heads", "4 heads"
+    ),
+    "attention no D": Wrong(
+        lambda: fastops.linear_attention(**_rows(d=0)), ValueError, "q", "at least one number", "(2, 4, 5, 0)"
+    ),
+    "attention no E": Wrong(
+        lambda: fastops.linear_attention(**_rows(e=0)), ValueError, "v", "at least one number", "(2, 2, 6, 0)"
+    ),
+    "attention layout": Wrong(_attend(layout="bndh"), ValueError, "layout", "'bnhd'", "did you mean", ROWS),
+    "attention causal": Wrong(_attend(causal=1), TypeError, "causal", "True or False", "1", ROWS),
+    "attention return_state": Wrong(
+        _attend(return_state="yes"), TypeError, "return_state", "True or False", "'yes'", ROWS
+    ),
+    "attention map": Wrong(
+        _attend(feature_map="elu+1"), ValueError, "feature_map", "'elu'", "'elu+1'; did you mean 'elu'?", ROWS
+    ),
+    "attention map type": Wrong(_attend(feature_map=np.exp), TypeError, "feature_map", "'favor'", "ufunc", ROWS),
+    "attention normalize": Wrong(_attend(normalize=0), TypeError, "normalize", "True or False", "0", ROWS),
+    "attention normalize of softmax": Wrong(
+        _attend(feature_map="softmax", normalize=False), ValueError, "normalize", "None or True", "False", ROWS
+    ),
+    "attention eps": Wrong(_attend(eps=-1e-6), ValueError, "eps", "[0, inf)", "-1e-06", ROWS),
+    "attention eps array": Wrong(_attend(eps=np.ones(2)), TypeError, "eps", "a finite number", "shape (2,)", ROWS),
+    "attention eps of softmax": Wrong(
+        _attend(feature_map="softmax", eps=1e-6), ValueError, "eps", "0 with feature_map='softmax'", "1e-06", ROWS
+    ),
+    "attention eps of sums": Wrong(
+        _attend(feature_map="identity", eps=1e-6), ValueError, "eps", "0 without a normaliser", "1e-06", ROWS
+    ),
+    "attention kernel_eps": Wrong(
+        _attend(kernel_eps=1e-3), ValueError, "kernel_eps", "None with feature_map='elu'", "0.001", ROWS
+    ),
+    "attention kernel_eps negative": Wrong(
+        _attend(feature_map="relu", kernel_eps=-1.0), ValueError, "kernel_eps", "[0, inf)", "-1.0", ROWS
+    ),
+    "attention scale": Wrong(_attend(scale=float("inf")), ValueError, "scale", "(-inf, inf)", "inf", ROWS),
+    "attention scale nan": Wrong(_attend(scale=float("nan")), ValueError, "scale", "(-inf, inf)", "nan", ROWS),
+    "attention scale of favor": Wrong(
+        _attend(feature_map="favor", projection=np.ones((4, 3)), scale=0.0),
+        ValueError,
+        "scale",
+        "(0, inf)",
+        "0.0",
+        ROWS,
+    ),
+    "attention no projection": Wrong(
+        _attend(feature_map="favor"), ValueError, "projection", "fastops.favor_projection", "None", ROWS
+    ),
+    "attention projection": Wrong(
+        _attend(projection=np.ones((4, 3))), ValueError, "projection", "None with feature_map='elu'", "(4, 3)", ROWS
+    ),
+    "attention projection shape": Wrong(
+        _attend(feature_map="favor", projection=np.ones((3, 4))), ValueError, "projection", "(m, 3)", "(3, 4)", ROWS
+    ),
+    "attention projection integers": Wrong(
+        _attend(feature_map="favor", projection=np.ones((4, 3), int)), TypeError, "projection", FLOATS, "int64", ROWS
+    ),
+    "attention mask of pairs": Wrong(
+        _attend(key_mask=np.ones((5, 6), bool)), ValueError, "key_mask", "scaled_dot_product_attention", "(5, 6)", ROWS
+    ),
+    "attention mask of pairs with heads": Wrong(
+        _attend(key_mask=np.ones((2, 4, 5, 6), bool)),
+        ValueError,
+        "key_mask",
+        "(2, 6) or (2, 2, 6) (for a mask of pairs, torch's scaled_dot_product_attention)",
+        "(2, 4, 5, 6)",
+        ROWS,
+    ),
+    "attention mask of query heads": Wrong(
+        _attend(key_mask=np.ones((2, 4, 6), bool)), ValueError, "key_mask", "(2, 2, 6)", "(2, 4, 6)", ROWS
+    ),
+    "attention mask of one sequence": Wrong(
+        _attend(key_mask=np.ones(6, bool)), ValueError, "key_mask", "(2, 6)", "(6,)", ROWS
+    ),
+    "attention mask of numbers": Wrong(
+        _attend(key_mask=np.ones((2, 6), np.float32)), TypeError, "key_mask", "bool", "float32", ROWS
+    ),
+    "attention lengths as mask": Wrong(_attend(key_mask=[3, 6]), TypeError, "key_mask", "bool", "int64", ROWS),
+    "attention offsets of a batch": Wrong(
+        _attend(cu_seqlens=[0, 6]), ValueError, "cu_seqlens", "a batch of 1", "a batch of 2", ROWS
+    ),
+    "attention offsets of other lengths": Wrong(
+        lambda: fastops.linear_attention(**_rows(b=1), cu_seqlens=[0, 6]),
+        ValueError,
+        "cu_seqlens",
+        "one length",
+        "5 and 6",
+    ),
+    "attention offsets that fall": Wrong(
+        lambda: fastops.linear_attention(**_rows(b=1, n=6), cu_seqlens=[0, 4, 3, 6]),
+        ValueError,
+        "cu_seqlens",
+        "rise from 0 to 6",
+        "others",
+    ),
+    "attention offsets that end early": Wrong(
+        lambda: fastops.linear_attention(**_rows(b=1, n=6), cu_seqlens=[0, 5]),
+        ValueError,
+        "cu_seqlens",
+        "0 to 6",
+        "others",
+    ),
+    "attention offsets that wrap": Wrong(
+        lambda: fastops.linear_attention(**_rows(b=1, n=6), cu_seqlens=np.array([0, 2**64 - 6, 6], np.uint64)),
+        ValueError,
+        "cu_seqlens",
+        "0 to 6",
+        "others",
+    ),
+    "attention no offsets": Wrong(
+        lambda: fastops.linear_attention(**_rows(b=1, n=6), cu_seqlens=np.zeros(0, int)),
+        ValueError,
+        "cu_seqlens",
+        "0 to 6",
+        "others",
+    ),
+    "attention offsets of floats": Wrong(
+        lambda: fastops.linear_attention(**_rows(b=1, n=6), cu_seqlens=[0.0, 6.0]),
+        TypeError,
+        "cu_seqlens",
+        "a 1-D integer array",
+        "float64",
+    ),
+    "attention decay of all": Wrong(
+        _attend(decay=np.zeros(2)), ValueError, "decay", "None without causal=True", "(2,)", ROWS
+    ),
+    "attention decay of favor": Wrong(
+        _causal(feature_map="favor", projection=np.ones((4, 3)), decay=np.zeros(2)),
+        ValueError,
+        "decay",
+        "None with feature_map='favor'",
+        "(2,)",
+        ROWS,
+    ),
+    "attention decay of softmax": Wrong(
+        _causal(feature_map="softmax", decay=np.zeros(2)),
+        ValueError,
+        "decay",
+        "None with feature_map='softmax'",
+        "(2,)",
+        ROWS,
+    ),
+    "attention decay positive": Wrong(
+        _causal(decay=np.array([-1.0, SECRET])), ValueError, "decay", "<= 0", "positive ones or nan", ROWS
+    ),
+    "attention decay nan": Wrong(
+        _causal(decay=np.full((2, 2, 6), np.nan)), ValueError, "decay", "<= 0", "positive ones or nan", ROWS
+    ),
+    "attention decay shape": Wrong(_causal(decay=np.zeros(4)), ValueError, "decay", "(2,) or (2, 2, 6)", "(4,)", ROWS),
+    "attention decay without heads": Wrong(
+        _causal(decay=np.zeros((2, 6))), ValueError, "decay", "(2,) or (2, 2, 6)", "(2, 6)", ROWS
+    ),
+    "attention decay integers": Wrong(_causal(decay=[0, -1]), TypeError, "decay", FLOATS, "int64", ROWS),
+    "attention state": Wrong(
+        _attend(initial_state=np.ones((2, 2, 3, 7))),
+        TypeError,
+        "initial_state",
+        "a tuple of 2 arrays (S, z)",
+        "shape",
+        ROWS,
+    ),
+    "attention state without maximum": Wrong(
+        _attend(feature_map="exp", initial_state=_state()), ValueError, "initial_state", "3 arrays (S, z, m)", "2", ROWS
+    ),
+    "attention state with maximum": Wrong(
+        _attend(initial_state=_state(3)), ValueError, "initial_state", "2 arrays (S, z)", "3", ROWS
+    ),
+    "attention state dtype": Wrong(
+        _attend(initial_state=_state(dtype=np.float64)), TypeError, "initial_state[0]", "float32", "float64", ROWS
+    ),
+    "attention state shape": Wrong(
+        _attend(feature_map="cosine", initial_state=_state()),
+        ValueError,
+        "initial_state[0]",
+        "(2, 2, 4, 7)",
+        "(2, 2, 3, 7)",
+        ROWS,
+    ),
+    "attention out shape": Wrong(_attend(), ValueError, "out", "(2, 4, 5, 7)", "(2, 5, 4, 7)", ((2, 5, 4, 7), "f4")),
+    "attention out dtype": Wrong(_attend(), TypeError, "out", "float32", "float64", ((2, 4, 5, 7), "f8")),
+    "attention out byte order": Wrong(_attend(), TypeError, "out", "float32", ">f4", ((2, 4, 5, 7), ">f4")),
+    "attention out list": Wrong(_attend(out=[1.0]), TypeError, "out", "an ndarray", "list"),
+    "attention out is q": Wrong(_attended_in_place, ValueError, "out", "apart from q", "overlaps q"),
+    "attention out is decay": Wrong(_attended_onto_decay, ValueError, "out", "apart from decay", "overlaps decay"),
+    "attention too large": Wrong(
+        lambda: fastops.linear_attention(
+            np.broadcast_to(np.float32(1), (2**40, 1, 2**20, 1)),
+            np.broadcast_to(np.float32(1), (2**40, 1, 1, 1)),
+            np.broadcast_to(np.float32(1), (2**40, 1, 1, 4)),
+        ),
+        ValueError,
+        "q and v",
+        "2**63 bytes",
+        "1048576, 4)",
+    ),
+    "step 0-d": Wrong(_step(q=np.float32(1)), ValueError, "q", "(..., H, D)", "0-d"),
+    "step shape": Wrong(_step(k=np.ones((2, 2, 4), np.float32)), ValueError, "k", "(2, H, 3)", "(2, 2, 4)"),
+    "step integers": Wrong(_step(v=np.ones((2, 2, 7), int)), TypeError, "v", FLOATS, "int64"),
+    "step state list": Wrong(_step(state=3), TypeError, "state", "a tuple of 2 arrays (S, z)", "3"),
+    "step state parts": Wrong(_step(state=_state(3)), ValueError, "state", "2 arrays (S, z)", "3"),
+    "step state dtype": Wrong(_step(state=_state(dtype=np.float64)), TypeError, "state[0]", "float32", "float64"),
+    "step state shape": Wrong(_step(state=_state(d=4)), ValueError, "state[0]", "(2, 2, 3, 7)", "(2, 2, 4, 7)"),
+    "step state read-only": Wrong(_frozen_state, ValueError, "state[1]", "writable", "read-only"),
+    "step state strides": Wrong(
+        _step(state=(np.asfortranarray(_state()[0]), _state()[1])),
+        ValueError,
+        "state[0]",
+        "C-contiguous",
+        "other strides",
+    ),
+    "step state shared": Wrong(_shared_state, ValueError, "state[1]", "apart from state[0]", "overlap"),
+    "step state of keys": Wrong(_state_of_keys, ValueError, "state[1]", "apart from k", "overlap"),
+    "step decay": Wrong(_step(decay=np.zeros((2, 4))), ValueError, "decay", "(2,) or (2, 2)", "(2, 4)"),
+    "step decay positive": Wrong(_step(decay=np.ones(2)), ValueError, "decay", "<= 0", "positive"),
+    "step normalize": Wrong(_step(normalize=1), TypeError, "normalize", "True or False", "1"),
+    "step eps": Wrong(_step(eps=np.ones(1)), TypeError, "eps", "a finite number", "shape (1,)"),
+    "step map": Wrong(_step(feature_map=["elu"]), TypeError, "feature_map", "'elu'", "list"),
+    "step out": Wrong(_step(), ValueError, "out", "(2, 4, 7)", "(2, 4, 1, 7)", ((2, 4, 1, 7), "f4")),
+    "backward dy": Wrong(
+        _backward(dy=np.ones((2, 4, 5, 6), np.float32)), ValueError, "dy", "(2, 4, 5, 7)", "(2, 4, 5, 6)"
+    ),
+    "backward y": Wrong(
+        _backward(y=np.ones((2, 4, 6, 7), np.float32)), ValueError, "y", "(2, 4, 5, 7)", "(2, 4, 6, 7)"
+    ),
+    "backward integers": Wrong(_backward(dy=np.ones((2, 4, 5, 7), int)), TypeError, "dy", FLOATS, "int64"),
+    "backward d_state": Wrong(_backward(d_state=_state(3)), ValueError, "d_state", "2 arrays (S, z)", "3"),
+    "backward d_state dtype": Wrong(
+        _backward(d_state=_state(dtype=np.float64)), TypeError, "d_state[0]", "float32", "float64"
+    ),
+    "softmax_attention integers": Wrong(_softmax(q=np.ones((2, 4, 5, 3), int)), TypeError, "q", FLOATS, "int64", ROWS),
+    "softmax_attention mask": Wrong(
+        _softmax(key_mask=np.ones((2, 5, 6), bool)),
+        ValueError,
+        "key_mask",
+        "scaled_dot_product_attention",
+        "(2, 5, 6)",
+        ROWS,
+    ),
+    "softmax_attention scale": Wrong(_softmax(scale="1"), TypeError, "scale", "a finite number", "'1'", ROWS),
+    "softmax_attention causal": Wrong(_softmax(causal=None), TypeError, "causal", "True or False", "None", ROWS),
+    "softmax_attention logn": Wrong(_softmax(logn="key"), ValueError, "logn", "'keys'", "did you mean", ROWS),
+    "softmax_attention logn shape": Wrong(
+        _softmax(logn=np.ones(6)), ValueError, "logn", "broadcasts to (2, 4, 5)", "(6,)", ROWS
+    ),
+    "softmax_attention logn integers": Wrong(_softmax(logn=3), TypeError, "logn", FLOATS, "int64", ROWS),
+    "softmax_attention out": Wrong(_softmax(), ValueError, "out", "(2, 4, 5, 7)", "(5, 7)", ((5, 7), "f4")),
+    "logn_scale n": Wrong(lambda: fastops.logn_scale("512"), TypeError, "n", "real numbers", "<U3"),
+    "logn_scale complex": Wrong(lambda: fastops.logn_scale(1j), TypeError, "n", "real numbers", "complex128"),
+    "logn_scale base": Wrong(lambda: fastops.logn_scale(3, base=1), ValueError, "base", "(1, inf)", "1"),
+    "logn_scale min_n": Wrong(lambda: fastops.logn_scale(3, min_n=0), ValueError, "min_n", "[1, inf)", "0"),
+    "logn_scale clip": Wrong(lambda: fastops.logn_scale(3, clip=1), TypeError, "clip", "True or False", "1"),
+    "favor_projection D": Wrong(lambda: fastops.favor_projection(0, 4), ValueError, "D", ">= 1", "0"),
+    "favor_projection m": Wrong(lambda: fastops.favor_projection(4, 2.0), TypeError, "m", "an integer", "2.0"),
+    "favor_projection rng": Wrong(
+        lambda: fastops.favor_projection(4, 4, rng="seed"), TypeError, "rng", "an integer", "'seed'"
+    ),
+    "favor_projection too large": Wrong(
+        lambda: fastops.favor_projection(2**40, 2**40), ValueError, "D and m", "2**63 bytes", "1099511627776)"
+    ),
     # configuration
     "show_config mode": Wrong(lambda: fastops.show_config("yaml"), ValueError, "mode", "'json'", "'yaml'"),
     "show_config mode type": Wrong(lambda: fastops.show_config(1), TypeError, "mode", "'json'", "1"),

@@ -209,9 +209,14 @@ def attention(magnitude: NDArray[Any], result: NDArray[Any], exponent: float, dt
     return np.asarray(accumulated + 0.5 * _EPS[dtype.name] * (np.abs(result) + accumulated) + 8.0 * smallest)
 
 
-# Sums of up to 2**26 terms in float32, block by block: the additions to a running sum err by half a unit of it each, some 2**20 of
-# them after the blocks' own, as a walk 2**10 * 2**-24; of equal terms all may err to one side where the sum is near a power of two.
-LONG_SUM = 5e-4
+def running_sum(additions: int, equal: bool = False) -> float:
+    """Bound of the relative error of a sum of positive terms in float32, added to it one after another.
+
+    Each addition errs by at most half a unit of the sum so far: a walk of sqrt(additions) of 2**-25 on average, 8 times that at
+    most; of equal terms all may err to one side.
+    """
+    return 2.0**-25 * (additions if equal else 8.0 * additions**0.5)
+
 
 # The relative error of 1024 random features against softmax attention at entries of standard deviation 1/4: 3 % are expected of
 # averages over keys, where the family's measurement of single weights found 6 % with 256.

@@ -307,6 +307,7 @@ template <class T> class GradientPass : public Pass<T> {
   }
 
   void reverse() noexcept {
+    if (this->stopped()) return;  // the sweep forward may have found no end of its pieces
     transposed_ = nullptr;
     this->units_fixed_ = true;
     if (softmax_) fill<T>(running_, fp_, 0);

@@ -619,7 +619,26 @@ def segment(  # type: ignore[no-untyped-def]
 ):
     """Some tokens of a head; q and k hold features, or logarithms of them, and are overwritten."""
     _segment(
-        q, k, v, decay, out, s, z, m, holds, normalize, eps, turned, weights, ratio, reach, tops, factors, low, high, last
+        q,
+        k,
+        v,
+        decay,
+        out,
+        s,
+        z,
+        m,
+        holds,
+        normalize,
+        eps,
+        turned,
+        weights,
+        ratio,
+        reach,
+        tops,
+        factors,
+        low,
+        high,
+        last,
     )
 
 

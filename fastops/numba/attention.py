@@ -380,11 +380,16 @@ def _gradients(
     rows = loops.tokens(y[:, piece.q])
     if y.dtype.itemsize == 2 and loops.normalize and loops.map.holds != kernels.EACH:
         # Rounded to half precision it is not right enough for the difference of dy.v and dy.y.
-        _take(loops, head, piece, rows := np.empty(rows.shape, real), (state[0].copy(), state[1].copy(), state[2].copy()))
+        _take(
+            loops, head, piece, rows := np.empty(rows.shape, real), (state[0].copy(), state[1].copy(), state[2].copy())
+        )
     g = np.array(dy[:, piece.q], real, order="C")
     groups, n, _ = g.shape
     c = np.empty((groups, n), real)
-    dq, extra = np.empty((groups, n, f), real), np.empty((groups, n, f) if loops.map.holds == kernels.EACH else (0, 0, 0), real)
+    dq, extra = (
+        np.empty((groups, n, f), real),
+        np.empty((groups, n, f) if loops.map.holds == kernels.EACH else (0, 0, 0), real),
+    )
     tokens = max(n, len(k))
     starts, changes = np.empty(tokens + 1, np.int64), np.empty((tokens if loops.map.holds else 0, f))
     chunks = kernels.forth[real](

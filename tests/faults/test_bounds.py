@@ -141,11 +141,84 @@ def test_products_stay_inside(target: str) -> None:
     run(GUARDED, code, env={"FASTOPS_TARGET": target} if target != "-" else {})
 
 
+def test_attention_stays_inside(target: str) -> None:
+    code = """
+    fastops.set_num_threads(2)
+    MAPS = ("elu", "relu", "relu2", "identity", "exp", "softmax", "favor", "cosine")
+    guards = [Guarded(16) for _ in range(14)]
+    turn = 0
+    for dtype in FLOATS:
+        wide = np.float64 if dtype is np.float64 else np.float32
+        for n, m in ((1, 1), (7, 7), (16, 16), (33, 33), (9, 40), (35, 3)):
+            for d, e in ((1, 1), (3, 7), (8, 16), (17, 9), (4, 33)):
+                place = Guarded.at_end if turn % 3 else Guarded.at_start
+                name, causal = MAPS[turn % 8], turn // 8 % 2 == 0
+                turn += 1
+                free = iter(guards)
+                def put(shape, kind=dtype):
+                    return fill(place(next(free), shape, kind)) if kind is not bool else place(next(free), shape, bool)
+                q, k, v, y = put((1, 2, n, d)), put((1, 1, m, d)), put((1, 1, m, e)), put((1, 2, n, e))
+                options = {"causal": causal, "feature_map": name}
+                options["key_mask"] = put((1, m), bool)
+                options["key_mask"][...] = np.arange(m) % 3 != 1
+                features = d
+                if name == "favor":
+                    features, options["projection"] = 5, put((5, d), wide)
+                if name == "cosine":
+                    features = d + 1
+                if causal and name not in ("softmax", "favor"):
+                    options["decay"] = put((1, 1, m), wide)
+                    options["decay"][...] = -abs(options["decay"])
+                shapes = [(1, 1, features, e), (1, 1, features)]
+                state = [put(shape, wide) for shape in shapes]
+                state[1][...] = 1
+                if name in ("exp", "softmax", "favor"):
+                    state.append(put(shapes[1], wide))
+                    state[2][...] = 2
+                got, after = fastops.linear_attention(q, k, v, **options, initial_state=state, return_state=True, out=y)
+                copies = {key: x.copy() if hasattr(x, "copy") else x for key, x in options.items()}
+                plain = [x.copy() for x in (q, k, v)], [x.copy() for x in state]
+                want, _ = fastops.linear_attention(*plain[0], **copies, initial_state=plain[1], return_state=True)
+                assert got is y and np.array_equal(y, want, equal_nan=True)
+                dy, seeds = put(y.shape), [put(shape, wide) for shape in shapes]
+                found = fastops.linear_attention_backward(dy, q, k, v, y, **options, initial_state=state, d_state=seeds)
+                again = fastops.linear_attention_backward(
+                    dy.copy(), *plain[0], want, **copies, initial_state=plain[1], d_state=[x.copy() for x in seeds]
+                )
+                for x, same in zip([*found[:3], *found[3]], [*again[:3], *again[3]]):
+                    assert np.array_equal(x, same, equal_nan=True)
+                kept = {key: options[key] for key in ("feature_map", "projection") if key in options}
+                fastops.linear_attention_step_(q[:, :, -1], k[:, :, -1], v[:, :, -1], state, **kept, out=y[:, :, 0])
+                fastops.softmax_attention(q, k, v, causal=causal, key_mask=options["key_mask"], logn="keys", out=y)
+                want = fastops.softmax_attention(*plain[0], causal=causal, key_mask=copies["key_mask"], logn="keys")
+                assert np.array_equal(y, want, equal_nan=True)
+    # Rows of other strides, and packed sequences.
+    for n in range(1, 40):
+        q, k, v = (fill(g.at_end((1, 2, 2 * n - 1, 5), np.float32))[:, :, ::2] for g in guards[:3])
+        y = guards[3].at_end((1, 2, 2 * n - 1, 5), np.float32)[:, :, ::-2]
+        ends = guards[4].at_end((3,), np.int64)
+        ends[...] = 0, n // 3, n
+        fastops.linear_attention(q, k, v, causal=True, cu_seqlens=ends, out=y)
+        fastops.softmax_attention(q[:, ::-1], k, v, causal=True, cu_seqlens=ends, out=y)
+    """
+    run(GUARDED, code, env={"FASTOPS_TARGET": target} if target != "-" else {})
+
+
 @once
 @unsanitized
 @pytest.mark.parametrize(
     "call",
     [
+        "fastops.linear_attention(wide(2**31, 1), wide(2**31, 1), wide(2**31, 2**31))",
+        "fastops.linear_attention(wide(2**40, 1), wide(1, 1), wide(1, 1))",
+        "fastops.linear_attention(wide(1, 2**40), wide(1, 2**40), wide(1, 1))",
+        "fastops.linear_attention(wide(2**20, 1), wide(1, 1), wide(1, 2**40))",
+        "fastops.linear_attention(wide(2**40, 1, 1, 1), wide(2**40, 1, 1, 1), wide(2**40, 1, 1, 2**40), return_state=True)",
+        "fastops.linear_attention(wide(1, 4), wide(2**40, 4), wide(2**40, 1), causal=True, decay=np.full(2**40, -1.0))",
+        "fastops.linear_attention_backward(wide(1, 1), wide(1, 4), wide(2**40, 4), wide(2**40, 1), wide(1, 1))",
+        "fastops.softmax_attention(wide(2**40, 1), wide(1, 1), wide(1, 1))",
+        "fastops.softmax_attention(wide(2**33, 1), wide(1, 1), wide(1, 1), logn='keys')",
+        "fastops.favor_projection(2**20, 2**20)",
         "fastops.mitchell_matmul(wide(2**33, 1), wide(1, 2**33))",
         "fastops.mitchell_matmul(wide(2**30, 4), wide(4, 2**30))",
         "fastops.mitchell_matmul(wide(2**40, 1), wide(1, 4))",

@@ -35,6 +35,44 @@ ARRAY_LEVEL = {
     "matmul_grad, threads": lambda: fastops.mitchell_matmul_grad(big, big, big),
     "conv2d_grad": lambda: fastops.mitchell_conv2d_grad(x, w, y),
 }
+queries, keys, values = f32(1, 4, 40, 8), f32(1, 2, 40, 8), f32(1, 2, 40, 5)
+seen = rng.random((1, 40)) < 0.7
+decay = -abs(f32(1, 2, 40))
+long = f32(1, 2, 3000, 16)
+attended = fastops.linear_attention(queries, keys, values, causal=True)
+_, state = fastops.linear_attention(queries, keys, values, feature_map="exp", return_state=True)
+def flat(results):
+    return tuple(x for item in results for x in (item if isinstance(item, tuple) else (item,)))
+for causal in (False, True):
+    form = "causal" if causal else "all"
+    ARRAY_LEVEL[f"linear attention, {form}"] = lambda causal=causal: fastops.linear_attention(
+        queries, keys, values, causal=causal, key_mask=seen)
+    ARRAY_LEVEL[f"linear attention, {form}, threads"] = lambda causal=causal: fastops.linear_attention(
+        long, long, long, causal=causal)
+    ARRAY_LEVEL[f"linear attention, {form}, state"] = lambda causal=causal: flat(fastops.linear_attention(
+        queries, keys, values, causal=causal, feature_map="exp", initial_state=state, return_state=True))
+    ARRAY_LEVEL[f"linear attention, {form}, backward"] = lambda causal=causal: flat(fastops.linear_attention_backward(
+        attended, queries, keys, values, attended, causal=causal, feature_map="exp", initial_state=state, d_state=state[:2]))
+    ARRAY_LEVEL[f"softmax attention, {form}"] = lambda causal=causal: fastops.softmax_attention(
+        queries, keys, values, causal=causal, key_mask=seen, logn="keys")
+ARRAY_LEVEL["linear attention, decay, float16"] = lambda: fastops.linear_attention(
+    queries.astype(np.float16), keys.astype(np.float16), values.astype(np.float16), causal=True, decay=decay)
+ARRAY_LEVEL["linear attention, packed, strides"] = lambda: fastops.linear_attention(
+    queries[..., ::-1], keys[..., ::-1], values[..., ::-1], causal=True, cu_seqlens=[0, 7, 40])
+ARRAY_LEVEL["softmax attention, threads"] = lambda: fastops.softmax_attention(long, long, long, causal=True)
+tokens = [x[:, :, 0] for x in (queries, keys, values)]
+def take_step(state, *arrays, **options):
+    mine = tuple(x.copy() for x in state)
+    before = [x.copy() for x in mine]
+    try:
+        y = fastops.linear_attention_step_(*arrays, mine, feature_map="exp", **options)
+    except MemoryError:
+        if not all(np.array_equal(x, y) for x, y in zip(mine, before)):
+            raise RuntimeError("half a step") from None
+        raise
+    return (y, *mine)
+ARRAY_LEVEL["step"] = lambda: take_step(state, *tokens)
+ARRAY_LEVEL["step, any form"] = lambda: take_step(state, *(np.asfortranarray(x) for x in tokens), decay=decay[:, :, 0])
 START = [[f32(*shape) for shape in ((5,), (40, 30), (), (70_000,))] for _ in range(5)]
 def step(name, used, call):
     # A step in place from the same start; where memory fails, nothing may have been written.

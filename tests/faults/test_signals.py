@@ -17,7 +17,16 @@ table = fastops.Multiplier().table(8)
 u8 = np.ones((2500, 2500), np.uint8)
 image = np.ones((8, 64, 120, 120), np.float32)
 kernel = np.ones((128, 64, 3, 3), np.float32)
+# Keys of stride 0 by the million; a row is 64 numbers.
+ones = np.ones((1, 64), np.float32)
+keys, some = np.broadcast_to(ones, (2**24, 64)), np.broadcast_to(ones, (400_000, 64))
+rows = np.ones((3000, 64), np.float32)
 CALLS = {
+    "linear attention": lambda: fastops.linear_attention(ones, keys, keys),
+    "linear attention, causal": lambda: fastops.linear_attention(ones, keys, keys, causal=True),
+    "linear attention, exp": lambda: fastops.linear_attention(ones, keys, keys, causal=True, feature_map="exp"),
+    "linear attention, backward": lambda: fastops.linear_attention_backward(some, some, some, some, some, causal=True),
+    "softmax attention": lambda: fastops.softmax_attention(rows, keys, keys, causal=True),
     "matmul": lambda: fastops.mitchell_matmul(a, a),
     "matmul, segments": lambda: fastops.mitchell_matmul(a, a, multiplier=fastops.Multiplier("min-mse", segments=4)),
     "matmul_grad": lambda: fastops.mitchell_matmul_grad(a, a, a),
@@ -33,7 +42,21 @@ def send():
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("call", ["matmul", "matmul, segments", "matmul_grad", "lut_matmul", "conv2d"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "matmul",
+        "matmul, segments",
+        "matmul_grad",
+        "lut_matmul",
+        "conv2d",
+        "linear attention",
+        "linear attention, causal",
+        "linear attention, exp",
+        "linear attention, backward",
+        "softmax attention",
+    ],
+)
 @unsanitized
 def test_interrupt_ends_a_long_call(call: str, threads: int) -> None:
     """KeyboardInterrupt within 100 ms on an idle machine; 300 ms are allowed, and more where others crowd the CPUs."""
