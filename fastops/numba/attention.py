@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -189,8 +190,7 @@ def _heads(
         if offsets is None:
             sequences = [(b, slice(0, q.shape[2]), slice(0, k.shape[2]))]
         else:
-            edges = offsets.tolist()
-            parts = [slice(*pair) for pair in zip(edges[:-1], edges[1:], strict=True)]
+            parts = [slice(*pair) for pair in pairwise(offsets.tolist())]
             sequences = [(i, part, part) for i, part in enumerate(parts)]
         for h in range(k.shape[1]):
             own = slice(h * groups, (h + 1) * groups)
@@ -380,11 +380,16 @@ def _gradients(
     rows = loops.tokens(y[:, piece.q])
     if y.dtype.itemsize == 2 and loops.normalize and loops.map.holds != kernels.EACH:
         # Rounded to half precision it is not right enough for the difference of dy.v and dy.y.
-        _take(loops, head, piece, rows := np.empty(rows.shape, real), (state[0].copy(), state[1].copy(), state[2].copy()))
+        _take(
+            loops, head, piece, rows := np.empty(rows.shape, real), (state[0].copy(), state[1].copy(), state[2].copy())
+        )
     g = np.array(dy[:, piece.q], real, order="C")
     groups, n, _ = g.shape
     c = np.empty((groups, n), real)
-    dq, extra = np.empty((groups, n, f), real), np.empty((groups, n, f) if loops.map.holds == kernels.EACH else (0, 0, 0), real)
+    dq, extra = (
+        np.empty((groups, n, f), real),
+        np.empty((groups, n, f) if loops.map.holds == kernels.EACH else (0, 0, 0), real),
+    )
     tokens = max(n, len(k))
     starts, changes = np.empty(tokens + 1, np.int64), np.empty((tokens if loops.map.holds else 0, f))
     chunks = kernels.forth[real](
