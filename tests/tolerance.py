@@ -209,6 +209,12 @@ def attention(magnitude: NDArray[Any], result: NDArray[Any], exponent: float, dt
     return np.asarray(accumulated + 0.5 * _EPS[dtype.name] * (np.abs(result) + accumulated) + 8.0 * smallest)
 
 
+# What is promised of "elu" in float32, relative to max |v|.
+ATTENTION = 4e-6
+
+# Of three draws of random features, far from normal in distribution, against a mean of three others.
+FAVOR_SPREAD = (0.6, 1.7)
+
 # Sums of up to 2**26 terms in float32, block by block: the additions to a running sum err by half a unit of it each, some 2**20 of
 # them after the blocks' own, as a walk 2**10 * 2**-24; of equal terms all may err to one side where the sum is near a power of two.
 LONG_SUM = 5e-4

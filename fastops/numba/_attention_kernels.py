@@ -184,9 +184,10 @@ def _multiply(typingctx: Any, c: Any, a: Any, b: Any, i0: Any, i1: Any, p0: Any,
                 for i in range(rows)
             ]
             sums = [[cgutils.alloca_once(builder, kind) for _ in range(vectors)] for _ in range(rows)]
+            # From zero: a sum of many blocks is then off by the blocks' number of roundings, not the terms'.
             for i in range(rows):
                 for j in range(vectors):
-                    builder.store(builder.load(places[i][j], align=size), sums[i][j])
+                    builder.store(ir.Constant(kind, 0.0 if lanes == 1 else [0.0] * lanes), sums[i][j])
             with cgutils.for_range_slice(builder, start, stop, index(1)) as (p, _):
                 right = [
                     builder.load(place(2, p, builder.add(column, index(j * lanes)), kind), align=size)
@@ -199,7 +200,8 @@ def _multiply(typingctx: Any, c: Any, a: Any, b: Any, i0: Any, i1: Any, p0: Any,
                         builder.store(total, sums[i][j])
             for i in range(rows):
                 for j in range(vectors):
-                    builder.store(builder.load(sums[i][j]), places[i][j], align=size)
+                    total = builder.fadd(builder.load(places[i][j], align=size), builder.load(sums[i][j]))
+                    builder.store(total, places[i][j], align=size)
 
         def strip(low: Any, high: Any, rows: int) -> None:
             with cgutils.for_range_slice(builder, low, high, low.type(rows)) as (row, _):
