@@ -73,6 +73,9 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", type=_threads, metavar="N", help="threads of the rows that use several")
     bench.add_argument("--html", type=_output, metavar="FILE", help="write a report with plots")
     bench.add_argument("--picture", type=_output, metavar="FILE", help="write the ratios as an SVG picture")
+    bench.add_argument(
+        "--lengths", type=_output, metavar="FILE", help="write time and memory over lengths as an SVG picture"
+    )
     bench.add_argument("--markdown", type=_output, metavar="FILE", help="write the ratios as a Markdown table")
     bench.add_argument("--json", type=_output, metavar="FILE", help="write JSON like pytest-benchmark's, - for stdout")
     bench.add_argument("--compare", metavar="OLD.json", help="show how the ratios changed since a --json file")
@@ -136,7 +139,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     wanted = ["rich"] if _is_terminal(sys.stdout) and arguments.json != "-" else []
     wanted += ["tqdm"] if _is_terminal(sys.stderr) else []
     wanted += ["jinja2"] if arguments.html else []
-    wanted += ["matplotlib"] if arguments.html or arguments.picture else []
+    wanted += ["matplotlib"] if arguments.html or arguments.picture or arguments.lengths else []
     _require(wanted)
 
     from fastops.bench import report, runner
@@ -171,11 +174,12 @@ def _bench(arguments: argparse.Namespace) -> int:
         _write(arguments.html, report.html(run, old))
     if arguments.markdown:
         _write(arguments.markdown, report.markdown(run))
-    if arguments.picture:
-        try:
-            _write(arguments.picture, report.picture(run))
-        except ValueError as problem:
-            raise UsageError(str(problem)) from None
+    for path, draw in ((arguments.picture, report.picture), (arguments.lengths, report.lengths)):
+        if path:
+            try:
+                _write(path, draw(run))
+            except ValueError as problem:
+                raise UsageError(str(problem)) from None
     for note in run.notes:
         _complain(note)
     for row in run.wrong:

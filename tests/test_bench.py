@@ -23,7 +23,7 @@ import pytest
 import tolerance
 
 import fastops
-from fastops.bench import FAMILIES, mitchell, optim, report, runner, worker
+from fastops.bench import FAMILIES, attention, mitchell, optim, report, runner, worker
 from fastops.bench.case import Case, Implementation, Machine, Task, WrongResult, aligned
 
 PLAIN = Machine(("reference",), (), 1, frozenset())
@@ -68,6 +68,7 @@ def test_groups_have_names_of_their_own() -> None:
     groups = [case.group for family in families for case in family.cases()]
     assert len(set(groups)) == len(groups)
     assert sum(case.quick for case in optim.cases()) == 3
+    assert sum(case.quick for case in attention.cases()) == 3
     assert sum(case.quick for case in mitchell.cases()) >= 6
 
 
@@ -108,6 +109,70 @@ def test_every_row_of_steps_agrees_with_the_oracle(case: Case, backend: ModuleTy
         seen.add(row.recipe)
     assert "fastops" in seen
     assert "numpy" in seen or case.op == "ema stochastic"
+
+
+def short(case: Case) -> Case:
+    """The same attention over a few tokens."""
+    return dataclasses.replace(case, shape=(min(case.shape[0], 96), min(case.shape[1], 2), 2, 8))
+
+
+@pytest.mark.parametrize("case", attention.cases(), ids=lambda case: case.group)
+def test_every_row_of_attention_agrees_with_the_oracle(case: Case, backend: ModuleType) -> None:
+    name = backend.__name__.partition(".")[2]
+    machine = dataclasses.replace(Machine.probe(threads=2), backends=(name, "reference"), targets=())
+    if name == "native":
+        machine = dataclasses.replace(machine, targets=(fastops._core.get_target(),))
+    assert len({row.name for row in attention.implementations(case, machine)}) == len(
+        attention.implementations(case, machine)
+    )
+    seen = set()
+    for row in attention.implementations(short(case), machine):
+        task = attention.prepare(short(case), row)
+        assert 0 <= task.check() < tolerance.BENCH_ROW
+        task.call(*task.args)
+        assert 0 < task.work <= task.whole
+        seen.add(row.recipe)
+    assert "fastops" in seen
+
+
+def test_slow_rows_of_attention_are_timed_on_a_part() -> None:
+    for case in attention.cases():
+        kind = attention.Kind.of(case.op)
+        part = attention._part(case, Implementation("reference", "fastops"))
+        n, b, h, _ = case.shape
+        taken = np.empty((b, h, n))[part].shape
+        if kind.step:
+            assert taken == (b, h, n)
+        else:
+            assert taken == (1, 1, n if kind.softmax else 256)
+    long = next(case for case in attention.cases() if case.group == "linear causal float32 1x8x16384x64")
+    task = attention.prepare(dataclasses.replace(long, shape=(4096, 1, 8, 4)), Implementation("x", attention.SOFTMAX))
+    assert task.note == "timed on 4096 of 4096 tokens, 1 of 8 heads"
+    assert task.work * 8 == task.whole
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        case.group
+        for case in attention.cases()
+        if (case.dtype == "float32" and "1024" in case.size) or case.size[3:] == "x64"
+    ],
+)
+def test_a_wrong_attention_is_never_timed(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(short(case) for case in attention.cases() if case.group == group)
+    genuine = attention._ours
+    kind = attention.Kind.of(case.op)
+
+    def shifted(case: Case, row: Implementation, f: Any, inputs: list[Any]) -> Any:
+        q, k, v, dy = inputs
+        return genuine(case, row, f, [q, k, np.roll(v, 1, axis=3 if kind.step else 2), dy])
+
+    row = Implementation("reference", "fastops")
+    attention.prepare(case, row).check()
+    monkeypatch.setattr(attention, "_ours", shifted)
+    with pytest.raises(WrongResult, match=r"difference .* from the oracle"):
+        attention.prepare(case, row).check()
 
 
 def test_sets_are_those_of_the_models() -> None:
@@ -211,6 +276,17 @@ def test_calibration_fills_the_batch() -> None:
     data = np.ones(1000)
     count, once = worker.calibrate(Task(np.sum, (data,), 1.0, 1.0, lambda: 0.0), 0.01)
     assert 0.002 < count * once < 0.1
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="this system does not say")
+def test_extra_memory_is_that_of_the_call() -> None:
+    kept = np.ones(1 << 20)
+    task = Task(lambda: (kept + 1).sum(), (), 1.0, 1.0, lambda: 0.0)
+    # 8 MiB, besides what the allocator and the interpreter take.
+    found = worker.extra_memory(task)
+    assert found is not None
+    assert 7e6 < found < 12e6
+    assert (worker.extra_memory(Task(lambda: None, (), 1.0, 1.0, lambda: 0.0)) or 0.0) < 2e6
 
 
 def test_worker_answers_failures_and_goes_on() -> None:
@@ -453,6 +529,29 @@ def test_html_withholds_verdicts_of_noisy_groups() -> None:
     page = report.html(result(noise=0.2))
     assert "A/A difference 20.0%: noise too high for a verdict" in page
     assert "2x faster" not in page
+
+
+def test_lengths_are_drawn_where_memory_was_measured() -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    outcome = result()
+    with pytest.raises(ValueError, match="no operation was timed at three lengths"):
+        report.lengths(outcome)
+    cases = [case for case in attention.cases() if case.op == "linear causal" and case.shape[1:] == (1, 8, 64)]
+    assert [case.shape[0] for case in cases] == [512, 1024, 4096, 16384]
+    outcome.groups = [
+        runner.Group(
+            case,
+            [measurement(name, [1e-6 * case.shape[0]], memory=1e3 * case.shape[0]) for name in ("NumPy", "native v3")],
+            0.01,
+        )
+        for case in reversed(cases)
+    ]
+    svg = report.lengths(outcome)
+    for text in ("16,384", "native v3", "seconds", "MiB that a call takes"):
+        assert text in svg
+    (plot,) = report._size_plots(outcome)
+    assert plot["title"] == "linear causal float32: time and memory over the length"
+    assert report.to_json(outcome)["benchmarks"][0]["extra_info"]["memory"] == 1e3 * 16384
 
 
 def test_picture_shows_times_the_rate_of_each_competitor() -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fastops._backend import installed
 
 # The optional modules whose presence adds rows.
-PEERS = ("numba", "torch", "ml_dtypes", "timm", "torch_ema")
+PEERS = ("numba", "torch", "ml_dtypes", "timm", "torch_ema", "fast_transformers")
 
 
 class WrongResult(Exception):
@@ -108,7 +108,10 @@ class Case:
 
 @dataclass
 class Task:
-    """A prepared row: call(*args) does `work` of the problem's `whole` units; `check` calls it and asks the oracle."""
+    """A prepared row: call(*args) does `work` of the problem's `whole` units; `check` calls it and asks the oracle.
+
+    `memory`: what the call takes at its peak is measured too.
+    """
 
     call: Callable[..., object]
     args: tuple[Any, ...]
@@ -117,6 +120,7 @@ class Task:
     check: Callable[[], float]
     note: str = ""
     keep: list[object] = field(default_factory=list)
+    memory: bool = False
 
 
 def aligned(array: npt.NDArray[Any], slot: int = 0) -> npt.NDArray[Any]:

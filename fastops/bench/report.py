@@ -234,6 +234,7 @@ def _benchmark(group: Group, m: Measurement) -> dict[str, Any]:
             "verdict": group.verdict(m),
             "noise": group.noise,
             "error": m.error,
+            "memory": None if m.memory is None else m.memory * m.scale,
             "rate": m.rate,
             "unit": group.case.unit,
             "work": m.whole,
@@ -362,11 +363,16 @@ def _group_plot(group: Group, index: int) -> str:
 
 
 def _size_plots(run: Run) -> list[dict[str, str]]:
-    """Rate over size for each operation that was timed at three sizes or more."""
+    """Rate over size for each operation that was timed at three sizes or more; time and memory where that was measured."""
     series: dict[tuple[str, str], list[Group]] = {}
-    for group in run.groups:
-        series.setdefault((group.case.op, group.case.dtype), []).append(group)
     plots: list[dict[str, str]] = []
+    for name, groups in _lengths(run).items():
+        figure = _figure(7.2, 3.6)
+        _length_plot(figure, groups, _INK)
+        plots.append({"title": f"{name}: time and memory over the length", "svg": _svg(figure, f"s{len(plots)}")})
+    for group in run.groups:
+        if not _measures_memory(group):
+            series.setdefault((group.case.op, group.case.dtype), []).append(group)
     for (op, dtype), groups in series.items():
         if len(groups) < 3:
             continue
@@ -388,6 +394,62 @@ def _size_plots(run: Run) -> list[dict[str, str]]:
         _ink(axes)
         plots.append({"title": f"{op} {dtype}: rate over size", "svg": _svg(figure, f"s{len(plots)}")})
     return plots
+
+
+def _measures_memory(group: Group) -> bool:
+    return any(m.memory is not None for m in group.measurements)
+
+
+def _lengths(run: Run) -> dict[str, list[Group]]:
+    """Groups that differ in the length alone, three or more, by operation; lengths come first in the shapes of such cases."""
+    series: dict[tuple[Any, ...], list[Group]] = {}
+    for group in run.groups:
+        if _measures_memory(group):
+            case = group.case
+            series.setdefault((case.op, case.dtype, case.shape[1:]), []).append(group)
+    found = {}
+    for (op, dtype, _), groups in series.items():
+        if len(groups) >= 3:
+            found[f"{op} {dtype}"] = sorted(groups, key=lambda group: group.case.shape[0])
+    return found
+
+
+def _length_plot(figure: Figure, groups: Sequence[Group], ink: str) -> None:
+    """Time and memory over the length, one line a row that is on one thread."""
+    names = [m.row.name for m in groups[0].measurements if m.row.threads == 1]
+    left, right = figure.subplots(1, 2)
+    for number, name in enumerate(names):
+        rows = [(g.case.shape[0], m) for g in groups for m in g.measurements if m.row.name == name and m.seconds]
+        style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3], "label": name}
+        for axes, points in (
+            (left, [(n, m.median * m.scale) for n, m in rows]),
+            (right, [(n, m.memory * m.scale / 2**20) for n, m in rows if m.memory]),
+        ):
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, **style)
+    for axes, label in ((left, "seconds"), (right, "MiB that a call takes, its result included")):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks([g.case.shape[0] for g in groups], [f"{g.case.shape[0]:,}" for g in groups])
+        axes.set_xlabel("length N", fontsize=8)
+        axes.set_ylabel(label, fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(color="#888888", alpha=0.3, linewidth=0.5)
+        _ink(axes)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=7, frameon=False, labelcolor=ink, loc="outside lower center", ncols=3)
+
+
+def lengths(run: Run) -> str:
+    """Time and memory over the length as a picture, of the first operation that was timed at three lengths."""
+    found = _lengths(run)
+    if not found:
+        raise ValueError("--lengths: no operation was timed at three lengths")
+    name, groups = next(iter(found.items()))
+    figure = _figure(8.4, 4.2)
+    _length_plot(figure, groups, _INK)
+    figure.suptitle(f"{name}, {groups[0].case.size} and longer, on {run.machine['cpu']}", fontsize=10, color=_INK)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + _svg(figure, "l", ink="#222222", background="#ffffff")
 
 
 def html(run: Run, old: Old | None = None) -> str:

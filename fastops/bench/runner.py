@@ -126,7 +126,10 @@ def _worker_environment(row: Implementation) -> dict[str, str]:
 
 @dataclass
 class Measurement:
-    """One row's figures: the seconds a call of each round, a call being `work` of the problem's `whole` units."""
+    """One row's figures: the seconds a call of each round, a call being `work` of the problem's `whole` units.
+
+    `memory`: bytes that a call takes at its peak, its result among them; None where that was not measured.
+    """
 
     row: Implementation
     work: float = 0.0
@@ -135,6 +138,7 @@ class Measurement:
     calls: int = 0
     seconds: list[float] = field(default_factory=list)
     note: str = ""
+    memory: float | None = None
     failed: str = ""
     wrong: bool = False
 
@@ -431,6 +435,7 @@ def _prepare(case: Case, entries: Sequence[_Entry], workers: Workers) -> dict[st
             continue
         measurement.error, measurement.note = answer["error"], answer["note"]
         measurement.work, measurement.whole = answer["work"], answer["whole"]
+        measurement.memory = answer["memory"]
         for name, version in answer["libraries"].items():
             libraries[f"blas ({measurement.row.name})" if name == "blas" else name] = version
     return libraries

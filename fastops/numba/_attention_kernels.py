@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import extending
-from numba.core import cgutils
+from numba import core, extending
 
 from ._kernel import Kernel, given, intrinsic, kernel, njit, types
 
 Pair = dict[np.dtype[Any], Kernel]
+
+cgutils: Any = core.cgutils
 
 # Of the loops below; nothing else calls it.
 _part: Any = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
@@ -95,8 +96,7 @@ def _exp32(x, m):  # type: ignore[no-untyped-def]
     y = np.float32(0.5) + r * y
     y = np.float32(1.0) + r * (np.float32(1.0) + r * y)
     # In two factors, neither of which leaves the range.
-    if s > np.float32(250.0):
-        s = np.float32(250.0)
+    s = min(s, np.float32(250.0))
     half = (s * np.float32(0.5) + np.float32(12582912.0)) - np.float32(12582912.0)
     return y * _power32(half) * _power32(s - half)
 
@@ -121,8 +121,7 @@ def _exp64(x, m):  # type: ignore[no-untyped-def]
     y = 1.0 / 6.0 + r * y
     y = 0.5 + r * y
     y = 1.0 + r * (1.0 + r * y)
-    if s > 2000.0:
-        s = 2000.0
+    s = min(s, 2000.0)
     half = (s * 0.5 + 6755399441055744.0) - 6755399441055744.0
     return y * _power64(half) * _power64(s - half)
 
@@ -185,9 +184,10 @@ def _multiply(typingctx: Any, c: Any, a: Any, b: Any, i0: Any, i1: Any, p0: Any,
                 for i in range(rows)
             ]
             sums = [[cgutils.alloca_once(builder, kind) for _ in range(vectors)] for _ in range(rows)]
+            # From zero: a sum of many blocks is then off by the blocks' number of roundings, not the terms'.
             for i in range(rows):
                 for j in range(vectors):
-                    builder.store(builder.load(places[i][j], align=size), sums[i][j])
+                    builder.store(ir.Constant(kind, 0.0 if lanes == 1 else [0.0] * lanes), sums[i][j])
             with cgutils.for_range_slice(builder, start, stop, index(1)) as (p, _):
                 right = [
                     builder.load(place(2, p, builder.add(column, index(j * lanes)), kind), align=size)
@@ -200,7 +200,8 @@ def _multiply(typingctx: Any, c: Any, a: Any, b: Any, i0: Any, i1: Any, p0: Any,
                         builder.store(total, sums[i][j])
             for i in range(rows):
                 for j in range(vectors):
-                    builder.store(builder.load(sums[i][j]), places[i][j], align=size)
+                    total = builder.fadd(builder.load(places[i][j], align=size), builder.load(sums[i][j]))
+                    builder.store(total, places[i][j], align=size)
 
         def strip(low: Any, high: Any, rows: int) -> None:
             with cgutils.for_range_slice(builder, low, high, low.type(rows)) as (row, _):
@@ -271,18 +272,17 @@ def _map(x, f, kind, factor, eps, projection):  # type: ignore[no-untyped-def]
         if kind == ELU:
             for j in range(d):
                 below = x[i, j]
-                if below > zero:
-                    below = zero
+                below = min(below, zero)
                 y = _exp(below, zero)
                 if x[i, j] >= zero:
                     y = x[i, j] + one
                 f[i, j] = factor * y
         elif kind == RELU:
             for j in range(d):
-                f[i, j] = factor * ((zero if x[i, j] < zero else x[i, j]) + eps)
+                f[i, j] = factor * ((max(x[i, j], zero)) + eps)
         elif kind == RELU2:
             for j in range(d):
-                y = zero if x[i, j] < zero else x[i, j]
+                y = max(x[i, j], zero)
                 f[i, j] = factor * (y * y + eps)
         elif kind == COSINE:
             largest, inverse = _length(x[i], d)
@@ -331,8 +331,7 @@ def _length(x, d):  # type: ignore[no-untyped-def]
 def _softmax_row(f, d):  # type: ignore[no-untyped-def]
     high = f[0]
     for j in range(1, d):
-        if f[j] > high:
-            high = f[j]
+        high = max(high, f[j])
     total = 0.0
     zero = f.dtype.type(0)
     for j in range(d):
@@ -360,15 +359,14 @@ def features_back(x, df, dx, kind, factor, projection):  # type: ignore[no-untyp
         if kind == ELU:
             for j in range(d):
                 below = x[i, j]
-                if below > zero:
-                    below = zero
+                below = min(below, zero)
                 dx[i, j] = factor * df[i, j] * _exp(below, zero)
         elif kind == RELU:
             for j in range(d):
-                dx[i, j] = factor * df[i, j] if x[i, j] > zero else (zero if x[i, j] <= zero else x[i, j])
+                dx[i, j] = factor * df[i, j] if x[i, j] > zero else (max(zero, x[i, j]))
         elif kind == RELU2:
             for j in range(d):
-                dx[i, j] = factor * df[i, j] * (two * (zero if x[i, j] < zero else x[i, j]))
+                dx[i, j] = factor * df[i, j] * (two * (max(x[i, j], zero)))
         elif kind == COSINE:
             largest, inverse = _length(x[i], d)
             along = 0.0
@@ -422,19 +420,19 @@ def _window(u, first, most, decay, z, m, factors, low, high, last):  # type: ign
         for j in range(d):
             x = u[first + count, j] * log2e
             y = last[j] + gone
-            y = x if x > y else y
+            y = max(y, x)
             least = low[j] if low[j] < y and low[j] > none else y
-            most_of = high[j] if high[j] > y else y
+            most_of = max(y, high[j])
             apart += most_of - least > width
         if apart and count:
             break
         for j in range(d):
             x = u[first + count, j] * log2e
             y = last[j] + gone
-            y = x if x > y else y
+            y = max(y, x)
             last[j] = y
             low[j] = low[j] if low[j] < y and low[j] > none else y
-            high[j] = high[j] if high[j] > y else y
+            high[j] = max(y, high[j])
         count += 1
     start = np.float64(decay[first]) * 1.4426950408889634 if decays else 0.0
     for j in range(d):
@@ -487,10 +485,9 @@ def _scale_query(q, m, d):  # type: ignore[no-untyped-def]
     top = none
     for j in range(d):
         x = q[j] * log2e + m[j]
-        if x > top:
-            top = x
+        top = max(top, x)
     top = np.ceil(top)
-    if not top - top == 0:
+    if top - top != 0:
         top = q.dtype.type(0)
     for j in range(d):
         q[j] = _exp(q[j], top - m[j])
@@ -1061,8 +1058,7 @@ def attend(q, k, v, mask, scales, out, shift, causal, turned, scores, values, hi
                         if not mask[first + j]:
                             scores[i, j] = none
                 for j in range(seen):
-                    if scores[i, j] > high:
-                        high = scores[i, j]
+                    high = max(high, scores[i, j])
                 if high > highest[row + i]:
                     if highest[row + i] > none:
                         factor = _exp(highest[row + i] - high, zero)

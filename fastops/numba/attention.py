@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -189,8 +190,7 @@ def _heads(
         if offsets is None:
             sequences = [(b, slice(0, q.shape[2]), slice(0, k.shape[2]))]
         else:
-            edges = offsets.tolist()
-            parts = [slice(*pair) for pair in zip(edges[:-1], edges[1:], strict=True)]
+            parts = [slice(*pair) for pair in pairwise(offsets.tolist())]
             sequences = [(i, part, part) for i, part in enumerate(parts)]
         for h in range(k.shape[1]):
             own = slice(h * groups, (h + 1) * groups)
@@ -222,8 +222,10 @@ def _told(loops: _Loops, state: tuple[Array, Array, Array]) -> tuple[Array, Arra
     if loops.map.holds == kernels.PLAIN:
         return state
     change = _change(z)
-    empty = np.isneginf(m)
-    return np.ldexp(s, -change[:, None]), np.ldexp(z, -change), np.where(empty, m, m + change.astype(m.dtype))
+    s, z = np.ldexp(s, -change[:, None]), np.ldexp(z, -change)
+    # Without a key there is no sum, whatever an initial state said.
+    s[np.isneginf(m)] = z[np.isneginf(m)] = 0
+    return s, z, m + change.astype(m.dtype)
 
 
 def _change(z: Array) -> NDArray[np.int32]:
@@ -346,9 +348,11 @@ def linear_attention_backward(
         if d_state is None:
             ds, dz = np.zeros((f, columns), real), np.zeros(f, real)
         else:
-            change = _change(own_state[1]) if mapped.holds else np.zeros(f, np.int32)
-            ds = np.ldexp(d_state[0][index, h], -change[:, None])
-            dz = np.ldexp(d_state[1][index, h], -change)
+            ds, dz = (np.array(x[index, h], real, order="C") for x in d_state)
+            if mapped.holds != kernels.PLAIN:
+                change = _change(own_state[1])
+                ds, dz = np.ldexp(ds, -change[:, None]), np.ldexp(dz, -change)
+                ds[np.isneginf(own_state[2])] = dz[np.isneginf(own_state[2])] = 0
         for piece, before in zip(reversed(pieces), reversed(stored), strict=True):
             # A copy, since pieces may share what is stored.
             own_state = before[0].copy(), before[1].copy(), before[2].copy()
