@@ -20,6 +20,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "linear_attention",
         "linear_attention_backward",
         "linear_attention_step",
+        "plain_step",
         "softmax_attention",
     ),
     "mitchell": (

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -154,67 +154,20 @@ def _conditions(
     return mask, offsets, g, p.state("initial_state", initial_state, options, offsets)
 
 
-class _Plan(NamedTuple):
-    """What follows from the sizes and options of a step."""
-
-    options: LinearOptions
-    wide: np.dtype[Any]
-    state: tuple[tuple[int, ...], ...]
-    result: tuple[int, ...]
-
-
 @lru_cache(maxsize=64, typed=True)
-def _plan(
+def _quick_options(
+    d: int,
     dtype: np.dtype[Any],
-    q: tuple[int, ...],
-    k: tuple[int, ...],
-    v: tuple[int, ...],
     feature_map: str,
     normalize: bool | None,
     eps: float,
     kernel_eps: float | None,
     scale: float | None,
-) -> _Plan | None:
-    """The plan of a step on 3-D arrays of these shapes; None where the full check is needed."""
-    if dtype not in _validate.FLOAT_DTYPES or not (len(q) == len(k) == len(v) == 3) or q[2] != k[2] or k[:2] != v[:2]:
+) -> LinearOptions | None:
+    """The options of a step, checked once for all steps that have them; None of dtypes that are converted."""
+    if dtype not in (np.float32, np.float64):
         return None
-    # The strides of axes of length 1 say nothing.
-    if q[0] != k[0] or not q[1] or not k[1] or q[1] % k[1] or q[2] < 2 or v[2] < 2:
-        return None
-    wide = _attention.compute_dtype(dtype)
-    checked = _attention.linear_options(q[2], wide, True, feature_map, normalize, eps, kernel_eps, scale, None)
-    lead, f = k[:2], checked.features(q[2])
-    return _Plan(checked, wide, ((*lead, f, v[2]), *[(*lead, f)] * (checked.parts - 1)), (*q[:2], v[2]))
-
-
-_ndarray = np.ndarray
-
-
-def _planned(q: Any, k: Any, v: Any, state: Any, *options: Any) -> _Plan | None:
-    """The plan of a step whose arrays backends can take as they are, else None: the full check says why, or makes them fit."""
-    if not (type(q) is type(k) is type(v) is _ndarray and type(state) is tuple):
-        return None
-    dtype = q.dtype
-    if not (dtype is k.dtype is v.dtype):
-        return None
-    try:
-        plan = _plan(dtype, q.shape, k.shape, v.shape, *options)
-    except TypeError:  # an option of the wrong type, or one without a hash
-        return None
-    if plan is None or len(state) != len(plan.state):
-        return None
-    for x in (q, k, v):
-        if not x.flags.carray and (x.strides[2] != x.itemsize or not x.flags.aligned):
-            return None
-    wide = plan.wide
-    qb, kb, vb = q.base, k.base, v.base
-    for x, shape in zip(state, plan.state, strict=False):
-        # Memory of its own: at most views of it may overlap.
-        if not (type(x) is _ndarray and x.base is None and x.dtype is wide and x.shape == shape and x.flags.carray):
-            return None
-        if qb is x or kb is x or vb is x or q is x or k is x or v is x:
-            return None
-    return plan
+    return _attention.linear_options(d, dtype, True, feature_map, normalize, eps, kernel_eps, scale, None)
 
 
 def linear_attention_step_(
@@ -291,12 +244,15 @@ def linear_attention_step_(
     >>> state[1][0, 0]
     array([2., 2., 2., 2.], dtype=float32)
     """
-    if out is None and decay is None and projection is None:
-        plan = _planned(q, k, v, state, feature_map, normalize, eps, kernel_eps, scale)
-        if plan is not None:
-            y = np.empty(plan.result, q.dtype)  # type: ignore[union-attr]
-            _backend.linear_attention_step(q, k, v, y, plan.options, None, state)
-            return y
+    if decay is None and projection is None and type(q) is np.ndarray:
+        try:
+            quick = _quick_options(q.shape[-1], q.dtype, feature_map, normalize, eps, kernel_eps, scale)
+        except (IndexError, TypeError):  # no axis; an option of the wrong type, or one without a hash
+            quick = None
+        if quick is not None:
+            y: AnyArray | None = _backend.plain_step(q, k, v, state, out, quick)
+            if y is not None:
+                return y
     given = (feature_map, normalize, eps, kernel_eps, scale, projection)
     step, options = _attention.prepare_step(q, k, v, out, decay, state, given)
     if step.q.size:

@@ -43,21 +43,25 @@ Tensor tensor(const py::object& object, const char* name, bool writable = false)
 }
 
 // LinearOptions of fastops/_attention.py, a named tuple.
+void set_options(const py::tuple& options, fastops_linear_attention* s, py::object* projection) {
+  if (options.size() != 7) bad_value("options must have seven fields");
+  s->feature_map = -1;
+  for (std::size_t i = 0; i < kMaps.size(); ++i)
+    if (PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(options.ptr(), 0), kMaps[i]) == 0)
+      s->feature_map = static_cast<std::int32_t>(i);
+  if (s->feature_map < 0) bad_value("feature_map is unknown");
+  s->causal = options[1].cast<bool>();
+  s->normalize = options[2].cast<bool>();
+  s->eps = options[3].cast<double>();
+  s->kernel_eps = options[4].cast<double>();
+  s->scale = options[5].cast<double>();
+  *projection = options[6];
+}
+
 fastops_linear_attention shape_of(const py::tuple& options, const Tensor& q, const Tensor& k, const Tensor& v,
                                   py::object* projection) {
-  if (options.size() != 7) bad_value("options must have seven fields");
   fastops_linear_attention s{};
-  const auto map = options[0].cast<std::string>();
-  s.feature_map = -1;
-  for (std::size_t i = 0; i < kMaps.size(); ++i)
-    if (map == kMaps[i]) s.feature_map = static_cast<std::int32_t>(i);
-  if (s.feature_map < 0) bad_value("feature_map is unknown");
-  s.causal = options[1].cast<bool>();
-  s.normalize = options[2].cast<bool>();
-  s.eps = options[3].cast<double>();
-  s.kernel_eps = options[4].cast<double>();
-  s.scale = options[5].cast<double>();
-  *projection = options[6];
+  set_options(options, &s, projection);
   s.dtype = q.view.dtype;
   s.batch = q.batch;
   s.heads_q = q.head;
@@ -173,6 +177,97 @@ void linear_attention_step(const py::object& q, const py::object& k, const py::o
   });
 }
 
+// What a step needs of NumPy: its array type and the two dtypes, which live as long as the process.
+struct Numpy {
+  PyObject *array, *float32, *float64;
+
+  static const Numpy& get() {
+    static const Numpy numpy{reinterpret_cast<PyObject*>(py::detail::npy_api::get().PyArray_Type_),
+                             py::dtype::of<float>().release().ptr(), py::dtype::of<double>().release().ptr()};
+    return numpy;
+  }
+};
+
+// An exact ndarray of the dtype, C-contiguous and aligned; with `own`, writable memory that no other array owns.
+const py::detail::PyArray_Proxy* plain_array(PyObject* object, int ndim, PyObject* descr, bool own) {
+  constexpr int kContiguous = 0x0001, kAligned = 0x0100, kWriteable = 0x0400;
+  if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != Numpy::get().array) return nullptr;
+  const auto* const a = py::detail::array_proxy(object);
+  const int wanted = kContiguous | kAligned | (own ? kWriteable : 0);
+  const bool fits = a->nd == ndim && (a->flags & wanted) == wanted && a->descr == descr;
+  return fits && !(own && a->base != nullptr) ? a : nullptr;
+}
+
+// A step on arrays as decoding has them, without the cost of views. None where something is otherwise than plain_array
+// wants it, or the sizes do not fit: the full check says what, or makes it fit.
+py::object plain_step(const py::object& q, const py::object& k, const py::object& v, const py::object& state,
+                      const py::object& out, const py::tuple& options) {
+  const Numpy& numpy = Numpy::get();
+  const auto is_array = [&](const py::object& x) { return reinterpret_cast<PyObject*>(Py_TYPE(x.ptr())) == numpy.array; };
+  if (!is_array(q) || !PyTuple_CheckExact(state.ptr())) return py::none();
+  PyObject* const descr = py::detail::array_proxy(q.ptr())->descr;
+  if (descr != numpy.float32 && descr != numpy.float64) return py::none();
+  const auto* const aq = plain_array(q.ptr(), 3, descr, false);
+  const auto* const ak = plain_array(k.ptr(), 3, descr, false);
+  const auto* const av = plain_array(v.ptr(), 3, descr, false);
+  if (aq == nullptr || ak == nullptr || av == nullptr) return py::none();
+  const auto size = [](const py::detail::PyArray_Proxy* a, int axis) {
+    return static_cast<std::size_t>(a->dimensions[axis]);
+  };
+  fastops_linear_attention s{};
+  py::object projection;
+  set_options(options, &s, &projection);
+  s.dtype = descr == numpy.float64 ? FASTOPS_F64 : FASTOPS_F32;
+  s.batch = size(aq, 0);
+  s.heads_q = size(aq, 1);
+  s.heads_kv = size(ak, 1);
+  s.queries = s.keys = 1;
+  s.dim = size(aq, 2);
+  s.values = size(av, 2);
+  s.features = s.dim + (s.feature_map == FASTOPS_MAP_COSINE ? 1 : 0);
+  if (!projection.is_none() || size(ak, 0) != s.batch || size(av, 0) != s.batch || size(av, 1) != s.heads_kv ||
+      size(ak, 2) != s.dim || s.heads_kv == 0 || s.heads_q % s.heads_kv != 0)
+    return py::none();
+
+  const int parts = s.feature_map >= FASTOPS_MAP_EXP ? 3 : 2;
+  if (PyTuple_GET_SIZE(state.ptr()) != parts) return py::none();
+  const auto apart = [&](PyObject* x) {
+    for (const auto* a : {aq, ak, av})
+      if (a->base == x) return false;
+    return x != q.ptr() && x != k.ptr() && x != v.ptr();
+  };
+  void* data[3] = {};
+  for (int i = 0; i < parts; ++i) {
+    PyObject* const x = PyTuple_GET_ITEM(state.ptr(), i);
+    const auto* const a = plain_array(x, i == 0 ? 4 : 3, descr, true);
+    if (a == nullptr || !apart(x) || size(a, 0) != s.batch || size(a, 1) != s.heads_kv || size(a, 2) != s.features ||
+        (i == 0 && size(a, 3) != s.values))
+      return py::none();
+    for (int j = 0; j < i; ++j)
+      if (x == PyTuple_GET_ITEM(state.ptr(), j)) return py::none();
+    data[i] = a->data;
+  }
+  py::object y = out;
+  if (out.is_none()) {
+    const std::vector<py::ssize_t> shape = {aq->dimensions[0], aq->dimensions[1], av->dimensions[2]};
+    y = py::array(py::reinterpret_borrow<py::dtype>(descr), shape);
+  }
+  const auto* const ay = plain_array(y.ptr(), 3, descr, true);
+  if (ay == nullptr || !apart(y.ptr()) || size(ay, 0) != s.batch || size(ay, 1) != s.heads_q || size(ay, 2) != s.values)
+    return py::none();
+  for (int i = 0; i < parts; ++i)
+    if (y.ptr() == PyTuple_GET_ITEM(state.ptr(), i)) return py::none();
+
+  const auto heads = [](const py::detail::PyArray_Proxy* a) {
+    const auto columns = static_cast<std::ptrdiff_t>(a->dimensions[2]);
+    return fastops_heads{a->data, static_cast<std::ptrdiff_t>(a->dimensions[1]) * columns, columns, 0};
+  };
+  fastops_linear_options o{};
+  o.final_state = {data[0], data[1], data[2]};
+  call([&](fastops_poll) { return fastops_linear_attention_step(&s, heads(aq), heads(ak), heads(av), heads(ay), &o); });
+  return y;
+}
+
 void linear_attention_backward(const py::object& dy, const py::object& q, const py::object& k, const py::object& v,
                                const py::object& y, const py::object& dq, const py::object& dk, const py::object& dv,
                                const py::tuple& options, const py::object& key_mask, const py::object& offsets,
@@ -240,6 +335,7 @@ void bind_attention(py::module_& m) {
         arg("key_mask"), arg("offsets"), arg("decay"), arg("state"), arg("state_out"));
   m.def("linear_attention_step", &linear_attention_step, arg("q"), arg("k"), arg("v"), arg("out"), arg("options"),
         arg("decay"), arg("state"));
+  m.def("plain_step", &plain_step, arg("q"), arg("k"), arg("v"), arg("state"), arg("out"), arg("options"));
   m.def("linear_attention_backward", &linear_attention_backward, arg("dy"), arg("q"), arg("k"), arg("v"), arg("y"),
         arg("dq"), arg("dk"), arg("dv"), arg("options"), arg("key_mask"), arg("offsets"), arg("decay"), arg("state"),
         arg("d_state"), arg("d_initial"));

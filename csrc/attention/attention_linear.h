@@ -123,7 +123,7 @@ void add_state(const State<T>& to, const State<T>& from, std::size_t features, s
 // One head's passes over its tokens. Names: kf, qf are chunks of features, s, z, m the state, p the triangle of weights.
 template <class T> class Pass {
   using V = Vector<T>;
-  static constexpr std::size_t W = kWidth<T>, kStepVectors = 8;
+  static constexpr std::size_t W = kWidth<T>;
 
  public:
   // Chunks of `rows` tokens: kChunk with causality, whose triangle they hold, else more, one for a step.
@@ -277,7 +277,7 @@ template <class T> class Pass {
         scale_row(qf_, fp_, lifted_[0] = kLift<T>);
         denominator = dot(qf_, state_.z, fp_);
       }
-      for (std::size_t e = 0; e < head_.values; e += kStepVectors * W) step_columns(s, keep, e, r == 0);
+      step_columns(s, keep, r == 0);
       scale_row(o_, vp_, row_factor(denominator, 0));
       write_row<T>(call_.dtype, o_, head_.values,
                    const_cast<char*>(row_at(call_.dtype, head_.out.data, head_.out_head, r)));
@@ -687,37 +687,38 @@ template <class T> class Pass {
     store(decays_, exp_nonpositive(load<V>(decays_)));
     prefix_[0] = decays_[0];
   }
-  // Some vectors of columns, in registers: [s = keep s + k v and] o = q s.
-  void step_columns(T* s, const T* keep, std::size_t e, bool moves) noexcept {
-    V sums[kStepVectors] = {};
+  // Columns e .. of a token's step: [s = keep s + k v and] o = q s. Whole vectors, with the sums in registers.
+  template <std::size_t Vectors> void step_vectors(T* s, const T* keep, std::size_t e, bool moves) noexcept {
+    V sums[Vectors] = {};
     const T* const values = v_[0] + e;
-    const bool whole = e + kStepVectors * W <= head_.values;
-    for (std::size_t d = 0; d < call_.features; ++d) {
+    for (std::size_t d = 0; d < call_.features; ++d, s += call_.values) {
       const V k = splat<V>(kf_[d]), q = splat<V>(qf_[d]), kept = splat<V>(keep[d]);
-      T* const row = s + d * call_.values + e;
-      if (whole) {
 #pragma GCC unroll 8
-        for (std::size_t x = 0; x < kStepVectors; ++x) {
-          V y = load<V>(row + x * W);
-          if (moves) store(row + x * W, y = simd::fma(k, load<V>(values + x * W), kept * y));
-          sums[x] = simd::fma(q, y, sums[x]);
-        }
-        continue;
-      }
-      for (std::size_t x = 0; x < kStepVectors && e + x * W < head_.values; ++x) {
-        const std::size_t count = least(W, head_.values - e - x * W);
-        V y = count == W ? load<V>(row + x * W) : simd::load_first<V>(row + x * W, count, T(0));
-        if (moves) {
-          y = simd::fma(k, load<V>(values + x * W), kept * y);
-          if (count == W)
-            store(row + x * W, y);
-          else
-            simd::store_first(row + x * W, y, count);
-        }
+      for (std::size_t x = 0; x < Vectors; ++x) {
+        V y = load<V>(s + e + x * W);
+        if (moves) store(s + e + x * W, y = simd::fma(k, load<V>(values + x * W), kept * y));
         sums[x] = simd::fma(q, y, sums[x]);
       }
     }
-    for (std::size_t x = 0; x < kStepVectors && e + x * W < vp_; ++x) store(o_ + e + x * W, sums[x]);
+#pragma GCC unroll 8
+    for (std::size_t x = 0; x < Vectors; ++x) store(o_ + e + x * W, sums[x]);
+  }
+  void step_part(T* s, const T* keep, std::size_t e, std::size_t count, bool moves) noexcept {
+    V sum{};
+    const V value = load<V>(v_[0] + e);
+    for (std::size_t d = 0; d < call_.features; ++d, s += call_.values) {
+      V y = simd::load_first<V>(s + e, count, T(0));
+      if (moves) simd::store_first(s + e, y = simd::fma(splat<V>(kf_[d]), value, splat<V>(keep[d]) * y), count);
+      sum = simd::fma(splat<V>(qf_[d]), y, sum);
+    }
+    store(o_ + e, sum);
+  }
+  void step_columns(T* s, const T* keep, bool moves) noexcept {
+    std::size_t e = 0;
+    for (; e + 8 * W <= head_.values; e += 8 * W) step_vectors<8>(s, keep, e, moves);
+    for (; e + 2 * W <= head_.values; e += 2 * W) step_vectors<2>(s, keep, e, moves);
+    for (; e + W <= head_.values; e += W) step_vectors<1>(s, keep, e, moves);
+    if (e < head_.values) step_part(s, keep, e, head_.values - e, moves);
   }
 
   const LinearCall& call_;

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from .. import _core
 
-__all__ = ["linear_attention", "linear_attention_backward", "linear_attention_step", "softmax_attention"]
+__all__ = ["linear_attention", "linear_attention_backward", "linear_attention_step", "plain_step", "softmax_attention"]
 
 linear_attention = _core.linear_attention
 linear_attention_backward = _core.linear_attention_backward
 linear_attention_step = _core.linear_attention_step
+plain_step = _core.plain_step
 softmax_attention = _core.softmax_attention

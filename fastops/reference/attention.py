@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from .._attention import EXPONENTIAL, LinearOptions
 
-__all__ = ["linear_attention", "linear_attention_backward", "linear_attention_step", "softmax_attention"]
+__all__ = ["linear_attention", "linear_attention_backward", "linear_attention_step", "plain_step", "softmax_attention"]
 
 Array = NDArray[Any]
 Float = NDArray[np.float64]
@@ -283,6 +283,10 @@ def linear_attention_step(
     linear_attention(rows, keys, values, result, options, None, None, g, state, after)
     for x, new in zip(state, after, strict=True):
         x[...] = new
+
+
+def plain_step(q: Array, k: Array, v: Array, state: State, out: Array | None, options: LinearOptions) -> None:
+    """No shorter way for plain arrays here: None sends every step through the full check."""
 
 
 def linear_attention_backward(
