@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -156,6 +157,15 @@ def merged(x: AnyArray, kept: int) -> AnyArray:
     if lead == 0:
         return x[np.newaxis]
     return x.reshape((math.prod(x.shape[:lead]), *x.shape[lead:]))
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """NumPy's ufuncs and indexing lose the MemoryError of their buffers."""
+    try:
+        yield
+    except SystemError:
+        raise MemoryError from None
 
 
 def rises(index: AnyArray) -> bool:
@@ -372,7 +382,9 @@ def decays(value: object, options: LinearOptions, dtype: np.dtype[Any]) -> AnyAr
         raise _validate.wrong_value("decay", f"None with feature_map={options.feature_map!r}", value)
     g = floats("decay", value, dtype)
     few = distinct(g)
-    if np.count_nonzero(few <= 0) != few.size:
+    with memory_errors():
+        negative = np.count_nonzero(few <= 0)
+    if negative != few.size:
         raise _validate.wrong_value("decay", "<= 0 everywhere, the logarithm of a factor", Text("positive ones or nan"))
     return g
 
@@ -458,8 +470,9 @@ def visible_keys(p: Problem, causal: bool, mask: AnyArray | None, offsets: AnyAr
     few = distinct(mask)
     few = np.broadcast_to(few, (*few.shape[:-1], p.nk))
     counts = np.zeros((*few.shape[:-1], p.nk + 1), np.int64)
-    np.cumsum(few.astype(np.int64), axis=-1, out=counts[..., 1:])
-    return counts[..., high] - counts[..., low]
+    with memory_errors():
+        np.cumsum(few.astype(np.int64), axis=-1, out=counts[..., 1:])
+        return counts[..., high] - counts[..., low]
 
 
 def row_factors(p: Problem, factors: AnyArray) -> AnyArray:

@@ -105,7 +105,10 @@ template <class T> class GradientPass : public Pass<T> {
       if (with_decay_) scale_row(state_.z, fp_, keep);
       this->add_keys(n);
       t += n;
-      if (this->stopped()) return;
+      if (this->stopped()) {
+        pieces_ = 0;  // their end is not known: nothing to walk back over
+        return;
+      }
     }
     set_start(pieces_, keys);
   }
@@ -307,7 +310,6 @@ template <class T> class GradientPass : public Pass<T> {
   }
 
   void reverse() noexcept {
-    if (this->stopped()) return;  // the sweep forward may have found no end of its pieces
     transposed_ = nullptr;
     this->units_fixed_ = true;
     if (softmax_) fill<T>(running_, fp_, 0);
