@@ -89,3 +89,34 @@ def test_moving_average_beats_the_raw_weights(tmp_path: Path) -> None:
     assert mean["raw weights"] > 85
     assert mean["moving average"] >= mean["raw weights"] + tolerance.AVERAGE_GAIN
     assert picture.read_text(encoding="utf-8").count("<path") > 10
+
+
+def long_context(*arguments: str) -> list[str]:
+    """What the program prints."""
+    command = [sys.executable, str(EXAMPLES / "long_context.py"), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
+
+
+def test_long_context_compares_linear_with_softmax(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    picture = tmp_path / "attention.svg"
+    title, header, *rows = long_context("--length", "1500", "--shortest", "256", "--plot", str(picture))
+    assert title.startswith("1500 bytes, 4 heads of 64")
+    assert header.split() == ["bytes", "linear", "ms", "MiB", "softmax", "ms", "MiB", "faster", "apart"]
+    assert [int(row.split()[0]) for row in rows] == [256, 512, 1024, 1500]
+    for row in rows:
+        _, linear, _, softmax, _, faster, apart = map(float, row.split())
+        assert abs(faster - softmax / linear) <= tolerance.printed(1) + 0.1 * faster
+        # Both are averages of the same values, by other weights: neither the same nor strangers.
+        assert 0.05 < apart < 1
+    assert picture.read_text(encoding="utf-8").count("<path") > 10
+
+
+def test_long_context_reads_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(b"to be or not to be, " * 20)
+    title, _, row = long_context(str(path), "--shortest", "400")
+    assert title.startswith("400 bytes")
+    assert row.split()[0] == "400"
