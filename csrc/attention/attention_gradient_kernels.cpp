@@ -454,7 +454,7 @@ template <class T> std::size_t work_items(const LinearCall& call, std::size_t qu
   head.values = call.values;
   head.queries = queries;
   head.keys = keys;
-  const LinearGradient gradient{};
+  static constexpr LinearGradient gradient{};
   Parts<T> parts(nullptr);
   GradientPass<T>(call, head, gradient, parts);
   return parts.used();
