@@ -21,6 +21,7 @@ import fastops
 from fastops import attention as module
 
 F32, F64 = FLOATS["f32"], FLOATS["f64"]
+HALF = ("f16", "bf16")
 HALVES = [dtype for dtype in FLOATS.values() if dtype.itemsize == 2]
 BF16 = FLOATS.get("bf16")
 needs_bfloat16 = pytest.mark.skipif(BF16 is None, reason="ml_dtypes is not installed")
@@ -148,7 +149,7 @@ SIZES = [
 def test_forward_is_the_definition(ops: ModuleType, name: str, causal: bool, dtype: str) -> None:
     for seed, (b, h, heads, n, m, d, e) in enumerate(SIZES):
         q, k, v = operands(seed, b, h, heads, n, m, d, e, FLOATS[dtype])
-        for condition in conditions(name, causal, b, heads, m, seed)[:: 1 if seed < 4 else 2]:
+        for condition in conditions(name, causal, b, heads, m, seed)[seed % 2 :: 2 if seed > 3 or dtype in HALF else 1]:
             options = {"causal": causal, **of_map(name, d), **condition}
             before = [bits(x).copy() for x in (q, k, v)]
             y = ops.linear_attention(q, k, v, **options)

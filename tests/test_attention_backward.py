@@ -173,7 +173,7 @@ def test_gradients_of_packed_sequences(ops: ModuleType, name: str, causal: bool)
                 assert_same_bits(got[i : i + 1], want)
 
 
-SIZES = [(2, 2, 1, 5, 5, 3, 2), (1, 4, 2, 9, 21, 8, 5), (1, 2, 2, 70, 70, 17, 9), (1, 1, 1, 40, 33, 5, 33)]
+SIZES = [(2, 2, 1, 5, 5, 3, 2), (1, 4, 2, 9, 37, 8, 5), (1, 2, 2, 35, 35, 17, 9), (1, 1, 1, 40, 33, 5, 33)]
 
 
 @every_map
@@ -182,7 +182,7 @@ SIZES = [(2, 2, 1, 5, 5, 3, 2), (1, 4, 2, 9, 21, 8, 5), (1, 2, 2, 70, 70, 17, 9)
 def test_gradients_in_every_dtype(ops: ModuleType, name: str, causal: bool, dtype: str) -> None:
     """Against those of the same numbers in float64 by the reference, whose own are difference quotients (above)."""
     for seed, (b, h, heads, n, m, d, e) in enumerate(SIZES):
-        for kind in ("plain", "mask", *(("decay",) if causal and name in DECAYING else ())):
+        for kind in ("plain",) if seed == 0 else ("decay and mask" if causal and name in DECAYING else "mask",):
             options = {"causal": causal, **of_map(name, d), **condition(kind, name, causal, b, heads, m, seed)}
             if dtype != "f64":
                 for key in ("projection", "decay"):
