@@ -368,7 +368,7 @@ def _size_plots(run: Run) -> list[dict[str, str]]:
     plots: list[dict[str, str]] = []
     for name, groups in _lengths(run).items():
         figure = _figure(7.2, 3.6)
-        _length_plot(figure, groups, _INK)
+        _length_plot(figure, groups, run.machine["targets"], _INK)
         plots.append({"title": f"{name}: time and memory over the length", "svg": _svg(figure, f"s{len(plots)}")})
     for group in run.groups:
         if not _measures_memory(group):
@@ -414,9 +414,13 @@ def _lengths(run: Run) -> dict[str, list[Group]]:
     return found
 
 
-def _length_plot(figure: Figure, groups: Sequence[Group], ink: str) -> None:
-    """Time and memory over the length, one line a row that is on one thread."""
-    names = [m.row.name for m in groups[0].measurements if m.row.threads == 1]
+def _length_plot(figure: Figure, groups: Sequence[Group], targets: Sequence[str], ink: str) -> None:
+    """Time and memory over the length: what users choose between, on one thread, of our levels the best."""
+    names = [
+        m.row.name
+        for m in groups[0].measurements
+        if m.row.threads == 1 and m.row.name != "reference" and m.row.target in ("", *targets[:1])
+    ]
     left, right = figure.subplots(1, 2)
     for number, name in enumerate(names):
         rows = [(g.case.shape[0], m) for g in groups for m in g.measurements if m.row.name == name and m.seconds]
@@ -447,8 +451,10 @@ def lengths(run: Run) -> str:
         raise ValueError("--lengths: no operation was timed at three lengths")
     name, groups = next(iter(found.items()))
     figure = _figure(8.4, 4.2)
-    _length_plot(figure, groups, _INK)
-    figure.suptitle(f"{name}, {groups[0].case.size} and longer, on {run.machine['cpu']}", fontsize=10, color=_INK)
+    _length_plot(figure, groups, run.machine["targets"], _INK)
+    _, batch, heads, width = groups[0].case.shape
+    title = f"{name}: batch {batch}, {heads} heads of {width}, one thread of {run.machine['cpu']}"
+    figure.suptitle(title, fontsize=10, color=_INK)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + _svg(figure, "l", ink="#222222", background="#ffffff")
 
 
