@@ -572,11 +572,21 @@ def test_markdown_has_a_column_for_each_level() -> None:
     outcome = result()
     outcome.machine["targets"] = ["v3", "v2"]
     heads, rule, row = report.markdown(outcome).splitlines()
-    assert heads == "| operation | v3 x exact | v2 x exact | x reference | x Numba | others |"
+    assert heads == "| operation | yardstick | v3 | v2 | reference | Numba | others |"
     assert rule.count("|") == heads.count("|")
-    assert row == f"| {FIRST.group} | 2 |  | 40 |  |  |"
+    assert row == f"| {FIRST.group} | NumPy exact | 2 |  | 40 |  |  |"
     outcome.groups[0].noise = None
-    assert report.markdown(outcome).splitlines()[2] == f"| {FIRST.group} | ~2 |  | ~40 |  |  |"
+    assert report.markdown(outcome).splitlines()[2] == f"| {FIRST.group} | NumPy exact | ~2 |  | ~40 |  |  |"
+
+    # A row of several threads has a column, and is compared with others of several.
+    group = outcome.groups[0]
+    ours = group.measurements[-1]
+    for name, backend in (("native v3, 4 threads", "native"), ("peer, 4 threads", "")):
+        row_of_many = dataclasses.replace(ours.row, name=name, backend=backend, threads=4)
+        group.measurements.append(dataclasses.replace(ours, row=row_of_many))
+    heads, _, row = report.markdown(outcome).splitlines()
+    assert heads == "| operation | yardstick | v3 | v2 | v3, 4 threads | reference | Numba | others |"
+    assert row == f"| {FIRST.group} | NumPy exact | ~2 |  | ~2 | ~40 |  | peer, 4 threads: ~1 |"
 
 
 @pytest.mark.parametrize(

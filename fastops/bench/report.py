@@ -501,28 +501,39 @@ def _best(run: Run, group: Group) -> Measurement | None:
 
 
 def markdown(run: Run) -> str:
-    """The README's table: each level's rate over exact NumPy's, and the best level's over the other ways."""
+    """The README's table: each level's rate over the yardstick's, and ours over the other ways on as many threads."""
     targets = run.machine["targets"]
-    heads = ["operation", *(f"{t} x exact" for t in targets), "x reference", "x Numba", "others"]
-    rows = [heads, ["---", *["---:"] * (len(heads) - 2), "---"]]
-    for group in run.groups:
+    kept = [(group, best) for group in run.groups if (best := _best(run, group)) is not None]
+    several = {group.case.group: _of_several(group) for group, _ in kept}
+    threads = max((m.row.threads for m in several.values() if m), default=1)
+    columns = [*targets, *([f"{targets[0]}, {threads} threads"] if threads > 1 else [])]
+    heads = ["operation", "yardstick", *columns, "reference", "Numba", "others"]
+    rows = [heads, ["---", "---", *["---:"] * (len(columns) + 2), "---"]]
+    for group, best in kept:
         named = {m.row.name: m for m in group.measurements if m.seconds}
-        best = _best(run, group)
-        if best is None:
-            continue
+        many = several[group.case.group]
         mark = "~" if group.noisy else ""
-        over = {name: mark + ratio_text(group.ratio(best, m)) for name, m in named.items()}
-        levels = [named.get(f"native {target}") for target in targets]
-        cells = [group.case.group, *(mark + ratio_text(group.ratio(m, group.yardstick)) if m else "" for m in levels)]
-        cells += [over.pop("reference", ""), over.pop("numba", "")]
+
+        def over(ours: Measurement | None, other: Measurement | None, mark: str = mark, group: Group = group) -> str:
+            return mark + ratio_text(group.ratio(ours, other)) if ours and other else ""
+
+        shown = [named.get(f"native {target}") for target in targets] + [many] * (threads > 1)
         base = group.yardstick.row.name if group.yardstick else ""
         others = [
-            f"{name}: {ratio}{' (in place of exact)' if name == base else ''}"
-            for name, ratio in over.items()
-            if not name.startswith(("native", "NumPy exact"))
+            f"{name}: {over(many if many and m.row.threads > 1 else best, m)}"
+            for name, m in named.items()
+            if name not in ("reference", "numba", base) and not name.startswith("native")
         ]
-        rows.append([*cells, "; ".join(others)])
+        cells = [group.case.group, base, *(over(m, group.yardstick) for m in shown)]
+        cells += [over(best, named.get("reference")), over(best, named.get("numba")), "; ".join(others)]
+        rows.append(cells)
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _of_several(group: Group) -> Measurement | None:
+    """Our fastest row of several threads."""
+    ours = [m for m in group.measurements if m.seconds and m.row.name.startswith("native") and m.row.threads > 1]
+    return max(ours, key=lambda m: m.rate, default=None)
 
 
 def picture(run: Run) -> str:
