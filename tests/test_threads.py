@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 import fastops
 from fastops import _tensors
+from fastops._attention import LinearOptions
 
 Array = NDArray[Any]
 
@@ -49,7 +50,26 @@ def _calls(module: ModuleType) -> dict[str, Callable[[], tuple[Array, ...]]]:
         module.ema_update((lists[0],), lists[1], (0.3,), None)
         return tuple(x for items in lists for x in items)
 
+    rows = rng.standard_normal((1, 3, 301, 24)).astype(np.float32)
+    elu = LinearOptions("elu", True, True, 0.0, 0.0, 1.0, None)
+
+    def attend(causal: bool) -> tuple[Array, ...]:
+        y, gradients = np.empty_like(rows), tuple(np.empty_like(rows) for _ in range(3))
+        state = np.empty((1, 3, 24, 24), np.float32), np.empty((1, 3, 24), np.float32)
+        options, none = elu._replace(causal=causal), (None,) * 4
+        module.linear_attention(rows, rows, rows, y, options, *none, state)
+        module.linear_attention_backward(rows, rows, rows, rows, y, *gradients, options, *none, None, None)
+        return (y, *state, *gradients)
+
+    def softmax() -> tuple[Array, ...]:
+        y = np.empty_like(rows)
+        module.softmax_attention(rows, rows, rows, y, True, 0.2, None, None, None)
+        return (y,)
+
     return {
+        "linear attention": lambda: attend(False),
+        "linear attention, causal": lambda: attend(True),
+        "softmax attention": softmax,
         "step": step,
         "mul": lambda: (module.mitchell_mul(long, long),),
         "matmul": lambda: (module.mitchell_matmul(a, tall, multiplier=plain),),

@@ -27,9 +27,14 @@ def stepped():
     fastops.adamw_step_(*lists[:4], step=1, lr=0.1, ema=fastops.TensorList(lists[4]), ema_decay=0.9)
     fastops.ema_update_(lists[4], lists[0], 0.99)
     return np.concatenate([x for items in lists for x in items])
+rows = rng.standard_normal((1, 2, 1500, 32)).astype(np.float32)
+def attended():
+    y, state = fastops.linear_attention(rows, rows, rows, causal=True, return_state=True)
+    some = rows[:, :, :200]
+    return np.concatenate([x.ravel() for x in (y, *state, fastops.softmax_attention(some, some, some))])
 def answers():
     return (stepped(), fastops.mitchell_matmul(a, b), fastops.mitchell_conv2d(x, w), fastops.lut_matmul(u8, u8, table),
-            fastops.mitchell_mul(long, long), fastops.Multiplier(0.03).mul(a, b))
+            fastops.mitchell_mul(long, long), fastops.Multiplier(0.03).mul(a, b), attended())
 def right():
     return all(np.array_equal(got, want, equal_nan=True) for got, want in zip(answers(), WANT))
 def end(child, seconds=10.0):

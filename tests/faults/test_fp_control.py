@@ -39,6 +39,15 @@ CALLS = {
     "long mul": lambda: fastops.mitchell_mul(long, long),
     "reduce": lambda: fastops.mitchell_mul.reduce(a, axis=0),
 }
+# Their features, exponentials and sums leave the subnormal numbers of the operands alone.
+rows = f(np.float32, 1, 3, 200, 16)
+decay = -abs(f(np.float32, 1, 3, 200))
+for feature_map in ("elu", "relu2", "exp", "softmax", "cosine"):
+    CALLS[f"linear attention, {feature_map}"] = lambda m=feature_map: fastops.linear_attention(
+        rows, rows, rows, causal=m != "exp", feature_map=m)
+CALLS["linear attention, decay"] = lambda: fastops.linear_attention(rows, rows, rows, causal=True, decay=decay)
+CALLS["linear attention, backward"] = lambda: fastops.linear_attention_backward(rows, rows, rows, rows, rows, causal=True)
+CALLS["softmax attention"] = lambda: fastops.softmax_attention(rows, rows, rows, causal=True)
 for dtype in (np.float16, np.float32, np.float64):
     p, q = f(dtype, 333), f(dtype, 333)
     for multiplier in (fastops.Multiplier(), segmented, flushing):
