@@ -172,9 +172,7 @@ void linear_attention_step(const py::object& q, const py::object& k, const py::o
   fastops_linear_options o{};
   o.decay = per_token(decay, "decay", tk, false);
   o.final_state = state_of(state, s, s.batch, "state", true);
-  call([&](fastops_poll) {
-    return fastops_linear_attention_step(&s, tq.heads, tk.heads, tv.heads, to.heads, &o);
-  });
+  call([&](fastops_poll) { return fastops_linear_attention_step(&s, tq.heads, tk.heads, tv.heads, to.heads, &o); });
 }
 
 // What a step needs of NumPy: its array type and the two dtypes, which live as long as the process.
@@ -203,7 +201,9 @@ const py::detail::PyArray_Proxy* plain_array(PyObject* object, int ndim, PyObjec
 py::object plain_step(const py::object& q, const py::object& k, const py::object& v, const py::object& state,
                       const py::object& out, const py::tuple& options) {
   const Numpy& numpy = Numpy::get();
-  const auto is_array = [&](const py::object& x) { return reinterpret_cast<PyObject*>(Py_TYPE(x.ptr())) == numpy.array; };
+  const auto is_array = [&](const py::object& x) {
+    return reinterpret_cast<PyObject*>(Py_TYPE(x.ptr())) == numpy.array;
+  };
   if (!is_array(q) || !PyTuple_CheckExact(state.ptr())) return py::none();
   PyObject* const descr = py::detail::array_proxy(q.ptr())->descr;
   if (descr != numpy.float32 && descr != numpy.float64) return py::none();

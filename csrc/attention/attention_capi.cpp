@@ -23,7 +23,8 @@ constexpr const SoftmaxKernels* kSoftmax[] = {FASTOPS_FOR_EACH_LEVEL(FASTOPS_SOF
 constexpr double kNanosecondsPerFlop = 0.02;
 // Value columns that one unit of a causal head takes at least, where heads are fewer than threads.
 constexpr std::size_t kColumns = 32;
-// Without causality the keys of a head are cut into parts, where heads are few: at most so many, of at least so many keys.
+// Without causality the keys of a head are cut into parts, where heads are few: at most so many, of at least so many
+// keys.
 constexpr std::size_t kParts = 16, kPartKeys = 512;
 // Queries of one unit without causality.
 constexpr std::size_t kPartQueries = 1024;
@@ -340,7 +341,8 @@ fastops_status fastops_softmax_attention(const fastops_linear_attention* shape, 
   Stopper stopper(poll);
   const SoftmaxCall call{s.causal != 0, static_cast<fastops_dtype>(s.dtype), s.dim, s.values, s.scale, stopper.stop()};
   const unsigned workers = worker_count();
-  const std::size_t size = item_size(s.dtype), item = compute_size(s), group = s.heads_kv == 0 ? 1 : s.heads_q / s.heads_kv;
+  const std::size_t size = item_size(s.dtype), item = compute_size(s),
+                    group = s.heads_kv == 0 ? 1 : s.heads_q / s.heads_kv;
   const std::size_t count = (offsets != nullptr ? sequences : s.batch) * s.heads_q;
   const std::size_t blocks = (s.queries + kSoftmaxRows - 1) / kSoftmaxRows;
   std::size_t units = 0;

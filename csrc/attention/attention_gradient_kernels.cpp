@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The gradient of linear attention: one pass forward for dq, with the state again, and one backward for dk and dv.
 //
-// With G = dy / den and c = -(G . y): A_ij = G_i . v_j + c_i, dq_i = sum_j A_ij k_j, dk_j = sum_i A_ij q_i, dv_j = sum_i (q_i . k_j) G_i.
+// With G = dy / den and c = -(G . y): A_ij = G_i . v_j + c_i, dq_i = sum_j A_ij k_j, dk_j = sum_i A_ij q_i, dv_j =
+// sum_i (q_i . k_j) G_i.
 #include "attention/attention_linear.h"
 
 namespace fastops::FASTOPS_LEVEL {
@@ -13,10 +14,10 @@ template <class T> class GradientPass : public Pass<T> {
   using Base = Pass<T>;
   using V = Vector<T>;
   static constexpr std::size_t W = kWidth<T>;
-  using Base::call_, Base::head_, Base::dp_, Base::fp_, Base::vp_, Base::exponents_, Base::with_decay_, Base::x_, Base::v_, Base::v_copy_,
-      Base::kf_, Base::kft_, Base::qf_, Base::p_, Base::o_, Base::running_, Base::m_old_, Base::prefix_, Base::factor_,
-      Base::state_, Base::live_, Base::shift_, Base::transposed_, Base::least, Base::stride, Base::copy,
-      Base::normalizes;
+  using Base::call_, Base::head_, Base::dp_, Base::fp_, Base::vp_, Base::exponents_, Base::with_decay_, Base::x_,
+      Base::v_, Base::v_copy_, Base::kf_, Base::kft_, Base::qf_, Base::p_, Base::o_, Base::running_, Base::m_old_,
+      Base::prefix_, Base::factor_, Base::state_, Base::live_, Base::shift_, Base::transposed_, Base::least,
+      Base::stride, Base::copy, Base::normalizes;
 
  public:
   GradientPass(const LinearCall& call, const LinearHead& head, const LinearGradient& gradient, Parts<T>& parts)
@@ -220,7 +221,7 @@ template <class T> class GradientPass : public Pass<T> {
     }
     to_input(qf_, df_, n, softmax_);
     for (std::size_t row = 0; row < n; ++row)
-      write_row<T>(call_.dtype, dx_ + row * dp_, call_.dim, 
+      write_row<T>(call_.dtype, dx_ + row * dp_, call_.dim,
                    const_cast<char*>(row_at(call_.dtype, row_at(call_.dtype, gradient_.dq, gradient_.dq_head, r),
                                             stride(call_.dim), i + row)));
   }
@@ -267,8 +268,7 @@ template <class T> class GradientPass : public Pass<T> {
           for (std::size_t d = 0; d < fp_; d += W) store(logs + d, load<V>(f + d) * load<V>(df + d));
           V sum{};
           for (std::size_t d = 0; d < fp_; d += W) sum += load<V>(logs + d);
-          product<T>(1, dp_, Term<T>{logs, stride(fp_), 1, w.plain, stride(w.dim), call_.features},
-                     {dx, stride(dp_)});
+          product<T>(1, dp_, Term<T>{logs, stride(fp_), 1, w.plain, stride(w.dim), call_.features}, {dx, stride(dp_)});
           add_multiple(dx, x, -scale * sum_lanes<T>(sum), dp_);
           break;
         }
@@ -335,7 +335,8 @@ template <class T> class GradientPass : public Pass<T> {
   void to_units(const T* to, const T* from, std::size_t t) noexcept {
     double decay = 0;
     if (t < head_.keys && this->is_steep(t))
-      decay = static_cast<double>(static_cast<const T*>(head_.decay)[stride(t) * head_.decay_step]) * 1.4426950408889634;
+      decay =
+          static_cast<double>(static_cast<const T*>(head_.decay)[stride(t) * head_.decay_step]) * 1.4426950408889634;
     for (std::size_t d = 0; d < fp_; ++d) {
       const double exponent = static_cast<double>(to[d]) - static_cast<double>(from[d]) + decay;
       if (exponent == 0) continue;
@@ -415,16 +416,13 @@ template <class T> class GradientPass : public Pass<T> {
     this->absorb(0, keys, true);
     transpose<T>(state_.s, vp_, fp_, vp_, st_, fp_);
     for (std::size_t r = 0; r < call_.group; ++r)
-      for (std::size_t i = 0; i < head_.queries; i += kChunk)
-        state_dq(r, i, least(kChunk, head_.queries - i), true);
+      for (std::size_t i = 0; i < head_.queries; i += kChunk) state_dq(r, i, least(kChunk, head_.queries - i), true);
     transpose_ds();
     this->units_fixed_ = true;
     for (std::size_t t = 0; t < keys;) {
       const std::size_t n = this->take_keys(t, least(kChunk, keys - t));
-      product<T>(n, vp_, Term<T>{kf_, stride(fp_), 1, ds_, stride(vp_), call_.features},
-                 {dv_, stride(vp_)});
-      product<T>(n, fp_, Term<T>{v_.data, v_.step, 1, dst_, stride(fp_), call_.values},
-                 {dkf_, stride(fp_)});
+      product<T>(n, vp_, Term<T>{kf_, stride(fp_), 1, ds_, stride(vp_), call_.features}, {dv_, stride(vp_)});
+      product<T>(n, fp_, Term<T>{v_.data, v_.step, 1, dst_, stride(fp_), call_.values}, {dkf_, stride(fp_)});
       for (std::size_t j = 0; j < n; ++j) this->accumulate(dkf_ + j * fp_, dz_);
       finish_keys(t, n);
       t += n;
@@ -444,7 +442,8 @@ template <class T> class GradientPass : public Pass<T> {
   const bool softmax_;
   // S^T (values x features), the gradient of the state and its transpose.
   T *const st_, *const ds_, *const dst_, *const dz_;
-  T *const g_, *const y_, *const vt_, *const a_, *const df_, *const dkf_, *const dv_, *const dx_, *const c_, *const first_m_;
+  T *const g_, *const y_, *const vt_, *const a_, *const df_, *const dkf_, *const dv_, *const dx_, *const c_,
+                                                                                                      *const first_m_;
   T *const denominators_, *const shares_, *const starts_, *const z_at_, *const m_at_;
   std::size_t alone_ = 0, shift_keys_ = 0, pieces_ = 0;
 };

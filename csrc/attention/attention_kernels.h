@@ -31,7 +31,7 @@ struct LinearCall {
   std::size_t dim, features, values;  // of q and k, of the state, of v
   std::size_t group;                  // query heads that share a key head
   double eps, kernel_eps, scale;
-  const void* projection;             // FAVOR: prepared by LinearKernels::project
+  const void* projection;  // FAVOR: prepared by LinearKernels::project
   const Stop* stop;
 };
 
@@ -51,12 +51,12 @@ struct LinearHead {
 };
 
 struct LinearGradient {
-  Rows dy;                 // like out
+  Rows dy;  // like out
   std::ptrdiff_t dy_head;
-  void *dq, *dk, *dv;      // rows contiguous, like q, k and v; dq of the first query head
+  void *dq, *dk, *dv;  // rows contiguous, like q, k and v; dq of the first query head
   std::ptrdiff_t dq_head;
-  const void *ds, *dz;     // of the state after the last key; null: none
-  void *ds_in, *dz_in;     // of the initial state; null: not wanted
+  const void *ds, *dz;  // of the state after the last key; null: none
+  void *ds_in, *dz_in;  // of the initial state; null: not wanted
 };
 
 struct SoftmaxCall {
@@ -111,11 +111,11 @@ struct SoftmaxKernels {
 inline constexpr std::size_t kSoftmaxRows = 96;
 
 // [0]: float, [1]: double.
-#define FASTOPS_DECLARE_ATTENTION(level)        \
-  namespace level {                             \
-  extern const LinearKernels kLinearKernels[2];   \
+#define FASTOPS_DECLARE_ATTENTION(level)                        \
+  namespace level {                                             \
+  extern const LinearKernels kLinearKernels[2];                 \
   extern const LinearGradientKernels kLinearGradientKernels[2]; \
-  extern const SoftmaxKernels kSoftmaxKernels[2]; \
+  extern const SoftmaxKernels kSoftmaxKernels[2];               \
   }
 FASTOPS_FOR_EACH_LEVEL(FASTOPS_DECLARE_ATTENTION)
 #undef FASTOPS_DECLARE_ATTENTION

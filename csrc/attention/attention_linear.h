@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Linear attention by chunks of tokens: inside a chunk the triangle of weights, between chunks the state S = sum f(k) v.
+// Linear attention by chunks of tokens: inside a chunk the triangle of weights, between chunks the state S = sum f(k)
+// v.
 #ifndef FASTOPS_ATTENTION_ATTENTION_LINEAR_H
 #define FASTOPS_ATTENTION_ATTENTION_LINEAR_H
 
@@ -15,8 +16,8 @@ namespace fastops::FASTOPS_LEVEL::attention {
 template <class T> inline constexpr T kNone = T(-1e38);
 // How far the largest exponent of a feature may rise within a chunk: far from underflow of what came before it.
 template <class T> inline constexpr T kMostGrowth = T(40);
-// With exponentials: decays below it go into the exponents of the state, not into its numbers; how far the decays within a
-// chunk may add up; sums of keys below 2^this are brought up again, since what made them large is forgotten.
+// With exponentials: decays below it go into the exponents of the state, not into its numbers; how far the decays
+// within a chunk may add up; sums of keys below 2^this are brought up again, since what made them large is forgotten.
 template <class T> inline constexpr T kSteepDecay = T(-20);
 template <class T> inline constexpr T kMostDecay = T(-28);
 inline constexpr int kForgotten = -32;
@@ -59,9 +60,9 @@ template <class T> T dot(const T* a, const T* b, std::size_t n) noexcept {
 template <class T> void scale_row(T* row, std::size_t n, T factor) noexcept {
   for (std::size_t i = 0; i < n; i += kWidth<T>) store(row + i, load<Vector<T>>(row + i) * factor);
 }
-// Bodies of loops over whole vectors of a row; the last of them keeps `tail` lanes and zeros the rest.
-template <class T, class Body> FASTOPS_INLINE void map_row(const T* x, T* f, std::size_t n, std::size_t padded_n,
-                                                           Body body) {
+// f = body(x) by whole vectors, zeros from n on.
+template <class T, class Body>
+FASTOPS_INLINE void map_row(const T* x, T* f, std::size_t n, std::size_t padded_n, Body body) {
   using V = Vector<T>;
   std::size_t i = 0;
   for (; i + kWidth<T> <= n; i += kWidth<T>) store(f + i, body(load<V>(x + i)));
@@ -79,7 +80,9 @@ template <class T> struct Projection {
   std::size_t dim, features;  // padded
 
   Projection(const LinearCall& call)
-      : transposed(static_cast<const T*>(call.projection)), dim(padded<T>(call.dim)), features(padded<T>(call.features)) {
+      : transposed(static_cast<const T*>(call.projection)),
+        dim(padded<T>(call.dim)),
+        features(padded<T>(call.features)) {
     plain = transposed + call.dim * features;
   }
 };
@@ -94,8 +97,7 @@ template <class T> void project(const LinearCall& call, const void* projection, 
   const std::size_t features = padded<T>(call.features), dim = padded<T>(call.dim);
   T* const plain = to + call.dim * features;
   for (std::size_t r = 0; r < call.features; ++r)
-    for (std::size_t d = 0; d < call.dim; ++d)
-      to[d * features + r] = plain[r * dim + d] = factor * w[r * call.dim + d];
+    for (std::size_t d = 0; d < call.dim; ++d) to[d * features + r] = plain[r * dim + d] = factor * w[r * call.dim + d];
 }
 
 // A state in padded rows.
@@ -120,7 +122,8 @@ void add_state(const State<T>& to, const State<T>& from, std::size_t features, s
   }
 }
 
-// One head's passes over its tokens. Names: kf, qf are chunks of features, s, z, m the state, p the triangle of weights.
+// One head's passes over its tokens. Names: kf, qf are chunks of features, s, z, m the state, p the triangle of
+// weights.
 template <class T> class Pass {
   using V = Vector<T>;
   static constexpr std::size_t W = kWidth<T>;
@@ -138,9 +141,8 @@ template <class T> class Pass {
         exponents_(has_exponents(call.map)),
         with_decay_(head.decay != nullptr),
         rows_(rows),
-        share_(call.map == FASTOPS_MAP_FAVOR
-                   ? static_cast<T>(1 / __builtin_sqrt(static_cast<double>(call.features)))
-                   : T(1)),
+        share_(call.map == FASTOPS_MAP_FAVOR ? static_cast<T>(1 / __builtin_sqrt(static_cast<double>(call.features)))
+                                             : T(1)),
         x_copy_(parts.take(rows * dp_)),
         v_copy_(parts.take(rows * vp_)),
         kf_(parts.take(rows * fp_)),
@@ -303,8 +305,8 @@ template <class T> class Pass {
     fill(state_.m, fp_, kNone<T>);
   }
 
-  // The tokens t .. t + n of k and v, with features and decay; how many of them one chunk can hold. Fewer than n where a
-  // row is not finite, since 0 times nan would reach the rows before it, or where exponents rise too steeply.
+  // The tokens t .. t + n of k and v, with features and decay; how many of them one chunk can hold. Fewer than n where
+  // a row is not finite, since 0 times nan would reach the rows before it, or where exponents rise too steeply.
   std::size_t take_keys(std::size_t t, std::size_t n) noexcept {
     bool all = true;
     for (std::size_t j = 0; j < n; ++j) {
@@ -313,9 +315,9 @@ template <class T> class Pass {
     }
     x_ = block(head_.k, t, n, call_.dim, 0, x_copy_, all ? nullptr : live_);
     v_ = block(head_.v, t, n, head_.values, head_.value, v_copy_, all ? nullptr : live_);
-    fetch_ahead(head_.k, t + n, head_.keys, call_.dim);
-    fetch_ahead(head_.v, t + n, head_.keys, call_.values);
-    if (call_.causal) n = finite_rows(n);
+    fetch_ahead(head_.k, t + n, head_.keys, 0, call_.dim);
+    fetch_ahead(head_.v, t + n, head_.keys, head_.value, head_.values);
+    if (call_.causal) n = finite_rows(t, n);
     if (exponents_ && with_decay_) n = limit_decay(t, n);
     if (exponents_)
       n = exponential_keys(n);
@@ -341,17 +343,24 @@ template <class T> class Pass {
     return {copy, stride(wide)};
   }
 
-  void fetch_ahead(const Rows& rows, std::size_t t, std::size_t end, std::size_t width) const noexcept {
-    fetch_rows(call_.dtype, rows.data, rows.row, t, least(t + rows_, end), width);
+  // The columns first .. first + width of the rows t .., as many as a chunk has.
+  void fetch_ahead(const Rows& rows, std::size_t t, std::size_t end, std::size_t first,
+                   std::size_t width) const noexcept {
+    fetch_rows(call_.dtype, row_at(call_.dtype, rows.data, 1, first), rows.row, t, least(t + rows_, end), width);
   }
 
-  // Rows up to the first that is not finite; at least one.
-  std::size_t finite_rows(std::size_t n) const noexcept {
+  // Rows up to the first that is not finite; at least one. All columns of v count, since heads cut by columns, as the
+  // number of threads asks for it, end their chunks at the same rows.
+  std::size_t finite_rows(std::size_t t, std::size_t n) const noexcept {
+    const bool cut = head_.values != call_.values;
     const auto finite = [&](std::size_t first, std::size_t last) {
       V sum{};
       for (std::size_t j = first; j < last; ++j) {
         for (std::size_t d = 0; d < dp_; d += W) sum = simd::fma(load<V>(x_[j] + d), V{}, sum);
         for (std::size_t e = 0; e < vp_; e += W) sum = simd::fma(load<V>(v_[j] + e), V{}, sum);
+        if (cut && live_[j] &&
+            !finite_row(call_.dtype, row_at(call_.dtype, head_.v.data, head_.v.row, t + j), call_.values))
+          return false;
       }
       return !simd::any(sum != sum);
     };
@@ -379,8 +388,7 @@ template <class T> class Pass {
       case FASTOPS_MAP_COSINE:
         for (std::size_t j = 0; j < n; ++j) {
           const Norm norm = norm_of(x_[j]);
-          map_row(x_[j], f + j * fp_, call_.dim, fp_,
-                  [norm](V v) FASTOPS_BODY { return v * norm.down / norm.root; });
+          map_row(x_[j], f + j * fp_, call_.dim, fp_, [norm](V v) FASTOPS_BODY { return v * norm.down / norm.root; });
           f[j * fp_ + call_.dim] = 1;
         }
         return;
@@ -485,8 +493,8 @@ template <class T> class Pass {
     return exponents_ && with_decay_ &&
            static_cast<const T*>(head_.decay)[stride(t) * head_.decay_step] < kSteepDecay<T>;
   }
-  // Tokens t .. t + n up to where decays would hide what comes before them. The first one's decay, where it is steep, goes
-  // into the units of the state; and units that decays have left behind are brought down.
+  // Tokens t .. t + n up to where decays would hide what comes before them. The first one's decay, where it is steep,
+  // goes into the units of the state; and units that decays have left behind are brought down.
   std::size_t limit_decay(std::size_t t, std::size_t n) noexcept {
     const auto* const g = static_cast<const T*>(head_.decay);
     T sum = 0;
@@ -539,7 +547,7 @@ template <class T> class Pass {
   void take_queries(std::size_t r, std::size_t i, std::size_t n) noexcept {
     const Rows q{row_at(call_.dtype, head_.q.data, head_.q_head, r), head_.q.row};
     x_ = block(q, i, n, call_.dim, 0, x_copy_, nullptr);
-    fetch_ahead(q, i + n, head_.queries, call_.dim);
+    fetch_ahead(q, i + n, head_.queries, 0, call_.dim);
     for (std::size_t row = 0; row < n; ++row) lifted_[row] = 1;
     if (!exponents_) {
       plain_features(qf_, n);
@@ -581,9 +589,7 @@ template <class T> class Pass {
     }
   }
 
-  void transpose_keys(std::size_t n) noexcept {
-    transpose<T>(kf_, fp_, padded<T>(n), fp_, kft_, kChunk);
-  }
+  void transpose_keys(std::size_t n) noexcept { transpose<T>(kf_, fp_, padded<T>(n), fp_, kft_, kChunk); }
 
   // The queries i .. i + n, one beside each key of the chunk.
   void attend(std::size_t r, std::size_t i, std::size_t n) noexcept {
@@ -656,8 +662,9 @@ template <class T> class Pass {
   // The outputs i .. i + n: the sum of the terms, times factors_.
   void write(std::size_t r, std::size_t i, std::size_t n, const Term<T>* terms, int count) noexcept {
     const Rows out{row_at(call_.dtype, head_.out.data, head_.out_head, r), head_.out.row};
-    char* const data = const_cast<char*>(row_at(call_.dtype, row_at(call_.dtype, out.data, out.row, i), 1, head_.value));
-    fetch_ahead(out, i + n, head_.queries, head_.values);
+    char* const data =
+        const_cast<char*>(row_at(call_.dtype, row_at(call_.dtype, out.data, out.row, i), 1, head_.value));
+    fetch_ahead(out, i + n, head_.queries, head_.value, head_.values);
     if (is_plain<T>(call_.dtype, head_.values)) {
       product<T>(n, vp_, terms, count, {reinterpret_cast<T*>(data), out.row, nullptr, 0, factors_},
                  count == 2 ? Band::kLower : Band::kAll);
@@ -727,12 +734,16 @@ template <class T> class Pass {
   const bool exponents_, with_decay_;
   const std::size_t rows_;
   const T share_;  // FAVOR's 1 / sqrt(features)
-  T *const x_copy_, *const v_copy_, *const kf_, *const kft_, *const qf_, *const p_, *const o_, *const running_, *const m_old_,
-      *const decays_, *const prefix_, *const factor_;
+  T *const x_copy_, *const v_copy_, *const kf_, *const kft_, *const qf_, *const p_, *const o_,
+                                                                                        *const running_,
+                                                                                            *const m_old_,
+                                                                                                *const decays_,
+                                                                                                    *const prefix_,
+                                                                                                        *const factor_;
   State<T> state_;
-  T* transposed_ = nullptr;  // the state's S as (values x features), where a pass keeps that
-  Block<T> x_{}, v_{};       // the chunk's rows of q or k, and of v: the caller's, or the copies
-  bool in_place_ = false;    // S is the caller's, and rescaled with the step, by running_
+  T* transposed_ = nullptr;   // the state's S as (values x features), where a pass keeps that
+  Block<T> x_{}, v_{};        // the chunk's rows of q or k, and of v: the caller's, or the copies
+  bool in_place_ = false;     // S is the caller's, and rescaled with the step, by running_
   bool units_fixed_ = false;  // m is given, not found from the keys
   std::size_t made_decay_ = 0;
   unsigned asked_ = 0;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Exact softmax attention of a block of queries over all keys, streamed: the logits of a block of keys lie transposed, a key a
-// row, so that maxima and sums run down the lanes and neither K nor V is packed (Milakov and Gimelshein 2018; Dao et al. 2022).
+// Exact softmax attention of a block of queries over all keys, streamed: the logits of a block of keys lie transposed,
+// a key a row, so that maxima and sums run down the lanes and neither K nor V is packed (Milakov and Gimelshein 2018;
+// Dao et al. 2022).
 #include "attention/attention_kernels.h"
 #include "attention/attention_math.h"
 #include "attention/attention_tile.h"
@@ -54,8 +55,7 @@ template <class T> void run(const SoftmaxCall& call, const SoftmaxHead& head, vo
   for (std::size_t i = 0; i < rows; ++i) {
     read_row<T>(call.dtype, row_at(call.dtype, head.q.data, head.q.row, head.first + i), call.dim, row);
     T scale = static_cast<T>(call.scale);
-    if (head.factor != nullptr)
-      scale *= static_cast<const T*>(head.factor)[stride(head.first + i) * head.factor_step];
+    if (head.factor != nullptr) scale *= static_cast<const T*>(head.factor)[stride(head.first + i) * head.factor_step];
     for (std::size_t d = 0; d < call.dim; ++d) qt[d * kSoftmaxRows + i] = row[d] * scale;
   }
   constexpr T kLeast = -__builtin_huge_val();

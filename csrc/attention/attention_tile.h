@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Products of small matrices that lie in a workspace, rows padded to whole vectors: what all attention kernels are made of.
+// Products of small matrices that lie in a workspace, rows padded to whole vectors: what all attention kernels are made
+// of.
 #ifndef FASTOPS_ATTENTION_ATTENTION_TILE_H
 #define FASTOPS_ATTENTION_ATTENTION_TILE_H
 
@@ -52,8 +53,7 @@ template <class T> struct Target {
   const T* scale = nullptr;
 };
 
-template <int Rows, int Vectors, class T>
-FASTOPS_INLINE void add_term(Term<T> term, Vector<T> (&acc)[Rows][Vectors]) {
+template <int Rows, int Vectors, class T> FASTOPS_INLINE void add_term(Term<T> term, Vector<T> (&acc)[Rows][Vectors]) {
   const std::ptrdiff_t row = term.a_row;
   for (std::size_t k = 0; k < term.steps; ++k, term.a += term.a_step, term.b += term.b_row) {
     Vector<T> b[Vectors];
@@ -90,9 +90,11 @@ template <class T> using TileFunction = void (*)(const Term<T>*, int, const Targ
 template <class T>
 inline constexpr TileFunction<T> kTiles[kTileVectors][8] = {
     {product_tile<1, 1, T>, product_tile<2, 1, T>, product_tile<3, 1, T>, product_tile<4, 1, T>, product_tile<5, 1, T>,
-     product_tile<6, 1, T>, product_tile<kTileRows == 8 ? 7 : 1, 1, T>, product_tile<kTileRows == 8 ? 8 : 1, 1, T>},
+     product_tile<6, 1, T>, product_tile < kTileRows == 8 ? 7 : 1, 1, T >, product_tile < kTileRows == 8 ? 8 : 1, 1,
+     T > },
     {product_tile<1, 2, T>, product_tile<2, 2, T>, product_tile<3, 2, T>, product_tile<4, 2, T>, product_tile<5, 2, T>,
-     product_tile<6, 2, T>, product_tile<kTileRows == 8 ? 7 : 1, 2, T>, product_tile<kTileRows == 8 ? 8 : 1, 2, T>}};
+     product_tile<6, 2, T>, product_tile < kTileRows == 8 ? 7 : 1, 2, T >, product_tile < kTileRows == 8 ? 8 : 1, 2,
+     T > }};
 
 // c (rows x cols, cols whole vectors) = [keep c +] first [+ second]; of the last term only the band is there.
 template <class T>
@@ -249,6 +251,26 @@ template <class T> void write_row(fastops_dtype dtype, const T* from, std::size_
     auto* const p = static_cast<double*>(to);
     for (; i < whole; i += kWidth<T>) store(p + i, load<simd::f64>(from + i));
     if (i < n) simd::store_first(p + i, load<simd::f64>(from + i), n - i);
+  }
+}
+
+// Whether no element is infinite or nan: no exponent of all ones.
+template <class U> bool finite_bits(const void* from, std::size_t n, U exponent) noexcept {
+  const auto* const p = static_cast<const U*>(from);
+  unsigned found = 0;
+  for (std::size_t i = 0; i < n; ++i) found |= (p[i] & exponent) == exponent;
+  return found == 0;
+}
+inline bool finite_row(fastops_dtype dtype, const void* from, std::size_t n) noexcept {
+  switch (dtype) {
+    case FASTOPS_F16:
+      return finite_bits<std::uint16_t>(from, n, 0x7c00);
+    case FASTOPS_BF16:
+      return finite_bits<std::uint16_t>(from, n, 0x7f80);
+    case FASTOPS_F32:
+      return finite_bits<std::uint32_t>(from, n, 0x7f800000);
+    default:
+      return finite_bits<std::uint64_t>(from, n, 0x7ff0000000000000);
   }
 }
 

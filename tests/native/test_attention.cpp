@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Every level's attention through the C interface against sums in double: all maps, causal or not, with masks, decays and
-// grouped heads; gradients against difference quotients; the same bits for any number of threads. Linked twice, as
+// Every level's attention through the C interface against sums in double: all maps, causal or not, with masks, decays
+// and grouped heads; gradients against difference quotients; the same bits for any number of threads. Linked twice, as
 // test_levels.cpp.
 #include <cmath>
 #include <cstring>
@@ -23,7 +23,8 @@ Doubles numbers(std::size_t n) {
   return x;
 }
 
-// The largest of what it is called with, nan if one is. (A reduction by fmax is an internal error of GCC 12 for aarch64.)
+// The largest of what it is called with, nan if one is. (A reduction by fmax is an internal error of GCC 12 for
+// aarch64.)
 void raise_to(double x, double* largest) {
   if (*largest == *largest && !(x <= *largest)) *largest = x;
 }
@@ -31,8 +32,8 @@ void raise_to(double x, double* largest) {
 struct Size {
   std::size_t heads_q, heads_kv, queries, keys, dim, values;
 };
-const Size kSizes[] = {{1, 1, 1, 1, 1, 1},     {2, 1, 7, 7, 3, 5},    {4, 2, 20, 33, 16, 8},
-                       {2, 2, 41, 12, 9, 17},  {1, 1, 50, 50, 24, 32}, {3, 1, 130, 130, 64, 64},
+const Size kSizes[] = {{1, 1, 1, 1, 1, 1},       {2, 1, 7, 7, 3, 5},     {4, 2, 20, 33, 16, 8},
+                       {2, 2, 41, 12, 9, 17},    {1, 1, 50, 50, 24, 32}, {3, 1, 130, 130, 64, 64},
                        {1, 1, 1030, 1030, 8, 70}};
 
 struct Problem {
@@ -130,8 +131,9 @@ struct Problem {
           for (std::size_t d = 0; d < features(); ++d) {
             weight += fq[d] * fk[d];
             for (std::size_t e = 0; e <= size.values && map == FASTOPS_MAP_SOFTMAX; ++e)
-              by_feature[d * (size.values + 1) + e] +=
-                  fk[d] * (e == size.values ? 1 : absolute ? std::fabs(value[e]) : value[e]);
+              by_feature[d * (size.values + 1) + e] += fk[d] * (e == size.values ? 1
+                                                                : absolute       ? std::fabs(value[e])
+                                                                                 : value[e]);
           }
           weight *= std::exp(gone) * (map < FASTOPS_MAP_EXP ? scale() : 1);
           den += weight;
@@ -271,8 +273,9 @@ template <class T> void check_softmax(const Size& s, bool causal, const char* le
   Arrays<T> arrays(p);
   fastops_linear_attention shape = p.shape(Arrays<T>::kDtype, nullptr);
   const fastops_heads none{};
-  const fastops_status status = fastops_softmax_attention(&shape, arrays.rows_q(), arrays.rows_k(), arrays.rows_v(),
-                                                          arrays.rows_y(arrays.y), none, none, nullptr, 1, {nullptr, nullptr});
+  const fastops_status status =
+      fastops_softmax_attention(&shape, arrays.rows_q(), arrays.rows_k(), arrays.rows_v(), arrays.rows_y(arrays.y),
+                                none, none, nullptr, 1, {nullptr, nullptr});
   CHECK(status == FASTOPS_OK, "softmax: %d", int(status));
   double worst = 0;
   for (std::size_t head = 0; head < s.heads_q; ++head)
@@ -280,7 +283,8 @@ template <class T> void check_softmax(const Size& s, bool causal, const char* le
       const std::size_t from = head / (s.heads_q / s.heads_kv);
       Doubles sums(s.values + 1);
       for (std::size_t j = 0; j < s.keys; ++j) {
-        if (causal && std::ptrdiff_t(j) > std::ptrdiff_t(i) + std::ptrdiff_t(s.keys) - std::ptrdiff_t(s.queries)) continue;
+        if (causal && std::ptrdiff_t(j) > std::ptrdiff_t(i) + std::ptrdiff_t(s.keys) - std::ptrdiff_t(s.queries))
+          continue;
         double dot = 0;
         for (std::size_t d = 0; d < s.dim; ++d)
           dot += p.q[(head * s.queries + i) * s.dim + d] * p.k[(from * s.keys + j) * s.dim + d];
@@ -292,8 +296,8 @@ template <class T> void check_softmax(const Size& s, bool causal, const char* le
       for (std::size_t e = 0; e < s.values; ++e)
         raise_to(std::fabs(double(arrays.y[(head * s.queries + i) * s.values + e]) - sums[e] * inverse), &worst);
     }
-  CHECK(worst <= 64 * double(std::numeric_limits<T>::epsilon()), "%s softmax causal %d keys %zu: %g", level, int(causal),
-        s.keys, worst);
+  CHECK(worst <= 64 * double(std::numeric_limits<T>::epsilon()), "%s softmax causal %d keys %zu: %g", level,
+        int(causal), s.keys, worst);
 }
 
 }  // namespace

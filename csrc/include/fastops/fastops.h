@@ -247,8 +247,8 @@ typedef enum fastops_feature_map {
   FASTOPS_MAP_IDENTITY = 3, /* x */
   FASTOPS_MAP_COSINE = 4,   /* (x / |x|, 1): one feature more than x has elements */
   FASTOPS_MAP_EXP = 5,      /* exp(scale x) */
-  FASTOPS_MAP_FAVOR = 6,    /* exp(w.x' - |x'|^2 / 2) / sqrt(features), x' = sqrt(scale) x, for rows w of `projection` */
-  FASTOPS_MAP_SOFTMAX = 7   /* each feature by its own normaliser (Shen et al. 2021); ignores normalize and eps */
+  FASTOPS_MAP_FAVOR = 6,  /* exp(w.x' - |x'|^2 / 2) / sqrt(features), x' = sqrt(scale) x, for rows w of `projection` */
+  FASTOPS_MAP_SOFTMAX = 7 /* each feature by its own normaliser (Shen et al. 2021); ignores normalize and eps */
 } fastops_feature_map;
 
 /* The arrays' element type is F16, BF16, F32 or F64; states, decay and projection are F64 beside F64, else F32. */
@@ -267,14 +267,14 @@ typedef struct fastops_heads {
   ptrdiff_t batch, head, row;
 } fastops_heads;
 
-/* S (batch, heads_kv, features, values), z and m (batch, heads_kv, features), C order: the sums are S 2^m and z 2^m. m of
-   the last three maps only. With sequences, `batch` is their number. */
+/* S (batch, heads_kv, features, values), z and m (batch, heads_kv, features), C order: the sums are S 2^m and z 2^m. m
+   of the last three maps only. With sequences, `batch` is their number. */
 typedef struct fastops_linear_state {
   void *s, *z, *m;
 } fastops_linear_state;
 
-/* What may be absent: null pointers. key_mask: one byte a key, 0 hides it. offsets: sequences + 1 of them, in a batch of
-   one, queries = keys. decay: logarithms of the decay before each key. */
+/* What may be absent: null pointers. key_mask: one byte a key, 0 hides it. offsets: sequences + 1 of them, in a batch
+   of one, queries = keys. decay: logarithms of the decay before each key. */
 typedef struct fastops_linear_options {
   fastops_heads key_mask, decay;
   const int64_t* offsets;
@@ -296,7 +296,8 @@ FASTOPS_API fastops_status fastops_linear_attention_backward(
     fastops_heads y, void* dq, void* dk, void* dv, const fastops_linear_options* options,
     const fastops_linear_state* d_final, const fastops_linear_state* d_initial, fastops_poll poll) FASTOPS_NOEXCEPT;
 
-/* Softmax attention without the matrix of weights. factor (F64 beside F64, else F32) multiplies the logits of a query. */
+/* Softmax attention without the matrix of weights. factor (F64 beside F64, else F32) multiplies the logits of a query.
+ */
 FASTOPS_API fastops_status fastops_softmax_attention(const fastops_linear_attention* shape, fastops_heads q,
                                                      fastops_heads k, fastops_heads v, fastops_heads out,
                                                      fastops_heads key_mask, fastops_heads factor,
