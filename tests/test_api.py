@@ -27,7 +27,13 @@ ARRAY_LEVEL = [
     "mitchell_matmul_grad",
     "mitchell_mul_grad",
 ]
-ATTENTION = ["linear_attention", "linear_attention_backward", "linear_attention_step", "softmax_attention"]
+ATTENTION = [
+    "linear_attention",
+    "linear_attention_backward",
+    "linear_attention_step",
+    "plain_step",
+    "softmax_attention",
+]
 STEPS = [
     "adamw_step",
     "adaptive_eg_step",

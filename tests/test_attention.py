@@ -373,6 +373,59 @@ def test_step_takes_any_form(ops: ModuleType) -> None:
     same(out, state)
 
 
+@every_map
+def test_step_by_the_short_way_has_the_bits_of_the_full_check(
+    ops: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain arrays may skip the check in Python: rows cut out of longer arrays, lists of states, results given."""
+
+    def none(*arguments: Any) -> None:
+        return None
+
+    for dtype, (d, e) in itertools.product((F32, F64), ((5, 3), (1, 1), (16, 8))):
+        q, k, v = operands(48, 2, 4, 2, 3, 3, d, e, dtype)
+        options = of_map(name, d)
+        _, start = ops.linear_attention(q, k, v, causal=True, **options, return_state=True)
+        found = []
+        for short in (True, False):
+            with monkeypatch.context() as patch:
+                if not short:
+                    patch.setattr(module._backend, "plain_step", none)
+                for form in (tuple, list):
+                    state = form(x.copy() for x in start)
+                    rows = [
+                        ops.linear_attention_step_(q[:, :, 0], k[:, :, 0], v[:, :, 0], state, **options),
+                        ops.linear_attention_step_(*(x[:, :, 1].copy() for x in (q, k, v)), state, **options),
+                        ops.linear_attention_step_(
+                            *(x[:, :, 2] for x in (q, k, v)), state, **options, out=np.zeros((2, 4, e), dtype)
+                        ),
+                    ]
+                    found.append([*rows, *state])
+        for other in found[1:]:
+            for got, want in zip(other, found[0], strict=True):
+                assert_same_bits(got, want)
+
+
+def test_a_step_onto_its_own_arguments_is_refused(ops: ModuleType) -> None:
+    """Of each part of the state with each operand, itself or a view; nothing is written."""
+    base = np.random.default_rng(49).standard_normal((2, 4, 4)).astype(F32)
+    plain = {"q": base.copy(), "k": base.copy(), "v": base.copy()}
+    for name in plain:
+        z = base.copy()
+        for view in (z, z[:], z[::-1], z.reshape(2, 4, 4)):
+            state = (np.zeros((2, 4, 4, 4), F32), z)
+            with pytest.raises(ValueError, match="apart from"):
+                ops.linear_attention_step_(**{**plain, name: view}, state=state)
+            with pytest.raises(ValueError, match="apart from"):
+                ops.linear_attention_step_(**plain, state=state, out=view if name == "q" else z)
+            np.testing.assert_array_equal(z, base)
+            assert not state[0].any()
+    with pytest.raises(ValueError, match="out must be memory apart from q"):
+        ops.linear_attention_step_(
+            **plain, state=(np.zeros((2, 4, 4, 4), F32), np.zeros((2, 4, 4), F32)), out=plain["q"]
+        )
+
+
 # --- sequences packed along N --------------------------------------------------------------------------------------------------
 
 

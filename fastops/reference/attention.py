@@ -93,11 +93,10 @@ class _Keys(NamedTuple):
 
 
 def _keys(k: Float, v: Float, mask: Array | None, o: LinearOptions) -> _Keys:
-    if mask is not None:
-        seen = mask[..., np.newaxis]
-        k, v = np.where(seen, k, 0), np.where(seen, v, 0)
     c, e = _features(k, o)
     if mask is not None:
+        seen = mask[..., np.newaxis]
+        v = np.where(seen, v, 0)
         # In only one of them: a plain map's maximum is 0 for ever.
         c, e = (c, np.where(seen, e, -np.inf)) if o.feature_map in EXPONENTIAL else (np.where(seen, c, 0), e)
     return _Keys(c, e, np.concatenate([v, np.ones((*v.shape[:-1], 1))], axis=-1))
