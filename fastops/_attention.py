@@ -19,6 +19,8 @@ EXPONENTIAL = ("exp", "softmax", "favor")
 # What a row of features would need to be multiplied by to be attention's own 1 / sqrt(D).
 _SCALED = ("identity", "exp", "favor")
 _LAYOUTS = ("bhnd", "bnhd")
+# Dimensions that an array may have.
+_MOST = 32 if np.lib.NumpyVersion(np.__version__) < "2.0.0" else 64
 _KERNEL_EPS = {"relu": 1e-3, "relu2": 0.0}
 
 
@@ -413,6 +415,8 @@ def prepare_step(
     for name, x in inputs.items():
         if x.ndim < 1:
             raise _validate.wrong_value(name, "of shape (..., H, D), the rows of one token", Text("a 0-d array"))
+        if x.ndim >= _MOST:
+            raise _validate.wrong_value(name, f"of less than {_MOST} dimensions", Text(str(x.ndim)))
     # A step is a problem of one token.
     p = Problem("step", *(x[..., np.newaxis, :] for x in inputs.values()))
     checked = linear_options(p.d, p.wide, True, *options)

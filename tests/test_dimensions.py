@@ -88,3 +88,37 @@ def test_broadcast_shapes_is_numpys() -> None:
     for shapes in [((2,), (3,)), ((2, 3), (2,)), ((0,), (2,))]:
         with pytest.raises(ValueError):
             _validate.broadcast_shapes(*shapes)
+
+
+def test_attention_of_many_dimensions(backend: ModuleType, ndim: int) -> None:
+    rng = np.random.default_rng(3)
+    arrays = [rng.standard_normal((2, 2, 5, width)).astype(np.float32) for width in (3, 3, 4)]
+    mask, decay = rng.random((2, 5)) < 0.7, -rng.random((2, 2, 5))
+    options = {"causal": True, "return_state": True}
+    want, state = fastops.linear_attention(*arrays, **options, key_mask=mask, decay=decay)
+    q, k, v = (deep(x, ndim) for x in arrays)
+    out = np.empty(deep(want, ndim).shape[::-1], np.float32).T
+    many = {"key_mask": deep(mask, ndim - 2), "decay": deep(decay, ndim - 1)}
+    y, after = fastops.linear_attention(q, k, v, **options, **many, initial_state=None, out=out)
+    assert y is out
+    assert_same_bits(y, deep(want, ndim))
+    for got, wanted in zip(after, state, strict=True):
+        np.testing.assert_array_equal(got.reshape(wanted.shape), wanted)
+    fastops.linear_attention(q, k, v, **options, **many, initial_state=after)
+    gradients = fastops.linear_attention_backward(y, q, k, v, y, causal=True)
+    assert [x.shape for x in gradients] == [x.shape for x in (q, k, v)]
+    logn = deep(rng.random((2, 2, 5)), ndim - 1)
+    scaled = fastops.softmax_attention(q, k, v, key_mask=many["key_mask"], logn=logn)
+    plain = fastops.softmax_attention(*arrays, key_mask=mask, logn=logn.reshape(2, 2, 5))
+    assert_same_bits(scaled, deep(plain, ndim))
+    swapped = fastops.linear_attention(*(x.swapaxes(-3, -2) for x in (q, k, v)), causal=True, layout="bnhd")
+    np.testing.assert_array_equal(
+        swapped.reshape(2, 5, 2, 4).swapaxes(1, 2), fastops.linear_attention(*arrays, causal=True)
+    )
+    # A step has one axis less than its state.
+    rows = [deep(x[:, :, 0], ndim - 1) for x in arrays]
+    row = fastops.linear_attention_step_(*rows, after)
+    assert row.shape == deep(want, ndim)[..., 0, :].shape
+    if ndim == MOST:
+        with pytest.raises(ValueError, match=f"^q must be of less than {MOST} dimensions, got {MOST}$"):
+            fastops.linear_attention_step_(q, k, v, after)
