@@ -222,15 +222,35 @@ def _multiply(typingctx: Any, c: Any, a: Any, b: Any, i0: Any, i1: Any, p0: Any,
 
 
 @_part
-def _add_product(c, a, b, rows, depth, columns):  # type: ignore[no-untyped-def]
-    """c[:rows, :columns] += a[:rows, :depth] b[:depth, :columns]."""
-    _multiply(c, a, b, 0, rows, 0, depth, columns)
+def _add(c, a, b, i0, i1, p0, p1, columns):  # type: ignore[no-untyped-def]
+    """c[i0:i1, :columns] += a[i0:i1, p0:p1] b[p0:p1, :columns]."""
+    _multiply(c, a, b, i0, i1, p0, p1, columns)
 
 
 @_part
-def _add_row(c, a, b, i, first, last, columns):  # type: ignore[no-untyped-def]
-    """c[i] += a[i, first:last] b[first:last]."""
-    _multiply(c, a, b, i, i + 1, first, last, columns)
+def _add_product(c, a, b, rows, depth, columns):  # type: ignore[no-untyped-def]
+    """c[:rows, :columns] += a[:rows, :depth] b[:depth, :columns]."""
+    _add(c, a, b, 0, rows, 0, depth, columns)
+
+
+@_part
+def _add_lower(c, a, b, count, columns):  # type: ignore[no-untyped-def]
+    """c[i] += a[i, : i + 1] b[: i + 1]: what lies above the diagonal is not read, nor what it would be multiplied with."""
+    for i in range(0, count, 4):
+        end = min(i + 4, count)
+        _add(c, a, b, i, end, 0, i + 1, columns)
+        for j in range(i + 1, end):
+            _add(c, a, b, j, j + 1, i + 1, j + 1, columns)
+
+
+@_part
+def _add_upper(c, a, b, count, columns):  # type: ignore[no-untyped-def]
+    """c[i] += a[i, i:count] b[i:count]."""
+    for i in range(0, count, 4):
+        end = min(i + 4, count)
+        _add(c, a, b, i, end, end - 1, count, columns)
+        for j in range(i, end - 1):
+            _add(c, a, b, j, j + 1, j, end - 1, columns)
 
 
 @_part
@@ -552,8 +572,7 @@ def _segment(  # type: ignore[no-untyped-def]
                             result[i, e] *= factor
                         for j in range(i + 1):
                             weights[i, j] *= s.dtype.type(ratio[i, j])
-                for i in range(count):
-                    _add_row(result, weights, v[first : first + count], i, 0, i + 1, columns)
+                _add_lower(result, weights, v[first : first + count], count, columns)
             if holds == EACH:
                 continue
             for i in range(count):
@@ -831,8 +850,7 @@ def forth(  # type: ignore[no-untyped-def]
                     result[i, j] = factor * (result[i, j] + mean[i] * z[j])
             if n_keys:
                 _triangles(part, slope, mean, turned, turned_v, weights, slopes, ratio, decays, count, d, columns)
-                for i in range(count):
-                    _add_row(result, slopes, k[first : first + count], i, 0, i + 1, d)
+                _add_lower(result, slopes, k[first : first + count], count, d)
             if holds == SCALED:
                 for i in range(count):
                     for j in range(d):
@@ -960,9 +978,8 @@ def back(  # type: ignore[no-untyped-def]
                 for i in range(count):
                     for j in range(i):
                         weights[j, i], slopes[j, i] = weights[i, j], slopes[i, j]
-                for i in range(count):
-                    _add_row(dk_part, slopes, part, i, i, count, d)
-                    _add_row(dv_part, weights, slope, i, i, count, columns)
+                _add_upper(dk_part, slopes, part, count, d)
+                _add_upper(dv_part, weights, slope, count, columns)
             if holds == EACH:
                 for j in range(d):
                     last[j] = zero
@@ -1043,6 +1060,7 @@ def attend(q, k, v, mask, scales, out, shift, causal, turned, scores, values, hi
                 for j in range(block):
                     scores[i, j] = zero
             _add_product(scores, q[row : row + height], turned, height, d, block)
+            whole = not causal or row + shift + 1 >= first + block
             for i in range(height):
                 seen = block
                 if causal:
@@ -1074,7 +1092,10 @@ def attend(q, k, v, mask, scales, out, shift, causal, turned, scores, values, hi
                 for j in range(seen):
                     add += scores[i, j]
                 sums[row + i] += np.float64(add)
-                _add_row(out[row : row + height], scores, values, i, 0, seen, columns)
+                if not whole:
+                    _add(out[row : row + height], scores, values, i, i + 1, 0, seen, columns)
+            if whole:
+                _add(out[row : row + height], scores, values, 0, height, 0, block, columns)
     for i in range(rows):
         inverse = q.dtype.type(1.0 / sums[i]) if sums[i] != 0.0 else zero
         for e in range(columns):
