@@ -78,51 +78,67 @@ def _power64(n):  # type: ignore[no-untyped-def]
     return np.int64(np.float64(shifted).view(np.int64) << 52).view(np.float64)
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def _fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """a b + c, in one rounding where the CPU has that at no cost."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = args[0].type
+        name = f"llvm.fmuladd.f{signature.return_type.bitwidth}"
+        return builder.call(
+            cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name), args
+        )
+
+    return a(a, a, a), generate
+
+
 @_part
 def _exp32(x, m):  # type: ignore[no-untyped-def]
     # Adding 1.5 * 2**23 rounds to whole numbers.
-    n = (x * np.float32(1.44269504) + np.float32(12582912.0)) - np.float32(12582912.0)
+    n = _fma(x, np.float32(1.44269504), np.float32(12582912.0)) - np.float32(12582912.0)
     # log(2) in two parts, the first of nine bits.
-    r = (x - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
+    r = _fma(n, np.float32(2.12194440e-4), _fma(n, np.float32(-0.693359375), x))
     s = n - m
     if s < np.float32(-200.0):
         s = np.float32(-200.0)
         r = np.float32(0.0)
-    # Taylor's series: |r| <= log(2) / 2, whose 8th power over 8! is 5e-9.
-    y = np.float32(1.0 / 720.0) + r * np.float32(1.0 / 5040.0)
-    y = np.float32(1.0 / 120.0) + r * y
-    y = np.float32(1.0 / 24.0) + r * y
-    y = np.float32(1.0 / 6.0) + r * y
-    y = np.float32(0.5) + r * y
-    y = np.float32(1.0) + r * (np.float32(1.0) + r * y)
-    # In two factors, neither of which leaves the range.
     s = min(s, np.float32(250.0))
-    half = (s * np.float32(0.5) + np.float32(12582912.0)) - np.float32(12582912.0)
+    # Taylor's series: |r| <= log(2) / 2, whose 8th power over 8! is 5e-9.
+    y = _fma(r, np.float32(1.0 / 5040.0), np.float32(1.0 / 720.0))
+    y = _fma(r, y, np.float32(1.0 / 120.0))
+    y = _fma(r, y, np.float32(1.0 / 24.0))
+    y = _fma(r, y, np.float32(1.0 / 6.0))
+    y = _fma(r, y, np.float32(0.5))
+    y = _fma(r, y, np.float32(1.0))
+    y = _fma(r, y, np.float32(1.0))
+    # In two factors, neither of which leaves the range.
+    half = _fma(s, np.float32(0.5), np.float32(12582912.0)) - np.float32(12582912.0)
     return y * _power32(half) * _power32(s - half)
 
 
 @_part
 def _exp64(x, m):  # type: ignore[no-untyped-def]
-    n = (x * 1.4426950408889634 + 6755399441055744.0) - 6755399441055744.0
-    r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10
+    n = _fma(x, 1.4426950408889634, 6755399441055744.0) - 6755399441055744.0
+    r = _fma(n, -1.90821492927058770002e-10, _fma(n, -0.693147180369123816490, x))
     s = n - m
     if s < -1500.0:
         s = -1500.0
         r = 0.0
-    y = 1.0 / 479001600.0 + r * (1.0 / 6227020800.0)
-    y = 1.0 / 39916800.0 + r * y
-    y = 1.0 / 3628800.0 + r * y
-    y = 1.0 / 362880.0 + r * y
-    y = 1.0 / 40320.0 + r * y
-    y = 1.0 / 5040.0 + r * y
-    y = 1.0 / 720.0 + r * y
-    y = 1.0 / 120.0 + r * y
-    y = 1.0 / 24.0 + r * y
-    y = 1.0 / 6.0 + r * y
-    y = 0.5 + r * y
-    y = 1.0 + r * (1.0 + r * y)
     s = min(s, 2000.0)
-    half = (s * 0.5 + 6755399441055744.0) - 6755399441055744.0
+    y = _fma(r, 1.0 / 6227020800.0, 1.0 / 479001600.0)
+    y = _fma(r, y, 1.0 / 39916800.0)
+    y = _fma(r, y, 1.0 / 3628800.0)
+    y = _fma(r, y, 1.0 / 362880.0)
+    y = _fma(r, y, 1.0 / 40320.0)
+    y = _fma(r, y, 1.0 / 5040.0)
+    y = _fma(r, y, 1.0 / 720.0)
+    y = _fma(r, y, 1.0 / 120.0)
+    y = _fma(r, y, 1.0 / 24.0)
+    y = _fma(r, y, 1.0 / 6.0)
+    y = _fma(r, y, 0.5)
+    y = _fma(r, y, 1.0)
+    y = _fma(r, y, 1.0)
+    half = _fma(s, 0.5, 6755399441055744.0) - 6755399441055744.0
     return y * _power64(half) * _power64(s - half)
 
 
@@ -259,6 +275,34 @@ def _transpose(a, out, rows, columns):  # type: ignore[no-untyped-def]
     for i in range(rows):
         for j in range(columns):
             out[j, i] = a[i, j]
+
+
+@_part
+def _add_sums(z, k, first, count, ratio, decays, sums):  # type: ignore[no-untyped-def]
+    """z += the sum of the chunk's keys, each after its decay up to the chunk's end."""
+    d = z.size
+    sums[:] = z.dtype.type(0)
+    for i in range(count):
+        factor = z.dtype.type(ratio[count - 1, i]) if decays else z.dtype.type(1)
+        for j in range(d):
+            sums[j] += factor * k[first + i, j]
+    for j in range(d):
+        z[j] += sums[j]
+
+
+@_part
+def _sum(a, n):  # type: ignore[no-untyped-def]
+    """The sum of a[:n], as four."""
+    s0 = s1 = s2 = s3 = a.dtype.type(0)
+    fours = n - n % 4
+    for i in range(0, fours, 4):
+        s0 += a[i]
+        s1 += a[i + 1]
+        s2 += a[i + 2]
+        s3 += a[i + 3]
+    for i in range(fours, n):
+        s0 += a[i]
+    return (s0 + s1) + (s2 + s3)
 
 
 @_part
@@ -581,8 +625,7 @@ def _segment(  # type: ignore[no-untyped-def]
                     if n_keys:
                         if decays:
                             sums *= s.dtype.type(reach[i])
-                        for j in range(i + 1):
-                            sums += weights[i, j]
+                        sums += _sum(weights[i], i + 1)
                     sums += eps if holds == PLAIN or eps == zero else s.dtype.type(eps * 2.0 ** -np.float64(tops[i]))
                     for e in range(columns):
                         result[i, e] = result[i, e] / sums if sums != zero else zero
@@ -600,11 +643,7 @@ def _segment(  # type: ignore[no-untyped-def]
                     for i in range(count):
                         turned[j, i] *= s.dtype.type(ratio[count - 1, i])
             _add_product(s, turned, v[first : first + count], d, count, columns)
-            for j in range(d):
-                add = zero
-                for i in range(count):
-                    add += turned[j, i]
-                z[j] += add
+            _add_sums(z, k, first, count, ratio, decays, last)
         first += count
 
 
@@ -876,11 +915,7 @@ def forth(  # type: ignore[no-untyped-def]
                     for i in range(count):
                         turned[j, i] *= s.dtype.type(ratio[count - 1, i])
             _add_product(s, turned, v[first : first + count], d, count, columns)
-            for j in range(d):
-                add = zero
-                for i in range(count):
-                    add += turned[j, i]
-                z[j] += add
+            _add_sums(z, k, first, count, ratio, decays, last)
         first += count
         chunks += 1
     starts[chunks] = total
@@ -1088,10 +1123,7 @@ def attend(q, k, v, mask, scales, out, shift, causal, turned, scores, values, hi
                     high = zero
                 for j in range(seen):
                     scores[i, j] = _exp(scores[i, j] - high, zero)
-                add = zero
-                for j in range(seen):
-                    add += scores[i, j]
-                sums[row + i] += np.float64(add)
+                sums[row + i] += np.float64(_sum(scores[i], seen))
                 if not whole:
                     _add(out[row : row + height], scores, values, i, i + 1, 0, seen, columns)
             if whole:
