@@ -221,6 +221,9 @@ def running_sum(additions: int, equal: bool = False) -> float:
 # What is promised of "elu" in float32, relative to max |v|.
 ATTENTION = 4e-6
 
+# exp by a polynomial: its last sum and product, the rest of log(2) and the series' own error, 2.5 half units; of eps = two halves.
+EXPONENTIAL_UNITS = 2.0
+
 # Of three draws of random features, far from normal in distribution, against a mean of three others.
 FAVOR_SPREAD = (0.6, 1.7)
 

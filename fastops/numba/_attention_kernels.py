@@ -78,51 +78,67 @@ def _power64(n):  # type: ignore[no-untyped-def]
     return np.int64(np.float64(shifted).view(np.int64) << 52).view(np.float64)
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def _fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """a b + c, in one rounding where the CPU has that at no cost."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = args[0].type
+        name = f"llvm.fmuladd.f{signature.return_type.bitwidth}"
+        return builder.call(
+            cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name), args
+        )
+
+    return a(a, a, a), generate
+
+
 @_part
 def _exp32(x, m):  # type: ignore[no-untyped-def]
     # Adding 1.5 * 2**23 rounds to whole numbers.
-    n = (x * np.float32(1.44269504) + np.float32(12582912.0)) - np.float32(12582912.0)
+    n = _fma(x, np.float32(1.44269504), np.float32(12582912.0)) - np.float32(12582912.0)
     # log(2) in two parts, the first of nine bits.
-    r = (x - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
+    r = _fma(n, np.float32(2.12194440e-4), _fma(n, np.float32(-0.693359375), x))
     s = n - m
     if s < np.float32(-200.0):
         s = np.float32(-200.0)
         r = np.float32(0.0)
-    # Taylor's series: |r| <= log(2) / 2, whose 8th power over 8! is 5e-9.
-    y = np.float32(1.0 / 720.0) + r * np.float32(1.0 / 5040.0)
-    y = np.float32(1.0 / 120.0) + r * y
-    y = np.float32(1.0 / 24.0) + r * y
-    y = np.float32(1.0 / 6.0) + r * y
-    y = np.float32(0.5) + r * y
-    y = np.float32(1.0) + r * (np.float32(1.0) + r * y)
-    # In two factors, neither of which leaves the range.
     s = min(s, np.float32(250.0))
-    half = (s * np.float32(0.5) + np.float32(12582912.0)) - np.float32(12582912.0)
+    # Taylor's series: |r| <= log(2) / 2, whose 8th power over 8! is 5e-9.
+    y = _fma(r, np.float32(1.0 / 5040.0), np.float32(1.0 / 720.0))
+    y = _fma(r, y, np.float32(1.0 / 120.0))
+    y = _fma(r, y, np.float32(1.0 / 24.0))
+    y = _fma(r, y, np.float32(1.0 / 6.0))
+    y = _fma(r, y, np.float32(0.5))
+    y = _fma(r, y, np.float32(1.0))
+    y = _fma(r, y, np.float32(1.0))
+    # In two factors, neither of which leaves the range.
+    half = _fma(s, np.float32(0.5), np.float32(12582912.0)) - np.float32(12582912.0)
     return y * _power32(half) * _power32(s - half)
 
 
 @_part
 def _exp64(x, m):  # type: ignore[no-untyped-def]
-    n = (x * 1.4426950408889634 + 6755399441055744.0) - 6755399441055744.0
-    r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10
+    n = _fma(x, 1.4426950408889634, 6755399441055744.0) - 6755399441055744.0
+    r = _fma(n, -1.90821492927058770002e-10, _fma(n, -0.693147180369123816490, x))
     s = n - m
     if s < -1500.0:
         s = -1500.0
         r = 0.0
-    y = 1.0 / 479001600.0 + r * (1.0 / 6227020800.0)
-    y = 1.0 / 39916800.0 + r * y
-    y = 1.0 / 3628800.0 + r * y
-    y = 1.0 / 362880.0 + r * y
-    y = 1.0 / 40320.0 + r * y
-    y = 1.0 / 5040.0 + r * y
-    y = 1.0 / 720.0 + r * y
-    y = 1.0 / 120.0 + r * y
-    y = 1.0 / 24.0 + r * y
-    y = 1.0 / 6.0 + r * y
-    y = 0.5 + r * y
-    y = 1.0 + r * (1.0 + r * y)
     s = min(s, 2000.0)
-    half = (s * 0.5 + 6755399441055744.0) - 6755399441055744.0
+    y = _fma(r, 1.0 / 6227020800.0, 1.0 / 479001600.0)
+    y = _fma(r, y, 1.0 / 39916800.0)
+    y = _fma(r, y, 1.0 / 3628800.0)
+    y = _fma(r, y, 1.0 / 362880.0)
+    y = _fma(r, y, 1.0 / 40320.0)
+    y = _fma(r, y, 1.0 / 5040.0)
+    y = _fma(r, y, 1.0 / 720.0)
+    y = _fma(r, y, 1.0 / 120.0)
+    y = _fma(r, y, 1.0 / 24.0)
+    y = _fma(r, y, 1.0 / 6.0)
+    y = _fma(r, y, 0.5)
+    y = _fma(r, y, 1.0)
+    y = _fma(r, y, 1.0)
+    half = _fma(s, 0.5, 6755399441055744.0) - 6755399441055744.0
     return y * _power64(half) * _power64(s - half)
 
 
@@ -222,15 +238,35 @@ def _multiply(typingctx: Any, c: Any, a: Any, b: Any, i0: Any, i1: Any, p0: Any,
 
 
 @_part
-def _add_product(c, a, b, rows, depth, columns):  # type: ignore[no-untyped-def]
-    """c[:rows, :columns] += a[:rows, :depth] b[:depth, :columns]."""
-    _multiply(c, a, b, 0, rows, 0, depth, columns)
+def _add(c, a, b, i0, i1, p0, p1, columns):  # type: ignore[no-untyped-def]
+    """c[i0:i1, :columns] += a[i0:i1, p0:p1] b[p0:p1, :columns]."""
+    _multiply(c, a, b, i0, i1, p0, p1, columns)
 
 
 @_part
-def _add_row(c, a, b, i, first, last, columns):  # type: ignore[no-untyped-def]
-    """c[i] += a[i, first:last] b[first:last]."""
-    _multiply(c, a, b, i, i + 1, first, last, columns)
+def _add_product(c, a, b, rows, depth, columns):  # type: ignore[no-untyped-def]
+    """c[:rows, :columns] += a[:rows, :depth] b[:depth, :columns]."""
+    _add(c, a, b, 0, rows, 0, depth, columns)
+
+
+@_part
+def _add_lower(c, a, b, count, columns):  # type: ignore[no-untyped-def]
+    """c[i] += a[i, : i + 1] b[: i + 1]: what lies above the diagonal is not read, nor what it would be multiplied with."""
+    for i in range(0, count, 4):
+        end = min(i + 4, count)
+        _add(c, a, b, i, end, 0, i + 1, columns)
+        for j in range(i + 1, end):
+            _add(c, a, b, j, j + 1, i + 1, j + 1, columns)
+
+
+@_part
+def _add_upper(c, a, b, count, columns):  # type: ignore[no-untyped-def]
+    """c[i] += a[i, i:count] b[i:count]."""
+    for i in range(0, count, 4):
+        end = min(i + 4, count)
+        _add(c, a, b, i, end, end - 1, count, columns)
+        for j in range(i, end - 1):
+            _add(c, a, b, j, j + 1, j, end - 1, columns)
 
 
 @_part
@@ -239,6 +275,34 @@ def _transpose(a, out, rows, columns):  # type: ignore[no-untyped-def]
     for i in range(rows):
         for j in range(columns):
             out[j, i] = a[i, j]
+
+
+@_part
+def _add_sums(z, k, first, count, ratio, decays, sums):  # type: ignore[no-untyped-def]
+    """z += the sum of the chunk's keys, each after its decay up to the chunk's end."""
+    d = z.size
+    sums[:] = z.dtype.type(0)
+    for i in range(count):
+        factor = z.dtype.type(ratio[count - 1, i]) if decays else z.dtype.type(1)
+        for j in range(d):
+            sums[j] += factor * k[first + i, j]
+    for j in range(d):
+        z[j] += sums[j]
+
+
+@_part
+def _sum(a, n):  # type: ignore[no-untyped-def]
+    """The sum of a[:n], as four."""
+    s0 = s1 = s2 = s3 = a.dtype.type(0)
+    fours = n - n % 4
+    for i in range(0, fours, 4):
+        s0 += a[i]
+        s1 += a[i + 1]
+        s2 += a[i + 2]
+        s3 += a[i + 3]
+    for i in range(fours, n):
+        s0 += a[i]
+    return (s0 + s1) + (s2 + s3)
 
 
 @_part
@@ -552,8 +616,7 @@ def _segment(  # type: ignore[no-untyped-def]
                             result[i, e] *= factor
                         for j in range(i + 1):
                             weights[i, j] *= s.dtype.type(ratio[i, j])
-                for i in range(count):
-                    _add_row(result, weights, v[first : first + count], i, 0, i + 1, columns)
+                _add_lower(result, weights, v[first : first + count], count, columns)
             if holds == EACH:
                 continue
             for i in range(count):
@@ -562,8 +625,7 @@ def _segment(  # type: ignore[no-untyped-def]
                     if n_keys:
                         if decays:
                             sums *= s.dtype.type(reach[i])
-                        for j in range(i + 1):
-                            sums += weights[i, j]
+                        sums += _sum(weights[i], i + 1)
                     sums += eps if holds == PLAIN or eps == zero else s.dtype.type(eps * 2.0 ** -np.float64(tops[i]))
                     for e in range(columns):
                         result[i, e] = result[i, e] / sums if sums != zero else zero
@@ -581,11 +643,7 @@ def _segment(  # type: ignore[no-untyped-def]
                     for i in range(count):
                         turned[j, i] *= s.dtype.type(ratio[count - 1, i])
             _add_product(s, turned, v[first : first + count], d, count, columns)
-            for j in range(d):
-                add = zero
-                for i in range(count):
-                    add += turned[j, i]
-                z[j] += add
+            _add_sums(z, k, first, count, ratio, decays, last)
         first += count
 
 
@@ -831,8 +889,7 @@ def forth(  # type: ignore[no-untyped-def]
                     result[i, j] = factor * (result[i, j] + mean[i] * z[j])
             if n_keys:
                 _triangles(part, slope, mean, turned, turned_v, weights, slopes, ratio, decays, count, d, columns)
-                for i in range(count):
-                    _add_row(result, slopes, k[first : first + count], i, 0, i + 1, d)
+                _add_lower(result, slopes, k[first : first + count], count, d)
             if holds == SCALED:
                 for i in range(count):
                     for j in range(d):
@@ -858,11 +915,7 @@ def forth(  # type: ignore[no-untyped-def]
                     for i in range(count):
                         turned[j, i] *= s.dtype.type(ratio[count - 1, i])
             _add_product(s, turned, v[first : first + count], d, count, columns)
-            for j in range(d):
-                add = zero
-                for i in range(count):
-                    add += turned[j, i]
-                z[j] += add
+            _add_sums(z, k, first, count, ratio, decays, last)
         first += count
         chunks += 1
     starts[chunks] = total
@@ -960,9 +1013,8 @@ def back(  # type: ignore[no-untyped-def]
                 for i in range(count):
                     for j in range(i):
                         weights[j, i], slopes[j, i] = weights[i, j], slopes[i, j]
-                for i in range(count):
-                    _add_row(dk_part, slopes, part, i, i, count, d)
-                    _add_row(dv_part, weights, slope, i, i, count, columns)
+                _add_upper(dk_part, slopes, part, count, d)
+                _add_upper(dv_part, weights, slope, count, columns)
             if holds == EACH:
                 for j in range(d):
                     last[j] = zero
@@ -1043,6 +1095,7 @@ def attend(q, k, v, mask, scales, out, shift, causal, turned, scores, values, hi
                 for j in range(block):
                     scores[i, j] = zero
             _add_product(scores, q[row : row + height], turned, height, d, block)
+            whole = not causal or row + shift + 1 >= first + block
             for i in range(height):
                 seen = block
                 if causal:
@@ -1070,11 +1123,11 @@ def attend(q, k, v, mask, scales, out, shift, causal, turned, scores, values, hi
                     high = zero
                 for j in range(seen):
                     scores[i, j] = _exp(scores[i, j] - high, zero)
-                add = zero
-                for j in range(seen):
-                    add += scores[i, j]
-                sums[row + i] += np.float64(add)
-                _add_row(out[row : row + height], scores, values, i, 0, seen, columns)
+                sums[row + i] += np.float64(_sum(scores[i], seen))
+                if not whole:
+                    _add(out[row : row + height], scores, values, i, i + 1, 0, seen, columns)
+            if whole:
+                _add(out[row : row + height], scores, values, 0, height, 0, block, columns)
     for i in range(rows):
         inverse = q.dtype.type(1.0 / sums[i]) if sums[i] != 0.0 else zero
         for e in range(columns):
