@@ -43,8 +43,10 @@ def lengths(n: int, m: int) -> NDArray[np.int64]:
 
 def means(x: Array, m: int) -> Array:
     """Of m segments of the rows."""
-    count = lengths(len(x), m)
-    return np.asarray(np.add.reduceat(x, np.cumsum(count) - count, axis=0) / count[:, np.newaxis].astype(x.dtype))
+    length, longer = divmod(len(x), m)
+    first = (m - longer) * length
+    parts = x[:first].reshape((m - longer, length, -1)), x[first:].reshape((longer, length + 1, -1))
+    return np.concatenate([part.mean(axis=1) for part in parts])
 
 
 def spread(d: Array, n: int) -> Array:
@@ -56,6 +58,12 @@ def spread(d: Array, n: int) -> Array:
 def norms(a: Array) -> tuple[Any, Any]:
     """The largest sum of a column and of a row; A has no negative elements."""
     return a.sum(axis=0).max(), a.sum(axis=1).max()
+
+
+def first_coefficient(a: Array, largest: tuple[Any, Any] | None) -> Any:
+    """What Z begins as a multiple of: by the norms of A, or by the `largest` of a batch."""
+    first, second = norms(a) if largest is None else largest
+    return a.dtype.type(1 / (first * second))
 
 
 def newton(a: Array, coefficient: Any, iterations: int) -> list[Array]:
@@ -139,33 +147,43 @@ def solve_gradient(
 
 
 class Head(NamedTuple):
-    """The valid rows of one head of queries, and its landmarks; without them attention is exact."""
+    """The valid rows of one head, and its landmarks; without them attention is exact."""
 
     q: Array
     k: Array
-    v1: Array
+    v: Array
     qt: Array | None
     kt: Array | None
 
-    def matrix(self, scale: float) -> Array:
+    def matrix(self, scale: float, real: Any = np.float64) -> Array:
         """A."""
         assert self.qt is not None
         assert self.kt is not None
-        return softmax(scale * (self.qt @ self.kt.T))
+        return softmax(scale * (self.qt.astype(real, copy=False) @ self.kt.T.astype(real, copy=False)))
 
 
-def rows(head: Head, coefficient: Any, o: NystromOptions) -> tuple[Array, list[Any]]:
-    """Weighted sums of the values and of 1 for each row, and what `return_info` tells."""
+def with_ones(v: Array) -> Array:
+    """v and a column of ones."""
+    return np.concatenate([v, np.ones_like(v[:, :1])], axis=1)
+
+
+def rows(head: Head, largest: tuple[Any, Any] | None, o: NystromOptions) -> tuple[Array, list[Any]]:
+    """The rows of the result, and what `return_info` tells."""
     if head.qt is None or head.kt is None:
-        return softmax(o.scale * (head.q @ head.k.T)) @ head.v1, [np.nan] * 4
+        return softmax(o.scale * (head.q @ head.k.T)) @ head.v, [np.nan] * 4
     a = head.matrix(o.scale)
-    b = softmax(o.scale * (head.qt @ head.k.T)) @ head.v1
-    solved = solve(a, b, coefficient, o)
+    coefficient = first_coefficient(a, largest)
+    solved = solve(a, softmax(o.scale * (head.qt @ head.k.T)) @ with_ones(head.v), coefficient, o)
     sums = softmax(o.scale * (head.q @ head.kt.T)) @ solved.w
+    y, weights = sums[:, :-1], sums[:, -1:]
+    told = [residual(a, solved, o), coefficient, *((weights.min(), weights.max()) if len(weights) else [np.nan] * 2)]
+    return divided(y, weights) if o.normalize else y, told
+
+
+def residual(a: Array, solved: Solved, o: NystromOptions) -> Any:
+    """How far Z is from a pseudo-inverse."""
     z = regularised(a, o.ridge, a.T) if o.pinv == "ridge" else solved.z[-1]
-    residual = np.linalg.norm(a @ z @ a - a) / np.linalg.norm(a)
-    ends = [sums[:, -1].min(), sums[:, -1].max()] if len(sums) else [np.nan] * 2
-    return sums, [residual, coefficient, *ends]
+    return np.linalg.norm(a @ z @ a - a) / np.linalg.norm(a)
 
 
 class Gradients(NamedTuple):
@@ -178,27 +196,29 @@ class Gradients(NamedTuple):
     kt: Array | None
 
 
-def rows_gradient(head: Head, dy: Array, coefficient: Any, o: NystromOptions) -> Gradients:
+def rows_gradient(head: Head, dy: Array, largest: tuple[Any, Any] | None, o: NystromOptions) -> Gradients:
     """The gradients from that of the rows; landmarks have theirs for themselves."""
-    q, k, v1, qt, kt = head
+    q, k, v, qt, kt = head
     if qt is None or kt is None:
         p = softmax(o.scale * (q @ k.T))
-        ds = o.scale * softmax_gradient(p, dy @ v1[:, :-1].T)
+        ds = o.scale * softmax_gradient(p, dy @ v.T)
         return Gradients(ds @ k, ds.T @ q, p.T @ dy, None, None)
-    p1, a, p3 = softmax(o.scale * (q @ kt.T)), head.matrix(o.scale), softmax(o.scale * (qt @ k.T))
-    b = p3 @ v1
+    p1, p3, v1 = softmax(o.scale * (q @ kt.T)), softmax(o.scale * (qt @ k.T)), with_ones(v)
+    # What has no side of N rows is in float64 in every backend.
+    a, b = head.matrix(o.scale), (p3 @ v1).astype(np.float64)
+    coefficient = first_coefficient(a, largest)
     solved = solve(a, b, coefficient, o)
+    w = solved.w.astype(q.dtype)
+    column = np.zeros_like(dy[:, :1])
     if o.normalize:
-        sums = p1 @ solved.w
+        sums = p1 @ w
         dy = divided(dy, sums[:, -1:])
         column = -(dy * divided(sums[:, :-1], sums[:, -1:])).sum(axis=-1, keepdims=True)
-    else:
-        column = np.zeros_like(dy[:, :1])
     d = np.concatenate([dy, column], axis=-1)
     da, db = solve_gradient(a, b, solved, coefficient, p1.T @ d, o)
-    ds1 = o.scale * softmax_gradient(p1, d @ solved.w.T)
-    ds2 = o.scale * softmax_gradient(a, da)
-    ds3 = o.scale * softmax_gradient(p3, db @ v1.T)
+    ds1 = o.scale * softmax_gradient(p1, d @ w.T)
+    ds2 = o.scale * softmax_gradient(a, da).astype(q.dtype)
+    ds3 = o.scale * softmax_gradient(p3, (db := db.astype(q.dtype)) @ v1.T)
     return Gradients(ds1 @ kt, ds3.T @ qt, p3.T @ db[:, :-1], ds2 @ kt + ds3 @ k, ds1.T @ q + ds2.T @ qt)
 
 
@@ -210,8 +230,16 @@ def shifted(n: int, taps: int) -> Iterator[tuple[int, slice, slice]]:
             yield t, slice(max(-by, 0), n - max(by, 0)), slice(max(by, 0), n + min(by, 0))
 
 
+def convolved(v: Array, w: Array) -> Array:
+    """The weights of one head over the rows of v."""
+    y = np.zeros_like(v)
+    for t, to, take in shifted(len(v), len(w)):
+        y[to] += w[t] * v[take]
+    return y
+
+
 class Heads:
-    """The heads of a call in dtype `real`, in order, with the valid rows of each sample."""
+    """The heads of a call in dtype `real`, with the valid rows of each sample."""
 
     def __init__(
         self,
@@ -227,26 +255,36 @@ class Heads:
         self.q, self.k, self.v, self.o, self.real = q, k, v, o, real
         self.landmarks = q_landmarks, k_landmarks
         self.groups = q.shape[1] // max(k.shape[1], 1)
-        everything = np.ones((len(k), k.shape[2]), bool)
-        self.keys = everything if key_mask is None else key_mask
-        self.rows = self.keys if q.shape[2] == k.shape[2] else np.ones((len(q), q.shape[2]), bool)
+        everything = [slice(None)] * len(k)
+        self.keys: Any = everything if key_mask is None else key_mask
+        self.rows: Any = self.keys if q.shape[2] == k.shape[2] else everything
         self.largest = self._largest() if o.batch_init else None
+
+    def valid(self, x: Array, rows: Any) -> Array:
+        """Some rows of one head."""
+        found: Array = x[rows]
+        return found.astype(self.real, copy=False)
+
+    def alone(self, x: Array, rows: Any) -> Array:
+        """The same and zeros in the place of the others."""
+        y = np.zeros(x.shape, self.real)
+        y[rows] = x[rows]
+        return y
 
     def head(self, b: int, h: int) -> Head:
         """One of them."""
         m, g = self.o.landmarks, h // self.groups
-        own, seen = self.rows[b], self.keys[b]
-        q, k, v = (x.astype(self.real) for x in (self.q[b, h][own], self.k[b, g][seen], self.v[b, g][seen]))
-        v1 = np.concatenate([v, np.ones((len(v), 1), self.real)], axis=1)
+        q = self.valid(self.q[b, h], self.rows[b])
+        k, v = (self.valid(x[b, g], self.keys[b]) for x in (self.k, self.v))
         qt, kt = self.landmarks
         if qt is not None and kt is not None:
-            return Head(q, k, v1, qt[b, h].astype(self.real), kt[b, g].astype(self.real))
+            return Head(q, k, v, qt[b, h].astype(self.real), kt[b, g].astype(self.real))
         if len(q) <= m or len(k) <= m:
-            return Head(q, k, v1, None, None)
-        return Head(q, k, v1, means(q, m), means(k, m))
+            return Head(q, k, v, None, None)
+        return Head(q, k, v, means(q, m), means(k, m))
 
     def _largest(self) -> tuple[Any, Any]:
-        """Of all matrices that are finite."""
+        """The norms' maxima over all matrices that are finite."""
         found = [(0.0, 0.0)]
         for b, h in np.ndindex(self.q.shape[:2]):
             head = self.head(b, h)
@@ -254,13 +292,6 @@ class Heads:
                 found.append(norms(head.matrix(self.o.scale)))
         first, second = np.nanmax(np.array(found), axis=0)
         return first, second
-
-    def coefficient(self, head: Head) -> Any:
-        """What Z begins as a multiple of."""
-        if head.qt is None:
-            return np.nan
-        first, second = self.largest if self.largest is not None else norms(head.matrix(self.o.scale))
-        return self.real(1 / (first * second))
 
 
 def nystrom_attention(
@@ -279,18 +310,13 @@ def nystrom_attention(
     with np.errstate(all="ignore"):
         heads = Heads(q, k, v, options, key_mask, q_landmarks, k_landmarks, np.float64)
         for b, h in np.ndindex(q.shape[:2]):
-            head = heads.head(b, h)
-            sums, told = rows(head, heads.coefficient(head), options)
-            y = np.zeros((q.shape[2], v.shape[3]))
-            exact = head.qt is None
-            y[heads.rows[b]] = divided(sums[:, :-1], sums[:, -1:]) if options.normalize and not exact else sums[:, :-1]
+            own = heads.rows[b]
+            y, told = rows(heads.head(b, h), heads.largest, options)
             if conv_weight is not None:
-                wide = np.zeros(y.shape)
-                wide[heads.keys[b]] = head.v1[:, :-1]
-                for t, to, take in shifted(len(y), conv_weight.shape[1]):
-                    y[to] += conv_weight[h, t].astype(np.float64) * wide[take]
-                y[~heads.rows[b]] = 0
-            out[b, h] = y
+                values = heads.alone(v[b, h // heads.groups], heads.keys[b])
+                y = y + convolved(values, conv_weight[h].astype(np.float64))[own]
+            out[b, h] = 0
+            out[b, h][own] = y
             if info is not None:
                 info[b, h] = told
 
@@ -331,15 +357,15 @@ def gradients(
 ) -> None:
     """Head by head, those of keys and values summed up over the heads of queries that share them."""
     real = heads.real
+    if d_conv_weight is not None:
+        d_conv_weight[...] = 0
     for b, g in np.ndindex(heads.k.shape[:2]):
         own, seen = heads.rows[b], heads.keys[b]
         d_keys, d_values = (np.zeros(x.shape[2:], real) for x in (heads.k, heads.v))
         d_kt = np.zeros((heads.o.landmarks, heads.k.shape[3]), real)
         for h in range(g * heads.groups, (g + 1) * heads.groups):
             head = heads.head(b, h)
-            d = np.zeros(dy.shape[2:], real)
-            d[own] = dy[b, h][own]
-            found = rows_gradient(head, d[own], heads.coefficient(head), heads.o)
+            found = rows_gradient(head, heads.valid(dy[b, h], own), heads.largest, heads.o)
             d_rows = found.q
             d_keys[seen] += found.k
             d_values[seen] += found.v
@@ -351,28 +377,13 @@ def gradients(
                     d_kt += found.kt
                     if d_q_landmarks is not None:
                         d_q_landmarks[b, h] = found.qt
-            d_queries = np.zeros(heads.q.shape[2:], real)
-            d_queries[own] = d_rows
-            dq[b, h] = d_queries
-            if conv_weight is not None:
+            dq[b, h] = 0
+            dq[b, h][own] = d_rows
+            if conv_weight is not None and d_conv_weight is not None:
+                d, values = heads.alone(dy[b, h], own), heads.alone(heads.v[b, g], seen)
+                d_values[seen] += convolved(d, conv_weight[h, ::-1].astype(real))[seen]
                 for t, to, take in shifted(len(d), conv_weight.shape[1]):
-                    d_values[take] += conv_weight[h, t].astype(real) * d[to]
-        d_values[~seen] = 0
+                    d_conv_weight[h, t] += (d[to] * values[take]).sum()
         dk[b, g], dv[b, g] = d_keys, d_values
         if d_k_landmarks is not None:
             d_k_landmarks[b, g] = d_kt
-    if d_conv_weight is not None:
-        d_taps(heads, dy, d_conv_weight)
-
-
-def d_taps(heads: Heads, dy: Array, d_conv_weight: Array) -> None:
-    """The gradient of the convolution's weights, over all samples."""
-    total = np.zeros(d_conv_weight.shape, heads.real)
-    for b, h in np.ndindex(heads.q.shape[:2]):
-        seen = heads.keys[b]
-        d, wide = np.zeros(dy.shape[2:], heads.real), np.zeros(dy.shape[2:], heads.real)
-        d[seen] = dy[b, h][seen]
-        wide[seen] = heads.v[b, h // heads.groups][seen]
-        for t, to, take in shifted(len(d), total.shape[1]):
-            total[h, t] += (d[to] * wide[take]).sum()
-    d_conv_weight[...] = total
