@@ -45,7 +45,8 @@ def means(x: Array, m: int) -> Array:
     """Of m segments of the rows."""
     length, longer = divmod(len(x), m)
     first = (m - longer) * length
-    parts = x[:first].reshape((m - longer, length, -1)), x[first:].reshape((longer, length + 1, -1))
+    d = x.shape[1]
+    parts = x[:first].reshape((m - longer, length, d)), x[first:].reshape((longer, length + 1, d))
     return np.concatenate([part.mean(axis=1) for part in parts])
 
 
