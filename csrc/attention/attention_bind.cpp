@@ -384,12 +384,14 @@ void nystrom_attention(const py::object& q, const py::object& k, const py::objec
   s.taps = taps_of(conv_weight);
   const fastops_heads mask = sample_mask(key_mask, tk);
   const void* const conv = optional_array(conv_weight, {s.heads_q, s.taps}, dtype, "conv_weight", false);
-  const void* const ql = optional_array(q_landmarks, {s.batch, s.heads_q, s.landmarks, s.dim}, dtype, "q_landmarks", false);
+  const void* const ql =
+      optional_array(q_landmarks, {s.batch, s.heads_q, s.landmarks, s.dim}, dtype, "q_landmarks", false);
   const void* const kl =
       optional_array(k_landmarks, {s.batch, s.heads_kv, s.landmarks, s.dim}, dtype, "k_landmarks", false);
   void* const told = optional_array(info, {s.batch, s.heads_q, 4}, dtype, "info", true);
   call([&](fastops_poll poll) {
-    return fastops_nystrom_attention_forward(&s, tq.heads, tk.heads, tv.heads, to.heads, mask, conv, ql, kl, told, poll);
+    return fastops_nystrom_attention_forward(&s, tq.heads, tk.heads, tv.heads, to.heads, mask, conv, ql, kl, told,
+                                             poll);
   });
 }
 
@@ -415,8 +417,7 @@ void nystrom_attention_backward(const py::object& dy, const py::object& q, const
   const std::vector<std::size_t> of_q = {s.batch, s.heads_q, s.landmarks, s.dim};
   const std::vector<std::size_t> of_k = {s.batch, s.heads_kv, s.landmarks, s.dim};
   const void* const conv = optional_array(conv_weight, {s.heads_q, s.taps}, dtype, "conv_weight", false);
-  // Of every sample by itself, since threads write them; the front end adds them up.
-  void* const d_conv = optional_array(d_conv_weight, {s.batch, s.heads_q, s.taps}, dtype, "d_conv_weight", true);
+  void* const d_conv = optional_array(d_conv_weight, {s.heads_q, s.taps}, dtype, "d_conv_weight", true);
   const void* const ql = optional_array(q_landmarks, of_q, dtype, "q_landmarks", false);
   const void* const kl = optional_array(k_landmarks, of_k, dtype, "k_landmarks", false);
   void* const dql = optional_array(d_q_landmarks, of_q, dtype, "d_q_landmarks", true);

@@ -2,6 +2,7 @@
 // The C interface of attention: heads and sequences as units of work, splits that no thread count changes, workspaces.
 #include <atomic>
 #include <cstring>
+#include <type_traits>
 
 #include "attention/attention_kernels.h"
 #include "core/checked.h"
@@ -285,8 +286,18 @@ bool is_valid_nystrom(const fastops_nystrom_attention& s, const void* conv, cons
   return (q_landmarks == nullptr) == (k_landmarks == nullptr);
 }
 NystromCall nystrom_call(const fastops_nystrom_attention& s, const Stopper& stopper) noexcept {
-  return {static_cast<fastops_dtype>(s.dtype), s.dim, s.values, s.landmarks, s.iterations, s.taps, s.ridge_solve != 0,
-          s.normalize != 0, s.ridge, s.scale, 0, stopper.stop()};
+  return {static_cast<fastops_dtype>(s.dtype),
+          s.dim,
+          s.values,
+          s.landmarks,
+          s.iterations,
+          s.taps,
+          s.ridge_solve != 0,
+          s.normalize != 0,
+          s.ridge,
+          s.scale,
+          0,
+          stopper.stop()};
 }
 double nystrom_ns(const fastops_nystrom_attention& s) noexcept {
   const double m = static_cast<double>(s.landmarks);
@@ -494,7 +505,9 @@ fastops_status fastops_softmax_attention(const fastops_linear_attention* shape, 
   const Shape& s = *shape;
   const SoftmaxKernels& kernels = kSoftmax[active_level()][is_double(s)];
   Stopper stopper(poll);
-  const SoftmaxCall call{s.causal != 0, static_cast<fastops_dtype>(s.dtype), static_cast<fastops_dtype>(s.dtype), s.dim, s.values, s.scale, stopper.stop()};
+  const SoftmaxCall call{
+      s.causal != 0, static_cast<fastops_dtype>(s.dtype), static_cast<fastops_dtype>(s.dtype), s.dim, s.values, s.scale,
+      stopper.stop()};
   const unsigned workers = worker_count();
   const std::size_t size = item_size(s.dtype), item = compute_size(s),
                     group = s.heads_kv == 0 ? 1 : s.heads_q / s.heads_kv;
@@ -533,10 +546,10 @@ fastops_status fastops_softmax_attention(const fastops_linear_attention* shape, 
       poll, workers));
 }
 
-fastops_status fastops_nystrom_attention_forward(const fastops_nystrom_attention* shape, fastops_heads q, fastops_heads k,
-                                                 fastops_heads v, fastops_heads out, fastops_heads key_mask,
-                                                 const void* conv, const void* q_landmarks, const void* k_landmarks,
-                                                 void* info, fastops_poll poll) noexcept {
+fastops_status fastops_nystrom_attention_forward(const fastops_nystrom_attention* shape, fastops_heads q,
+                                                 fastops_heads k, fastops_heads v, fastops_heads out,
+                                                 fastops_heads key_mask, const void* conv, const void* q_landmarks,
+                                                 const void* k_landmarks, void* info, fastops_poll poll) noexcept {
   if (shape == nullptr || !is_valid_nystrom(*shape, conv, q_landmarks, k_landmarks)) return FASTOPS_INVALID;
   const fastops_nystrom_attention& s = *shape;
   const NystromArrays arrays{s,
@@ -558,9 +571,8 @@ fastops_status fastops_nystrom_attention_forward(const fastops_nystrom_attention
 fastops_status fastops_nystrom_attention_backward(const fastops_nystrom_attention* shape, fastops_heads dy,
                                                   fastops_heads q, fastops_heads k, fastops_heads v, void* dq, void* dk,
                                                   void* dv, fastops_heads key_mask, const void* conv, void* d_conv,
-                                                  const void* q_landmarks, const void* k_landmarks,
-                                                  void* d_q_landmarks, void* d_k_landmarks,
-                                                  fastops_poll poll) noexcept {
+                                                  const void* q_landmarks, const void* k_landmarks, void* d_q_landmarks,
+                                                  void* d_k_landmarks, fastops_poll poll) noexcept {
   if (shape == nullptr || !is_valid_nystrom(*shape, conv, q_landmarks, k_landmarks)) return FASTOPS_INVALID;
   const fastops_nystrom_attention& s = *shape;
   const NystromGradientKernels& kernels = kNystromGradient[active_level()][s.dtype == FASTOPS_F64];
@@ -599,11 +611,15 @@ fastops_status fastops_nystrom_attention_backward(const fastops_nystrom_attentio
   }
   const unsigned workers = worker_count();
   Workspaces work;
-  if (!work.reserve(workers, kernels.work_items(call, s.queries, s.keys, group), item)) return FASTOPS_NO_MEMORY;
+  Workspace of_samples;  // the convolution's gradient, which samples share
+  const std::size_t taps = d_conv == nullptr ? 0 : s.heads_q * s.taps;
+  if (!work.reserve(workers, kernels.work_items(call, s.queries, s.keys, group), item) ||
+      !of_samples.reserve({s.batch, taps, item}))
+    return FASTOPS_NO_MEMORY;
   const auto part = [](void* data, std::size_t offset) {
     return data == nullptr ? nullptr : static_cast<char*>(data) + offset;
   };
-  return stopper.status(parallel_run(
+  const fastops_status status = stopper.status(parallel_run(
       s.batch * s.heads_kv,
       [&](std::size_t unit, unsigned worker) {
         const std::size_t b = unit / s.heads_kv, from = unit % s.heads_kv, first = b * s.heads_q + from * group;
@@ -618,10 +634,22 @@ fastops_status fastops_nystrom_attention_backward(const fastops_nystrom_attentio
         g.dq = part(dq, first * s.queries * s.dim * size);
         g.dk = part(dk, unit * s.keys * s.dim * size);
         g.dv = part(dv, unit * s.keys * s.values * size);
-        g.d_conv = part(d_conv, first * s.taps * item);
+        if (taps != 0) g.d_conv = of_samples.get<char>() + first * s.taps * item;
         g.d_q_landmarks = part(d_q_landmarks, first * s.landmarks * s.dim * item);
         g.d_k_landmarks = part(d_k_landmarks, unit * s.landmarks * s.dim * item);
         kernels.run(call, head, g, work[worker]);
       },
       4 * nystrom_ns(s), poll, workers));
+  const auto add_up = [&](auto* to) {
+    const auto* const from = of_samples.get<std::remove_pointer_t<decltype(to)>>();
+    for (std::size_t t = 0; t < taps; ++t) {
+      to[t] = 0;
+      for (std::size_t b = 0; b < s.batch; ++b) to[t] += from[b * taps + t];
+    }
+  };
+  if (s.dtype == FASTOPS_F64)
+    add_up(static_cast<double*>(d_conv));
+  else
+    add_up(static_cast<float*>(d_conv));
+  return status;
 }

@@ -124,8 +124,8 @@ struct NystromHead {
   std::size_t queries, keys;
   const std::uint8_t* mask;
   std::ptrdiff_t mask_step;
-  bool mask_queries;  // the mask is of the queries, too
-  const void* conv;   // T (taps)
+  bool mask_queries;                      // the mask is of the queries, too
+  const void* conv;                       // T (taps)
   const void *q_landmarks, *k_landmarks;  // T (landmarks x dim); null: means of segments
   void* info;                             // T (4); null: not wanted
   unsigned worker;
@@ -133,9 +133,9 @@ struct NystromHead {
 struct NystromGradient {
   Rows dy;  // of the first query head, as q and out
   std::ptrdiff_t dy_head, q_head, dq_head;
-  std::size_t group;       // query heads of the key head
-  void *dq, *dk, *dv;      // rows contiguous
-  void* d_conv;            // T (group, taps); null: none
+  std::size_t group;                    // query heads of the key head
+  void *dq, *dk, *dv;                   // rows contiguous
+  void* d_conv;                         // T (group, taps); null: none
   void *d_q_landmarks, *d_k_landmarks;  // T (group, landmarks, dim), (landmarks, dim); null: not wanted
 };
 
@@ -163,12 +163,12 @@ struct NystromGradientKernels {
 };
 
 // [0]: float, [1]: double.
-#define FASTOPS_DECLARE_ATTENTION(level)                        \
-  namespace level {                                             \
-  extern const LinearKernels kLinearKernels[2];                 \
-  extern const LinearGradientKernels kLinearGradientKernels[2]; \
-  extern const SoftmaxKernels kSoftmaxKernels[2];               \
-  extern const NystromKernels kNystromKernels[2];               \
+#define FASTOPS_DECLARE_ATTENTION(level)                          \
+  namespace level {                                               \
+  extern const LinearKernels kLinearKernels[2];                   \
+  extern const LinearGradientKernels kLinearGradientKernels[2];   \
+  extern const SoftmaxKernels kSoftmaxKernels[2];                 \
+  extern const NystromKernels kNystromKernels[2];                 \
   extern const NystromGradientKernels kNystromGradientKernels[2]; \
   }
 FASTOPS_FOR_EACH_LEVEL(FASTOPS_DECLARE_ATTENTION)

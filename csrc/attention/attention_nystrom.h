@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Nystrom attention of one head: P1 = softmax(s Q Kt^T), A = softmax(s Qt Kt^T), B = softmax(s Qt K^T) V, out = P1 Z B, where
-// Z stands for the inverse of A (Xiong et al. 2021) and Qt, Kt are means of segments. Neither P1 nor softmax(s Qt K^T) is
-// ever whole: the first in blocks of queries, the second transposed in blocks of keys.
+// Nystrom attention of one head: P1 = softmax(s Q Kt^T), A = softmax(s Qt Kt^T), B = softmax(s Qt K^T) V, out = P1 Z B,
+// where Z stands for the inverse of A (Xiong et al. 2021) and Qt, Kt are means of segments. Neither P1 nor softmax(s Qt
+// K^T) is ever whole: the first in blocks of queries, the second transposed in blocks of keys.
 #ifndef FASTOPS_ATTENTION_ATTENTION_NYSTROM_H
 #define FASTOPS_ATTENTION_ATTENTION_NYSTROM_H
 
@@ -18,10 +18,10 @@ inline constexpr std::size_t kSinglePrecisionSteps = 12;
 
 // A head's matrices between landmarks; rows padded to vectors. Where attention is exact there is nothing in it.
 template <class T> struct Middle {
-  T* flags;         // [0]: 1 where landmarks stand for the sample
-  T *q_rows, *k_rows;    // landmarks x dim
+  T* flags;                  // [0]: 1 where landmarks stand for the sample
+  T *q_rows, *k_rows;        // landmarks x dim
   T *q_columns, *k_columns;  // dim x landmarks, times the scale
-  T *a, *w, *u;     // landmarks x landmarks, landmarks x values, landmarks
+  T *a, *w, *u;              // landmarks x landmarks, landmarks x values, landmarks
 
   Middle(const NystromCall& call, Parts<T>& parts)
       : flags(parts.take(1)),
@@ -99,8 +99,8 @@ template <class T> Norms<T> norms(const T* a, std::size_t m) noexcept {
   }
   return n;
 }
-// The steps of Newton's method of third order from z, of which every one but the last is left in z_steps where it is not
-// null (steps + 1 matrices). x, t, u: room of a matrix each.
+// The steps of Newton's method of third order from z, of which every one but the last is left in z_steps where it is
+// not null (steps + 1 matrices). x, t, u: room of a matrix each.
 template <class U>
 void newton(const U* a, U* z, std::size_t m, std::size_t steps, U* x, U* t, U* u, U* z_steps) noexcept {
   const std::size_t items = m * padded<U>(m);
@@ -116,8 +116,7 @@ void newton(const U* a, U* z, std::size_t m, std::size_t steps, U* x, U* t, U* u
     for (std::size_t j = 0; j < items; j += kWidth<U>) store(z + j, load<Vector<U>>(u + j) * U(0.25));
   }
 }
-template <class To, class From>
-void convert(const From* from, std::size_t rows, std::size_t cols, To* to) noexcept {
+template <class To, class From> void convert(const From* from, std::size_t rows, std::size_t cols, To* to) noexcept {
   for (std::size_t i = 0; i < rows; ++i)
     for (std::size_t j = 0; j < padded<To>(cols); ++j)
       to[i * padded<To>(cols) + j] = j < cols ? static_cast<To>(from[i * padded<From>(cols) + j]) : To(0);
@@ -189,17 +188,21 @@ template <class T> class NystromPass {
     for (std::size_t t = 0; t < n; ++t) found += seen(t);
     return found;
   }
-  const char* row(const Rows& rows, std::size_t t) const noexcept { return row_at(call_.dtype, rows.data, rows.row, t); }
+  const char* row(const Rows& rows, std::size_t t) const noexcept {
+    return row_at(call_.dtype, rows.data, rows.row, t);
+  }
   // Where landmarks stand for the sample: there are more rows than landmarks, or landmarks are given.
   bool approximates() const noexcept {
-    return head_.q_landmarks != nullptr ||
-           (count(head_.queries, true) > m_ && count(head_.keys, false) > m_);
+    return head_.q_landmarks != nullptr || (count(head_.queries, true) > m_ && count(head_.keys, false) > m_);
   }
 
-  // Walks over the rows that are there by balanced segments: the first m - n mod m have n / m rows, the others one more.
+  // Walks over the rows that are there by balanced segments: the first m - n mod m have n / m rows, the others one
+  // more.
   class Segments {
    public:
-    Segments(std::size_t there, std::size_t m) noexcept : length_(there / m), longer_(m - there % m) { left_ = length(); }
+    Segments(std::size_t there, std::size_t m) noexcept : length_(there / m), longer_(m - there % m) {
+      left_ = length();
+    }
     std::size_t segment() const noexcept { return segment_; }
     std::size_t length() const noexcept { return length_ + (segment_ >= longer_ ? 1 : 0); }
     void next() noexcept {
@@ -254,7 +257,8 @@ template <class T> class NystromPass {
     return static_cast<double>(n.column) * static_cast<double>(n.row);
   }
 
-  // Keys t .. of a block that are there, close together, and their values; how many, and from where the next block begins.
+  // Keys t .. of a block that are there, close together, and their values; how many, and from where the next block
+  // begins.
   struct Keys {
     Block<T> k, v;
     std::size_t count, next;
@@ -281,8 +285,7 @@ template <class T> class NystromPass {
   }
   Block<T> block(const Rows& rows, std::size_t t, std::size_t n, std::size_t width, T* copy) const noexcept {
     if (is_plain<T>(call_.dtype, width)) return {reinterpret_cast<const T*>(row(rows, t)), rows.row};
-    for (std::size_t i = 0; i < n; ++i)
-      read_row<T>(call_.dtype, row(rows, t + i), width, copy + i * padded<T>(width));
+    for (std::size_t i = 0; i < n; ++i) read_row<T>(call_.dtype, row(rows, t + i), width, copy + i * padded<T>(width));
     return {copy, at(padded<T>(width))};
   }
 
@@ -388,16 +391,20 @@ template <class T> class NystromPass {
       T* const x = parts.take(m_ * mp_);
       T* const t = parts.take(m_ * mp_);
       T* const u = parts.take(m_ * mp_);
-      newton<T>(a, z, m_, call_.iterations, x, t, u, nullptr);
+      steps<T>(a, z, x, t, u);
       return;
     }
     const std::size_t items = m_ * padded<double>(m_);
     double* const wide = reinterpret_cast<double*>(parts.take(2 * 5 * items));
     convert<double>(a, m_, m_, wide);
     convert<double>(z, m_, m_, wide + items);
-    newton<double>(wide, wide + items, m_, call_.iterations, wide + 2 * items, wide + 3 * items, wide + 4 * items,
-                   nullptr);
+    steps<double>(wide, wide + items, wide + 2 * items, wide + 3 * items, wide + 4 * items);
     convert<T>(wide + items, m_, m_, z);
+  }
+  template <class U> void steps(const U* a, U* z, U* x, U* t, U* u) noexcept {
+    constexpr std::size_t kAtOnce = 8;  // between questions whether to stop
+    for (std::size_t done = 0; done < call_.iterations && !stopped(); done += kAtOnce)
+      newton<U>(a, z, m_, call_.iterations - done < kAtOnce ? call_.iterations - done : kAtOnce, x, t, u, nullptr);
   }
   // (A^T A + ridge c I)^-1 A^T, in double, times B and 1; all of it in z where information is asked for.
   void ridge(const Middle<T>& middle, const T* b, double product_of_norms, T* z, Parts<T>& parts) noexcept {
@@ -457,7 +464,9 @@ template <class T> class NystromPass {
 
  protected:
   static std::ptrdiff_t at(std::size_t n) { return static_cast<std::ptrdiff_t>(n); }
-  bool stopped() const noexcept { return call_.stop != nullptr && call_.stop->asked(call_.stop->context, head_.worker); }
+  bool stopped() const noexcept {
+    return call_.stop != nullptr && call_.stop->asked(call_.stop->context, head_.worker);
+  }
 
   // P1 of the queries i .. i + n in logits_.
   Block<T> query_weights(std::size_t i, std::size_t n, const Middle<T>& middle) noexcept {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The gradient of Nystrom attention: a pass over the queries, the matrices between landmarks (every step of Newton's method
-// and the coefficient it starts from, or the closed form of the ridge), a pass over the keys, and the means spread over
-// their segments.
+// The gradient of Nystrom attention: a pass over the queries, the matrices between landmarks (every step of Newton's
+// method and the coefficient it starts from, or the closed form of the ridge), a pass over the keys, and the means
+// spread over their segments.
 #include "attention/attention_nystrom.h"
 
 namespace fastops::FASTOPS_LEVEL {
@@ -16,8 +16,7 @@ template <class T> void add_row(T* to, const T* from, std::size_t n, T factor) n
     store(to + i, simd::fma(f, load<Vector<T>>(from + i), load<Vector<T>>(to + i)));
 }
 // Rows of d(logits) from weights and d(weights): p (dp - sum(p dp)), times the scale, in place of dp.
-template <class T>
-void softmax_rows_gradient(const T* p, T* dp, std::size_t rows, std::size_t cols, T scale) noexcept {
+template <class T> void softmax_rows_gradient(const T* p, T* dp, std::size_t rows, std::size_t cols, T scale) noexcept {
   for (std::size_t r = 0; r < rows; ++r, p += cols, dp += cols) {
     const T sum = dot(p, dp, cols);
     for (std::size_t j = 0; j < cols; j += kWidth<T>)
@@ -229,7 +228,8 @@ template <class T> class GradientPass : public NystromPass<T> {
     this->absorb(0, head_.keys, middle_, partial_);
     for (std::size_t i = 0; i < m_; ++i) {
       const T inverse = T(1) / partial_.sum[i];
-      for (std::size_t e = 0; e < vp_; e += W) store(b_ + i * vp_ + e, load<V>(partial_.values + i * vp_ + e) * inverse);
+      for (std::size_t e = 0; e < vp_; e += W)
+        store(b_ + i * vp_ + e, load<V>(partial_.values + i * vp_ + e) * inverse);
     }
     // Room of floats for matrices of doubles where those are needed.
     if (sizeof(T) == 4 && (call_.ridge_solve || call_.iterations > kSinglePrecisionSteps)) {
@@ -245,8 +245,9 @@ template <class T> class GradientPass : public NystromPass<T> {
     convert<U>(middle_.a, m_, m_, inner.a);
     for (std::size_t i = 0; i < m_; ++i)
       for (std::size_t e = 0; e < inner.columns; ++e)
-        inner.b[i * inner.columns + e] =
-            e < call_.values ? static_cast<U>(b_[i * vp_ + e]) : e == call_.values ? U(1) : U(0);
+        inner.b[i * inner.columns + e] = e < call_.values    ? static_cast<U>(b_[i * vp_ + e])
+                                         : e == call_.values ? U(1)
+                                                             : U(0);
     if (call_.ridge_solve)
       inner.ridge_forward(call_);
     else
@@ -393,8 +394,7 @@ template <class T> class GradientPass : public NystromPass<T> {
         if (count == 0) continue;
         exact_logits(keys, cols);
         for (std::size_t j = 0; j < count; ++j)
-          for (std::size_t r = 0; r < cols; ++r)
-            dl_[j * kBlock + r] = r < n ? dot(keys.v[j], g_ + r * vp_, vp_) : T(0);
+          for (std::size_t r = 0; r < cols; ++r) dl_[j * kBlock + r] = r < n ? dot(keys.v[j], g_ + r * vp_, vp_) : T(0);
         for (std::size_t j = 0; j < count; ++j)
           for (std::size_t r = 0; r < cols; r += W) {
             const V p = exp_nonpositive(load<V>(logits_ + j * kBlock + r) - load<V>(keep_ + r)) * load<V>(shift_ + r);

@@ -18,8 +18,8 @@ template <class T> std::size_t work_items(const NystromCall& call) noexcept {
   const std::size_t pass = parts.used(), m = call.landmarks, mp = padded<T>(m);
   // The middle's matrices, in double where steps or the ridge want that; or the exact rows'.
   const std::size_t wide = sizeof(double) / sizeof(T);
-  const std::size_t columns = padded<double>(call.values + 1) > padded<double>(m) ? padded<double>(call.values + 1)
-                                                                                  : padded<double>(m);
+  const std::size_t columns =
+      padded<double>(call.values + 1) > padded<double>(m) ? padded<double>(call.values + 1) : padded<double>(m);
   std::size_t middle = m * padded<T>(call.values) + 6 * m * mp + 8 * 16;
   if (call.ridge_solve)
     middle += wide * (2 * m * padded<double>(m) + 2 * m * columns) + 4 * 16;
@@ -47,8 +47,7 @@ template <class T> Partial<T> partial_at(const NystromCall& call, const void* me
   return Partial<T>(call, parts);
 }
 
-template <class T>
-double prepare(const NystromCall& call, const NystromHead& head, void* middle, void* work) noexcept {
+template <class T> double prepare(const NystromCall& call, const NystromHead& head, void* middle, void* work) noexcept {
   Parts<T> parts(work);
   return NystromPass<T>(call, head, parts).prepare(middle_at<T>(call, middle));
 }
@@ -63,16 +62,13 @@ template <class T> void merge(const NystromCall& call, void* partial, const void
   const std::size_t vp = padded<T>(call.values);
   for (std::size_t i = 0; i < call.landmarks; ++i) {
     const T top = to.top[i] > from.top[i] ? to.top[i] : from.top[i];
-    const auto factor = [top](T x) {
-      return x == kLowest<T> ? T(0) : exp_nonpositive(splat<Vector<T>>(x - top))[0];
-    };
+    const auto factor = [top](T x) { return x == kLowest<T> ? T(0) : exp_nonpositive(splat<Vector<T>>(x - top))[0]; };
     const T f = factor(to.top[i]), g = factor(from.top[i]);
     to.top[i] = top;
     to.sum[i] = f * to.sum[i] + g * from.sum[i];
     for (std::size_t e = 0; e < vp; e += kWidth<T>)
-      store(to.values + i * vp + e,
-            simd::fma(splat<Vector<T>>(f), load<Vector<T>>(to.values + i * vp + e),
-                      splat<Vector<T>>(g) * load<Vector<T>>(from.values + i * vp + e)));
+      store(to.values + i * vp + e, simd::fma(splat<Vector<T>>(f), load<Vector<T>>(to.values + i * vp + e),
+                                              splat<Vector<T>>(g) * load<Vector<T>>(from.values + i * vp + e)));
   }
 }
 template <class T>
