@@ -2,7 +2,8 @@
 """fastops: numeric operations with native kernels, NumPy arrays in and NumPy arrays out.
 
 Mitchell arithmetic (multiplication by adding approximate logarithms) as NumPy ufuncs, with matrix products, convolutions
-and gradients; moving averages and optimizer steps over lists of tensors, in place; linear and softmax attention. `show_config()` says what is compiled in and what was chosen.
+and gradients; moving averages and optimizer steps over lists of tensors, in place; linear, Nystrom and
+softmax attention. `show_config()` says what is compiled in and what was chosen.
 """
 
 from __future__ import annotations
@@ -43,11 +44,14 @@ if TYPE_CHECKING:
     from ._tensors import TensorList
     from .analysis import optimal_offset
     from .attention import (
+        NystromInfo,
         favor_projection,
         linear_attention,
         linear_attention_backward,
         linear_attention_step_,
         logn_scale,
+        nystrom_attention,
+        nystrom_attention_backward,
         softmax_attention,
     )
     from .averaging import EMA, posthoc_ema_weights
@@ -64,6 +68,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EMA",
     "Multiplier",
+    "NystromInfo",
     "TensorList",
     "__version__",
     "adamw_step_",
@@ -94,6 +99,8 @@ __all__ = [
     "mitchell_rsqrt",
     "mitchell_sqrt",
     "mitchell_square",
+    "nystrom_attention",
+    "nystrom_attention_backward",
     "optimal_offset",
     "posthoc_ema_weights",
     "set_num_threads",
@@ -107,6 +114,7 @@ _SUBMODULES = ("analysis", "attention", "averaging", "bench", "native", "numba",
 # Public names that are loaded when they are first asked for, and their modules.
 _LATER = {
     "EMA": "averaging",
+    "NystromInfo": "attention",
     "TensorList": "_tensors",
     "adamw_step_": "optim",
     "adaptive_eg_step_": "optim",
@@ -119,6 +127,8 @@ _LATER = {
     "linear_attention_step_": "attention",
     "logn_scale": "attention",
     "lookahead_sync_": "optim",
+    "nystrom_attention": "attention",
+    "nystrom_attention_backward": "attention",
     "optimal_offset": "analysis",
     "posthoc_ema_weights": "averaging",
     "sgd_step_": "optim",

@@ -20,6 +20,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "linear_attention",
         "linear_attention_backward",
         "linear_attention_step",
+        "nystrom_attention",
+        "nystrom_attention_backward",
         "plain_step",
         "softmax_attention",
     ),

@@ -76,6 +76,11 @@ def wrong_value(name: str, wanted: str, got: object) -> ValueError:
     return ValueError(f"{name} must be {wanted}, got {describe(got)}")
 
 
+def not_offered(name: str, wanted: str, got: object) -> NotImplementedError:
+    """The NotImplementedError for what cannot be had here."""
+    return NotImplementedError(f"{name} must be {wanted}, got {describe(got)}")
+
+
 def busy(name: str) -> RuntimeError:
     """The RuntimeError for an object that a call of another thread is using."""
     return RuntimeError(f"{name} must be used by one thread at a time, got a call during another")

@@ -327,6 +327,107 @@ void softmax_attention(const py::object& q, const py::object& k, const py::objec
   });
 }
 
+// NystromOptions of fastops/_attention.py.
+fastops_nystrom_attention nystrom_shape(const py::tuple& options, const Tensor& q, const Tensor& k, const Tensor& v) {
+  if (options.size() != 7) bad_value("options must have seven fields");
+  want_fit(q, k, v);
+  fastops_nystrom_attention s{};
+  s.landmarks = options[0].cast<std::size_t>();
+  s.iterations = options[1].cast<std::size_t>();
+  const auto pinv = options[2].cast<std::string>();
+  if (pinv != "newton" && pinv != "ridge") bad_value("pinv must be 'newton' or 'ridge'");
+  s.ridge_solve = pinv == "ridge";
+  s.ridge = options[3].cast<double>();
+  s.scale = options[4].cast<double>();
+  s.batch_init = options[5].cast<bool>();
+  s.normalize = options[6].cast<bool>();
+  s.dtype = q.view.dtype;
+  s.batch = q.batch;
+  s.heads_q = q.head;
+  s.heads_kv = k.head;
+  s.queries = q.rows;
+  s.keys = k.rows;
+  s.dim = q.columns;
+  s.values = v.columns;
+  if (s.landmarks < 1 || s.landmarks > 65536) bad_value("landmarks must be in 1 .. 65536");
+  return s;
+}
+// A contiguous array of the computation's type and of this shape, or null for None.
+void* optional_array(const py::object& object, const std::vector<std::size_t>& shape, fastops_dtype dtype,
+                     const char* name, bool writable) {
+  if (object.is_none()) return nullptr;
+  const ArrayView a = view(object, name, writable);
+  want_dtype(a, compute_dtype(dtype), name);
+  want_contiguous(a, name);
+  want_shape(a, {shape.begin(), shape.end()}, name);
+  return a.data;
+}
+fastops_heads sample_mask(const py::object& object, const Tensor& k) {
+  if (object.is_none()) return {};
+  const auto array = object.cast<py::array>();
+  if (array.dtype().kind() != 'b') throw py::type_error("key_mask must be of dtype bool");
+  const ArrayView m = view(array.attr("view")("uint8"), "key_mask");
+  want_shape(m, {static_cast<py::ssize_t>(k.batch), static_cast<py::ssize_t>(k.rows)}, "key_mask");
+  return {m.data, m.strides[0], 0, m.strides[1]};
+}
+std::size_t taps_of(const py::object& conv) {
+  return conv.is_none() ? 0 : static_cast<std::size_t>(conv.cast<py::array>().shape(1));
+}
+
+void nystrom_attention(const py::object& q, const py::object& k, const py::object& v, const py::object& out,
+                       const py::tuple& options, const py::object& key_mask, const py::object& conv_weight,
+                       const py::object& q_landmarks, const py::object& k_landmarks, const py::object& info) {
+  const Tensor tq = tensor(q, "q"), tk = tensor(k, "k"), tv = tensor(v, "v"), to = tensor(out, "out", true);
+  fastops_nystrom_attention s = nystrom_shape(options, tq, tk, tv);
+  want_rows(to, tq, tv.columns, tq.view.dtype, "out");
+  const fastops_dtype dtype = tq.view.dtype;
+  s.taps = taps_of(conv_weight);
+  const fastops_heads mask = sample_mask(key_mask, tk);
+  const void* const conv = optional_array(conv_weight, {s.heads_q, s.taps}, dtype, "conv_weight", false);
+  const void* const ql =
+      optional_array(q_landmarks, {s.batch, s.heads_q, s.landmarks, s.dim}, dtype, "q_landmarks", false);
+  const void* const kl =
+      optional_array(k_landmarks, {s.batch, s.heads_kv, s.landmarks, s.dim}, dtype, "k_landmarks", false);
+  void* const told = optional_array(info, {s.batch, s.heads_q, 4}, dtype, "info", true);
+  call([&](fastops_poll poll) {
+    return fastops_nystrom_attention_forward(&s, tq.heads, tk.heads, tv.heads, to.heads, mask, conv, ql, kl, told,
+                                             poll);
+  });
+}
+
+void nystrom_attention_backward(const py::object& dy, const py::object& q, const py::object& k, const py::object& v,
+                                const py::object& dq, const py::object& dk, const py::object& dv,
+                                const py::tuple& options, const py::object& key_mask, const py::object& conv_weight,
+                                const py::object& d_conv_weight, const py::object& q_landmarks,
+                                const py::object& k_landmarks, const py::object& d_q_landmarks,
+                                const py::object& d_k_landmarks) {
+  const Tensor tq = tensor(q, "q"), tk = tensor(k, "k"), tv = tensor(v, "v"), tdy = tensor(dy, "dy");
+  const Tensor tdq = tensor(dq, "dq", true), tdk = tensor(dk, "dk", true), tdv = tensor(dv, "dv", true);
+  fastops_nystrom_attention s = nystrom_shape(options, tq, tk, tv);
+  const fastops_dtype dtype = tq.view.dtype;
+  want_rows(tdy, tq, tv.columns, dtype, "dy");
+  want_rows(tdq, tq, tq.columns, dtype, "dq");
+  want_rows(tdk, tk, tk.columns, dtype, "dk");
+  want_rows(tdv, tk, tv.columns, dtype, "dv");
+  want_contiguous(tdq.view, "dq");
+  want_contiguous(tdk.view, "dk");
+  want_contiguous(tdv.view, "dv");
+  s.taps = taps_of(conv_weight);
+  const fastops_heads mask = sample_mask(key_mask, tk);
+  const std::vector<std::size_t> of_q = {s.batch, s.heads_q, s.landmarks, s.dim};
+  const std::vector<std::size_t> of_k = {s.batch, s.heads_kv, s.landmarks, s.dim};
+  const void* const conv = optional_array(conv_weight, {s.heads_q, s.taps}, dtype, "conv_weight", false);
+  void* const d_conv = optional_array(d_conv_weight, {s.heads_q, s.taps}, dtype, "d_conv_weight", true);
+  const void* const ql = optional_array(q_landmarks, of_q, dtype, "q_landmarks", false);
+  const void* const kl = optional_array(k_landmarks, of_k, dtype, "k_landmarks", false);
+  void* const dql = optional_array(d_q_landmarks, of_q, dtype, "d_q_landmarks", true);
+  void* const dkl = optional_array(d_k_landmarks, of_k, dtype, "d_k_landmarks", true);
+  call([&](fastops_poll poll) {
+    return fastops_nystrom_attention_backward(&s, tdy.heads, tq.heads, tk.heads, tv.heads, tdq.view.data, tdk.view.data,
+                                              tdv.view.data, mask, conv, d_conv, ql, kl, dql, dkl, poll);
+  });
+}
+
 }  // namespace
 
 void bind_attention(py::module_& m) {
@@ -339,6 +440,11 @@ void bind_attention(py::module_& m) {
   m.def("linear_attention_backward", &linear_attention_backward, arg("dy"), arg("q"), arg("k"), arg("v"), arg("y"),
         arg("dq"), arg("dk"), arg("dv"), arg("options"), arg("key_mask"), arg("offsets"), arg("decay"), arg("state"),
         arg("d_state"), arg("d_initial"));
+  m.def("nystrom_attention", &nystrom_attention, arg("q"), arg("k"), arg("v"), arg("out"), arg("options"),
+        arg("key_mask"), arg("conv_weight"), arg("q_landmarks"), arg("k_landmarks"), arg("info"));
+  m.def("nystrom_attention_backward", &nystrom_attention_backward, arg("dy"), arg("q"), arg("k"), arg("v"), arg("dq"),
+        arg("dk"), arg("dv"), arg("options"), arg("key_mask"), arg("conv_weight"), arg("d_conv_weight"),
+        arg("q_landmarks"), arg("k_landmarks"), arg("d_q_landmarks"), arg("d_k_landmarks"));
   m.def("softmax_attention", &softmax_attention, arg("q"), arg("k"), arg("v"), arg("out"), arg("causal"), arg("scale"),
         arg("key_mask"), arg("offsets"), arg("logn"));
 }

@@ -2,6 +2,7 @@
 // The C interface of attention: heads and sequences as units of work, splits that no thread count changes, workspaces.
 #include <atomic>
 #include <cstring>
+#include <type_traits>
 
 #include "attention/attention_kernels.h"
 #include "core/checked.h"
@@ -16,6 +17,12 @@ namespace {
 constexpr const LinearKernels* kLinear[] = {FASTOPS_FOR_EACH_LEVEL(FASTOPS_LINEAR_TABLE)};
 constexpr const LinearGradientKernels* kGradient[] = {FASTOPS_FOR_EACH_LEVEL(FASTOPS_GRADIENT_TABLE)};
 constexpr const SoftmaxKernels* kSoftmax[] = {FASTOPS_FOR_EACH_LEVEL(FASTOPS_SOFTMAX_TABLE)};
+#define FASTOPS_NYSTROM_TABLE(level) level::kNystromKernels,
+#define FASTOPS_NYSTROM_GRADIENT_TABLE(level) level::kNystromGradientKernels,
+constexpr const NystromKernels* kNystrom[] = {FASTOPS_FOR_EACH_LEVEL(FASTOPS_NYSTROM_TABLE)};
+constexpr const NystromGradientKernels* kNystromGradient[] = {FASTOPS_FOR_EACH_LEVEL(FASTOPS_NYSTROM_GRADIENT_TABLE)};
+#undef FASTOPS_NYSTROM_TABLE
+#undef FASTOPS_NYSTROM_GRADIENT_TABLE
 #undef FASTOPS_LINEAR_TABLE
 #undef FASTOPS_GRADIENT_TABLE
 #undef FASTOPS_SOFTMAX_TABLE
@@ -241,6 +248,165 @@ fastops_status all_at_once(const LinearKernels& kernels, const Shape& s, const L
   return parallel_run(count * blocks, emit, work_ns, poll, workers);
 }
 
+// Nystrom attention: heads in phases, so that few heads are shared by many threads, or each by one thread.
+struct NystromArrays {
+  const fastops_nystrom_attention& s;
+  Heads q, k, v, out, mask;
+  const char *conv, *q_landmarks, *k_landmarks;
+  char* info;
+
+  std::size_t count() const noexcept { return s.batch * s.heads_q; }
+  NystromHead operator[](std::size_t i) const noexcept {
+    const std::size_t size = item_size(s.dtype), item = s.dtype == FASTOPS_F64 ? 8 : 4;
+    const std::size_t b = i / s.heads_q, head = i % s.heads_q, from = head / (s.heads_q / s.heads_kv);
+    NystromHead h{};
+    h.q = {at(q, size, b, head, 0), q.row};
+    h.k = {at(k, size, b, from, 0), k.row};
+    h.v = {at(v, size, b, from, 0), v.row};
+    h.out = {at(out, size, b, head, 0), out.row};
+    h.queries = s.queries;
+    h.keys = s.keys;
+    h.mask = static_cast<const std::uint8_t*>(at(mask, 1, b, 0, 0));
+    h.mask_step = mask.row;
+    h.mask_queries = h.mask != nullptr && s.queries == s.keys;
+    if (conv != nullptr) h.conv = conv + head * s.taps * item;
+    if (q_landmarks != nullptr) {
+      h.q_landmarks = q_landmarks + i * s.landmarks * s.dim * item;
+      h.k_landmarks = k_landmarks + (b * s.heads_kv + from) * s.landmarks * s.dim * item;
+    }
+    if (info != nullptr) h.info = info + 4 * i * item;
+    return h;
+  }
+};
+bool is_valid_nystrom(const fastops_nystrom_attention& s, const void* conv, const void* q_landmarks,
+                      const void* k_landmarks) noexcept {
+  if (s.dtype < FASTOPS_F16 || s.dtype > FASTOPS_F64 || s.landmarks == 0) return false;
+  if (s.heads_kv == 0 ? s.heads_q != 0 : s.heads_q % s.heads_kv != 0) return false;
+  if ((conv != nullptr) && (s.taps % 2 == 0 || s.queries != s.keys)) return false;
+  return (q_landmarks == nullptr) == (k_landmarks == nullptr);
+}
+NystromCall nystrom_call(const fastops_nystrom_attention& s, const Stopper& stopper) noexcept {
+  return {static_cast<fastops_dtype>(s.dtype),
+          s.dim,
+          s.values,
+          s.landmarks,
+          s.iterations,
+          s.taps,
+          s.ridge_solve != 0,
+          s.normalize != 0,
+          s.ridge,
+          s.scale,
+          0,
+          stopper.stop()};
+}
+double nystrom_ns(const fastops_nystrom_attention& s) noexcept {
+  const double m = static_cast<double>(s.landmarks);
+  return static_cast<double>(s.batch * s.heads_q) * kNanosecondsPerFlop *
+         (2 * m * static_cast<double>(s.queries + s.keys) * static_cast<double>(s.dim + s.values) +
+          (s.ridge_solve ? 6 : 8.0 * static_cast<double>(s.iterations)) * m * m * m);
+}
+
+// The keys of a head are cut by their number alone, and the parts added in their order.
+std::size_t nystrom_parts(std::size_t keys) noexcept {
+  const std::size_t parts = keys / kPartKeys;
+  return parts > kParts ? kParts : parts < 1 ? 1 : parts;
+}
+
+fastops_status nystrom(const NystromKernels& kernels, const NystromArrays& arrays, NystromCall call,
+                       fastops_poll poll) noexcept {
+  const fastops_nystrom_attention& s = arrays.s;
+  const unsigned workers = worker_count();
+  const std::size_t item = s.dtype == FASTOPS_F64 ? 8 : 4, count = arrays.count();
+  const std::size_t middle = (kernels.middle_items(call) + 15) / 16 * 16;
+  const std::size_t partial = (kernels.partial_items(call) + 15) / 16 * 16;
+  const std::size_t parts = nystrom_parts(s.keys), step = (s.keys + parts - 1) / parts;
+  const auto end = [&](std::size_t part) { return (part + 1) * step < s.keys ? (part + 1) * step : s.keys; };
+  const double ns = nystrom_ns(s);
+  Workspaces work;
+  if (!work.reserve(workers, kernels.work_items(call) + (s.batch_init ? 0 : middle + 2 * partial), item))
+    return FASTOPS_NO_MEMORY;
+
+  const bool phases = s.batch_init || (workers > 1 && count < 2 * workers);
+  if (!phases)
+    return parallel_run(
+        count,
+        [&](std::size_t unit, unsigned worker) {
+          NystromHead head = arrays[unit];
+          head.worker = worker;
+          char* const own = static_cast<char*>(work[worker]);
+          char* const first = own + middle * item;
+          char* const other = first + partial * item;
+          void* const rest = other + partial * item;
+          if (kernels.prepare(call, head, own, rest) != 0) {
+            for (std::size_t part = 0; part < parts; ++part) {
+              kernels.absorb(call, head, part * step, end(part), own, part == 0 ? first : other, rest);
+              if (part > 0) kernels.merge(call, first, other);
+            }
+            kernels.solve(call, head, own, first, rest);
+          }
+          kernels.emit(call, head, 0, s.queries, own, rest);
+        },
+        ns, poll, workers);
+
+  Workspace middles, partials, norms;
+  if (!middles.reserve({count, middle, item}) || !partials.reserve({count, parts, partial, item}) ||
+      !norms.reserve({count, sizeof(double)}))
+    return FASTOPS_NO_MEMORY;
+  const auto head_of = [&](std::size_t i, unsigned worker) {
+    NystromHead head = arrays[i];
+    head.worker = worker;
+    return head;
+  };
+  const auto middle_of = [&](std::size_t i) { return middles.get<char>() + i * middle * item; };
+  const auto partial_of = [&](std::size_t i, std::size_t part) {
+    return partials.get<char>() + (i * parts + part) * partial * item;
+  };
+  auto* const norm = norms.get<double>();
+  fastops_status status = parallel_run(
+      count,
+      [&](std::size_t i, unsigned worker) {
+        norm[i] = kernels.prepare(call, head_of(i, worker), middle_of(i), work[worker]);
+      },
+      ns / 10, poll, workers);
+  if (status != FASTOPS_OK) return status;
+  if (s.batch_init) {
+    double largest = 0;
+    for (std::size_t i = 0; i < count; ++i)
+      if (!(norm[i] <= largest)) largest = norm[i];
+    call.coefficient = largest > 0 ? 1 / largest : 0;
+  }
+  status = parallel_run(
+      count * parts,
+      [&](std::size_t unit, unsigned worker) {
+        const std::size_t i = unit / parts, part = unit % parts;
+        if (norm[i] != 0)
+          kernels.absorb(call, head_of(i, worker), part * step, end(part), middle_of(i), partial_of(i, part),
+                         work[worker]);
+      },
+      ns / 2, poll, workers);
+  if (status != FASTOPS_OK) return status;
+  status = parallel_run(
+      count,
+      [&](std::size_t i, unsigned worker) {
+        if (norm[i] == 0) return;
+        for (std::size_t part = 1; part < parts; ++part) kernels.merge(call, partial_of(i, 0), partial_of(i, part));
+        kernels.solve(call, head_of(i, worker), middle_of(i), partial_of(i, 0), work[worker]);
+      },
+      ns / 4, poll, workers);
+  if (status != FASTOPS_OK) return status;
+  // Whole heads where their row sums are asked for.
+  const std::size_t rows = arrays.info != nullptr ? (s.queries > 0 ? s.queries : 1) : kPartQueries;
+  const std::size_t blocks = (s.queries + rows - 1) / rows;
+  return parallel_run(
+      count * blocks,
+      [&](std::size_t unit, unsigned worker) {
+        const std::size_t i = unit / blocks, first = unit % blocks * rows;
+        const std::size_t last = first + rows < s.queries ? first + rows : s.queries;
+        kernels.emit(call, head_of(i, worker), first, last, middle_of(i), work[worker]);
+      },
+      ns / 2, poll, workers);
+}
+
 }  // namespace
 }  // namespace fastops
 
@@ -339,7 +505,9 @@ fastops_status fastops_softmax_attention(const fastops_linear_attention* shape, 
   const Shape& s = *shape;
   const SoftmaxKernels& kernels = kSoftmax[active_level()][is_double(s)];
   Stopper stopper(poll);
-  const SoftmaxCall call{s.causal != 0, static_cast<fastops_dtype>(s.dtype), s.dim, s.values, s.scale, stopper.stop()};
+  const SoftmaxCall call{
+      s.causal != 0, static_cast<fastops_dtype>(s.dtype), static_cast<fastops_dtype>(s.dtype), s.dim, s.values, s.scale,
+      stopper.stop()};
   const unsigned workers = worker_count();
   const std::size_t size = item_size(s.dtype), item = compute_size(s),
                     group = s.heads_kv == 0 ? 1 : s.heads_q / s.heads_kv;
@@ -376,4 +544,112 @@ fastops_status fastops_softmax_attention(const fastops_linear_attention* shape, 
       static_cast<double>(count) * static_cast<double>(s.queries) * static_cast<double>(s.keys) *
           static_cast<double>(2 * (s.dim + s.values)) * kNanosecondsPerFlop,
       poll, workers));
+}
+
+fastops_status fastops_nystrom_attention_forward(const fastops_nystrom_attention* shape, fastops_heads q,
+                                                 fastops_heads k, fastops_heads v, fastops_heads out,
+                                                 fastops_heads key_mask, const void* conv, const void* q_landmarks,
+                                                 const void* k_landmarks, void* info, fastops_poll poll) noexcept {
+  if (shape == nullptr || !is_valid_nystrom(*shape, conv, q_landmarks, k_landmarks)) return FASTOPS_INVALID;
+  const fastops_nystrom_attention& s = *shape;
+  const NystromArrays arrays{s,
+                             q,
+                             k,
+                             v,
+                             out,
+                             key_mask,
+                             static_cast<const char*>(conv),
+                             static_cast<const char*>(q_landmarks),
+                             static_cast<const char*>(k_landmarks),
+                             static_cast<char*>(info)};
+  if (arrays.count() == 0) return FASTOPS_OK;
+  Stopper stopper(poll);
+  return stopper.status(
+      nystrom(kNystrom[active_level()][s.dtype == FASTOPS_F64], arrays, nystrom_call(s, stopper), poll));
+}
+
+fastops_status fastops_nystrom_attention_backward(const fastops_nystrom_attention* shape, fastops_heads dy,
+                                                  fastops_heads q, fastops_heads k, fastops_heads v, void* dq, void* dk,
+                                                  void* dv, fastops_heads key_mask, const void* conv, void* d_conv,
+                                                  const void* q_landmarks, const void* k_landmarks, void* d_q_landmarks,
+                                                  void* d_k_landmarks, fastops_poll poll) noexcept {
+  if (shape == nullptr || !is_valid_nystrom(*shape, conv, q_landmarks, k_landmarks)) return FASTOPS_INVALID;
+  const fastops_nystrom_attention& s = *shape;
+  const NystromGradientKernels& kernels = kNystromGradient[active_level()][s.dtype == FASTOPS_F64];
+  const NystromArrays arrays{s,
+                             q,
+                             k,
+                             v,
+                             {},
+                             key_mask,
+                             static_cast<const char*>(conv),
+                             static_cast<const char*>(q_landmarks),
+                             static_cast<const char*>(k_landmarks),
+                             nullptr};
+  if (arrays.count() == 0) return FASTOPS_OK;
+  Stopper stopper(poll);
+  NystromCall call = nystrom_call(s, stopper);
+  const std::size_t size = item_size(s.dtype), item = s.dtype == FASTOPS_F64 ? 8 : 4, group = s.heads_q / s.heads_kv;
+  if (s.batch_init) {
+    // The matrices of all heads come first: their coefficient is a constant of the gradient.
+    const NystromKernels& forward = kNystrom[active_level()][s.dtype == FASTOPS_F64];
+    Workspace middle, room;
+    if (!middle.reserve({forward.middle_items(call), item}) || !room.reserve({forward.work_items(call), item}))
+      return FASTOPS_NO_MEMORY;
+    double largest = 0;
+    const fastops_status status = parallel_run(
+        arrays.count(),
+        [&](std::size_t i, unsigned worker) {
+          NystromHead head = arrays[i];
+          head.worker = worker;
+          const double norm = forward.prepare(call, head, middle.get<void>(), room.get<void>());
+          if (!(norm <= largest)) largest = norm;
+        },
+        0, poll, 1);
+    if (status != FASTOPS_OK) return status;
+    call.coefficient = largest > 0 ? 1 / largest : 0;
+  }
+  const unsigned workers = worker_count();
+  Workspaces work;
+  Workspace of_samples;  // the convolution's gradient, which samples share
+  const std::size_t taps = d_conv == nullptr ? 0 : s.heads_q * s.taps;
+  if (!work.reserve(workers, kernels.work_items(call, s.queries, s.keys, group), item) ||
+      !of_samples.reserve({s.batch, taps, item}))
+    return FASTOPS_NO_MEMORY;
+  const auto part = [](void* data, std::size_t offset) {
+    return data == nullptr ? nullptr : static_cast<char*>(data) + offset;
+  };
+  const fastops_status status = stopper.status(parallel_run(
+      s.batch * s.heads_kv,
+      [&](std::size_t unit, unsigned worker) {
+        const std::size_t b = unit / s.heads_kv, from = unit % s.heads_kv, first = b * s.heads_q + from * group;
+        NystromHead head = arrays[first];
+        head.worker = worker;
+        NystromGradient g{};
+        g.dy = {at(dy, size, b, from * group, 0), dy.row};
+        g.dy_head = dy.head;
+        g.q_head = q.head;
+        g.dq_head = static_cast<std::ptrdiff_t>(s.queries * s.dim);
+        g.group = group;
+        g.dq = part(dq, first * s.queries * s.dim * size);
+        g.dk = part(dk, unit * s.keys * s.dim * size);
+        g.dv = part(dv, unit * s.keys * s.values * size);
+        if (taps != 0) g.d_conv = of_samples.get<char>() + first * s.taps * item;
+        g.d_q_landmarks = part(d_q_landmarks, first * s.landmarks * s.dim * item);
+        g.d_k_landmarks = part(d_k_landmarks, unit * s.landmarks * s.dim * item);
+        kernels.run(call, head, g, work[worker]);
+      },
+      4 * nystrom_ns(s), poll, workers));
+  const auto add_up = [&](auto* to) {
+    const auto* const from = of_samples.get<std::remove_pointer_t<decltype(to)>>();
+    for (std::size_t t = 0; t < taps; ++t) {
+      to[t] = 0;
+      for (std::size_t b = 0; b < s.batch; ++b) to[t] += from[b * taps + t];
+    }
+  };
+  if (s.dtype == FASTOPS_F64)
+    add_up(static_cast<double*>(d_conv));
+  else
+    add_up(static_cast<float*>(d_conv));
+  return status;
 }

@@ -61,7 +61,7 @@ struct LinearGradient {
 
 struct SoftmaxCall {
   bool causal;
-  fastops_dtype dtype;
+  fastops_dtype dtype, out_dtype;
   std::size_t dim, values;
   double scale;
   const Stop* stop;
@@ -110,12 +110,66 @@ struct SoftmaxKernels {
 // The queries of one SoftmaxHead, at most.
 inline constexpr std::size_t kSoftmaxRows = 96;
 
+// What all heads of a call of Nystrom attention share.
+struct NystromCall {
+  fastops_dtype dtype;
+  std::size_t dim, values, landmarks, iterations, taps;
+  bool ridge_solve, normalize;
+  double ridge, scale;
+  double coefficient;  // of the start, above 0 where it is the same for all matrices
+  const Stop* stop;
+};
+struct NystromHead {
+  Rows q, k, v, out;
+  std::size_t queries, keys;
+  const std::uint8_t* mask;
+  std::ptrdiff_t mask_step;
+  bool mask_queries;                      // the mask is of the queries, too
+  const void* conv;                       // T (taps)
+  const void *q_landmarks, *k_landmarks;  // T (landmarks x dim); null: means of segments
+  void* info;                             // T (4); null: not wanted
+  unsigned worker;
+};
+struct NystromGradient {
+  Rows dy;  // of the first query head, as q and out
+  std::ptrdiff_t dy_head, q_head, dq_head;
+  std::size_t group;                    // query heads of the key head
+  void *dq, *dk, *dv;                   // rows contiguous
+  void* d_conv;                         // T (group, taps); null: none
+  void *d_q_landmarks, *d_k_landmarks;  // T (group, landmarks, dim), (landmarks, dim); null: not wanted
+};
+
+// `middle` is what the phases of a head hand on to each other.
+struct NystromKernels {
+  std::size_t (*work_items)(const NystromCall&) noexcept;
+  std::size_t (*middle_items)(const NystromCall&) noexcept;
+  std::size_t (*partial_items)(const NystromCall&) noexcept;
+  // Landmarks and the matrix between them; the product of its norms, 0 where attention is exact.
+  double (*prepare)(const NystromCall&, const NystromHead&, void* middle, void* work) noexcept;
+  // softmax(s Qt K^T) V over the keys first .. last.
+  void (*absorb)(const NystromCall&, const NystromHead&, std::size_t first, std::size_t last, const void* middle,
+                 void* partial, void* work) noexcept;
+  // Adds the second partial to the first.
+  void (*merge)(const NystromCall&, void* partial, const void* other) noexcept;
+  void (*solve)(const NystromCall&, const NystromHead&, void* middle, const void* partial, void* work) noexcept;
+  // The queries first .. last.
+  void (*emit)(const NystromCall&, const NystromHead&, std::size_t first, std::size_t last, const void* middle,
+               void* work) noexcept;
+};
+
+struct NystromGradientKernels {
+  std::size_t (*work_items)(const NystromCall&, std::size_t queries, std::size_t keys, std::size_t group) noexcept;
+  void (*run)(const NystromCall&, const NystromHead&, const NystromGradient&, void* work) noexcept;
+};
+
 // [0]: float, [1]: double.
-#define FASTOPS_DECLARE_ATTENTION(level)                        \
-  namespace level {                                             \
-  extern const LinearKernels kLinearKernels[2];                 \
-  extern const LinearGradientKernels kLinearGradientKernels[2]; \
-  extern const SoftmaxKernels kSoftmaxKernels[2];               \
+#define FASTOPS_DECLARE_ATTENTION(level)                          \
+  namespace level {                                               \
+  extern const LinearKernels kLinearKernels[2];                   \
+  extern const LinearGradientKernels kLinearGradientKernels[2];   \
+  extern const SoftmaxKernels kSoftmaxKernels[2];                 \
+  extern const NystromKernels kNystromKernels[2];                 \
+  extern const NystromGradientKernels kNystromGradientKernels[2]; \
   }
 FASTOPS_FOR_EACH_LEVEL(FASTOPS_DECLARE_ATTENTION)
 #undef FASTOPS_DECLARE_ATTENTION

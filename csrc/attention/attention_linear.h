@@ -30,36 +30,6 @@ inline constexpr std::size_t kMostRows = 2 * kChunk;
 
 inline bool has_exponents(fastops_feature_map map) noexcept { return map >= FASTOPS_MAP_EXP; }
 
-// Hands out the parts of a workspace; with a null base it only counts.
-template <class T> class Parts {
- public:
-  explicit Parts(void* base) noexcept : base_(static_cast<T*>(base)) {}
-  T* take(std::size_t n) noexcept {
-    T* const part = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += (n + 15) / 16 * 16;
-    return part;
-  }
-  std::size_t used() const noexcept { return used_; }
-
- private:
-  T* base_;
-  std::size_t used_ = 0;
-};
-
-template <class T> void fill(T* to, std::size_t n, T value) noexcept {
-  for (std::size_t i = 0; i < n; ++i) to[i] = value;
-}
-template <class T> T power_of_2(T n) noexcept {
-  return static_cast<T>(__builtin_ldexp(1.0, n > T(20000) ? 20000 : n < T(-20000) ? -20000 : static_cast<int>(n)));
-}
-template <class T> T dot(const T* a, const T* b, std::size_t n) noexcept {
-  Vector<T> sum{};
-  for (std::size_t i = 0; i < n; i += kWidth<T>) sum = simd::fma(load<Vector<T>>(a + i), load<Vector<T>>(b + i), sum);
-  return sum_lanes<T>(sum);
-}
-template <class T> void scale_row(T* row, std::size_t n, T factor) noexcept {
-  for (std::size_t i = 0; i < n; i += kWidth<T>) store(row + i, load<Vector<T>>(row + i) * factor);
-}
 // f = body(x) by whole vectors, zeros from n on.
 template <class T, class Body>
 FASTOPS_INLINE void map_row(const T* x, T* f, std::size_t n, std::size_t padded_n, Body body) {

@@ -295,5 +295,35 @@ template <class T> FASTOPS_INLINE bool is_plain(fastops_dtype dtype, std::size_t
   return dtype == (sizeof(T) == 8 ? FASTOPS_F64 : FASTOPS_F32) && n % kWidth<T> == 0;
 }
 
+// Hands out the parts of a workspace; with a null base it only counts.
+template <class T> class Parts {
+ public:
+  explicit Parts(void* base) noexcept : base_(static_cast<T*>(base)) {}
+  T* take(std::size_t n) noexcept {
+    T* const part = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += (n + 15) / 16 * 16;
+    return part;
+  }
+  std::size_t used() const noexcept { return used_; }
+
+ private:
+  T* base_;
+  std::size_t used_ = 0;
+};
+
+template <class T> void fill(T* to, std::size_t n, T value) noexcept {
+  for (std::size_t i = 0; i < n; ++i) to[i] = value;
+}
+template <class T> T power_of_2(T n) noexcept {
+  return static_cast<T>(__builtin_ldexp(1.0, n > T(20000) ? 20000 : n < T(-20000) ? -20000 : static_cast<int>(n)));
+}
+template <class T> T dot(const T* a, const T* b, std::size_t n) noexcept {
+  Vector<T> sum{};
+  for (std::size_t i = 0; i < n; i += kWidth<T>) sum = simd::fma(load<Vector<T>>(a + i), load<Vector<T>>(b + i), sum);
+  return sum_lanes<T>(sum);
+}
+template <class T> void scale_row(T* row, std::size_t n, T factor) noexcept {
+  for (std::size_t i = 0; i < n; i += kWidth<T>) store(row + i, load<Vector<T>>(row + i) * factor);
+}
 }  // namespace fastops::FASTOPS_LEVEL::attention
 #endif

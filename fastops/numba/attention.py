@@ -16,9 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _attention_kernels as kernels
+from .nystrom import nystrom_attention, nystrom_attention_backward
 
 if TYPE_CHECKING:
     from .._attention import LinearOptions
+
+__all__ = [
+    "linear_attention",
+    "linear_attention_backward",
+    "linear_attention_step",
+    "nystrom_attention",
+    "nystrom_attention_backward",
+    "plain_step",
+    "softmax_attention",
+]
 
 Array = NDArray[Any]
 State = Sequence[Array]

@@ -17,8 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._attention import EXPONENTIAL, LinearOptions
+from .nystrom import nystrom_attention, nystrom_attention_backward
 
-__all__ = ["linear_attention", "linear_attention_backward", "linear_attention_step", "plain_step", "softmax_attention"]
+__all__ = [
+    "linear_attention",
+    "linear_attention_backward",
+    "linear_attention_step",
+    "nystrom_attention",
+    "nystrom_attention_backward",
+    "plain_step",
+    "softmax_attention",
+]
 
 Array = NDArray[Any]
 Float = NDArray[np.float64]

@@ -304,6 +304,34 @@ FASTOPS_API fastops_status fastops_softmax_attention(const fastops_linear_attent
                                                      const int64_t* offsets, size_t sequences,
                                                      fastops_poll poll) FASTOPS_NOEXCEPT;
 
+/* Nystrom attention: the matrix of weights through `landmarks` means of segments. A sample with as few rows as
+   landmarks gets exact attention. */
+typedef struct fastops_nystrom_attention {
+  int32_t dtype;       /* F16, BF16, F32 or F64; landmarks, convolution and information are F64 beside F64, else F32 */
+  int32_t ridge_solve; /* 0: `iterations` steps of Newton's method; 1: (A^T A + ridge |A|_1 |A|_inf I)^-1 A^T */
+  int32_t normalize;   /* 1: every row of weights sums to 1 */
+  int32_t batch_init;  /* 1: one start coefficient for all matrices of the call */
+  size_t batch, heads_q, heads_kv, queries, keys, dim, values;
+  size_t landmarks, iterations, taps;
+  double ridge, scale;
+} fastops_nystrom_attention;
+
+/* key_mask (batch, keys), of the queries too where they are as many. conv (heads_q, taps), taps odd; q_landmarks
+   (batch, heads_q, landmarks, dim), k_landmarks (batch, heads_kv, ...); info (batch, heads_q, 4): residual, start
+   coefficient, smallest and largest sum of a row's weights. All of them C order, or null. */
+FASTOPS_API fastops_status fastops_nystrom_attention_forward(const fastops_nystrom_attention* shape, fastops_heads q,
+                                                             fastops_heads k, fastops_heads v, fastops_heads out,
+                                                             fastops_heads key_mask, const void* conv,
+                                                             const void* q_landmarks, const void* k_landmarks,
+                                                             void* info, fastops_poll poll) FASTOPS_NOEXCEPT;
+/* dq, dk, dv in C order; d_conv, d_q_landmarks, d_k_landmarks like what they are of, or null. */
+FASTOPS_API fastops_status fastops_nystrom_attention_backward(const fastops_nystrom_attention* shape, fastops_heads dy,
+                                                              fastops_heads q, fastops_heads k, fastops_heads v,
+                                                              void* dq, void* dk, void* dv, fastops_heads key_mask,
+                                                              const void* conv, void* d_conv, const void* q_landmarks,
+                                                              const void* k_landmarks, void* d_q_landmarks,
+                                                              void* d_k_landmarks, fastops_poll poll) FASTOPS_NOEXCEPT;
+
 #ifdef __cplusplus
 }
 #endif

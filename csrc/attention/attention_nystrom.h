@@ -1,0 +1,549 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Nystrom attention of one head: P1 = softmax(s Q Kt^T), A = softmax(s Qt Kt^T), B = softmax(s Qt K^T) V, out = P1 Z B,
+// where Z stands for the inverse of A (Xiong et al. 2021) and Qt, Kt are means of segments. Neither P1 nor softmax(s Qt
+// K^T) is ever whole: the first in blocks of queries, the second transposed in blocks of keys.
+#ifndef FASTOPS_ATTENTION_ATTENTION_NYSTROM_H
+#define FASTOPS_ATTENTION_ATTENTION_NYSTROM_H
+
+#include "attention/attention_kernels.h"
+#include "attention/attention_math.h"
+#include "attention/attention_tile.h"
+
+namespace fastops::FASTOPS_LEVEL::attention {
+
+// Queries or keys of a block.
+inline constexpr std::size_t kBlock = 96;
+// More steps than this need float64 for the matrices between landmarks.
+inline constexpr std::size_t kSinglePrecisionSteps = 12;
+
+// A head's matrices between landmarks; rows padded to vectors. Where attention is exact there is nothing in it.
+template <class T> struct Middle {
+  T* flags;                  // [0]: 1 where landmarks stand for the sample
+  T *q_rows, *k_rows;        // landmarks x dim
+  T *q_columns, *k_columns;  // dim x landmarks, times the scale
+  T *a, *w, *u;              // landmarks x landmarks, landmarks x values, landmarks
+
+  Middle(const NystromCall& call, Parts<T>& parts)
+      : flags(parts.take(1)),
+        q_rows(parts.take(call.landmarks * padded<T>(call.dim))),
+        k_rows(parts.take(call.landmarks * padded<T>(call.dim))),
+        q_columns(parts.take(call.dim * padded<T>(call.landmarks))),
+        k_columns(parts.take(call.dim * padded<T>(call.landmarks))),
+        a(parts.take(call.landmarks * padded<T>(call.landmarks))),
+        w(parts.take(call.landmarks * padded<T>(call.values))),
+        u(parts.take(padded<T>(call.landmarks))) {}
+};
+
+// Part of softmax(s Qt K^T) V: the largest logit and the sum of exponentials of every landmark, and the sum of values.
+template <class T> struct Partial {
+  T *top, *sum, *values;
+  Partial(const NystromCall& call, Parts<T>& parts)
+      : top(parts.take(padded<T>(call.landmarks))),
+        sum(parts.take(padded<T>(call.landmarks))),
+        values(parts.take(call.landmarks * padded<T>(call.values))) {}
+};
+
+template <class T> std::ptrdiff_t step_of(std::size_t n) { return static_cast<std::ptrdiff_t>(n); }
+template <class T> constexpr T kLowest = -static_cast<T>(__builtin_huge_val());
+
+// c = c diag - x on a square matrix of m rows.
+template <class T> void diagonal_minus(const T* x, T diagonal, std::size_t m, T* c) noexcept {
+  const std::size_t mp = padded<T>(m);
+  for (std::size_t i = 0; i < m * mp; i += kWidth<T>) store(c + i, -load<Vector<T>>(x + i));
+  for (std::size_t i = 0; i < m; ++i) c[i * mp + i] += diagonal;
+}
+template <class T> void multiply(const T* a, const T* b, std::size_t m, T* c) noexcept {
+  const auto mp = static_cast<std::ptrdiff_t>(padded<T>(m));
+  product<T>(m, padded<T>(m), Term<T>{a, mp, 1, b, mp, m}, {c, mp});
+}
+// Rows of weights from rows of logits; the columns from `m` on get none.
+template <class T> void softmax_rows(T* s, std::size_t rows, std::size_t m) noexcept {
+  using V = Vector<T>;
+  const std::size_t mp = padded<T>(m);
+  for (std::size_t r = 0; r < rows; ++r, s += mp) {
+    for (std::size_t j = m; j < mp; ++j) s[j] = kLowest<T>;
+    V most = splat<V>(kLowest<T>);
+    for (std::size_t j = 0; j < mp; j += kWidth<T>) {
+      const V x = load<V>(s + j);
+      most = select(x > most, x, most);
+    }
+    T top = most[0];
+    for (std::size_t l = 1; l < kWidth<T>; ++l) top = most[l] > top ? most[l] : top;
+    V sum{};
+    for (std::size_t j = 0; j < mp; j += kWidth<T>) {
+      const V e = exp_nonpositive(load<V>(s + j) - top);
+      sum += e;
+      store(s + j, e);
+    }
+    const T inverse = T(1) / sum_lanes<T>(sum);
+    for (std::size_t j = 0; j < mp; j += kWidth<T>) store(s + j, load<V>(s + j) * inverse);
+  }
+}
+// The largest column sum and row sum of |a|, and where they are.
+template <class T> struct Norms {
+  T column, row;
+  std::size_t column_at, row_at;
+};
+template <class T> Norms<T> norms(const T* a, std::size_t m) noexcept {
+  const std::size_t mp = padded<T>(m);
+  Norms<T> n{0, 0, 0, 0};
+  for (std::size_t j = 0; j < m; ++j) {
+    T sum = 0;
+    for (std::size_t i = 0; i < m; ++i) sum += a[i * mp + j];
+    if (!(sum <= n.column)) n.column = sum, n.column_at = j;
+  }
+  for (std::size_t i = 0; i < m; ++i) {
+    T sum = 0;
+    for (std::size_t j = 0; j < m; ++j) sum += a[i * mp + j];
+    if (!(sum <= n.row)) n.row = sum, n.row_at = i;
+  }
+  return n;
+}
+// The steps of Newton's method of third order from z, of which every one but the last is left in z_steps where it is
+// not null (steps + 1 matrices). x, t, u: room of a matrix each.
+template <class U>
+void newton(const U* a, U* z, std::size_t m, std::size_t steps, U* x, U* t, U* u, U* z_steps) noexcept {
+  const std::size_t items = m * padded<U>(m);
+  for (std::size_t i = 0; i < steps; ++i) {
+    if (z_steps != nullptr) __builtin_memcpy(z_steps + i * items, z, items * sizeof(U));
+    multiply(a, z, m, x);
+    diagonal_minus(x, U(7), m, t);
+    multiply(x, t, m, u);
+    diagonal_minus(u, U(15), m, t);
+    multiply(x, t, m, u);
+    diagonal_minus(u, U(13), m, t);
+    multiply(z, t, m, u);
+    for (std::size_t j = 0; j < items; j += kWidth<U>) store(z + j, load<Vector<U>>(u + j) * U(0.25));
+  }
+}
+template <class To, class From> void convert(const From* from, std::size_t rows, std::size_t cols, To* to) noexcept {
+  for (std::size_t i = 0; i < rows; ++i)
+    for (std::size_t j = 0; j < padded<To>(cols); ++j)
+      to[i * padded<To>(cols) + j] = j < cols ? static_cast<To>(from[i * padded<From>(cols) + j]) : To(0);
+}
+
+// U^T U = A^T A + shift I, in place of it.
+inline void factorize(double* g, std::size_t m) noexcept {
+  const std::size_t mp = padded<double>(m);
+  for (std::size_t k = 0; k < m; ++k) {
+    double* const row = g + k * mp;
+    const std::size_t first = k / kWidth<double> * kWidth<double>;
+    const double root = __builtin_sqrt(row[k]);
+    for (std::size_t j = first; j < mp; j += kWidth<double>) store(row + j, load<simd::f64>(row + j) / root);
+    row[k] = root;
+    for (std::size_t i = k + 1; i < m; ++i) {
+      const simd::f64 f = splat<simd::f64>(-row[i]);
+      double* const to = g + i * mp;
+      for (std::size_t j = i / kWidth<double> * kWidth<double>; j < mp; j += kWidth<double>)
+        store(to + j, simd::fma(f, load<simd::f64>(row + j), load<simd::f64>(to + j)));
+    }
+  }
+}
+// b = (U^T U)^-1 b, b of m rows of `cols` (whole vectors).
+inline void solve_factorized(const double* g, std::size_t m, double* b, std::size_t cols) noexcept {
+  const std::size_t mp = padded<double>(m);
+  const auto reduce = [&](std::size_t from, std::size_t to, double factor) {
+    for (std::size_t j = 0; j < cols; j += kWidth<double>)
+      store(b + to * cols + j, simd::fma(splat<simd::f64>(-factor), load<simd::f64>(b + from * cols + j),
+                                         load<simd::f64>(b + to * cols + j)));
+  };
+  for (std::size_t k = 0; k < m; ++k) {
+    scale_row(b + k * cols, cols, 1 / g[k * mp + k]);
+    for (std::size_t i = k + 1; i < m; ++i) reduce(k, i, g[k * mp + i]);
+  }
+  for (std::size_t k = m; k-- > 0;) {
+    scale_row(b + k * cols, cols, 1 / g[k * mp + k]);
+    for (std::size_t i = 0; i < k; ++i) reduce(k, i, g[i * mp + k]);
+  }
+}
+
+template <class T> class NystromPass {
+ protected:
+  using V = Vector<T>;
+  static constexpr std::size_t W = kWidth<T>;
+  static constexpr fastops_dtype kOwn = sizeof(T) == 8 ? FASTOPS_F64 : FASTOPS_F32;
+
+ public:
+  NystromPass(const NystromCall& call, const NystromHead& head, Parts<T>& parts)
+      : call_(call),
+        head_(head),
+        m_(call.landmarks),
+        mp_(padded<T>(call.landmarks)),
+        dp_(padded<T>(call.dim)),
+        vp_(padded<T>(call.values)),
+        x_copy_(parts.take(kBlock * dp_)),
+        v_copy_(parts.take((kBlock + call.taps) * vp_)),
+        logits_(parts.take(kBlock * (mp_ > kBlock ? mp_ : kBlock))),
+        o_(parts.take(kBlock * vp_)),
+        keep_(parts.take(mp_ + kBlock)) {}
+
+  // Rows of the arrays.
+  bool seen(std::size_t t) const noexcept {
+    return head_.mask == nullptr || head_.mask[static_cast<std::ptrdiff_t>(t) * head_.mask_step] != 0;
+  }
+  bool query_seen(std::size_t t) const noexcept { return !head_.mask_queries || seen(t); }
+  std::size_t count(std::size_t n, bool of_queries) const noexcept {
+    if (head_.mask == nullptr || (of_queries && !head_.mask_queries)) return n;
+    std::size_t found = 0;
+    for (std::size_t t = 0; t < n; ++t) found += seen(t);
+    return found;
+  }
+  const char* row(const Rows& rows, std::size_t t) const noexcept {
+    return row_at(call_.dtype, rows.data, rows.row, t);
+  }
+  // Where landmarks stand for the sample: there are more rows than landmarks, or landmarks are given.
+  bool approximates() const noexcept {
+    return head_.q_landmarks != nullptr || (count(head_.queries, true) > m_ && count(head_.keys, false) > m_);
+  }
+
+  // Walks over the rows that are there by balanced segments: the first m - n mod m have n / m rows, the others one
+  // more.
+  class Segments {
+   public:
+    Segments(std::size_t there, std::size_t m) noexcept : length_(there / m), longer_(m - there % m) {
+      left_ = length();
+    }
+    std::size_t segment() const noexcept { return segment_; }
+    std::size_t length() const noexcept { return length_ + (segment_ >= longer_ ? 1 : 0); }
+    void next() noexcept {
+      if (--left_ > 0) return;
+      ++segment_;
+      left_ = length();
+    }
+
+   private:
+    std::size_t length_, longer_, segment_ = 0, left_;
+  };
+  void means(const Rows& rows, std::size_t n, bool of_queries, const void* given, T* to) noexcept {
+    if (given != nullptr) {
+      for (std::size_t i = 0; i < m_; ++i)
+        read_row<T>(kOwn, static_cast<const T*>(given) + i * call_.dim, call_.dim, to + i * dp_);
+      return;
+    }
+    fill<T>(to, m_ * dp_, 0);
+    const bool plain = is_plain<T>(call_.dtype, call_.dim);
+    Segments at_row(count(n, of_queries), m_), mean = at_row;
+    for (std::size_t t = 0; t < n; ++t) {
+      if (!(of_queries ? query_seen(t) : seen(t))) continue;
+      const T* x = reinterpret_cast<const T*>(row(rows, t));
+      if (!plain) read_row<T>(call_.dtype, row(rows, t), call_.dim, x_copy_), x = x_copy_;
+      T* const sum = to + at_row.segment() * dp_;
+      for (std::size_t d = 0; d < dp_; d += W) store(sum + d, load<V>(sum + d) + load<V>(x + d));
+      at_row.next();
+    }
+    for (std::size_t i = 0; i < m_; ++i) {
+      const std::size_t length = mean.length();
+      scale_row(to + i * dp_, dp_, T(1) / static_cast<T>(length));
+      for (std::size_t j = 0; j < length; ++j) mean.next();
+    }
+  }
+  void columns(const T* rows, T* to) const noexcept {
+    const T scale = static_cast<T>(call_.scale);
+    fill<T>(to, call_.dim * mp_, 0);
+    for (std::size_t i = 0; i < m_; ++i)
+      for (std::size_t d = 0; d < call_.dim; ++d) to[d * mp_ + i] = scale * rows[i * dp_ + d];
+  }
+
+  double prepare(const Middle<T>& middle) noexcept {
+    middle.flags[0] = approximates() ? 1 : 0;
+    if (middle.flags[0] == 0) return 0;
+    means(head_.q, head_.queries, true, head_.q_landmarks, middle.q_rows);
+    means(head_.k, head_.keys, false, head_.k_landmarks, middle.k_rows);
+    columns(middle.q_rows, middle.q_columns);
+    columns(middle.k_rows, middle.k_columns);
+    product<T>(m_, mp_, Term<T>{middle.q_rows, at(dp_), 1, middle.k_columns, at(mp_), call_.dim}, {middle.a, at(mp_)});
+    softmax_rows(middle.a, m_, m_);
+    const Norms<T> n = norms(middle.a, m_);
+    return static_cast<double>(n.column) * static_cast<double>(n.row);
+  }
+
+  // Keys t .. of a block that are there, close together, and their values; how many, and from where the next block
+  // begins.
+  struct Keys {
+    Block<T> k, v;
+    std::size_t count, next;
+  };
+  Keys take_keys(std::size_t t, std::size_t last) noexcept {
+    std::size_t next = t, n = 0;
+    if (head_.mask == nullptr) {
+      n = last - t < kBlock ? last - t : kBlock;
+      next = t + n;
+      fetch_rows(call_.dtype, head_.k.data, head_.k.row, next, next + n < last ? next + n : last, call_.dim);
+      fetch_rows(call_.dtype, head_.v.data, head_.v.row, next, next + n < last ? next + n : last, call_.values);
+      return {block(head_.k, t, n, call_.dim, x_copy_), block(head_.v, t, n, call_.values, v_copy_), n, next};
+    }
+    for (; next < last && n < kBlock; ++next) {
+      if (!seen(next)) continue;
+      read_row<T>(call_.dtype, row(head_.k, next), call_.dim, x_copy_ + n * dp_);
+      read_row<T>(call_.dtype, row(head_.v, next), call_.values, v_copy_ + n * vp_);
+      number_[n++] = next;
+    }
+    return {{x_copy_, at(dp_)}, {v_copy_, at(vp_)}, n, next};
+  }
+  std::size_t number(std::size_t first, std::size_t i) const noexcept {
+    return head_.mask == nullptr ? first + i : number_[i];
+  }
+  Block<T> block(const Rows& rows, std::size_t t, std::size_t n, std::size_t width, T* copy) const noexcept {
+    if (is_plain<T>(call_.dtype, width)) return {reinterpret_cast<const T*>(row(rows, t)), rows.row};
+    for (std::size_t i = 0; i < n; ++i) read_row<T>(call_.dtype, row(rows, t + i), width, copy + i * padded<T>(width));
+    return {copy, at(padded<T>(width))};
+  }
+
+  // Queries that are masked are zeros: 0 times what they hold could be nan.
+  Block<T> query_block(std::size_t i, std::size_t n) const noexcept {
+    if (!head_.mask_queries) return block(head_.q, i, n, call_.dim, x_copy_);
+    for (std::size_t r = 0; r < n; ++r)
+      if (query_seen(i + r))
+        read_row<T>(call_.dtype, row(head_.q, i + r), call_.dim, x_copy_ + r * dp_);
+      else
+        fill<T>(x_copy_ + r * dp_, dp_, 0);
+    return {x_copy_, at(dp_)};
+  }
+
+  void clear(const Partial<T>& partial) const noexcept {
+    fill(partial.top, mp_, kLowest<T>);
+    fill<T>(partial.sum, mp_, 0);
+    fill<T>(partial.values, m_ * vp_, 0);
+  }
+  void absorb(std::size_t first, std::size_t last, const Middle<T>& middle, const Partial<T>& partial) noexcept {
+    clear(partial);
+    for (std::size_t t = first; t < last;) {
+      if (stopped()) return;
+      const Keys keys = take_keys(t, last);
+      t = keys.next;
+      if (keys.count == 0) continue;
+      key_logits(keys, middle);
+      bool rises = false;
+      for (std::size_t i = 0; i < mp_; i += W) {
+        const V before = load<V>(partial.top + i);
+        V most = before;
+        for (std::size_t j = 0; j < keys.count; ++j) {
+          const V x = load<V>(logits_ + j * mp_ + i);
+          most = select(x > most, x, most);
+        }
+        const V kept = exp_nonpositive(before - most);
+        V total{};
+        for (std::size_t j = 0; j < keys.count; ++j) {
+          const V e = exp_nonpositive(load<V>(logits_ + j * mp_ + i) - most);
+          total += e;
+          store(logits_ + j * mp_ + i, e);
+        }
+        store(partial.top + i, most);
+        store(keep_ + i, kept);
+        store(partial.sum + i, simd::fma(load<V>(partial.sum + i), kept, total));
+        rises |= simd::any(kept != V{} + T(1));
+      }
+      const T one = 1;
+      product<T>(m_, vp_, Term<T>{logits_, 1, at(mp_), keys.v.data, keys.v.step, keys.count},
+                 {partial.values, at(vp_), rises ? keep_ : &one, rises ? 1 : 0});
+    }
+  }
+  // Logits of a block of keys, a key a row.
+  void key_logits(const Keys& keys, const Middle<T>& middle) noexcept {
+    product<T>(keys.count, mp_, Term<T>{keys.k.data, keys.k.step, 1, middle.q_columns, at(mp_), call_.dim},
+               {logits_, at(mp_)});
+  }
+
+  // The middle: W = Z B and u = Z 1.
+  void solve(const Middle<T>& middle, const Partial<T>& partial, Parts<T>& parts) noexcept {
+    T* const b = parts.take(m_ * vp_);
+    for (std::size_t i = 0; i < m_; ++i) {
+      const T inverse = T(1) / partial.sum[i];
+      for (std::size_t e = 0; e < vp_; e += W) store(b + i * vp_ + e, load<V>(partial.values + i * vp_ + e) * inverse);
+    }
+    const Norms<T> n = norms(middle.a, m_);
+    const double product_of_norms = static_cast<double>(n.column) * static_cast<double>(n.row);
+    const double c = call_.coefficient > 0 ? call_.coefficient : 1 / product_of_norms;
+    T* const z = parts.take(m_ * mp_);
+    if (call_.ridge_solve) {
+      ridge(middle, b, product_of_norms, z, parts);
+    } else {
+      inverse_of(middle.a, static_cast<T>(c), z, parts);
+      product<T>(m_, vp_, Term<T>{z, at(mp_), 1, b, at(vp_), m_}, {middle.w, at(vp_)});
+      for (std::size_t i = 0; i < m_; ++i) {
+        V sum{};
+        for (std::size_t j = 0; j < mp_; j += W) sum += load<V>(z + i * mp_ + j);
+        middle.u[i] = sum_lanes<T>(sum);
+      }
+      for (std::size_t i = m_; i < mp_; ++i) middle.u[i] = 0;
+    }
+    if (head_.info == nullptr) return;
+    auto* const info = static_cast<T*>(head_.info);
+    info[1] = static_cast<T>(c);
+    T* const az = parts.take(m_ * mp_);
+    T* const aza = parts.take(m_ * mp_);
+    multiply(middle.a, z, m_, az);
+    multiply(az, middle.a, m_, aza);
+    double off = 0, size = 0;
+    for (std::size_t i = 0; i < m_; ++i)
+      for (std::size_t j = 0; j < m_; ++j) {
+        const double a = static_cast<double>(middle.a[i * mp_ + j]);
+        off += (static_cast<double>(aza[i * mp_ + j]) - a) * (static_cast<double>(aza[i * mp_ + j]) - a);
+        size += a * a;
+      }
+    info[0] = static_cast<T>(__builtin_sqrt(off / size));
+  }
+  // Z of Newton's steps from c A^T.
+  void inverse_of(const T* a, T c, T* z, Parts<T>& parts) noexcept {
+    for (std::size_t i = 0; i < m_; ++i)
+      for (std::size_t j = 0; j < mp_; ++j) z[i * mp_ + j] = j < m_ ? c * a[j * mp_ + i] : T(0);
+    if (sizeof(T) == 8 || call_.iterations <= kSinglePrecisionSteps) {
+      T* const x = parts.take(m_ * mp_);
+      T* const t = parts.take(m_ * mp_);
+      T* const u = parts.take(m_ * mp_);
+      steps<T>(a, z, x, t, u);
+      return;
+    }
+    const std::size_t items = m_ * padded<double>(m_);
+    double* const wide = reinterpret_cast<double*>(parts.take(2 * 5 * items));
+    convert<double>(a, m_, m_, wide);
+    convert<double>(z, m_, m_, wide + items);
+    steps<double>(wide, wide + items, wide + 2 * items, wide + 3 * items, wide + 4 * items);
+    convert<T>(wide + items, m_, m_, z);
+  }
+  template <class U> void steps(const U* a, U* z, U* x, U* t, U* u) noexcept {
+    constexpr std::size_t kAtOnce = 8;  // between questions whether to stop
+    for (std::size_t done = 0; done < call_.iterations && !stopped(); done += kAtOnce)
+      newton<U>(a, z, m_, call_.iterations - done < kAtOnce ? call_.iterations - done : kAtOnce, x, t, u, nullptr);
+  }
+  // (A^T A + ridge c I)^-1 A^T, in double, times B and 1; all of it in z where information is asked for.
+  void ridge(const Middle<T>& middle, const T* b, double product_of_norms, T* z, Parts<T>& parts) noexcept {
+    constexpr std::size_t kTwo = sizeof(double) / sizeof(T);
+    const std::size_t md = padded<double>(m_), vd = padded<double>(call_.values + 1);
+    double* const a = reinterpret_cast<double*>(parts.take(kTwo * m_ * md));
+    double* const g = reinterpret_cast<double*>(parts.take(kTwo * m_ * md));
+    double* const wide = reinterpret_cast<double*>(parts.take(kTwo * m_ * vd));
+    double* const right = reinterpret_cast<double*>(parts.take(kTwo * m_ * (vd > md ? vd : md)));
+    normal_matrix(middle.a, product_of_norms, a, g);
+    // The values and, beside them, ones.
+    fill<double>(wide, m_ * vd, 0);
+    for (std::size_t i = 0; i < m_; ++i) {
+      for (std::size_t e = 0; e < call_.values; ++e) wide[i * vd + e] = static_cast<double>(b[i * vp_ + e]);
+      wide[i * vd + call_.values] = 1;
+    }
+    product<double>(m_, vd, Term<double>{a, 1, at(md), wide, at(vd), m_}, {right, at(vd)});
+    solve_factorized(g, m_, right, vd);
+    for (std::size_t i = 0; i < m_; ++i) {
+      for (std::size_t e = 0; e < vp_; ++e)
+        middle.w[i * vp_ + e] = e < call_.values ? static_cast<T>(right[i * vd + e]) : T(0);
+      middle.u[i] = static_cast<T>(right[i * vd + call_.values]);
+    }
+    for (std::size_t i = m_; i < mp_; ++i) middle.u[i] = 0;
+    if (head_.info == nullptr) return;
+    fill<double>(right, m_ * md, 0);
+    for (std::size_t i = 0; i < m_; ++i)
+      for (std::size_t j = 0; j < m_; ++j) right[i * md + j] = a[j * md + i];
+    solve_factorized(g, m_, right, md);
+    convert<T>(right, m_, m_, z);
+  }
+  // a = A in double, g the factor of A^T A + ridge c I.
+  void normal_matrix(const T* from, double product_of_norms, double* a, double* g) const noexcept {
+    const std::size_t md = padded<double>(m_);
+    convert<double>(from, m_, m_, a);
+    product<double>(m_, md, Term<double>{a, 1, at(md), a, at(md), m_}, {g, at(md)});
+    for (std::size_t i = 0; i < m_; ++i) g[i * md + i] += call_.ridge * product_of_norms;
+    factorize(g, m_);
+  }
+
+  void emit(std::size_t first, std::size_t last, const Middle<T>& middle, void* softmax_work) noexcept {
+    auto* const info = static_cast<T*>(head_.info);
+    if (info != nullptr && first == 0) {
+      const bool exact = middle.flags[0] == 0;
+      for (int i = exact ? 0 : 2; i < 4; ++i) info[i] = static_cast<T>(__builtin_nan(""));
+    }
+    for (std::size_t i = first; i < last; i += kBlock) {
+      if (stopped()) return;
+      const std::size_t n = last - i < kBlock ? last - i : kBlock;
+      if (middle.flags[0] != 0)
+        landmark_rows(i, n, middle, info);
+      else
+        exact_rows(i, n, softmax_work);
+      finish(i, n);
+    }
+  }
+
+ protected:
+  static std::ptrdiff_t at(std::size_t n) { return static_cast<std::ptrdiff_t>(n); }
+  bool stopped() const noexcept {
+    return call_.stop != nullptr && call_.stop->asked(call_.stop->context, head_.worker);
+  }
+
+  // P1 of the queries i .. i + n in logits_.
+  Block<T> query_weights(std::size_t i, std::size_t n, const Middle<T>& middle) noexcept {
+    const Block<T> q = query_block(i, n);
+    product<T>(n, mp_, Term<T>{q.data, q.step, 1, middle.k_columns, at(mp_), call_.dim}, {logits_, at(mp_)});
+    softmax_rows(logits_, n, m_);
+    return q;
+  }
+  void landmark_rows(std::size_t i, std::size_t n, const Middle<T>& middle, T* info) noexcept {
+    query_weights(i, n, middle);
+    const std::size_t end = i + n + kBlock < head_.queries ? i + n + kBlock : head_.queries;
+    fetch_rows(call_.dtype, head_.q.data, head_.q.row, i + n, end, call_.dim);
+    Target<T> target{o_, at(vp_)};
+    if (call_.normalize || info != nullptr) {
+      for (std::size_t r = 0; r < n; ++r) {
+        const T sum = dot(logits_ + r * mp_, middle.u, mp_);
+        keep_[r] = sum == 0 ? T(0) : T(1) / sum;
+        if (info == nullptr || !query_seen(i + r)) continue;
+        if (!(info[2] <= sum)) info[2] = sum;
+        if (!(info[3] >= sum)) info[3] = sum;
+      }
+      if (call_.normalize) target.scale = keep_;
+    }
+    product<T>(n, vp_, Term<T>{logits_, at(mp_), 1, middle.w, at(vp_), m_}, target);
+  }
+  void exact_rows(std::size_t i, std::size_t n, void* work) noexcept {
+    const SoftmaxCall call{false, call_.dtype, kOwn, call_.dim, call_.values, call_.scale, call_.stop};
+    SoftmaxHead head{};
+    head.q = {row(head_.q, i), head_.q.row};
+    head.k = head_.k;
+    head.v = head_.v;
+    head.queries = head.last = n;
+    head.keys = head_.keys;
+    head.mask = head_.mask;
+    head.mask_step = head_.mask_step;
+    head.worker = head_.worker;
+    head.out = {o_, at(vp_)};
+    kSoftmaxKernels[sizeof(T) == 8].run(call, head, work);
+    for (std::size_t r = 0; r < n; ++r)
+      for (std::size_t e = call_.values; e < vp_; ++e) o_[r * vp_ + e] = 0;
+  }
+  // The convolution, zeros for masked queries, and the rounding.
+  void finish(std::size_t i, std::size_t n) noexcept {
+    if (head_.conv != nullptr) {
+      values_around(i, n);
+      const auto* const weights = static_cast<const T*>(head_.conv);
+      for (std::size_t r = 0; r < n; ++r)
+        for (std::size_t e = 0; e < vp_; e += W) {
+          V sum = load<V>(o_ + r * vp_ + e);
+          for (std::size_t t = 0; t < call_.taps; ++t)
+            sum = simd::fma(splat<V>(weights[t]), load<V>(v_copy_ + (r + t) * vp_ + e), sum);
+          store(o_ + r * vp_ + e, sum);
+        }
+    }
+    for (std::size_t r = 0; r < n; ++r) {
+      if (!query_seen(i + r)) fill<T>(o_ + r * vp_, vp_, 0);
+      write_row<T>(call_.dtype, o_ + r * vp_, call_.values, const_cast<char*>(row(head_.out, i + r)));
+    }
+  }
+  // The values from taps / 2 before row i on, zeros outside of the array and where they are masked, in v_copy_.
+  void values_around(std::size_t i, std::size_t n) noexcept {
+    const std::size_t half = call_.taps / 2;
+    for (std::size_t r = 0; r < n + call_.taps - 1; ++r) {
+      T* const to = v_copy_ + r * vp_;
+      if (i + r < half || i + r - half >= head_.keys || !seen(i + r - half))
+        fill<T>(to, vp_, 0);
+      else
+        read_row<T>(call_.dtype, row(head_.v, i + r - half), call_.values, to);
+    }
+  }
+
+  const NystromCall& call_;
+  const NystromHead& head_;
+  const std::size_t m_, mp_, dp_, vp_;
+  T *const x_copy_, *const v_copy_, *const logits_, *const o_, *const keep_;
+  std::size_t number_[kBlock];
+};
+
+}  // namespace fastops::FASTOPS_LEVEL::attention
+#endif

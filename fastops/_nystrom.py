@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Checks of the options of Nystrom attention, and of the arrays that it has beyond q, k and v."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import _validate
+from ._attention import Problem, floats
+from ._validate import AnyArray, Text
+
+# Matrices of m x m are held whole.
+MAX_LANDMARKS = 4096
+_MOST_STEPS = 2**31 - 1
+
+
+class NystromOptions(NamedTuple):
+    """What makes one Nystrom attention another, checked and complete."""
+
+    landmarks: int
+    iterations: int
+    pinv: str
+    ridge: float
+    scale: float
+    batch_init: bool
+    normalize: bool
+
+
+class NystromExtras(NamedTuple):
+    """The arrays beyond q, k and v, as backends read them."""
+
+    key_mask: AnyArray | None
+    conv_weight: AnyArray | None
+    q_landmarks: AnyArray | None
+    k_landmarks: AnyArray | None
+
+
+def prepare(
+    p: Problem,
+    num_landmarks: object,
+    iterations: object,
+    pinv: object,
+    ridge: object,
+    scale: object,
+    key_mask: object,
+    conv_weight: object,
+    landmarks: object,
+    init: object,
+    normalize: object,
+    causal: object,
+) -> tuple[NystromOptions, NystromExtras]:
+    """Options and arrays of a call, checked."""
+    if _validate.boolean("causal", causal):
+        raise _validate.not_offered("causal", "False, since the means of segments hold keys after a row's own", causal)
+    m = _validate.integer("num_landmarks", num_landmarks, 1, MAX_LANDMARKS)
+    steps = _validate.integer("iterations", iterations, 0, _MOST_STEPS)
+    solver = _validate.choice("pinv", pinv, ("newton", "ridge"))
+    added = _validate.number("ridge", ridge, 0.0, open_low=True)
+    factor = p.d**-0.5 if scale is None else _validate.number("scale", scale, -np.inf, open_low=True)
+    start = _validate.choice("init", init, ("matrix", "batch"))
+    if solver == "ridge" and start == "batch":
+        raise _validate.wrong_value("init", "'matrix' with pinv='ridge', which begins nowhere", start)
+    divides = _validate.boolean("normalize", normalize)
+    mask = _mask(p, key_mask)
+    taps = _taps(p, conv_weight)
+    pair: list[AnyArray] | list[None] = [None, None]
+    if landmarks is not None:
+        pair = _landmarks(p, landmarks)
+        m = pair[0].shape[2]
+    return NystromOptions(m, steps, solver, added, factor, start == "batch", divides), NystromExtras(mask, taps, *pair)
+
+
+def _mask(p: Problem, value: object) -> AnyArray | None:
+    """(B, Nk) bool, a view."""
+    if value is None:
+        return None
+    mask = _validate.array("key_mask", value)
+    if mask.dtype != np.bool_:
+        raise _validate.wrong_type("key_mask", "of dtype bool (True where a key counts)", Text(str(mask.dtype)))
+    wanted = (*p.batch, p.nk)
+    if mask.shape != wanted:
+        raise _validate.wrong_value(
+            "key_mask",
+            f"of shape {_validate.clip(str(wanted), 40)}, one for all heads of a sample",
+            Text(_validate.clip(str(mask.shape), 40)),
+        )
+    p.inputs["key_mask"] = mask
+    return mask.reshape((p.b, p.nk))
+
+
+def _taps(p: Problem, value: object) -> AnyArray | None:
+    """(H, taps) of the compute dtype, C-contiguous."""
+    if value is None:
+        return None
+    w = floats("conv_weight", value, p.wide)
+    if w.ndim != 2 or len(w) != p.hq or w.shape[1] % 2 == 0:
+        raise _validate.wrong_value(
+            "conv_weight", f"of shape ({p.hq}, taps), taps odd", Text(_validate.clip(str(w.shape), 40))
+        )
+    if p.nq != p.nk:
+        raise _validate.wrong_value(
+            "conv_weight", "None, or given with q and k of one length", Text(f"{p.nq} and {p.nk}")
+        )
+    p.inputs["conv_weight"] = w
+    return np.require(w, requirements=("C", "A"))
+
+
+def _landmarks(p: Problem, value: object) -> list[AnyArray]:
+    """(B, H, m, D) and (B, H_kv, m, D) of the compute dtype, C-contiguous."""
+    if not isinstance(value, (tuple, list)):
+        raise _validate.wrong_type("landmarks", "a tuple of two arrays, of q and of k", value)
+    if len(value) != 2:
+        raise _validate.wrong_value("landmarks", "two arrays, of q and of k", Text(str(len(value))))
+    result: list[AnyArray] = []
+    m: Any = "m"
+    for i, (item, heads) in enumerate(zip(value, (p.hq, p.hkv), strict=True)):
+        name = f"landmarks[{i}]"
+        x = floats(name, item, p.wide)
+        wanted = (*p.batch, *((heads,) if p.heads else ()), m, p.d)
+        if x.ndim != len(wanted) or any(
+            got != length and length != "m" for got, length in zip(x.shape, wanted, strict=True)
+        ):
+            text = "(" + ", ".join(map(str, wanted)) + ")"
+            raise _validate.wrong_value(
+                name, f"of shape {_validate.clip(text, 40)}", Text(_validate.clip(str(x.shape), 40))
+            )
+        m = x.shape[-2]
+        if not 1 <= m <= MAX_LANDMARKS:
+            raise _validate.wrong_value(name, f"of 1 to {MAX_LANDMARKS} rows a head", Text(str(m)))
+        p.inputs[name] = x
+        result.append(np.require(x, requirements=("C", "A")).reshape((p.b, heads, m, p.d)))
+    return result
