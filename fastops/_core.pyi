@@ -71,3 +71,85 @@ def adaptive_eg_step(
     params: Any, grads: Any, momentum: Any, update: Any, gain: Any, scales: _Array, step: tuple[Any, ...], checked: bool
 ) -> int: ...
 def all_finite(arrays: Any, checked: bool) -> int: ...
+
+_State: TypeAlias = tuple[_Array, ...]
+
+def linear_attention(
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    out: _Array,
+    options: tuple[Any, ...],
+    key_mask: _Array | None,
+    offsets: _Array | None,
+    decay: _Array | None,
+    state: _State | None,
+    state_out: _State | None,
+) -> None: ...
+def linear_attention_step(
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    out: _Array,
+    options: tuple[Any, ...],
+    decay: _Array | None,
+    state: _State,
+) -> None: ...
+def plain_step(q: Any, k: Any, v: Any, state: Any, out: Any, options: tuple[Any, ...]) -> _Array | None: ...
+def linear_attention_backward(
+    dy: _Array,
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    y: _Array,
+    dq: _Array,
+    dk: _Array,
+    dv: _Array,
+    options: tuple[Any, ...],
+    key_mask: _Array | None,
+    offsets: _Array | None,
+    decay: _Array | None,
+    state: _State | None,
+    d_state: _State | None,
+    d_initial: _State | None,
+) -> None: ...
+def nystrom_attention(
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    out: _Array,
+    options: tuple[Any, ...],
+    key_mask: _Array | None,
+    conv_weight: _Array | None,
+    q_landmarks: _Array | None,
+    k_landmarks: _Array | None,
+    info: _Array | None,
+) -> None: ...
+def nystrom_attention_backward(
+    dy: _Array,
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    dq: _Array,
+    dk: _Array,
+    dv: _Array,
+    options: tuple[Any, ...],
+    key_mask: _Array | None,
+    conv_weight: _Array | None,
+    d_conv_weight: _Array | None,
+    q_landmarks: _Array | None,
+    k_landmarks: _Array | None,
+    d_q_landmarks: _Array | None,
+    d_k_landmarks: _Array | None,
+) -> None: ...
+def softmax_attention(
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    out: _Array,
+    causal: bool,
+    scale: float,
+    key_mask: _Array | None,
+    offsets: _Array | None,
+    logn: _Array | None,
+) -> None: ...
