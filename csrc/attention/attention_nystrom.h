@@ -161,7 +161,7 @@ template <class T> class NystromPass {
  protected:
   using V = Vector<T>;
   static constexpr std::size_t W = kWidth<T>;
-  static constexpr fastops_dtype kOwn = sizeof(T) == 8 ? FASTOPS_F64 : FASTOPS_F32;
+  static constexpr fastops_dtype kWorking = sizeof(T) == 8 ? FASTOPS_F64 : FASTOPS_F32;
 
  public:
   NystromPass(const NystromCall& call, const NystromHead& head, Parts<T>& parts)
@@ -217,7 +217,7 @@ template <class T> class NystromPass {
   void means(const Rows& rows, std::size_t n, bool of_queries, const void* given, T* to) noexcept {
     if (given != nullptr) {
       for (std::size_t i = 0; i < m_; ++i)
-        read_row<T>(kOwn, static_cast<const T*>(given) + i * call_.dim, call_.dim, to + i * dp_);
+        read_row<T>(kWorking, static_cast<const T*>(given) + i * call_.dim, call_.dim, to + i * dp_);
       return;
     }
     fill<T>(to, m_ * dp_, 0);
@@ -493,7 +493,7 @@ template <class T> class NystromPass {
     product<T>(n, vp_, Term<T>{logits_, at(mp_), 1, middle.w, at(vp_), m_}, target);
   }
   void exact_rows(std::size_t i, std::size_t n, void* work) noexcept {
-    const SoftmaxCall call{false, call_.dtype, kOwn, call_.dim, call_.values, call_.scale, call_.stop};
+    const SoftmaxCall call{false, call_.dtype, kWorking, call_.dim, call_.values, call_.scale, call_.stop};
     SoftmaxHead head{};
     head.q = {row(head_.q, i), head_.q.row};
     head.k = head_.k;

@@ -360,7 +360,7 @@ template <class T> class GradientPass : public NystromPass<T> {
   void give_landmarks() noexcept {
     if (head_.q_landmarks != nullptr) {
       for (std::size_t i = 0; i < m_ && d_q_landmarks_ != nullptr; ++i)
-        write_row<T>(Base::kOwn, dq_rows_ + i * dp_, call_.dim, d_q_landmarks_ + i * call_.dim);
+        write_row<T>(Base::kWorking, dq_rows_ + i * dp_, call_.dim, d_q_landmarks_ + i * call_.dim);
       // Summed over the query heads of a key head.
       for (std::size_t i = 0; i < m_ && d_k_landmarks_ != nullptr; ++i)
         for (std::size_t d = 0; d < call_.dim; ++d) d_k_landmarks_[i * call_.dim + d] += dk_rows_[i * dp_ + d];
