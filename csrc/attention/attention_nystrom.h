@@ -408,7 +408,7 @@ template <class T> class NystromPass {
   }
   // (A^T A + ridge c I)^-1 A^T, in double, times B and 1; all of it in z where information is asked for.
   void ridge(const Middle<T>& middle, const T* b, double product_of_norms, T* z, Parts<T>& parts) noexcept {
-    constexpr std::size_t kTwo = sizeof(double) / sizeof(T);
+    constexpr std::size_t kTwo = sizeof(T) == 8 ? 1 : 2;  // elements of T in a double
     const std::size_t md = padded<double>(m_), vd = padded<double>(call_.values + 1);
     double* const a = reinterpret_cast<double*>(parts.take(kTwo * m_ * md));
     double* const g = reinterpret_cast<double*>(parts.take(kTwo * m_ * md));

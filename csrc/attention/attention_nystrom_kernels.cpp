@@ -17,7 +17,7 @@ template <class T> std::size_t work_items(const NystromCall& call) noexcept {
   NystromPass<T>(call, head, parts);
   const std::size_t pass = parts.used(), m = call.landmarks, mp = padded<T>(m);
   // The middle's matrices, in double where steps or the ridge want that; or the exact rows'.
-  const std::size_t wide = sizeof(double) / sizeof(T);
+  const std::size_t wide = sizeof(T) == 8 ? 1 : 2;  // elements of T in a double
   const std::size_t columns =
       padded<double>(call.values + 1) > padded<double>(m) ? padded<double>(call.values + 1) : padded<double>(m);
   std::size_t middle = m * padded<T>(call.values) + 6 * m * mp + 8 * 16;
