@@ -261,3 +261,32 @@ def softmax_attention(
 
 # Mean entropies of 200 rows against those of other random numbers: rows spread by 0.05 at 64 keys, and all share their keys.
 ENTROPY = 0.05
+
+# Nystrom attention: distances in Frobenius norm relative to the result's. The sums are as in `attention`, 2e-7 of float32; A's own
+# roundings come back through Z, whose norm six steps hold below 34 (a singular value grows 3.25 times a step, up to 1 / 0.03), times
+# sqrt(m) u / 4 of independent ones, where rows of P1 pick out few of them: 1e-6 in all. Landmarks' means have segments of some
+# hundred rows, walks of 10 roundings. Half precision rounds the result once, by u / sqrt(3) of each element on average.
+NYSTROM = {"float64": 1e-13, "float32": 2e-6, "float16": 1e-3, "bfloat16": 6e-3}
+
+
+def nystrom(dtype: np.dtype[Any]) -> float:
+    """Bound of the relative distance between a result and its definition."""
+    return NYSTROM[dtype.name]
+
+
+def nystrom_gradient(dtype: np.dtype[Any]) -> float:
+    """Of a gradient: through each step back as through the step, and Z twice, so 34 times its error at most, half of it seen."""
+    return 16.0 * NYSTROM["float64" if dtype == np.float64 else "float32"] + (
+        NYSTROM[dtype.name] if dtype.itemsize == 2 else 0.0
+    )
+
+
+# A float32 result of more steps than six: small singular values, and with them the errors of A, grow on; ten times.
+NYSTROM_LONG = 2e-5
+# The family's figures on learned q, k and v have three digits; what the issue asks.
+NYSTROM_FIGURES = 0.02
+# A float32 result that is 5e-7 off falls on another side of the middle of two float16 numbers, 1e-3 apart, 1 in 1000 times.
+NYSTROM_ROUNDED_OTHERWISE = 5e-3
+# Of 64 landmarks for 512 rows on a path that turns once; and of noise, where the mean of v is the yardstick: what to expect.
+NYSTROM_SMOOTH = 0.05
+NYSTROM_NOISE = 0.8

@@ -117,10 +117,7 @@ def _head(head: plain.Head, largest: tuple[Any, Any] | None, o: NystromOptions, 
     a, b = head.matrix(o.scale, real), _streamed(qt, k, v, o.scale).astype(real, copy=False)
     coefficient = plain.first_coefficient(a, largest)
     solved = plain.solve(a, b, coefficient, o)
-    weighted = tells or o.normalize
-    sums = _averages(q, kt, (solved.w if weighted else solved.w[:, :-1]).astype(q.dtype), o.scale)
-    if not weighted:
-        return sums, []
+    sums = _averages(q, kt, solved.w.astype(q.dtype), o.scale)
     y, weights = sums[:, :-1], sums[:, -1:]
     told = []
     if tells:
