@@ -31,6 +31,8 @@ ATTENTION = [
     "linear_attention",
     "linear_attention_backward",
     "linear_attention_step",
+    "nystrom_attention",
+    "nystrom_attention_backward",
     "plain_step",
     "softmax_attention",
 ]
@@ -165,6 +167,7 @@ FRONT_END = (
     "_config",
     "_backend",
     "_multiplier",
+    "_nystrom",
     "_schedules",
     "_shadows",
     "_tensors",
@@ -181,7 +184,7 @@ def _front_end() -> list[pathlib.Path]:
 
 
 def test_every_error_of_the_front_end_is_made_by_validate():
-    makers = {"wrong_type", "wrong_value", "wrong_choice", "wrong_moment", "busy", "no_pickle"}
+    makers = {"wrong_type", "wrong_value", "wrong_choice", "wrong_moment", "busy", "no_pickle", "not_offered"}
     allowed = {"AttributeError", "ImportError"}
     seen = 0
     for path in _front_end():

@@ -107,6 +107,25 @@ def _softmax(**change: Any) -> Callable[..., Any]:
     return lambda out=None: fastops.softmax_attention(**_rows() | {"out": out} | change)
 
 
+def _nystrom(**change: Any) -> Callable[..., Any]:
+    return lambda out=None: fastops.nystrom_attention(**_rows() | {"out": out} | change)
+
+
+def _tapped(**change: Any) -> Callable[..., Any]:
+    """Of as many queries as keys."""
+    return _nystrom(**_rows(n=6) | change)
+
+
+def _nystrom_backward(**change: Any) -> Callable[..., Any]:
+    return lambda: fastops.nystrom_attention_backward(**_rows() | {"dy": np.full((2, 4, 5, 7), SECRET)} | change)
+
+
+def _nystrom_onto(name: str) -> Callable[..., Any]:
+    x = np.full((1, 2, 4, 1), SECRET, np.float32)
+    given = {"conv_weight": x[0, :, :3, 0], "landmarks": (x, x.copy())}[name]
+    return lambda: fastops.nystrom_attention(x.copy(), x.copy(), x.copy(), **{name: given}, out=x)
+
+
 def _state(count: int = 2, d: int = 3, dtype: Any = np.float32) -> tuple[Any, ...]:
     return tuple(np.full(shape, SECRET, dtype) for shape in ((2, 2, d, 7), (2, 2, d), (2, 2, d))[:count])
 
@@ -740,6 +759,117 @@ CASES: dict[str, Wrong] = {
     ),
     "softmax_attention logn integers": Wrong(_softmax(logn=3), TypeError, "logn", FLOATS, "int64", ROWS),
     "softmax_attention out": Wrong(_softmax(), ValueError, "out", "(2, 4, 5, 7)", "(5, 7)", ((5, 7), "f4")),
+    "nystrom integers": Wrong(_nystrom(q=np.ones((2, 4, 5, 3), int)), TypeError, "q", FLOATS, "int64", ROWS),
+    "nystrom D": Wrong(_nystrom(k=_rows(d=4)["k"]), ValueError, "k", "(2, H, N, 3)", "(2, 2, 6, 4)", ROWS),
+    "nystrom heads": Wrong(_nystrom(**_rows(h=3)), ValueError, "q", "a multiple of the 2 heads", "3 heads"),
+    "nystrom landmarks none": Wrong(_nystrom(num_landmarks=0), ValueError, "num_landmarks", "[1, 4096]", "0", ROWS),
+    "nystrom landmarks many": Wrong(
+        _nystrom(num_landmarks=4097), ValueError, "num_landmarks", "[1, 4096]", "4097", ROWS
+    ),
+    "nystrom landmarks float": Wrong(
+        _nystrom(num_landmarks=4.0), TypeError, "num_landmarks", "an integer", "4.0", ROWS
+    ),
+    "nystrom landmarks bool": Wrong(
+        _nystrom(num_landmarks=True), TypeError, "num_landmarks", "an integer", "True", ROWS
+    ),
+    "nystrom iterations": Wrong(_nystrom(iterations=-1), ValueError, "iterations", "[0, ", "-1", ROWS),
+    "nystrom iterations float": Wrong(_nystrom(iterations=6.0), TypeError, "iterations", "an integer", "6.0", ROWS),
+    "nystrom pinv": Wrong(_nystrom(pinv="svd"), ValueError, "pinv", "'newton' or 'ridge'", "'svd'", ROWS),
+    "nystrom pinv type": Wrong(_nystrom(pinv=None), TypeError, "pinv", "'ridge'", "None", ROWS),
+    "nystrom ridge": Wrong(_nystrom(pinv="ridge", ridge=0.0), ValueError, "ridge", "(0, inf)", "0", ROWS),
+    "nystrom ridge of newton": Wrong(_nystrom(ridge=-1e-3), ValueError, "ridge", "(0, inf)", "-0.001", ROWS),
+    "nystrom ridge nan": Wrong(_nystrom(ridge=float("nan")), ValueError, "ridge", "(0, inf)", "nan", ROWS),
+    "nystrom scale": Wrong(_nystrom(scale=float("inf")), ValueError, "scale", "(-inf, inf)", "inf", ROWS),
+    "nystrom init": Wrong(_nystrom(init="global"), ValueError, "init", "'matrix' or 'batch'", "'global'", ROWS),
+    "nystrom init of ridge": Wrong(
+        _nystrom(init="batch", pinv="ridge"), ValueError, "init", "'matrix' with pinv='ridge'", "'batch'", ROWS
+    ),
+    "nystrom normalize": Wrong(_nystrom(normalize=1), TypeError, "normalize", "True or False", "1", ROWS),
+    "nystrom return_info": Wrong(_nystrom(return_info=1), TypeError, "return_info", "True or False", "1", ROWS),
+    "nystrom causal": Wrong(
+        _nystrom(causal=True), NotImplementedError, "causal", "False, since the means of segments", "True", ROWS
+    ),
+    "nystrom causal type": Wrong(_nystrom(causal=None), TypeError, "causal", "True or False", "None", ROWS),
+    "nystrom mask of pairs": Wrong(
+        _nystrom(key_mask=np.ones((5, 6), bool)), ValueError, "key_mask", "of shape (2, 6)", "(5, 6)", ROWS
+    ),
+    "nystrom mask of heads": Wrong(
+        _nystrom(key_mask=np.ones((2, 2, 6), bool)), ValueError, "key_mask", "one for all heads", "(2, 2, 6)", ROWS
+    ),
+    "nystrom mask of queries": Wrong(
+        _nystrom(key_mask=np.ones((2, 5), bool)), ValueError, "key_mask", "of shape (2, 6)", "(2, 5)", ROWS
+    ),
+    "nystrom mask of numbers": Wrong(
+        _nystrom(key_mask=np.ones((2, 6))), TypeError, "key_mask", "bool", "float64", ROWS
+    ),
+    "nystrom lengths as mask": Wrong(_nystrom(key_mask=[3, 6]), TypeError, "key_mask", "bool", "int64", ROWS),
+    "nystrom taps even": Wrong(
+        _tapped(conv_weight=np.ones((4, 2))), ValueError, "conv_weight", "(4, taps), taps odd", "(4, 2)"
+    ),
+    "nystrom no taps": Wrong(_tapped(conv_weight=np.ones((4, 0))), ValueError, "conv_weight", "taps odd", "(4, 0)"),
+    "nystrom taps of key heads": Wrong(
+        _tapped(conv_weight=np.ones((2, 3))), ValueError, "conv_weight", "(4, taps)", "(2, 3)"
+    ),
+    "nystrom taps of all heads": Wrong(_tapped(conv_weight=np.ones(3)), ValueError, "conv_weight", "(4, taps)", "(3,)"),
+    "nystrom taps of torch": Wrong(
+        _tapped(conv_weight=np.ones((4, 1, 3, 1))), ValueError, "conv_weight", "(4, taps)", "(4, 1, 3, 1)"
+    ),
+    "nystrom taps integers": Wrong(_tapped(conv_weight=[[1]] * 4), TypeError, "conv_weight", FLOATS, "int64"),
+    "nystrom taps of other lengths": Wrong(
+        _nystrom(conv_weight=np.ones((4, 3))), ValueError, "conv_weight", "q and k of one length", "5 and 6", ROWS
+    ),
+    "nystrom landmarks array": Wrong(
+        _nystrom(landmarks=np.ones((2, 2))), TypeError, "landmarks", "a tuple of two arrays", "an array", ROWS
+    ),
+    "nystrom landmarks one": Wrong(
+        _nystrom(landmarks=(np.ones((2, 4, 2, 3)),)), ValueError, "landmarks", "two arrays", "1", ROWS
+    ),
+    "nystrom landmarks heads": Wrong(
+        _nystrom(landmarks=(np.ones((2, 4, 2, 3)),) * 2),
+        ValueError,
+        "landmarks[1]",
+        "(2, 2, 2, 3)",
+        "(2, 4, 2, 3)",
+        ROWS,
+    ),
+    "nystrom landmarks D": Wrong(
+        _nystrom(landmarks=(np.ones((2, 4, 2, 4)), np.ones((2, 2, 2, 3)))),
+        ValueError,
+        "landmarks[0]",
+        "(2, 4, m, 3)",
+        "(2, 4, 2, 4)",
+        ROWS,
+    ),
+    "nystrom landmarks differ": Wrong(
+        _nystrom(landmarks=(np.ones((2, 4, 3, 3)), np.ones((2, 2, 2, 3)))),
+        ValueError,
+        "landmarks[1]",
+        "(2, 2, 3, 3)",
+        "(2, 2, 2, 3)",
+        ROWS,
+    ),
+    "nystrom no landmarks": Wrong(
+        _nystrom(landmarks=(np.ones((2, 4, 0, 3)), np.ones((2, 2, 0, 3)))),
+        ValueError,
+        "landmarks[0]",
+        "1 to 4096 rows",
+        "0",
+        ROWS,
+    ),
+    "nystrom landmarks integers": Wrong(
+        _nystrom(landmarks=(np.ones((2, 4, 2, 3), int),) * 2), TypeError, "landmarks[0]", FLOATS, "int64", ROWS
+    ),
+    "nystrom out": Wrong(_nystrom(), ValueError, "out", "(2, 4, 5, 7)", "(5, 7)", ((5, 7), "f4")),
+    "nystrom out dtype": Wrong(_nystrom(), TypeError, "out", "float32", "float64", ((2, 4, 5, 7), "f8")),
+    "nystrom out is taps": Wrong(_nystrom_onto("conv_weight"), ValueError, "out", "apart from conv_weight", "overlaps"),
+    "nystrom out is landmarks": Wrong(
+        _nystrom_onto("landmarks"), ValueError, "out", "apart from landmarks[0]", "overlaps"
+    ),
+    "nystrom_backward dy": Wrong(
+        _nystrom_backward(dy=np.ones((2, 4, 6, 7))), ValueError, "dy", "(2, 4, 5, 7)", "(2, 4, 6, 7)"
+    ),
+    "nystrom_backward iterations": Wrong(_nystrom_backward(iterations=-2), ValueError, "iterations", "[0, ", "-2"),
+    "nystrom_backward causal": Wrong(_nystrom_backward(causal=True), NotImplementedError, "causal", "False", "True"),
     "logn_scale n": Wrong(lambda: fastops.logn_scale("512"), TypeError, "n", "real numbers", "<U3"),
     "logn_scale complex": Wrong(lambda: fastops.logn_scale(1j), TypeError, "n", "real numbers", "complex128"),
     "logn_scale base": Wrong(lambda: fastops.logn_scale(3, base=1), ValueError, "base", "(1, inf)", "1"),
