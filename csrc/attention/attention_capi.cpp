@@ -396,7 +396,7 @@ fastops_status nystrom(const NystromKernels& kernels, const NystromArrays& array
   if (status != FASTOPS_OK) return status;
   // Whole heads where their row sums are asked for.
   const std::size_t rows = arrays.info != nullptr ? (s.queries > 0 ? s.queries : 1) : kPartQueries;
-  const std::size_t blocks = (s.queries + rows - 1) / rows;
+  const std::size_t blocks = s.queries == 0 ? 1 : (s.queries + rows - 1) / rows;
   return parallel_run(
       count * blocks,
       [&](std::size_t unit, unsigned worker) {

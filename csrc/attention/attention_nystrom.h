@@ -14,7 +14,7 @@ namespace fastops::FASTOPS_LEVEL::attention {
 // Queries or keys of a block.
 inline constexpr std::size_t kBlock = 96;
 // More steps than this need float64 for the matrices between landmarks.
-inline constexpr std::size_t kSinglePrecisionSteps = 12;
+inline constexpr std::size_t kSinglePrecisionSteps = 8;
 
 // A head's matrices between landmarks; rows padded to vectors. Where attention is exact there is nothing in it.
 template <class T> struct Middle {
@@ -347,18 +347,21 @@ template <class T> class NystromPass {
   // The middle: W = Z B and u = Z 1.
   void solve(const Middle<T>& middle, const Partial<T>& partial, Parts<T>& parts) noexcept {
     T* const b = parts.take(m_ * vp_);
-    for (std::size_t i = 0; i < m_; ++i) {
-      const T inverse = T(1) / partial.sum[i];
-      for (std::size_t e = 0; e < vp_; e += W) store(b + i * vp_ + e, load<V>(partial.values + i * vp_ + e) * inverse);
-    }
+    sums_over_keys(partial, b);
     const Norms<T> n = norms(middle.a, m_);
     const double product_of_norms = static_cast<double>(n.column) * static_cast<double>(n.row);
     const double c = call_.coefficient > 0 ? call_.coefficient : 1 / product_of_norms;
     T* const z = parts.take(m_ * mp_);
     if (call_.ridge_solve) {
       ridge(middle, b, product_of_norms, z, parts);
+    } else if (sizeof(T) == 4 && call_.iterations > kSinglePrecisionSteps) {
+      many_steps(middle, b, c, z, parts);
     } else {
-      inverse_of(middle.a, static_cast<T>(c), z, parts);
+      start(middle.a, static_cast<T>(c), z);
+      T* const x = parts.take(m_ * mp_);
+      T* const t = parts.take(m_ * mp_);
+      T* const u = parts.take(m_ * mp_);
+      steps<T>(middle.a, z, x, t, u);
       product<T>(m_, vp_, Term<T>{z, at(mp_), 1, b, at(vp_), m_}, {middle.w, at(vp_)});
       for (std::size_t i = 0; i < m_; ++i) {
         V sum{};
@@ -383,23 +386,50 @@ template <class T> class NystromPass {
       }
     info[0] = static_cast<T>(__builtin_sqrt(off / size));
   }
-  // Z of Newton's steps from c A^T.
-  void inverse_of(const T* a, T c, T* z, Parts<T>& parts) noexcept {
-    for (std::size_t i = 0; i < m_; ++i)
-      for (std::size_t j = 0; j < mp_; ++j) z[i * mp_ + j] = j < m_ ? c * a[j * mp_ + i] : T(0);
-    if (sizeof(T) == 8 || call_.iterations <= kSinglePrecisionSteps) {
-      T* const x = parts.take(m_ * mp_);
-      T* const t = parts.take(m_ * mp_);
-      T* const u = parts.take(m_ * mp_);
-      steps<T>(a, z, x, t, u);
-      return;
+  // B = softmax(s Qt K^T) V; zeros where there is no key.
+  void sums_over_keys(const Partial<T>& partial, T* b) const noexcept {
+    for (std::size_t i = 0; i < m_; ++i) {
+      const T inverse = partial.sum[i] == 0 ? T(0) : T(1) / partial.sum[i];
+      for (std::size_t e = 0; e < vp_; e += W) store(b + i * vp_ + e, load<V>(partial.values + i * vp_ + e) * inverse);
     }
-    const std::size_t items = m_ * padded<double>(m_);
-    double* const wide = reinterpret_cast<double*>(parts.take(2 * 5 * items));
-    convert<double>(a, m_, m_, wide);
-    convert<double>(z, m_, m_, wide + items);
-    steps<double>(wide, wide + items, wide + 2 * items, wide + 3 * items, wide + 4 * items);
-    convert<T>(wide + items, m_, m_, z);
+  }
+  // z = c a^T.
+  template <class U> void start(const U* a, U c, U* z) const noexcept {
+    const std::size_t mu = padded<U>(m_);
+    for (std::size_t i = 0; i < m_; ++i)
+      for (std::size_t j = 0; j < mu; ++j) z[i * mu + j] = j < m_ ? c * a[j * mu + i] : U(0);
+  }
+  // B and, beside it, ones, in rows of double.
+  void with_ones(const T* b, double* wide) const noexcept {
+    const std::size_t vd = padded<double>(call_.values + 1);
+    fill<double>(wide, m_ * vd, 0);
+    for (std::size_t i = 0; i < m_; ++i) {
+      for (std::size_t e = 0; e < call_.values; ++e) wide[i * vd + e] = static_cast<double>(b[i * vp_ + e]);
+      wide[i * vd + call_.values] = 1;
+    }
+  }
+  void take_apart(const double* both, const Middle<T>& middle) const noexcept {
+    const std::size_t vd = padded<double>(call_.values + 1);
+    for (std::size_t i = 0; i < m_; ++i) {
+      for (std::size_t e = 0; e < vp_; ++e)
+        middle.w[i * vp_ + e] = e < call_.values ? static_cast<T>(both[i * vd + e]) : T(0);
+      middle.u[i] = static_cast<T>(both[i * vd + call_.values]);
+    }
+    for (std::size_t i = m_; i < mp_; ++i) middle.u[i] = 0;
+  }
+  // Newton's steps in double, up to W and u: their sums cancel.
+  void many_steps(const Middle<T>& middle, const T* b, double c, T* z, Parts<T>& parts) noexcept {
+    constexpr std::size_t kTwo = sizeof(T) == 8 ? 1 : 2;  // elements of T in a double
+    const std::size_t md = padded<double>(m_), items = m_ * md, vd = padded<double>(call_.values + 1);
+    double* const a = reinterpret_cast<double*>(parts.take(kTwo * 5 * items));
+    double* const both = reinterpret_cast<double*>(parts.take(kTwo * 2 * m_ * vd));
+    convert<double>(middle.a, m_, m_, a);
+    start(a, c, a + items);
+    steps<double>(a, a + items, a + 2 * items, a + 3 * items, a + 4 * items);
+    with_ones(b, both);
+    product<double>(m_, vd, Term<double>{a + items, at(md), 1, both, at(vd), m_}, {both + m_ * vd, at(vd)});
+    take_apart(both + m_ * vd, middle);
+    convert<T>(a + items, m_, m_, z);
   }
   template <class U> void steps(const U* a, U* z, U* x, U* t, U* u) noexcept {
     constexpr std::size_t kAtOnce = 8;  // between questions whether to stop
@@ -415,20 +445,10 @@ template <class T> class NystromPass {
     double* const wide = reinterpret_cast<double*>(parts.take(kTwo * m_ * vd));
     double* const right = reinterpret_cast<double*>(parts.take(kTwo * m_ * (vd > md ? vd : md)));
     normal_matrix(middle.a, product_of_norms, a, g);
-    // The values and, beside them, ones.
-    fill<double>(wide, m_ * vd, 0);
-    for (std::size_t i = 0; i < m_; ++i) {
-      for (std::size_t e = 0; e < call_.values; ++e) wide[i * vd + e] = static_cast<double>(b[i * vp_ + e]);
-      wide[i * vd + call_.values] = 1;
-    }
+    with_ones(b, wide);
     product<double>(m_, vd, Term<double>{a, 1, at(md), wide, at(vd), m_}, {right, at(vd)});
     solve_factorized(g, m_, right, vd);
-    for (std::size_t i = 0; i < m_; ++i) {
-      for (std::size_t e = 0; e < vp_; ++e)
-        middle.w[i * vp_ + e] = e < call_.values ? static_cast<T>(right[i * vd + e]) : T(0);
-      middle.u[i] = static_cast<T>(right[i * vd + call_.values]);
-    }
-    for (std::size_t i = m_; i < mp_; ++i) middle.u[i] = 0;
+    take_apart(right, middle);
     if (head_.info == nullptr) return;
     fill<double>(right, m_ * md, 0);
     for (std::size_t i = 0; i < m_; ++i)

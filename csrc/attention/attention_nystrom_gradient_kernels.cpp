@@ -226,11 +226,7 @@ template <class T> class GradientPass : public NystromPass<T> {
 
   void landmarks(Parts<T>& parts) noexcept {
     this->absorb(0, head_.keys, middle_, partial_);
-    for (std::size_t i = 0; i < m_; ++i) {
-      const T inverse = T(1) / partial_.sum[i];
-      for (std::size_t e = 0; e < vp_; e += W)
-        store(b_ + i * vp_ + e, load<V>(partial_.values + i * vp_ + e) * inverse);
-    }
+    this->sums_over_keys(partial_, b_);
     // Room of floats for matrices of doubles where those are needed.
     if (sizeof(T) == 4 && (call_.ridge_solve || call_.iterations > kSinglePrecisionSteps)) {
       Parts<double> wide(parts.take(0));
@@ -321,7 +317,7 @@ template <class T> class GradientPass : public NystromPass<T> {
     turn(db_, m_, vp_, vp_, mp_);
     for (std::size_t i = 0; i < mp_; ++i) {
       shift_[i] = i < m_ ? dot(db_ + i * vp_, b_ + i * vp_, vp_) : T(0);
-      keep_[i] = i < m_ ? T(1) / partial_.sum[i] : T(0);
+      keep_[i] = i < m_ && partial_.sum[i] != 0 ? T(1) / partial_.sum[i] : T(0);
     }
     typename Base::Segments segments(this->count(head_.keys, false), m_);
     const T one = 1, scale = static_cast<T>(call_.scale);

@@ -24,7 +24,7 @@ template <class T> std::size_t work_items(const NystromCall& call) noexcept {
   if (call.ridge_solve)
     middle += wide * (2 * m * padded<double>(m) + 2 * m * columns) + 4 * 16;
   else if (wide > 1 && call.iterations > kSinglePrecisionSteps)
-    middle += wide * 5 * m * padded<double>(m) + 16;
+    middle += wide * (5 * m * padded<double>(m) + 2 * m * padded<double>(call.values + 1)) + 2 * 16;
   const std::size_t exact = kSoftmaxKernels[sizeof(T) == 8].work_items(exact_call(call));
   return pass + (middle > exact ? middle : exact);
 }
