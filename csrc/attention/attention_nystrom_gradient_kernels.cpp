@@ -537,7 +537,7 @@ std::size_t work_items(const NystromCall& call, std::size_t queries, std::size_t
   const typename GradientPass<T>::Sums sums(call, queries, keys, parts);
   parts.take(call.landmarks * padded<T>(call.landmarks));
   parts.take(kBlock);
-  const NystromHead head{};
+  static constexpr NystromHead head{};
   GradientPass<T>(call, head, Rows{}, sums, nullptr, nullptr, nullptr, parts);
   return parts.used() + inner_items<T>(call) + 64;
 }

@@ -13,7 +13,7 @@ SoftmaxCall exact_call(const NystromCall& call) noexcept {
 
 template <class T> std::size_t work_items(const NystromCall& call) noexcept {
   Parts<T> parts(nullptr);
-  const NystromHead head{};
+  static constexpr NystromHead head{};
   NystromPass<T>(call, head, parts);
   const std::size_t pass = parts.used(), m = call.landmarks, mp = padded<T>(m);
   // The middle's matrices, in double where steps or the ridge want that; or the exact rows'.

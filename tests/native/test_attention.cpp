@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -129,7 +130,7 @@ struct Problem {
           const double* const value = &v[(from * size.keys + j) * size.values];
           double weight = 0;
           for (std::size_t d = 0; d < features(); ++d) {
-            weight += fq[d] * fk[d];
+            weight += absolute ? std::fabs(fq[d] * fk[d]) : fq[d] * fk[d];
             for (std::size_t e = 0; e <= size.values && map == FASTOPS_MAP_SOFTMAX; ++e)
               by_feature[d * (size.values + 1) + e] += fk[d] * (e == size.values ? 1
                                                                 : absolute       ? std::fabs(value[e])
@@ -300,6 +301,133 @@ template <class T> void check_softmax(const Size& s, bool causal, const char* le
         int(causal), s.keys, worst);
 }
 
+// Nystrom attention: the same numbers at every level, for any number of threads, in both types; gradients of double by
+// difference quotients.
+struct NystromCase {
+  std::size_t queries, keys, dim, values, landmarks, taps;
+  bool ridge, normalize, masked;
+};
+const NystromCase kNystromCases[] = {{40, 40, 9, 5, 4, 3, false, false, true},
+                                     {33, 70, 16, 8, 7, 0, true, true, true},
+                                     {130, 130, 24, 17, 33, 5, false, true, false},
+                                     {20, 200, 8, 8, 32, 0, false, false, true},
+                                     {1100, 1100, 8, 16, 16, 0, true, false, false}};
+
+template <class T> struct NystromArrays {
+  const NystromCase& c;
+  std::vector<T> q, k, v, conv, y;
+  std::vector<std::uint8_t> mask;
+  static constexpr int kDtype = sizeof(T) == 8 ? FASTOPS_F64 : FASTOPS_F32;
+  static constexpr std::size_t kHeads = 2;
+
+  NystromArrays(const NystromCase& one, const Doubles& numbers_)
+      : c(one), y(kHeads * one.queries * one.values), mask(one.keys, 1) {
+    auto at = numbers_.begin();
+    for (auto [x, n] : {std::pair{&q, kHeads * c.queries * c.dim}, std::pair{&k, kHeads * c.keys * c.dim},
+                        std::pair{&v, kHeads * c.keys * c.values}, std::pair{&conv, kHeads * c.taps}}) {
+      x->assign(at, at + std::ptrdiff_t(n));
+      at += std::ptrdiff_t(n);
+    }
+    for (std::size_t j = 0; c.masked && j < mask.size(); j += 4) mask[j] = 0;
+  }
+  static std::size_t count(const NystromCase& c) {
+    return kHeads * (c.queries * c.dim + c.keys * (c.dim + c.values) + c.taps);
+  }
+  fastops_nystrom_attention shape() const {
+    fastops_nystrom_attention s{};
+    s.dtype = kDtype;
+    s.ridge_solve = c.ridge;
+    s.normalize = c.normalize;
+    s.batch = 1;
+    s.heads_q = s.heads_kv = kHeads;
+    s.queries = c.queries;
+    s.keys = c.keys;
+    s.dim = c.dim;
+    s.values = c.values;
+    s.landmarks = c.landmarks;
+    s.iterations = 6;
+    s.taps = c.taps;
+    s.ridge = 1e-3;
+    s.scale = 0.8;
+    return s;
+  }
+  static fastops_heads heads(const std::vector<T>& x, std::size_t rows, std::size_t columns) {
+    return {x.data(), 0, std::ptrdiff_t(rows * columns), std::ptrdiff_t(columns)};
+  }
+  fastops_heads masks() const { return c.masked ? fastops_heads{mask.data(), 0, 0, 1} : fastops_heads{}; }
+  void forward() {
+    const fastops_nystrom_attention s = shape();
+    const fastops_status status = fastops_nystrom_attention_forward(
+        &s, heads(q, c.queries, c.dim), heads(k, c.keys, c.dim), heads(v, c.keys, c.values),
+        heads(y, c.queries, c.values), masks(), c.taps > 0 ? conv.data() : nullptr, nullptr, nullptr, nullptr,
+        {nullptr, nullptr});
+    CHECK(status == FASTOPS_OK, "nystrom: %d", int(status));
+  }
+  std::vector<T> backward(const std::vector<T>& dy) {
+    std::vector<T> g(q.size() + k.size() + v.size() + conv.size());
+    const fastops_nystrom_attention s = shape();
+    T* const dk = g.data() + q.size();
+    const fastops_status status = fastops_nystrom_attention_backward(
+        &s, heads(dy, c.queries, c.values), heads(q, c.queries, c.dim), heads(k, c.keys, c.dim),
+        heads(v, c.keys, c.values), g.data(), dk, dk + k.size(), masks(), c.taps > 0 ? conv.data() : nullptr,
+        c.taps > 0 ? dk + k.size() + v.size() : nullptr, nullptr, nullptr, nullptr, nullptr, {nullptr, nullptr});
+    CHECK(status == FASTOPS_OK, "nystrom backward: %d", int(status));
+    return g;
+  }
+};
+
+void check_nystrom(const char* level) {
+  static std::vector<Doubles> first_level;
+  Random of_case{23};
+  std::size_t number = 0;
+  for (const NystromCase& c : kNystromCases) {
+    source = of_case;
+    const Doubles inputs = numbers(NystromArrays<double>::count(c));
+    NystromArrays<double> wide(c, inputs);
+    NystromArrays<float> narrow(c, inputs);
+    wide.forward();
+    narrow.forward();
+    double largest = 0, difference = 0;
+    for (std::size_t i = 0; i < wide.y.size(); ++i) {
+      raise_to(std::fabs(wide.y[i]), &largest);
+      raise_to(std::fabs(double(narrow.y[i]) - wide.y[i]), &difference);
+    }
+    CHECK(difference <= 2e-5 * largest, "%s nystrom %zu: float32 off by %g of %g", level, number, difference, largest);
+    const std::vector<float> once = narrow.y;
+    fastops_set_num_threads(3);
+    narrow.forward();
+    CHECK(same_bits(once, narrow.y), "%s nystrom %zu: threads change bits", level, number);
+    fastops_set_num_threads(1);
+
+    const Doubles y = wide.y, dy = numbers(y.size());
+    const Doubles g = wide.backward(dy);
+    std::size_t at = 0;
+    for (std::vector<double>* x : {&wide.q, &wide.k, &wide.v, &wide.conv}) {
+      const Doubles direction = numbers(x->size()), here = *x;
+      double slope = 0, size = 0, ends[2] = {0, 0};
+      for (std::size_t i = 0; i < x->size(); ++i) {
+        slope += g[at + i] * direction[i];
+        size += std::fabs(g[at + i] * direction[i]);
+      }
+      const double step = 1e-5;
+      for (int end = 0; end < 2; ++end) {
+        for (std::size_t i = 0; i < x->size(); ++i) (*x)[i] = here[i] + (end == 0 ? -step : step) * direction[i];
+        wide.forward();
+        for (std::size_t i = 0; i < dy.size(); ++i) ends[end] += dy[i] * wide.y[i];
+      }
+      *x = here;
+      CHECK(std::fabs((ends[1] - ends[0]) / (2 * step) - slope) <= 1e-5 * (size + 1), "%s nystrom %zu: %g, not %g",
+            level, number, slope, (ends[1] - ends[0]) / (2 * step));
+      at += x->size();
+    }
+    if (first_level.size() <= number) first_level.push_back(y);
+    double apart = 0;
+    for (std::size_t i = 0; i < y.size(); ++i) raise_to(std::fabs(y[i] - first_level[number][i]), &apart);
+    CHECK(apart <= 1e-11 * largest, "%s nystrom %zu: %g from the first level", level, number, apart);
+    ++number;
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -309,6 +437,7 @@ int main() {
       continue;
     }
     fastops_set_num_threads(1);
+    check_nystrom(level);
     for (const Size& s : kSizes)
       for (const bool causal : {false, true}) {
         check_softmax<float>(s, causal, level);
