@@ -578,7 +578,7 @@ def nystrom_attention(
     0.03 sqrt(\\|A\\|_1) and leave the noise of the others. A true pseudo-inverse is often worse than the mean of v. With "ridge"
     Z = (A^T A + ridge \\|A\\|_1 \\|A\\|_inf I)^-1 A^T.
     Good where queries and keys change smoothly along the sequence or lie in few directions; of random ones it is no better than
-    the mean of v. Landmarks, A, Z and sums are in float32 (float64 for float64; A and Z also beyond 12 iterations). nan and inf
+    the mean of v. Landmarks, A, Z and sums are in float32 (float64 for float64; A and Z also beyond 8 iterations). nan and inf
     stay in their head. 4 N m (D + E) + 48 m**3 flops a head; extra memory O(m (m + D + E)) a thread.
     Xiong et al., "Nystromformer", AAAI 2021, arXiv:2102.03902; Su Jianlin, kexue.fm/archives/8180.
 

@@ -120,3 +120,38 @@ def test_long_context_reads_a_file(tmp_path: Path) -> None:
     title, _, row = long_context(str(path), "--shortest", "400")
     assert title.startswith("400 bytes")
     assert row.split()[0] == "400"
+
+
+def nystrom_error(*arguments: str) -> list[list[str]]:
+    """The words of each line that the program prints."""
+    command = [sys.executable, str(EXAMPLES / "nystrom_error.py"), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    assert run.returncode == 0, run.stderr
+    return [line.replace("|", " ").split() for line in run.stdout.splitlines()]
+
+
+def test_nystrom_error_falls_with_landmarks_and_with_depth(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    picture = tmp_path / "error.svg"
+    _, header, *rows = nystrom_error("--made", "--length", "512", "--plot", str(picture))
+    assert header[:6] == ["mean", "m=8", "m=16", "m=32", "m=64", "m=128"]
+    assert [row[:2] for row in rows[::2]] == [["layer", "0"], ["layer", "1"], ["layer", "2"]]
+    assert [row[0] for row in rows[1::2]] == ["ridge"] * 3
+    errors = np.array([[float(x) for x in row[2:]] for row in rows[::2]])
+    mean, landmarks, steps = errors[:, 0], errors[:, 1:6], errors[:, 6:]
+    assert (np.diff(landmarks, axis=1) < 0).all()
+    assert (np.diff(landmarks[:, 3]) < 0).all()
+    assert (landmarks[:, 3] < mean).all()
+    # The same call: 64 landmarks and six steps.
+    six = header.index("it=6") - 6
+    np.testing.assert_array_equal(landmarks[:, 3], steps[:, six])
+    assert (steps[:, six] < steps[:, 0]).all()
+    assert picture.read_text(encoding="utf-8").count("<path") > 10
+
+
+def test_nystrom_error_reads_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "qkv.npz"
+    np.savez(path, first=np.random.default_rng(0).standard_normal((3, 2, 300, 16)).astype(np.float16))
+    title, _, row, _ = nystrom_error(str(path), "--length", "280")
+    assert title[:2] == ["learned", "q,"]
+    assert row[0] == "first"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +21,15 @@ def ops(backend: ModuleType, target: str, monkeypatch: pytest.MonkeyPatch) -> Mo
     """The public functions, on a backend and CPU level."""
     monkeypatch.setattr(module, "_backend", backend)
     return module
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Torch's threads take longer to meet than these small arrays need."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def means(x: Any, m: int) -> Any:

@@ -283,6 +283,8 @@ def nystrom_gradient(dtype: np.dtype[Any]) -> float:
 
 # A float32 result of more steps than six: small singular values, and with them the errors of A, grow on; ten times.
 NYSTROM_LONG = 2e-5
+# A single number, as the sum of one row's weights, beside the average over all elements that a norm is.
+NYSTROM_TOLD = 10.0
 # The family's figures on learned q, k and v have three digits; what the issue asks.
 NYSTROM_FIGURES = 0.02
 # A float32 result that is 5e-7 off falls on another side of the middle of two float16 numbers, 1e-3 apart, 1 in 1000 times.

@@ -25,7 +25,7 @@ _BLOCK = 1 << 15
 # Of so many lanes is a vector, or two.
 _LANES = 16
 # Beyond so many steps float32 loses what it has gained.
-_STEPS = 12
+_STEPS = 8
 
 
 @_pair(lambda real, read, write: types.void(write(2)))
