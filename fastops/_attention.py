@@ -19,6 +19,8 @@ EXPONENTIAL = ("exp", "softmax", "favor")
 # What a row of features would need to be multiplied by to be attention's own 1 / sqrt(D).
 _SCALED = ("identity", "exp", "favor")
 _LAYOUTS = ("bhnd", "bnhd")
+# What a step gives in its place: no text that a user could.
+_STEP = object()
 # Dimensions that an array may have.
 _MOST = 32 if np.lib.NumpyVersion(np.__version__) < "2.0.0" else 64
 _KERNEL_EPS = {"relu": 1e-3, "relu2": 0.0}
@@ -114,7 +116,8 @@ def floats(name: str, value: object, dtype: np.dtype[Any]) -> AnyArray:
             name, f"of dtype {_validate.FLOAT_NAMES}", Text(_validate.clip(str(result.dtype), 40))
         )
     if result.dtype == dtype and result.dtype.isnative:
-        return result
+        # Misaligned: one copy, here of all elements.
+        return result if result.flags.aligned else result.copy()
     with np.errstate(all="ignore"):
         return np.broadcast_to(distinct(result).astype(dtype), result.shape)
 
@@ -182,7 +185,7 @@ class Problem:
     __slots__ = ("arrays", "batch", "d", "dtype", "e", "heads", "hkv", "hq", "inputs", "layout", "nk", "nq", "wide")
 
     def __init__(self, layout: object, q: object, k: object, v: object, **more: object) -> None:
-        self.layout = layout if layout == "step" else _validate.choice("layout", layout, _LAYOUTS)
+        self.layout = _STEP if layout is _STEP else _validate.choice("layout", layout, _LAYOUTS)
         values = {"q": q, "k": k, "v": v, **more}
         self.inputs = {name: _validate.array(name, value) for name, value in values.items()}
         arrays = _validate.float_arrays(**self.inputs)
@@ -222,7 +225,7 @@ class Problem:
         """A shape in words, in the caller's order of axes."""
         if self.layout == "bnhd":
             shape = (*shape[:-3], shape[-2], shape[-3], shape[-1])
-        elif self.layout == "step":
+        elif self.layout is _STEP:
             shape = (*shape[:-2], shape[-1])
         return _validate.clip("(" + ", ".join(map(str, shape)) + ")", 50)
 
@@ -418,12 +421,14 @@ def prepare_step(
         if x.ndim >= _MOST:
             raise _validate.wrong_value(name, f"of less than {_MOST} dimensions", Text(str(x.ndim)))
     # A step is a problem of one token.
-    p = Problem("step", *(x[..., np.newaxis, :] for x in inputs.values()))
+    p = Problem(_STEP, *(x[..., np.newaxis, :] for x in inputs.values()))
     checked = linear_options(p.d, p.wide, True, *options)
     shapes = p.state_shapes(checked, None)
     arrays = state_arrays("state", state, shapes, p.wide)
     for i, x in enumerate(arrays):
         name = f"state[{i}]"
+        if not isinstance(state[i], np.ndarray):  # type: ignore[index]
+            raise _validate.wrong_type(name, "an ndarray, since it is changed in place", state[i])  # type: ignore[index]
         _validate.writable(name, x)
         if not (x.flags.c_contiguous and x.flags.aligned):
             raise _validate.wrong_value(name, "C-contiguous, since it is changed in place", Text("other strides"))

@@ -168,7 +168,7 @@ def _quick_options(
     scale: float | None,
 ) -> LinearOptions | None:
     """The options of a step, checked once for all steps that have them; None of dtypes that are converted."""
-    if dtype not in (np.float32, np.float64):
+    if dtype not in (np.float32, np.float64) or d < 1:
         return None
     return _attention.linear_options(d, dtype, True, feature_map, normalize, eps, kernel_eps, scale, None)
 

@@ -1047,3 +1047,63 @@ def test_default_scales(ops: ModuleType) -> None:
     assert math.isclose(
         float(module._attention.linear_options(9, F32, False, "exp", None, 0, None, None, None).scale), 1 / 3
     )
+
+
+# --- what an attack found ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_without_keys_are_zero_beside_large_features(ops: ModuleType) -> None:
+    """Features that were scaled up for the sake of a tiny denominator overflowed."""
+    one = np.ones((2, 1), F32)
+    assert not ops.linear_attention(300 * one, one, one, key_mask=np.zeros(2, bool)).any()
+    y = ops.linear_attention(17 * one, one[:1], one[:1], feature_map="relu2", causal=True)
+    np.testing.assert_array_equal(y, [[0], [1]])
+    huge = np.full((1, 1), 1e20)
+    assert not ops.linear_attention(huge, one[:1], one[:1], key_mask=np.zeros(1, bool)).any()
+
+
+@pytest.mark.parametrize("name", ["exp", "softmax"])
+def test_a_late_key_behind_masked_ones_changes_no_earlier_row(ops: ModuleType, name: str) -> None:
+    """The masked rows before it saw a state in the units of that key, in which nothing was left of it."""
+    n = 30
+    k = np.zeros((n, 1), F32)
+    k[-1] = 120
+    mask = np.ones(n, bool)
+    mask[24:29] = False
+    y = ops.linear_attention(0 * k, k, 0 * k + 7, causal=True, feature_map=name, scale=1.0, key_mask=mask)
+    np.testing.assert_allclose(y, 7, rtol=1e-6)
+    low, zero = np.full((4, 1), -100, F32), np.zeros((4, 1), F32)
+    options: dict[str, Any] = {"causal": True, "feature_map": name, "scale": 1.0}
+    _, state = ops.linear_attention(low, low, zero + 7, **options, return_state=True)
+    mask = np.array([False, False, False, True])
+    y = ops.linear_attention(zero, zero, zero + 3, **options, initial_state=state, key_mask=mask)
+    np.testing.assert_allclose(y, [[7], [7], [7], [3]], rtol=1e-6)
+
+
+def test_subnormal_rows_have_a_direction(ops: ModuleType) -> None:
+    one = np.ones((1, 2), F32)
+    y = ops.linear_attention(np.full((1, 2), 1e-40, F32), one, one[:, :1], feature_map="cosine")
+    np.testing.assert_array_equal(y, 1)
+
+
+def test_a_step_wants_arrays_that_it_can_change(ops: ModuleType) -> None:
+    one = np.ones((1, 1, 2))
+    _, state = ops.linear_attention(*(np.ones((1, 1, 1, 2)),) * 3, causal=True, return_state=True)
+    with pytest.raises(TypeError, match=r"state\[0\] must be an ndarray"):
+        ops.linear_attention_step_(one, one, one, (state[0].tolist(), state[1]))
+
+
+def test_no_layout_but_the_two(ops: ModuleType) -> None:
+    one = np.ones((1, 1, 2, 2), F32)
+    for layout in ("step", np.array(["bhnd", "bnhd"])):
+        with pytest.raises((TypeError, ValueError), match="layout must be"):
+            ops.linear_attention(one, one, one, layout=layout)
+
+
+def test_misaligned_decay_is_copied(ops: ModuleType) -> None:
+    one = np.ones((1, 2, 3, 4), F32)
+    raw = np.zeros(9, np.uint8)
+    decay = raw[1:].view(F32)
+    decay[...] = -0.5
+    want = ops.linear_attention(one, one, one, causal=True, decay=decay.copy())
+    np.testing.assert_array_equal(ops.linear_attention(one, one, one, causal=True, decay=decay), want)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from types import ModuleType
 from typing import Any
@@ -401,3 +402,20 @@ def test_thread_counts_give_the_same_bits(
                     assert_same_bits(got, want)
     finally:
         fastops.set_num_threads(threads)
+
+
+def test_gradients_where_weights_are_near_the_least_float(
+    native: ModuleType, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The native forward scales features up there; the gradient was nan."""
+    native_ops = importlib.import_module("fastops.attention")
+    monkeypatch.setattr(native_ops, "_backend", native)
+    q = np.full((2, 2), -45, np.float32)
+    v = np.array([[1, 2], [3, 4]], np.float32)
+    for causal in (False, True):
+        y = native_ops.linear_attention(q, q, v, causal=causal)
+        dq, dk, dv = native_ops.linear_attention_backward(v, q, q, v, y, causal=causal)
+        wide = [x.astype(np.float64) for x in (v, q, q, v, y)]
+        want = native_ops.linear_attention_backward(*wide, causal=causal)
+        for x, w in zip((dq, dk, dv), want, strict=True):
+            np.testing.assert_allclose(x, w, atol=1e-5)

@@ -219,9 +219,24 @@ fastops_status all_at_once(const LinearKernels& kernels, const Shape& s, const L
   const std::size_t blocks = s.queries / kPartQueries + 1;
   Workspaces work;
   Workspace states;
-  if (!work.reserve(workers, kernels.work_items(call), item) || !states.reserve({count, parts, state, item}))
-    return FASTOPS_NO_MEMORY;
+  if (!work.reserve(workers, kernels.work_items(call), item)) return FASTOPS_NO_MEMORY;
+  if (parts > 1 && !states.reserve({count, parts, state, item})) return FASTOPS_NO_MEMORY;
   const auto state_of = [&](std::size_t head) { return states.get<char>() + head * parts * state * item; };
+  if (parts == 1) {
+    // Head by head: no state outlives its head.
+    if (!states.reserve({workers, state, item})) return FASTOPS_NO_MEMORY;
+    return parallel_run(
+        count,
+        [&](std::size_t unit, unsigned worker) {
+          LinearHead head = heads[unit];
+          head.worker = worker;
+          void* const own = states.get<char>() + worker * state * item;
+          kernels.absorb(call, head, 0, head.keys, true, own, work[worker]);
+          kernels.merge(call, head, own, 1, work[worker]);
+          kernels.emit(call, head, 0, head.queries, own, work[worker]);
+        },
+        flops(s) * kNanosecondsPerFlop, poll, workers);
+  }
   const double work_ns = flops(s) * kNanosecondsPerFlop / 2;
   const auto absorb = [&](std::size_t unit, unsigned worker) {
     LinearHead head = heads[unit / parts];
@@ -421,7 +436,7 @@ fastops_status fastops_linear_attention_forward(const fastops_linear_attention* 
   Workspace projection;
   if (!prepare(kernels, *shape, &call, &projection)) return FASTOPS_NO_MEMORY;
   const HeadList heads(*shape, q, k, v, out, *options);
-  if (heads.count() == 0) return FASTOPS_OK;
+  if (heads.count() == 0 || (shape->queries == 0 && options->final_state.s == nullptr)) return FASTOPS_OK;
   Stopper stopper(poll);
   call.stop = stopper.stop();
   return stopper.status(call.causal ? causal(kernels, *shape, call, heads, poll)
@@ -512,7 +527,16 @@ fastops_status fastops_softmax_attention(const fastops_linear_attention* shape, 
   const std::size_t size = item_size(s.dtype), item = compute_size(s),
                     group = s.heads_kv == 0 ? 1 : s.heads_q / s.heads_kv;
   const std::size_t count = (offsets != nullptr ? sequences : s.batch) * s.heads_q;
-  const std::size_t blocks = (s.queries + kSoftmaxRows - 1) / kSoftmaxRows;
+  // Of packed sequences the longest one says how many blocks each may have.
+  std::size_t longest = s.queries;
+  if (offsets != nullptr) {
+    longest = 0;
+    for (std::size_t i = 0; i < sequences; ++i) {
+      const auto length = static_cast<std::size_t>(offsets[i + 1] - offsets[i]);
+      longest = length > longest ? length : longest;
+    }
+  }
+  const std::size_t blocks = (longest + kSoftmaxRows - 1) / kSoftmaxRows;
   std::size_t units = 0;
   if (!checked_product({count, blocks}, &units)) return FASTOPS_NO_MEMORY;
   Workspaces work;

@@ -39,6 +39,7 @@ template <class T> class GradientPass : public Pass<T> {
         c_(parts.take(kChunk)),
         first_m_(parts.take(fp_)),
         denominators_(parts.take(call.group * head.queries)),
+        lifts_(parts.take(call.group * head.queries)),
         shares_(softmax_ ? parts.take(call.group * head.queries * fp_) : nullptr),
         starts_(parts.take(2 * (head.keys + 1))),
         z_at_(exponents_ ? parts.take((head.keys + 1) * fp_) : nullptr),
@@ -126,8 +127,11 @@ template <class T> class GradientPass : public Pass<T> {
     this->take_queries(r, i, n);
     for (std::size_t row = 0; row < n; ++row) {
       T* const f = qf_ + row * fp_;
-      if (softmax_) this->divide(f, state_.z);
-      take_gradient(r, i, row, normalizes() ? dot(f, state_.z, fp_) : T(0));
+      if (softmax_) {
+        copy(dx_ + row * dp_, f, fp_);
+        this->divide(f, state_.z);
+      }
+      take_gradient(r, i, row, lifted_denominator(row, state_.z));
     }
     product<T>(n, fp_, Term<T>{g_, stride(vp_), 1, st_, stride(fp_), call_.values}, {df_, stride(fp_)});
     for (std::size_t row = 0; row < n; ++row) {
@@ -154,10 +158,20 @@ template <class T> class GradientPass : public Pass<T> {
     if (factor != 0) add_multiple(to, from, factor, fp_);
   }
 
+  // The denominator of a row, whose features are made larger where it is tiny.
+  T lifted_denominator(std::size_t row, const T* z) noexcept {
+    if (!normalizes()) return 0;
+    const T denominator = dot(qf_ + row * fp_, z, fp_);
+    if (!this->is_small(denominator)) return denominator;
+    this->lift_row(row);
+    return dot(qf_ + row * fp_, z, fp_);
+  }
+
   // g_ = dy / den, c_ = -(G . y) of a row.
   void take_gradient(std::size_t r, std::size_t i, std::size_t row, T denominator) noexcept {
     const T factor = this->row_factor(denominator, row);
     denominators_[r * head_.queries + i + row] = denominator;
+    lifts_[r * head_.queries + i + row] = this->lifted_[row];
     T* const g = g_ + row * vp_;
     read_row<T>(call_.dtype, this->head_row(gradient_.dy, gradient_.dy_head, r, i + row), call_.values, g);
     scale_row(g, vp_, factor);
@@ -187,8 +201,11 @@ template <class T> class GradientPass : public Pass<T> {
     }
     for (std::size_t row = 0; row < n; ++row) {
       T* const f = qf_ + row * fp_;
-      if (softmax_) this->divide(f, sums + row * fp_);
-      take_gradient(r, i, row, normalizes() ? dot(f, sums + row * fp_, fp_) : T(0));
+      if (softmax_) {
+        copy(dx_ + row * dp_, f, fp_);
+        this->divide(f, sums + row * fp_);
+      }
+      take_gradient(r, i, row, lifted_denominator(row, sums + row * fp_));
     }
     take_weights_gradient(n);
     if (with_decay_)
@@ -209,14 +226,15 @@ template <class T> class GradientPass : public Pass<T> {
       T* const df = df_ + row * fp_;
       T* const f = qf_ + row * fp_;
       if (!exponents_ && call_.scale != 1.0) scale_row(df, fp_, static_cast<T>(call_.scale));
+      if (this->lifted_[row] != 1) scale_row(df, fp_, this->lifted_[row]);
       if (!softmax_) continue;
-      // df f = dqs qs, since f = qs / z and dqs = df / z; its sum times qs is the softmax' own share.
+      // df f = dqs qs, since f = qs / z and dqs = df / z; its sum times qs, kept in dx_, is the softmax' own share.
       const T sum = dot(df, f, fp_);
       T* const share = shares_ + (r * head_.queries + i + row) * fp_;
       const T* const z = by_z + (own_z ? row * fp_ : 0);
       for (std::size_t d = 0; d < fp_; ++d) {
         share[d] = z[d] == 0 ? T(0) : df[d] * f[d] / z[d];
-        df[d] = df[d] * f[d] - f[d] * z[d] * sum;
+        df[d] = df[d] * f[d] - dx_[row * dp_ + d] * sum;
       }
     }
     to_input(qf_, df_, n, softmax_);
@@ -369,7 +387,12 @@ template <class T> class GradientPass : public Pass<T> {
     for (std::size_t r = 0; r < call_.group; ++r) {
       this->take_queries(r, i, n);
       if (softmax_) divide_by_sums(n, z_at_ + piece_of(t) * fp_);
-      for (std::size_t row = 0; row < n; ++row) take_gradient(r, i, row, denominators_[r * head_.queries + i + row]);
+      for (std::size_t row = 0; row < n; ++row) {
+        const std::size_t at = r * head_.queries + i + row;
+        this->lifted_[row] = lifts_[at];
+        if (lifts_[at] != 1) scale_row(qf_ + row * fp_, fp_, lifts_[at]);
+        take_gradient(r, i, row, denominators_[at]);
+      }
       lower_product<T>(n, {qf_, stride(fp_), 1, kft_, stride(kChunk), call_.features}, p_, stride(kChunk),
                        with_decay_ ? factor_ : nullptr);
       take_weights_gradient(n);
@@ -444,7 +467,7 @@ template <class T> class GradientPass : public Pass<T> {
   T *const st_, *const ds_, *const dst_, *const dz_;
   T *const g_, *const y_, *const vt_, *const a_, *const df_, *const dkf_, *const dv_, *const dx_, *const c_,
                                                                                                       *const first_m_;
-  T *const denominators_, *const shares_, *const starts_, *const z_at_, *const m_at_;
+  T *const denominators_, *const lifts_, *const shares_, *const starts_, *const z_at_, *const m_at_;
   std::size_t alone_ = 0, shift_keys_ = 0, pieces_ = 0;
 };
 

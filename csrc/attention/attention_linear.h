@@ -23,7 +23,7 @@ template <class T> inline constexpr T kMostDecay = T(-28);
 inline constexpr int kForgotten = -32;
 // Denominators below it are computed again from larger features of the query: their inverse might overflow.
 template <class T> inline constexpr T kSmallDenominator = sizeof(T) == 4 ? T(0x1p-100) : T(0x1p-960);
-template <class T> inline constexpr T kLift = sizeof(T) == 4 ? T(0x1p120) : T(0x1p960);
+template <class T> inline constexpr int kMostLift = sizeof(T) == 4 ? 120 : 960;
 
 // Tokens of a chunk without causality.
 inline constexpr std::size_t kMostRows = 2 * kChunk;
@@ -177,7 +177,7 @@ template <class T> class Pass {
           T* const f = qf_ + row * fp_;
           factors_[row] = normalizes() ? dot(f, state_.z, fp_) : T(0);
           if (is_small(factors_[row])) {
-            scale_row(f, fp_, lifted_[row] = kLift<T>);
+            lift_row(row);
             factors_[row] = dot(f, state_.z, fp_);
           }
           factors_[row] = row_factor(factors_[row], row);
@@ -246,7 +246,7 @@ template <class T> class Pass {
       if (call_.map == FASTOPS_MAP_SOFTMAX) divide(qf_, state_.z);
       T denominator = normalizes() ? dot(qf_, state_.z, fp_) : T(0);
       if (is_small(denominator)) {
-        scale_row(qf_, fp_, lifted_[0] = kLift<T>);
+        lift_row(0);
         denominator = dot(qf_, state_.z, fp_);
       }
       step_columns(s, keep, r == 0);
@@ -380,7 +380,8 @@ template <class T> class Pass {
     if (largest == 0) return {0, 1};
     int exponent = 0;
     (void)__builtin_frexp(static_cast<double>(largest), &exponent);
-    const T down = power_of_2(static_cast<T>(-exponent));
+    constexpr int kMost = sizeof(T) == 4 ? 120 : 960;  // of subnormal numbers: the inverse would overflow
+    const T down = power_of_2(static_cast<T>(exponent < -kMost ? kMost : -exponent));
     V sum{};
     for (std::size_t d = 0; d < dp_; d += W) {
       const V v = load<V>(x + d) * down;
@@ -438,6 +439,9 @@ template <class T> class Pass {
     std::size_t rows = n;
     for (std::size_t d = 0; d < fp_ && first < n; d += W) {
       const V start = split_exp(load<V>(kf_ + first * fp_ + d)).n, before = load<V>(state_.m + d);
+      // Rows before the first live key see what was before alone.
+      const auto none = (before <= kNone<T>) | (start <= before);
+      if (first > 0 && simd::any(select(none, V{}, start - before) > kMostGrowth<T>)) return first;
       const V limit = select(start > before, start, before) + kMostGrowth<T>;
       for (std::size_t j = first + 1; j < rows; ++j)
         if (live_[j] && simd::any(split_exp(load<V>(kf_ + j * fp_ + d)).n > limit)) rows = j;
@@ -605,7 +609,21 @@ template <class T> class Pass {
   // Features of those rows times a power of two, which the normaliser takes out again.
   void lift(std::size_t n) noexcept {
     for (std::size_t row = 0; row < n; ++row)
-      if (is_small(factors_[row])) scale_row(qf_ + row * fp_, fp_, lifted_[row] = kLift<T>);
+      if (is_small(factors_[row])) lift_row(row);
+  }
+  // As far as the largest of them allows.
+  void lift_row(std::size_t row) noexcept {
+    T* const f = qf_ + row * fp_;
+    T largest = 0;
+    for (std::size_t d = 0; d < call_.features; ++d) {
+      const T size = f[d] < 0 ? -f[d] : f[d];
+      largest = size > largest ? size : largest;
+    }
+    int exponent = 0;
+    (void)__builtin_frexp(static_cast<double>(largest), &exponent);
+    const int most = kMostLift<T> - (exponent > 0 ? exponent : 0);
+    lifted_[row] = power_of_2(static_cast<T>(most > 0 ? most : 0));
+    scale_row(f, fp_, lifted_[row]);
   }
   void add_keys(std::size_t n) noexcept {
     for (std::size_t d = 0; d < fp_; d += W) {
@@ -627,7 +645,10 @@ template <class T> class Pass {
       const T eps = static_cast<T>(call_.eps);
       denominator += shifted ? eps * power_of_2(-shift_[row]) : eps * lifted_[row];
     }
-    return denominator == 0 ? T(0) : T(1) / denominator;
+    // Of less than the least normal number there may be no inverse.
+    constexpr T kNormal = sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
+    if (denominator < kNormal && denominator > -kNormal) return 0;
+    return T(1) / denominator;
   }
   // The outputs i .. i + n: the sum of the terms, times factors_.
   void write(std::size_t r, std::size_t i, std::size_t n, const Term<T>* terms, int count) noexcept {
@@ -716,7 +737,7 @@ template <class T> class Pass {
   bool in_place_ = false;     // S is the caller's, and rescaled with the step, by running_
   bool units_fixed_ = false;  // m is given, not found from the keys
   std::size_t made_decay_ = 0;
-  unsigned asked_ = 0;
+  unsigned asked_ = 15;  // so that the first question is answered
   bool live_[kMostRows];
   T shift_[kMostRows], factors_[kMostRows], lifted_[kMostRows];
 };

@@ -51,6 +51,7 @@ void absorb(const LinearCall& call, const LinearHead& head, std::size_t first, s
   const State<T> total = state_at<T>(call, state, 0);
   const std::size_t features = padded<T>(call.features), values = padded<T>(call.values);
   for (std::size_t t = first; t == first || t < last; t += kBlock) {
+    if (call.stop != nullptr && call.stop->asked(call.stop->context, head.worker)) return;
     pass.absorb(t, last - t < kBlock || last < t ? last : t + kBlock, with_initial && t == first);
     if (t == first)
       pass.copy_state(total);

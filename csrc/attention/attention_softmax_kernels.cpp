@@ -74,7 +74,7 @@ template <class T> void run(const SoftmaxCall& call, const SoftmaxHead& head, vo
   };
   const auto end = static_cast<std::size_t>(rows == 0 ? 0 : seen(head.last - 1));
   for (std::size_t first = 0; first < end; first += kKeys) {
-    if (first / kKeys % 16 == 15 && call.stop != nullptr && call.stop->asked(call.stop->context, head.worker)) return;
+    if (first / kKeys % 16 == 0 && call.stop != nullptr && call.stop->asked(call.stop->context, head.worker)) return;
     std::size_t n = 0;  // live keys of the block, close together
     std::size_t number[kKeys];
     const std::size_t last = end - first < kKeys ? end : first + kKeys;
