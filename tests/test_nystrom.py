@@ -339,6 +339,18 @@ def test_many_landmarks(ops: ModuleType, landmarks: int) -> None:
     assert_defined(ops, q, k, v, num_landmarks=landmarks, pinv="ridge")
 
 
+@solvers
+def test_long_sequences(ops: ModuleType, pinv: str) -> None:
+    """Many blocks of keys, or of queries, with maxima that rise and fall along them."""
+    rng = np.random.default_rng(27)
+    for n, m in ((40, 6000), (6000, 40)):
+        q, k, v = operands(27, 1, 2, 1, n, m, 4, 3)
+        for x in (q, k):
+            x *= rng.uniform(0.2, 1.5, (1, 1, x.shape[2], 1)).astype(F32)
+        assert_defined(ops, q, k, v, num_landmarks=8, pinv=pinv)
+        assert_defined(ops, q, k, v, num_landmarks=8, pinv=pinv, key_mask=rng.random((1, m)) < 0.6)
+
+
 def hugging_face(q: Any, k: Any, v: Any, w: Any, m: int, batch: bool) -> Any:
     """The formulas of Hugging Face's NystromformerSelfAttention, without a mask and for lengths that m divides."""
     b, h, n, d = q.shape

@@ -109,6 +109,26 @@ def _streamed(q: Array, k: Array, v: Array, scale: float) -> Array:
     return sums
 
 
+def _newton(a: Array, coefficient: Any, iterations: int) -> Array:
+    """Z after all steps, in three matrices of memory beside it."""
+    z = np.ascontiguousarray(coefficient * a.T)
+    x, t, u = (np.empty_like(z) for _ in range(3))
+    diagonals = [y.reshape(-1)[:: len(a) + 1] for y in (t, u)]
+    for _ in range(iterations):
+        np.matmul(a, z, out=x)
+        np.negative(x, out=t)
+        diagonals[0] += 7
+        np.matmul(x, t, out=u)
+        np.negative(u, out=u)
+        diagonals[1] += 15
+        np.matmul(x, u, out=t)
+        np.negative(t, out=t)
+        diagonals[0] += 13
+        np.matmul(z, t, out=u)
+        np.multiply(u, a.dtype.type(0.25), out=z)
+    return z
+
+
 def _head(head: plain.Head, largest: tuple[Any, Any] | None, o: NystromOptions, tells: bool) -> tuple[Array, list[Any]]:
     q, k, v, qt, kt = head
     if qt is None or kt is None:
@@ -116,7 +136,11 @@ def _head(head: plain.Head, largest: tuple[Any, Any] | None, o: NystromOptions, 
     real = np.float64 if o.pinv == "ridge" or o.iterations > _STEPS else q.dtype
     a, b = head.matrix(o.scale, real), _streamed(qt, k, v, o.scale).astype(real, copy=False)
     coefficient = plain.first_coefficient(a, largest)
-    solved = plain.solve(a, b, coefficient, o)
+    if o.pinv == "ridge":
+        solved = plain.solve(a, b, coefficient, o)
+    else:
+        z = _newton(a, coefficient, o.iterations)
+        solved = plain.Solved(z @ b, [z])
     sums = _averages(q, kt, solved.w.astype(q.dtype), o.scale)
     y, weights = sums[:, :-1], sums[:, -1:]
     told = []
