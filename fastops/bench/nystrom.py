@@ -165,7 +165,7 @@ def _numpy(case: Case, inputs: list[Array]) -> Callable[[], Any]:
 
     def means(x: Array) -> Array:
         # Segments of one length, as every case has them.
-        return x.reshape((b, h, m, n // m, d)).mean(axis=3)
+        return np.asarray(x.reshape((b, h, m, n // m, d)).mean(axis=3))
 
     def call() -> Any:
         qt, kt = means(q) * np.float32(d**-0.5), means(k)
