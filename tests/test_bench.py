@@ -23,7 +23,7 @@ import pytest
 import tolerance
 
 import fastops
-from fastops.bench import FAMILIES, attention, mitchell, optim, report, runner, worker
+from fastops.bench import FAMILIES, attention, mitchell, nystrom, optim, report, runner, worker
 from fastops.bench.case import Case, Implementation, Machine, Task, WrongResult, aligned
 
 PLAIN = Machine(("reference",), (), 1, frozenset())
@@ -68,7 +68,7 @@ def test_groups_have_names_of_their_own() -> None:
     groups = [case.group for family in families for case in family.cases()]
     assert len(set(groups)) == len(groups)
     assert sum(case.quick for case in optim.cases()) == 3
-    assert sum(case.quick for case in attention.cases()) == 3
+    assert sum(case.quick for case in attention.cases()) == 4
     assert sum(case.quick for case in mitchell.cases()) >= 6
 
 
@@ -136,7 +136,7 @@ def test_every_row_of_attention_agrees_with_the_oracle(case: Case, backend: Modu
 
 
 def test_slow_rows_of_attention_are_timed_on_a_part() -> None:
-    for case in attention.cases():
+    for case in set(attention.cases()) - set(nystrom.cases()):
         kind = attention.Kind.of(case.op)
         part = attention._part(case, Implementation("reference", "fastops"))
         n, b, h, _ = case.shape
@@ -155,7 +155,7 @@ def test_slow_rows_of_attention_are_timed_on_a_part() -> None:
     "group",
     [
         case.group
-        for case in attention.cases()
+        for case in attention.cases()[: -len(nystrom.cases())]
         if (case.dtype == "float32" and "1024" in case.size) or case.size[3:] == "x64"
     ],
 )
@@ -173,6 +173,39 @@ def test_a_wrong_attention_is_never_timed(group: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(attention, "_ours", shifted)
     with pytest.raises(WrongResult, match=r"difference .* from the oracle"):
         attention.prepare(case, row).check()
+
+
+def test_slow_rows_of_nystrom_attention_are_timed_on_a_head() -> None:
+    (case,) = [case for case in nystrom.cases() if case.quick]
+    task = attention.prepare(short(case), Implementation("reference", "fastops"))
+    assert task.note == "timed on 1 of 2 heads"
+    assert task.work * 2 == task.whole
+
+
+@pytest.mark.parametrize("case", nystrom.cases(), ids=lambda case: case.group)
+def test_a_wrong_nystrom_attention_is_never_timed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine = nystrom._ours
+
+    def other(case: Case, row: Implementation, f: Any, inputs: list[Any]) -> Any:
+        # A row off: segments that begin later.
+        q, k, v, dy = inputs
+        return genuine(case, row, f, [q, np.roll(k, 1, axis=2), np.roll(v, 1, axis=2), dy])
+
+    row = Implementation("reference", "fastops")
+    attention.prepare(short(case), row).check()
+    monkeypatch.setattr(nystrom, "_ours", other)
+    with pytest.raises(WrongResult, match=r"difference .* from the oracle"):
+        attention.prepare(short(case), row).check()
+
+
+def test_inputs_of_nystrom_attention_have_a_structure() -> None:
+    (case,) = [case for case in nystrom.cases() if case.quick]
+    q, k, v, _ = (x[:, :1] for x in nystrom._inputs(case))
+    exact = fastops.softmax_attention(q, k, v)
+    near = fastops.nystrom_attention(q, k, v, num_landmarks=nystrom.Kind.of(case).landmarks)
+    plain = np.broadcast_to(v.mean(axis=2, keepdims=True), v.shape)
+    # Of random rows both are as far away.
+    assert 4 * np.linalg.norm(near - exact) < np.linalg.norm(plain - exact)
 
 
 def test_sets_are_those_of_the_models() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Benchmark cases of attention: linear against torch, pytorch-fast-transformers and softmax, over lengths, with the memory it takes."""
+"""Benchmark cases of attention: linear against torch, pytorch-fast-transformers and softmax, over lengths, with memory; Nystrom."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastops.bench import nystrom
 from fastops.bench.case import Case, Implementation, Machine, Task, WrongResult, aligned
 
 Array = npt.NDArray[Any]
@@ -90,11 +91,14 @@ def cases() -> list[Case]:
         _case("step", (32, 8, 64)),
         _case("step", (1, 32, 128)),
         *(_case(f"softmax {name}", (1, 8, n, 64)) for name in ("causal", "bidirectional") for n in (1024, 4096)),
+        *nystrom.cases(),
     ]
 
 
 def implementations(case: Case, machine: Machine) -> list[Implementation]:
     """Rows of a case on a machine: the peers first, the native levels last."""
+    if case.op.startswith("nystrom"):
+        return nystrom.implementations(case, machine)
     if case.dtype == "bfloat16" and "ml_dtypes" not in machine.modules:
         return []
     kind = Kind.of(case.op)
@@ -388,6 +392,8 @@ def _torch(case: Case, row: Implementation, inputs: list[Array]) -> Callable[[],
 
 def prepare(case: Case, row: Implementation) -> Task:
     """Inputs and call of one row; equal inputs in every process."""
+    if case.op.startswith("nystrom"):
+        return nystrom.prepare(case, row, _functions)
     part = _part(case, row)
     inputs = [np.ascontiguousarray(x[part]) for x in _inputs(case)]
     n, b, h, d = case.shape

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fastops._backend import installed
 
 # The optional modules whose presence adds rows.
-PEERS = ("numba", "torch", "ml_dtypes", "timm", "torch_ema", "fast_transformers")
+PEERS = ("numba", "torch", "ml_dtypes", "timm", "torch_ema", "fast_transformers", "nystrom_attention", "transformers")
 
 
 class WrongResult(Exception):
