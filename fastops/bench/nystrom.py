@@ -362,7 +362,7 @@ def prepare(case: Case, row: Implementation, functions: Callable[[str], Any]) ->
 
 
 def _exact(kind: Kind, f: Any, inputs: list[Array]) -> tuple[Array, ...]:
-    """Softmax attention, or its gradients, of all rows."""
+    """Softmax attention, or its gradients, of the rows given."""
     q, k, v, dy = inputs
     if not kind.gradient:
         return (np.asarray(f.softmax_attention(q, k, v, causal=False)),)
@@ -379,6 +379,10 @@ def _check(case: Case, row: Implementation, f: Any, inputs: list[Array], got: An
     bound = 1e-3 if kind.gradient else 2e-4
     options = kind.options(row)
     if row.recipe == SDPA:
+        if not kind.gradient:
+            # All rows would be N x N numbers.
+            some = slice(0, None, max(case.shape[0] // 64, 1))
+            last[0], got = last[0][:, :, some], got[:, :, some]
         wanted = _exact(kind, f, last)
     else:
         if row.recipe in _BATCH:
