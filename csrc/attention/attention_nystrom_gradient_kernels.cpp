@@ -339,16 +339,19 @@ template <class T> class GradientPass : public NystromPass<T> {
       }
       for (std::size_t j = 0; j < n; ++j)
         for (std::size_t i = m_; i < mp_; ++i) logits_[j * mp_ + i] = dl_[j * mp_ + i] = 0;
-      T* const rows = o_;
-      product<T>(n, vp_, Term<T>{logits_, at(mp_), 1, db_, at(vp_), m_}, {rows, at(vp_)});
-      for (std::size_t j = 0; j < n; ++j) add_row(sums_.dv + this->number(first, j) * vp_, rows + j * vp_, vp_, T(1));
+      // Where no key is masked, rows follow each other, and tiles take several at a time.
+      const std::size_t together = head_.mask == nullptr ? n : 1;
+      for (std::size_t j = 0; j < n; j += together) {
+        const std::size_t key = this->number(first, j);
+        product<T>(together, vp_, Term<T>{logits_ + j * mp_, at(mp_), 1, db_, at(vp_), m_},
+                   {sums_.dv + key * vp_, at(vp_), &one, 0});
+        product<T>(together, dp_, Term<T>{dl_ + j * mp_, at(mp_), 1, middle_.q_rows, at(dp_), m_},
+                   {sums_.dk + key * dp_, at(dp_), &one, 0});
+      }
       product<T>(m_, dp_, Term<T>{dl_, 1, at(mp_), keys.k.data, keys.k.step, n}, {dq_rows_, at(dp_), &one, 0});
-      // One row at a time where masks have gaps.
-      for (std::size_t j = 0; j < n; ++j) {
-        T* const to = sums_.dk + this->number(first, j) * dp_;
-        product<T>(1, dp_, Term<T>{dl_ + j * mp_, at(mp_), 1, middle_.q_rows, at(dp_), m_}, {to, at(dp_), &one, 0});
-        if (head_.k_landmarks != nullptr) continue;
-        add_row(to, dk_rows_ + segments.segment() * dp_, dp_, T(1) / static_cast<T>(segments.length()));
+      for (std::size_t j = 0; j < n && head_.k_landmarks == nullptr; ++j) {
+        add_row(sums_.dk + this->number(first, j) * dp_, dk_rows_ + segments.segment() * dp_, dp_,
+                T(1) / static_cast<T>(segments.length()));
         segments.next();
       }
     }
