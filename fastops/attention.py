@@ -81,7 +81,7 @@ def linear_attention(
     key_mask : (..., M) or (..., H_kv, M) bool array_like, optional
         True where a key counts; others are as if they were absent, in the sums and in the normaliser. Leading dimensions as
         those of `k`, heads first in every layout.
-    cu_seqlens : (S + 1,) integer array_like, optional
+    cu_seqlens : (S + 1,) int array_like, optional
         Offsets of S sequences packed along N, from 0 to N; the batch is then 1 and M = N.
     decay : (H_kv,) or (..., H_kv, M) array_like of floats, optional
         Logarithms <= 0 of the factor by which the sums shrink at each key, before it is added; -inf forgets. With `causal`, and
@@ -315,7 +315,7 @@ def linear_attention_backward(
         As `linear_attention`; it gets no gradient.
     key_mask : bool array_like, optional
         As `linear_attention`; the gradients of masked keys and values are 0.
-    cu_seqlens : (S + 1,) integer array_like, optional
+    cu_seqlens : (S + 1,) int array_like, optional
         As `linear_attention`.
     decay : array_like, optional
         As `linear_attention`; it gets no gradient.
@@ -400,7 +400,7 @@ def softmax_attention(
         Row i sees the keys j <= i + M - N.
     key_mask : (..., M) or (..., H_kv, M) bool array_like, optional
         True where a key counts.
-    cu_seqlens : (S + 1,) integer array_like, optional
+    cu_seqlens : (S + 1,) int array_like, optional
         Offsets of S sequences packed along N.
     scale : float, optional
         Factor of q.k, D**-0.5 by default.
