@@ -476,6 +476,7 @@ fastops_status fastops_linear_attention_backward(const fastops_linear_attention*
   LinearCall call = call_of(s);
   Workspace projection;
   if (!prepare(kernels, s, &call, &projection)) return FASTOPS_NO_MEMORY;
+  if (s.queries == 0 && s.keys == 0 && (d_initial == nullptr || d_initial->s == nullptr)) return FASTOPS_OK;
   const HeadList heads(s, q, k, v, y, *options);
   const unsigned workers = worker_count();
   const std::size_t size = item_size(s.dtype), item = compute_size(s), group = call.group;
@@ -586,7 +587,7 @@ fastops_status fastops_nystrom_attention_forward(const fastops_nystrom_attention
                              static_cast<const char*>(q_landmarks),
                              static_cast<const char*>(k_landmarks),
                              static_cast<char*>(info)};
-  if (arrays.count() == 0) return FASTOPS_OK;
+  if (arrays.count() == 0 || (s.queries == 0 && info == nullptr)) return FASTOPS_OK;
   Stopper stopper(poll);
   return stopper.status(
       nystrom(kNystrom[active_level()][s.dtype == FASTOPS_F64], arrays, nystrom_call(s, stopper), poll));
@@ -610,7 +611,8 @@ fastops_status fastops_nystrom_attention_backward(const fastops_nystrom_attentio
                              static_cast<const char*>(q_landmarks),
                              static_cast<const char*>(k_landmarks),
                              nullptr};
-  if (arrays.count() == 0) return FASTOPS_OK;
+  if (arrays.count() == 0 || (s.queries == 0 && s.keys == 0 && d_conv == nullptr && d_q_landmarks == nullptr))
+    return FASTOPS_OK;
   Stopper stopper(poll);
   NystromCall call = nystrom_call(s, stopper);
   const std::size_t size = item_size(s.dtype), item = s.dtype == FASTOPS_F64 ? 8 : 4, group = s.heads_q / s.heads_kv;

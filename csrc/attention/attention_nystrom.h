@@ -224,6 +224,7 @@ template <class T> class NystromPass {
     const bool plain = is_plain<T>(call_.dtype, call_.dim);
     Segments at_row(count(n, of_queries), m_), mean = at_row;
     for (std::size_t t = 0; t < n; ++t) {
+      if (t % 4096 == 0 && stopped()) return;
       if (!(of_queries ? query_seen(t) : seen(t))) continue;
       const T* x = reinterpret_cast<const T*>(row(rows, t));
       if (!plain) read_row<T>(call_.dtype, row(rows, t), call_.dim, x_copy_), x = x_copy_;
