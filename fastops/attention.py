@@ -101,7 +101,8 @@ def linear_attention(
         Of the common dtype. A row without keys, or whose weights add up to 0, is 0.
     state : tuple of arrays
         With `return_state`: S (..., H_kv, F, E) and z (..., H_kv, F) for F features, of float32 (float64 for float64); and m like
-        z for "exp", "softmax" and "favor", where the sums are S 2**m and z 2**m. With `cu_seqlens` its first dimension is S.
+        z for "exp", "softmax" and "favor", where the sums are S 2**m and z 2**m. With `cu_seqlens` the first
+        dimension of each is the number of sequences.
 
     Raises
     ------
@@ -314,7 +315,8 @@ def linear_attention_backward(
     projection : (m, D) array_like, optional
         As `linear_attention`; it gets no gradient.
     key_mask : bool array_like, optional
-        As `linear_attention`; the gradients of masked keys and values are 0.
+        As `linear_attention`; the gradients of masked keys and values are 0. Queries are not masked: nan in one of them
+        reaches all gradients that it takes part in.
     cu_seqlens : (S + 1,) int array_like, optional
         As `linear_attention`.
     decay : array_like, optional
@@ -526,7 +528,8 @@ def nystrom_attention(
     iterations : int
         Steps of the iteration towards the inverse of A. More is not better: see the notes.
     pinv : {"newton", "ridge"}
-        How A is inverted: by that iteration, or in closed form with a ridge, about as exact and faster.
+        How A is inverted: by that iteration, or in closed form with a ridge, about as exact, and faster from
+        some hundred landmarks on.
     ridge : float
         Of pinv="ridge", relative to the norms of A; what six steps do to small singular values by default.
     scale : float, optional
