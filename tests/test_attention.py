@@ -1107,3 +1107,11 @@ def test_misaligned_decay_is_copied(ops: ModuleType) -> None:
     decay[...] = -0.5
     want = ops.linear_attention(one, one, one, causal=True, decay=decay.copy())
     np.testing.assert_array_equal(ops.linear_attention(one, one, one, causal=True, decay=decay), want)
+
+
+def test_a_step_without_query_heads_changes_nothing(ops: ModuleType) -> None:
+    q, k = np.ones((1, 0, 4), F32), np.ones((1, 2, 4), F32)
+    state = np.zeros((1, 2, 4, 4), F32), np.zeros((1, 2, 4), F32)
+    with pytest.raises(ValueError, match="q must be"):
+        ops.linear_attention_step_(q, k, k, state)
+    assert not state[1].any()

@@ -516,3 +516,27 @@ def test_error_on_smooth_and_on_random_queries(ops: ModuleType) -> None:
     exact = ops.softmax_attention(q, k, v)
     mean = distance(np.broadcast_to(v.mean(0), v.shape), exact)
     assert distance(ops.nystrom_attention(q, k, v, num_landmarks=32), exact) > tolerance.NYSTROM_NOISE * mean
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_exact_rows_of_every_dtype(ops: ModuleType, name: str) -> None:
+    """The exact rows of half precision were written as halves into room of float32."""
+    for n in (5, 40):
+        q, k, v = operands(41, 2, 2, 1, n, n, 8, 3, FLOATS[name])
+        wide = [x.astype(np.float64) for x in (q, k, v)]
+        want = ops.softmax_attention(*wide)
+        y = ops.nystrom_attention(q, k, v, num_landmarks=64)
+        assert y.dtype == q.dtype
+        assert distance(y.astype(np.float64), want) <= tolerance.nystrom(q.dtype)
+
+
+def test_a_nan_head_does_not_lower_the_maximum_of_the_batch(ops: ModuleType) -> None:
+    q, k, v = operands(42, 1, 3, 3, 60, 60, 8, 3)
+    q[:, 0] *= 4
+    _, want = ops.nystrom_attention(q[:, :2], k[:, :2], v[:, :2], num_landmarks=6, init="batch", return_info=True)
+    for head in (1, 2):
+        bad = q.copy()
+        bad[:, head, 3] = np.nan
+        _, info = ops.nystrom_attention(bad, k, v, num_landmarks=6, init="batch", return_info=True)
+        np.testing.assert_allclose(info.coefficient[0, 0], want.coefficient[0, 0], rtol=1e-5)
+        assert np.isnan(info.row_sum_min[0, head])

@@ -3,7 +3,6 @@
 #include "attention/attention_bind.h"
 
 #include <array>
-#include <cstring>
 #include <string>
 
 #include "core/numpy_arrays.h"
@@ -226,7 +225,8 @@ py::object plain_step(const py::object& q, const py::object& k, const py::object
   s.values = size(av, 2);
   s.features = s.dim + (s.feature_map == FASTOPS_MAP_COSINE ? 1 : 0);
   if (!projection.is_none() || size(ak, 0) != s.batch || size(av, 0) != s.batch || size(av, 1) != s.heads_kv ||
-      size(ak, 2) != s.dim || s.dim == 0 || s.values == 0 || s.heads_kv == 0 || s.heads_q % s.heads_kv != 0)
+      size(ak, 2) != s.dim || s.dim == 0 || s.values == 0 || s.heads_kv == 0 || s.heads_q == 0 ||
+      s.heads_q % s.heads_kv != 0)
     return py::none();
 
   const int parts = s.feature_map >= FASTOPS_MAP_EXP ? 3 : 2;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The C interface of attention: heads and sequences as units of work, splits that no thread count changes, workspaces.
 #include <atomic>
-#include <cstring>
 #include <type_traits>
 
 #include "attention/attention_kernels.h"
@@ -295,7 +294,8 @@ struct NystromArrays {
 };
 bool is_valid_nystrom(const fastops_nystrom_attention& s, const void* conv, const void* q_landmarks,
                       const void* k_landmarks) noexcept {
-  if (s.dtype < FASTOPS_F16 || s.dtype > FASTOPS_F64 || s.landmarks == 0) return false;
+  if (s.dtype < FASTOPS_F16 || s.dtype > FASTOPS_F64 || s.landmarks == 0 || s.landmarks > 65536) return false;
+  if (s.iterations > std::size_t{1} << 31) return false;
   if (s.heads_kv == 0 ? s.heads_q != 0 : s.heads_q % s.heads_kv != 0) return false;
   if ((conv != nullptr) && (s.taps % 2 == 0 || s.queries != s.keys)) return false;
   return (q_landmarks == nullptr) == (k_landmarks == nullptr);
@@ -387,7 +387,7 @@ fastops_status nystrom(const NystromKernels& kernels, const NystromArrays& array
   if (s.batch_init) {
     double largest = 0;
     for (std::size_t i = 0; i < count; ++i)
-      if (!(norm[i] <= largest)) largest = norm[i];
+      if (norm[i] > largest) largest = norm[i];
     call.coefficient = largest > 0 ? 1 / largest : 0;
   }
   status = parallel_run(
@@ -470,6 +470,8 @@ fastops_status fastops_linear_attention_backward(const fastops_linear_attention*
                                                  const fastops_linear_state* d_final,
                                                  const fastops_linear_state* d_initial, fastops_poll poll) noexcept {
   if (shape == nullptr || options == nullptr || !is_valid_linear(*shape, *options)) return FASTOPS_INVALID;
+  for (const auto* state : {d_final, d_initial})
+    if (state != nullptr && state->s != nullptr && state->z == nullptr) return FASTOPS_INVALID;
   const Shape& s = *shape;
   const LinearKernels& kernels = kLinear[active_level()][is_double(s)];
   const LinearGradientKernels& gradients = kGradient[active_level()][is_double(s)];
@@ -629,7 +631,7 @@ fastops_status fastops_nystrom_attention_backward(const fastops_nystrom_attentio
           NystromHead head = arrays[i];
           head.worker = worker;
           const double norm = forward.prepare(call, head, middle.get<void>(), room.get<void>());
-          if (!(norm <= largest)) largest = norm;
+          if (norm > largest) largest = norm;
         },
         0, poll, 1);
     if (status != FASTOPS_OK) return status;
@@ -666,6 +668,7 @@ fastops_status fastops_nystrom_attention_backward(const fastops_nystrom_attentio
         kernels.run(call, head, g, work[worker]);
       },
       4 * nystrom_ns(s), poll, workers));
+  if (status != FASTOPS_OK) return status;
   const auto add_up = [&](auto* to) {
     const auto* const from = of_samples.get<std::remove_pointer_t<decltype(to)>>();
     for (std::size_t t = 0; t < taps; ++t) {

@@ -13,6 +13,7 @@ namespace fastops::FASTOPS_LEVEL::attention {
 
 // Queries or keys of a block.
 inline constexpr std::size_t kBlock = 96;
+static_assert(kBlock <= kSoftmaxRows);  // exact rows go to that kernel
 // More steps than this need float64 for the matrices between landmarks.
 inline constexpr std::size_t kSinglePrecisionSteps = 8;
 
@@ -43,7 +44,6 @@ template <class T> struct Partial {
         values(parts.take(call.landmarks * padded<T>(call.values))) {}
 };
 
-template <class T> std::ptrdiff_t step_of(std::size_t n) { return static_cast<std::ptrdiff_t>(n); }
 template <class T> constexpr T kLowest = -static_cast<T>(__builtin_huge_val());
 
 // c = c diag - x on a square matrix of m rows.
@@ -122,7 +122,7 @@ template <class To, class From> void convert(const From* from, std::size_t rows,
       to[i * padded<To>(cols) + j] = j < cols ? static_cast<To>(from[i * padded<From>(cols) + j]) : To(0);
 }
 
-// U^T U = A^T A + shift I, in place of it.
+// g = U^T U, U in its place.
 inline void factorize(double* g, std::size_t m) noexcept {
   const std::size_t mp = padded<double>(m);
   for (std::size_t k = 0; k < m; ++k) {
@@ -347,6 +347,7 @@ template <class T> class NystromPass {
 
   // The middle: W = Z B and u = Z 1.
   void solve(const Middle<T>& middle, const Partial<T>& partial, Parts<T>& parts) noexcept {
+    if (stopped()) return;
     T* const b = parts.take(m_ * vp_);
     sums_over_keys(partial, b);
     const Norms<T> n = norms(middle.a, m_);
@@ -433,7 +434,7 @@ template <class T> class NystromPass {
     convert<T>(a + items, m_, m_, z);
   }
   template <class U> void steps(const U* a, U* z, U* x, U* t, U* u) noexcept {
-    constexpr std::size_t kAtOnce = 8;  // between questions whether to stop
+    constexpr std::size_t kAtOnce = 1;  // between questions whether to stop
     for (std::size_t done = 0; done < call_.iterations && !stopped(); done += kAtOnce)
       newton<U>(a, z, m_, call_.iterations - done < kAtOnce ? call_.iterations - done : kAtOnce, x, t, u, nullptr);
   }
@@ -470,7 +471,10 @@ template <class T> class NystromPass {
     auto* const info = static_cast<T*>(head_.info);
     if (info != nullptr && first == 0) {
       const bool exact = middle.flags[0] == 0;
-      for (int i = exact ? 0 : 2; i < 4; ++i) info[i] = static_cast<T>(__builtin_nan(""));
+      const T nothing = static_cast<T>(__builtin_nan(""));
+      if (exact) info[0] = info[1] = nothing;
+      info[2] = exact || head_.queries == 0 ? nothing : -kLowest<T>;
+      info[3] = exact || head_.queries == 0 ? nothing : kLowest<T>;
     }
     for (std::size_t i = first; i < last; i += kBlock) {
       if (stopped()) return;
@@ -506,8 +510,8 @@ template <class T> class NystromPass {
         const T sum = dot(logits_ + r * mp_, middle.u, mp_);
         keep_[r] = sum == 0 ? T(0) : T(1) / sum;
         if (info == nullptr || !query_seen(i + r)) continue;
-        if (!(info[2] <= sum)) info[2] = sum;
-        if (!(info[3] >= sum)) info[3] = sum;
+        if (info[2] == info[2] && !(info[2] <= sum)) info[2] = sum;
+        if (info[3] == info[3] && !(info[3] >= sum)) info[3] = sum;
       }
       if (call_.normalize) target.scale = keep_;
     }

@@ -200,6 +200,7 @@ template <class T> class GradientPass : public NystromPass<T> {
         dk_rows_(parts.take(m_ * dp_)) {}
 
   void run(Parts<T>& parts) noexcept {
+    if (this->stopped()) return;
     this->prepare(middle_);
     if (middle_.flags[0] == 0) {
       exact();
@@ -256,6 +257,7 @@ template <class T> class GradientPass : public NystromPass<T> {
     for (std::size_t i = m_; i < mp_; ++i) middle_.u[i] = 0;
 
     queries();
+    if (this->stopped()) return;
     for (std::size_t i = 0; i < m_; ++i)
       for (std::size_t e = 0; e < inner.columns; ++e)
         inner.dw[i * inner.columns + e] = e < call_.values    ? static_cast<U>(dw_[i * vp_ + e])
@@ -428,6 +430,7 @@ template <class T> class GradientPass : public NystromPass<T> {
     // Twice: the maxima, then the sums and dy . v.
     for (int pass = 0; pass < 2; ++pass)
       for (std::size_t t = 0; t < head_.keys;) {
+        if (this->stopped()) return;
         const typename Base::Keys keys = this->take_keys(t, head_.keys);
         t = keys.next;
         if (keys.count == 0) continue;

@@ -135,7 +135,7 @@ template <class T> void run(const SoftmaxCall& call, const SoftmaxHead& head, vo
     const T factor = sum[i] == 0 ? T(0) : T(1) / sum[i];
     T* const from = out + i * size.values;
     for (std::size_t e = 0; e < size.values; e += W) store(from + e, load<V>(from + e) * factor);
-    write_row<T>(call.dtype, from, call.values,
+    write_row<T>(call.out_dtype, from, call.values,
                  const_cast<char*>(row_at(call.out_dtype, head.out.data, head.out.row, head.first + i)));
   }
 }

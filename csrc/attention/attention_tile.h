@@ -6,7 +6,6 @@
 
 #include "core/half.h"
 #include "core/simd.h"
-#include "core/tile.h"
 #include "fastops/fastops.h"
 
 namespace fastops::FASTOPS_LEVEL::attention {
@@ -315,7 +314,7 @@ template <class T> void fill(T* to, std::size_t n, T value) noexcept {
   for (std::size_t i = 0; i < n; ++i) to[i] = value;
 }
 template <class T> T power_of_2(T n) noexcept {
-  return static_cast<T>(__builtin_ldexp(1.0, n > T(20000) ? 20000 : n < T(-20000) ? -20000 : static_cast<int>(n)));
+  return static_cast<T>(__builtin_ldexp(1.0, n > T(20000) ? 20000 : n >= T(-20000) ? static_cast<int>(n) : -20000));
 }
 template <class T> T dot(const T* a, const T* b, std::size_t n) noexcept {
   Vector<T> sum{};
