@@ -44,6 +44,10 @@ function(fastops_level_sources)
     # Which products fuse is the source's choice (explicit fma), so that results can be equal; errno and traps unused.
     target_compile_options(fastops_${level} PRIVATE ${FASTOPS_FLAGS_${level}} ${FASTOPS_OPTIMIZE} -fno-math-errno -fno-trapping-math
                                                     -ffp-contract=off -fno-exceptions -fno-rtti)
+    # The sources are those of the other levels, and few of the machines that sanitize run this one.
+    if(FASTOPS_SANITIZE AND level STREQUAL "v4")
+      target_compile_options(fastops_${level} PRIVATE -O0 -fno-sanitize=all)
+    endif()
     list(APPEND objects $<TARGET_OBJECTS:fastops_${level}>)
   endforeach()
   set(FASTOPS_LEVEL_OBJECTS ${objects} PARENT_SCOPE)

@@ -31,6 +31,12 @@ void raise_to(double x, double* largest) {
   if (*largest == *largest && !(x <= *largest)) *largest = x;
 }
 
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kSanitized = true;  // some ten times slower
+#else
+constexpr bool kSanitized = false;
+#endif
+
 struct Size {
   std::size_t heads_q, heads_kv, queries, keys, dim, values;
 };
@@ -442,7 +448,7 @@ int main() {
     const bool emulated = std::getenv("FASTOPS_EMULATED") != nullptr;  // a CPU some fifty times slower
     for (const Size& s : kSizes)
       for (const bool causal : {false, true}) {
-        if (emulated && s.keys > 50) continue;
+        if ((emulated && s.keys > 50) || (kSanitized && s.dim == 64)) continue;
         check_softmax<float>(s, causal, level);
         check_softmax<double>(s, causal, level);
         for (int map = FASTOPS_MAP_ELU; map <= FASTOPS_MAP_SOFTMAX; ++map)
