@@ -346,7 +346,8 @@ def linear_attention_backward(
     -----
     With d_i = sum_j w_ij + eps, G_i = dy_i / d_i and c_i = -dy_i.y_i / d_i: df(q_i) = sum_j (G_i.v_j + c_i) f(k_j), df(k_j) =
     sum_i (G_i.v_j + c_i) f(q_i), dv_j = sum_i w_ij G_i, over the pairs that see each other; a sweep forward and one backward.
-    Sums are computed anew: extra memory O(D E) a thread. About 2.5 times the forward's flops.
+    Sums are computed anew: extra memory O(D E + N) a thread, O(N F) for "exp", "favor" and "softmax". About 2.5 times the
+    forward's flops.
 
     Examples
     --------
