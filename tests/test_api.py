@@ -46,6 +46,7 @@ STEPS = [
     "lookahead_sync",
     "sgd_step",
 ]
+COUNTING = ["table_from_bytes", "word_counter", "word_table"]
 
 
 def test_all_is_sorted_and_every_name_is_there():
@@ -82,14 +83,16 @@ def test_the_operations_of_the_plain_multiplier_are_the_public_functions():
 
 
 def test_backends_offer_the_same_names(backend: ModuleType):
-    wanted = sorted([*ARRAY_LEVEL, *ATTENTION, *STEPS, "lmul", "mitchell_op", *(f"mitchell_{op}" for op in OPS)])
+    wanted = sorted(
+        [*ARRAY_LEVEL, *ATTENTION, *STEPS, *COUNTING, "lmul", "mitchell_op", *(f"mitchell_{op}" for op in OPS)]
+    )
     assert wanted == _backend.NAMES
     assert sorted(set(backend.__all__) & set(wanted)) == wanted
     for op in OPS:
         assert getattr(backend, f"mitchell_{op}") is backend.mitchell_op(op, fastops.Multiplier())
 
 
-@pytest.mark.parametrize("name", ["mitchell_op", *ARRAY_LEVEL, *ATTENTION, *STEPS])
+@pytest.mark.parametrize("name", ["mitchell_op", *ARRAY_LEVEL, *ATTENTION, *STEPS, *COUNTING])
 def test_backends_share_the_signatures_of_reference(backend: ModuleType, name: str):
     def shape(function: object) -> list[tuple[str, inspect._ParameterKind]]:
         try:
