@@ -39,8 +39,11 @@ _SLICE = 2**24
 _PYTHON_SLICE = 2**20
 _TICK = 0.05
 _BOM = codecs.BOM_UTF8
-# Of encodings that are not UTF-8; the four bytes of UTF-32's first.
-_OTHER_BOMS = (codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_OTHER_BOMS = {
+    codecs.BOM_UTF16_LE: "UTF-16 or UTF-32",
+    codecs.BOM_UTF16_BE: "UTF-16",
+    codecs.BOM_UTF32_BE: "UTF-32",
+}
 _ASCII_LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
 
 
@@ -202,11 +205,11 @@ def _in_threads(run: _Run, works: list[Callable[[], Table]], produce: Callable[[
     return [table for table in tables if table is not None]
 
 
-def _merged(tables: Iterable[Table]) -> Table:
+def _merged(tables: Iterable[Table], rule: Rule) -> Table:
     """One table of all: the smaller ones into the largest."""
     ordered = sorted(tables, key=len, reverse=True)
     if not ordered:
-        return _backend.word_table()
+        return _backend.word_table(docs=rule.doc_freq)
     whole = ordered[0]
     for table in ordered[1:]:
         whole.merge(table)
@@ -218,15 +221,22 @@ def _merged(tables: Iterable[Table]) -> Table:
 
 def check_bom(name: str, head: bytes) -> None:
     """Refuses text whose first bytes say that it is UTF-16 or UTF-32."""
-    if head.startswith(_OTHER_BOMS):
-        raise DecodeError(f"{name}: byte 0: UTF-16 or UTF-32, wanted UTF-8")
+    for mark, encoding in _OTHER_BOMS.items():
+        if head.startswith(mark):
+            raise DecodeError(f"{name} must be UTF-8, got a byte order mark of {encoding} at byte 0")
+
+
+def _invalid(name: str, offset: int, problem: UnicodeDecodeError) -> DecodeError:
+    """The error for bytes of which the first is byte `offset` of its text."""
+    got = f"0x{problem.object[problem.start]:02x} at byte {offset + problem.start} ({problem.reason})"
+    return DecodeError(f"{name} must be UTF-8, got {got}")
 
 
 def _decoded(data: bytes, name: str, offset: int, errors: str) -> str:
     try:
         return data.decode("utf-8", errors)
     except UnicodeDecodeError as problem:
-        raise DecodeError(f"{name}: byte {offset + problem.start}: invalid UTF-8") from None
+        raise _invalid(name, offset, problem) from None
 
 
 def normalized(name: str, blocks: Iterable[bytes], rule: Rule) -> Iterator[bytes]:
@@ -254,19 +264,19 @@ def normalized(name: str, blocks: Iterable[bytes], rule: Rule) -> Iterator[bytes
         try:
             text = held + decoder.decode(block)
         except UnicodeDecodeError as problem:
-            raise DecodeError(f"{name}: byte {offset - pending + problem.start}: invalid UTF-8") from None
+            raise _invalid(name, offset - pending, problem) from None
         offset += len(block)
         cut = _safe_cut(text, form)
         held = text[cut:]
         if len(held) > max(PIECE, rule.max_token_bytes):
-            raise TokenTooLong(f"{name}: a run of combining characters near byte {offset}: it must be shorter than {PIECE}")
+            raise TokenTooLong(f"{name} must have no run of {len(held)} combining characters, got one that ends at byte {offset}")
         if cut:
             yield unicodedata.normalize(form, text[:cut]).encode("utf-8", "surrogateescape")  # type: ignore[arg-type]
     pending = len(decoder.getstate()[0])
     try:
         text = held + decoder.decode(b"", final=True)
     except UnicodeDecodeError as problem:
-        raise DecodeError(f"{name}: byte {offset - pending + problem.start}: invalid UTF-8") from None
+        raise _invalid(name, offset - pending, problem) from None
     if text:
         yield unicodedata.normalize(form, text).encode("utf-8", "surrogateescape")  # type: ignore[arg-type]
 
@@ -527,7 +537,7 @@ def _files_in_threads(found: list[Source], job: _FileJob, run: _Run) -> Table:
     tables: list[Table] = []
     if options.one_counter:
         works = [lambda: _file_loop(iter(numbered), job, run, native_threads)]
-        return _merged(_in_threads(run, works))
+        return _merged(_in_threads(run, works), job.rule)
     large = [
         pair
         for pair in numbered
@@ -544,7 +554,7 @@ def _files_in_threads(found: list[Source], job: _FileJob, run: _Run) -> Table:
         order = _Shared(sorted(numbered, key=lambda pair: -pair[1].size))
         count = min(workers, len(numbered))
         tables += _in_threads(run, [lambda: _file_loop(order, job, run, 1)] * count)
-    return _merged(tables)
+    return _merged(tables, job.rule)
 
 
 def _several(large: list[tuple[int, Source]], workers: int) -> bool:
@@ -824,7 +834,7 @@ def _texts_in_threads(batches: Iterator[_Batch], job: _FileJob, run: _Run) -> Ta
                 return
             yield batch
 
-    return _merged(_in_threads(run, [lambda: _text_loop(taken(), job, run, workers)] * workers, produce))
+    return _merged(_in_threads(run, [lambda: _text_loop(taken(), job, run, workers)] * workers, produce), job.rule)
 
 
 # Worker processes, for tokenizers that are Python functions.
@@ -967,7 +977,7 @@ def _crew(job: _FileJob, run: _Run) -> _workers.Crew:
     return _workers.Crew(packed, job.options.count, tables=True, deadline=run.deadline, tick=run.check)
 
 
-def _collect(crew: _workers.Crew, items: Iterator[tuple[str, bytes]], run: _Run) -> Table:
+def _collect(crew: _workers.Crew, items: Iterator[tuple[str, bytes]], run: _Run, rule: Rule) -> Table:
     """Runs the items and merges the workers' tables."""
     with crew:
         for _, answer in crew.run(items):
@@ -986,12 +996,12 @@ def _collect(crew: _workers.Crew, items: Iterator[tuple[str, bytes]], run: _Run)
             else:
                 whole.merge(table)
         crew.close()
-    return whole if whole is not None else _backend.word_table(docs=False)
+    return whole if whole is not None else _backend.word_table(docs=rule.doc_freq)
 
 
 def _texts_in_processes(batches: Iterator[_Batch], job: _FileJob, run: _Run) -> Table:
     items = ((batch.name, pickle.dumps(batch)) for batch in batches)
-    return _collect(_crew(job, run), items, run)
+    return _collect(_crew(job, run), items, run, job.rule)
 
 
 def _files_in_processes(found: list[Source], job: _FileJob, run: _Run) -> Table:
@@ -1000,10 +1010,10 @@ def _files_in_processes(found: list[Source], job: _FileJob, run: _Run) -> Table:
     there = [pair for pair in enumerate(found) if pair[1].by_path or not job.options.skip]
     tables = []
     if there:
-        tables.append(_collect(_crew(job, run), _file_items(there, job, run), run))
+        tables.append(_collect(_crew(job, run), _file_items(there, job, run), run, job.rule))
     if here:
         tables += _in_threads(run, [lambda: _file_loop(iter(here), job, run, 1)])
-    return _merged(tables)
+    return _merged(tables, job.rule)
 
 
 def _file_items(numbered: list[tuple[int, Source]], job: _FileJob, run: _Run) -> Iterator[tuple[str, bytes]]:

@@ -41,7 +41,7 @@ _ENDINGS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 _GLOB = frozenset("*?[")
 
 
-class DamagedFile(OSError):
+class DamagedFile(ValueError):
     """Compressed data that is cut, altered or followed by something else; names the file."""
 
     def __init__(self, name: str, kind: str, problem: str) -> None:
@@ -528,7 +528,7 @@ def encoded(text: str) -> bytes:
 
 
 def jsonl(name: str, blocks: Iterable[bytes], field: str, errors: str) -> Iterator[tuple[str, list[bytes]]]:
-    """The documents in `field` of every line, in batches with the name of their lines; null is no document."""
+    """The documents in `field` of every line, in batches with the name of their lines; null is an empty one."""
     number = 0
     offset = 0
     for run in lines(name, blocks):
@@ -538,9 +538,7 @@ def jsonl(name: str, blocks: Iterable[bytes], field: str, errors: str) -> Iterat
             number += 1
             record = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if record and not record.isspace():
-                value = _field(name, number, offset, record, field, errors)
-                if value is not None:
-                    batch.append(encoded(value))
+                batch.append(encoded(_field(name, number, offset, record, field, errors)))
             offset += len(line) + 1
         if run.endswith(b"\n"):
             # What split puts after the last newline is no line.
@@ -549,11 +547,12 @@ def jsonl(name: str, blocks: Iterable[bytes], field: str, errors: str) -> Iterat
         yield f"{name}, lines {first} to {number}", batch
 
 
-def _field(name: str, number: int, offset: int, line: bytes, field: str, errors: str) -> str | None:
+def _field(name: str, number: int, offset: int, line: bytes, field: str, errors: str) -> str:
     try:
         text = line.decode("utf-8", errors)
     except UnicodeDecodeError as problem:
-        raise DecodeError(f"{name}, line {number}: invalid UTF-8 at byte {offset + problem.start}") from None
+        got = f"0x{line[problem.start]:02x} at byte {offset + problem.start} of the file ({problem.reason})"
+        raise DecodeError(f"{name}, line {number} must be UTF-8, got {got}") from None
     try:
         record = json.loads(text)
     except ValueError as problem:
@@ -565,13 +564,15 @@ def _field(name: str, number: int, offset: int, line: bytes, field: str, errors:
     if field not in record:
         raise ValueError(f"{name}, line {number}: no field {field!r}")
     value = record[field]
-    if value is not None and not isinstance(value, str):
+    if value is None:
+        return ""
+    if not isinstance(value, str):
         raise ValueError(f"{name}, line {number}: field {field!r} must be a string, got {type(value).__name__}")
     return value
 
 
 def arrow_documents(array: Any, most: int = PIECE) -> Iterator[list[bytes]]:
-    """The strings of an Arrow array in batches of about `most` bytes, out of its buffers; nulls are no documents."""
+    """The strings of an Arrow array in batches of about `most` bytes, out of its buffers; nulls are empty."""
     import numpy as np
     import pyarrow as pa
 
@@ -596,7 +597,7 @@ def arrow_documents(array: Any, most: int = PIECE) -> Iterator[list[bytes]]:
             cuts = offsets[start : stop + 1].tolist()
             batch = [bytes(view[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
             if valid is not None:
-                batch = [text for text, there in zip(batch, valid[start:stop].tolist(), strict=True) if there]
+                batch = [text if there else b"" for text, there in zip(batch, valid[start:stop].tolist(), strict=True)]
             yield batch
             start = stop
 
