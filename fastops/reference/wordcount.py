@@ -9,7 +9,7 @@ import struct
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +53,8 @@ def key_of(token: str) -> bytes:
 def transform(text: str, rule: Rule) -> str:
     """Normalized first, then in lower case: another order would give other words."""
     if rule.normalize is not None:
-        text = unicodedata.normalize(rule.normalize, text)
+        form: Any = rule.normalize
+        text = unicodedata.normalize(form, text)
     if rule.lowercase == "ascii":
         return text.translate(_ASCII_LOWER)
     if rule.lowercase == "unicode":
@@ -278,8 +279,11 @@ def table_from_bytes(buffer: Buffer) -> Table:
 class Text:
     """One text, from its first byte: gives the keys of one document after another."""
 
-    def __init__(self, name: str, rule: Rule, begin: int = 0) -> None:
+    def __init__(
+        self, name: str, rule: Rule, begin: int = 0, tokenizer: Callable[[str], Iterable[str]] | None = None
+    ) -> None:
         self._name, self._rule = name, rule
+        self._split = tokenizer or (lambda document: split(document, rule))
         self._pending = bytearray()
         self._begin = begin
         self._at_start = begin == 0
@@ -312,7 +316,7 @@ class Text:
             raise DecodeError(f"{self._name} must be UTF-8, got {got}") from None
         try:
             for document in documents_of(transform(text, self._rule), self._rule):
-                yield grams(split(document, self._rule), self._rule)
+                yield grams(self._split(document), self._rule)
         except TokenTooLong:
             wanted = f"have no token of more than {self._rule.max_token_bytes} bytes"
             where = f"byte {begin + self._first_too_long(ready)}"
@@ -323,7 +327,7 @@ class Text:
         raw = ready.decode("utf-8", "surrogateescape")
         for match in _RUNS.get(self._rule.tokenizer, _LINE).finditer(raw):
             piece = transform(key_of(match[0]).decode("utf-8", self._rule.errors), self._rule)
-            if any(len(key_of(token)) > self._rule.max_token_bytes for token in split(piece, self._rule)):
+            if any(len(key_of(token)) > self._rule.max_token_bytes for token in self._split(piece)):
                 return len(key_of(raw[: match.start()]))
         return 0
 
