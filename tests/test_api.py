@@ -17,7 +17,12 @@ from fastops import _backend, _validate
 from fastops._multiplier import OPS
 
 PACKAGE = pathlib.Path(fastops.__file__).parent
-FUNCTIONS = [name for name in fastops.__all__ if callable(getattr(fastops, name)) and name != "Multiplier"]
+ERRORS = [
+    name for name in fastops.__all__ if inspect.isclass(item := getattr(fastops, name)) and issubclass(item, Exception)
+]
+FUNCTIONS = [
+    name for name in fastops.__all__ if callable(getattr(fastops, name)) and name not in ("Multiplier", *ERRORS)
+]
 ARRAY_LEVEL = [
     "lut_matmul",
     "mitchell_conv2d",
@@ -148,11 +153,13 @@ def test_the_examples_of_the_elementwise_operations_run(name: str):
     [
         "fastops.mitchell",
         "fastops._config",
+        "fastops._counts",
         "fastops._multiplier",
         "fastops._tensors",
         "fastops.attention",
         "fastops.averaging",
         "fastops.optim",
+        "fastops.wordcount",
     ],
 )
 def test_the_examples_of_a_module_run(module: str):
@@ -168,6 +175,7 @@ FRONT_END = (
     "_attention",
     "_validate",
     "_config",
+    "_counts",
     "_backend",
     "_multiplier",
     "_nystrom",
@@ -179,6 +187,7 @@ FRONT_END = (
     "averaging",
     "mitchell",
     "optim",
+    "wordcount",
 )
 
 

@@ -9,7 +9,7 @@ import struct
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +53,8 @@ def key_of(token: str) -> bytes:
 def transform(text: str, rule: Rule) -> str:
     """Normalized first, then in lower case: another order would give other words."""
     if rule.normalize is not None:
-        text = unicodedata.normalize(rule.normalize, text)
+        form: Any = rule.normalize
+        text = unicodedata.normalize(form, text)
     if rule.lowercase == "ascii":
         return text.translate(_ASCII_LOWER)
     if rule.lowercase == "unicode":
@@ -88,9 +89,10 @@ def split(document: str, rule: Rule) -> list[str]:
 def grams(tokens: Iterable[str], rule: Rule) -> list[bytes]:
     """The keys of a document's tokens: without stop words, then the n-grams of every length."""
     keys = [key_of(token) for token in tokens]
-    if any(len(key) > rule.max_token_bytes for key in keys):
+    if max(map(len, keys), default=0) > rule.max_token_bytes:
         raise TokenTooLong
-    keys = [key for key in keys if key not in rule.stop_words]
+    if rule.stop_words:
+        keys = [key for key in keys if key not in rule.stop_words]
     low, high = rule.ngrams
     if high == 1:
         return keys
@@ -203,7 +205,9 @@ class Table:
     def to_bytes(self) -> bytes:
         """The table as a container, which `table_from_bytes` reads; the order of its entries is not part of the format."""
         n, keys = len(self), b"".join(self._counts)
-        numbers = list(self._counts.values()) + ([] if self._docs is None else list(self._docs.values()))
+        numbers = list(self._counts.values()) + (
+            [] if self._docs is None else [self._docs[key] for key in self._counts]
+        )
         body = struct.pack(f"<{len(numbers)}Q{n}I", *numbers, *map(len, self._counts)) + keys
         flags = HAS_DOCS if self.has_docs else 0
         head = _HEAD.pack(MAGIC, VERSION, flags, n, len(keys), self.error_bound, self.documents, 0)
@@ -278,8 +282,11 @@ def table_from_bytes(buffer: Buffer) -> Table:
 class Text:
     """One text, from its first byte: gives the keys of one document after another."""
 
-    def __init__(self, name: str, rule: Rule, begin: int = 0) -> None:
+    def __init__(
+        self, name: str, rule: Rule, begin: int = 0, tokenizer: Callable[[str], Iterable[str]] | None = None
+    ) -> None:
         self._name, self._rule = name, rule
+        self._split = tokenizer or (lambda document: split(document, rule))
         self._pending = bytearray()
         self._begin = begin
         self._at_start = begin == 0
@@ -288,11 +295,15 @@ class Text:
 
     def feed(self, data: Buffer, last: bool = False) -> Iterator[list[bytes]]:
         """The keys of the documents, or pieces of the one document, that end within the next block."""
+        return self.keys(*self.ready(data, last))
+
+    def ready(self, data: Buffer, last: bool = False) -> tuple[bytes | None, int]:
+        """What can be counted now that the next block is there, without a byte order mark; and which byte of the text it begins at."""
         block = bytes(data)
         cut = len(block) if last else block.rfind(b"\n") + 1 if self._by_lines else 0
         if not (cut or last):
             self._pending += block
-            return
+            return None, self._begin
         ready = bytes(self._pending) + block[:cut]
         self._pending[:] = block[cut:]
         begin = self._begin
@@ -303,8 +314,13 @@ class Text:
                 if ready.startswith(bom):
                     raise DecodeError(f"{self._name} must be UTF-8, got a byte order mark of {encoding} at byte 0")
             if ready.startswith(_UTF8_BOM):
-                ready = ready.removeprefix(_UTF8_BOM)
-                begin += len(_UTF8_BOM)
+                return ready.removeprefix(_UTF8_BOM), begin + len(_UTF8_BOM)
+        return ready, begin
+
+    def keys(self, ready: bytes | None, begin: int) -> Iterator[list[bytes]]:
+        """The keys of what is ready, one list for each document or piece of one."""
+        if ready is None:
+            return
         try:
             text = ready.decode("utf-8", self._rule.errors)
         except UnicodeDecodeError as error:
@@ -312,7 +328,7 @@ class Text:
             raise DecodeError(f"{self._name} must be UTF-8, got {got}") from None
         try:
             for document in documents_of(transform(text, self._rule), self._rule):
-                yield grams(split(document, self._rule), self._rule)
+                yield grams(self._split(document), self._rule)
         except TokenTooLong:
             wanted = f"have no token of more than {self._rule.max_token_bytes} bytes"
             where = f"byte {begin + self._first_too_long(ready)}"
@@ -323,7 +339,7 @@ class Text:
         raw = ready.decode("utf-8", "surrogateescape")
         for match in _RUNS.get(self._rule.tokenizer, _LINE).finditer(raw):
             piece = transform(key_of(match[0]).decode("utf-8", self._rule.errors), self._rule)
-            if any(len(key_of(token)) > self._rule.max_token_bytes for token in split(piece, self._rule)):
+            if any(len(key_of(token)) > self._rule.max_token_bytes for token in self._split(piece)):
                 return len(key_of(raw[: match.start()]))
         return 0
 
@@ -354,12 +370,12 @@ class Counter:
         """The next block of the text; blocks may end anywhere."""
         if self._text is None:
             self._text = Text(self.name, self._rule)
-        self._count(self._text.feed(data))
+        self._count(self._text, data)
 
     def end(self) -> None:
         """The end of the text."""
         text, self._text = self._text or Text(self.name, self._rule), None
-        self._count(text.feed(b"", last=True))
+        self._count(text, b"", last=True)
         if not self._rule.lines:
             self._table.documents += 1
 
@@ -385,10 +401,10 @@ class Counter:
             text = Text(self.name, self._rule, position)
             while position < end and (block := os.pread(fd, min(_BLOCK, end - position), position)):
                 position += len(block)
-                self._count(text.feed(block))
+                self._count(text, block)
         except OSError as error:
             raise OSError(error.errno, error.strerror, self.name) from None
-        self._count(text.feed(b"", last=True))
+        self._count(text, b"", last=True)
         if not self._rule.lines and start == 0:
             self._table.documents += 1
 
@@ -399,8 +415,8 @@ class Counter:
         result, self._table = self._table, Table(self._rule.doc_freq)
         return result
 
-    def _count(self, pieces: Iterable[list[bytes]]) -> None:
-        for keys in pieces:
+    def _count(self, text: Text, data: Buffer, last: bool = False) -> None:
+        for keys in text.feed(data, last):
             self._count_document(keys)
             if self._rule.lines:
                 self._table.documents += 1
@@ -410,11 +426,12 @@ class Counter:
             for key in keys:
                 self._count_roughly(key, self._approx)
             return
-        found: dict[bytes, int] = {}
+        counts, docs = self._table._counts, self._table._docs
         for key in keys:
-            found[key] = found.get(key, 0) + 1
-        for key, count in found.items():
-            self._table.add(key, count, int(self._rule.doc_freq))
+            counts[key] = counts.get(key, 0) + 1
+        if docs is not None:
+            for key in set(keys):
+                docs[key] = docs.get(key, 0) + 1
 
     def _count_roughly(self, key: bytes, k: int) -> None:
         """Misra and Gries, "Finding repeated elements", 1982: at most k keys, each counted too low by error_bound at most."""
