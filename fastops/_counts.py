@@ -755,6 +755,10 @@ class WordCounts(_Numbers):
             raise _validate.wrong_value("tokenizer", wanted, Text("nothing"))
         data = [text_bytes(f"texts[{i}]", text) for i, text in enumerate(texts_of("texts", texts))]
         if tokenizer is None:
+            if rule.normalize is not None:
+                from ._counting import _normal
+
+                data = [_normal(f"texts[{i}]", text, rule) for i, text in enumerate(data)]
             ids, offsets = self._table.encode(rule, data)
         else:
             ids, offsets = self._encode_by(tokenizer, rule, data)

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastops
+from fastops import _counting
 from fastops._rule import DecodeError, Rule, TokenTooLong
 
 DATA = pathlib.Path(os.environ.get("FASTOPS_TEST_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data"))
@@ -163,27 +164,35 @@ def check(table: Any, data: Iterable[bytes], rule: Rule) -> None:
     assert len(table) == len(counts)
 
 
-def count(backend: ModuleType, data: bytes, rule: Rule, *cuts: int, workers: int = 1) -> Any:
-    """One text in blocks that end at the cuts."""
-    counter = backend.word_counter(rule, workers=workers)
-    for begin, end in itertools.pairwise((0, *sorted(cuts), len(data))):
-        counter.feed(data[begin:end])
-    counter.end()
-    return counter.finish()
-
-
 def feed(counter: Any, *blocks: bytes) -> None:
     for block in blocks:
         counter.feed(block)
     counter.end()
 
 
+def count(backend: ModuleType, data: bytes, rule: Rule, *cuts: int, workers: int = 1) -> Any:
+    """One text in blocks that end at the cuts."""
+    counter = backend.word_counter(rule, workers=workers)
+    blocks: Iterable[bytes] = (data[begin:end] for begin, end in itertools.pairwise((0, *sorted(cuts), len(data))))
+    if rule.normalize is not None and backend.__name__ == "fastops.native":
+        # It counts text in normal form, which is made on the way to it.
+        blocks = _counting.normalized("<text>", blocks, rule)
+    feed(counter, *blocks)
+    return counter.finish()
+
+
+def count_whole(backend: ModuleType, texts: list[bytes], rule: Rule) -> Any:
+    """Texts by themselves."""
+    counter = backend.word_counter(rule)
+    _counting._count_documents(counter, "<text>", texts, rule)
+    return counter.finish()
+
+
 def some(backend: ModuleType, points: Iterable[int]) -> list[str]:
-    """Code points without surrogates: all of them for the native backend, those with a case or a space and a few for others."""
+    """Code points without surrogates: those with a case or a space, and a few of the others."""
     letters = [chr(point) for point in points if not 0xD800 <= point < 0xE000]
-    if backend.__name__ == "fastops.native":
-        return letters
-    return [c for i, c in enumerate(letters) if i % 64 == 0 or c.isspace() or c.lower() != c or c.casefold() != c]
+    step = 8 if backend.__name__ == "fastops.native" else 64
+    return [c for i, c in enumerate(letters) if i % step == 0 or c.isspace() or c.lower() != c or c.casefold() != c]
 
 
 @pytest.mark.parametrize("errors", ERRORS)
@@ -199,9 +208,7 @@ def test_count_is_what_python_counts(backend: ModuleType, tokenizer: str, lines:
             except UnicodeDecodeError:
                 continue
             texts.append(text)
-        counter = backend.word_counter(rule)
-        counter.documents(texts)
-        check(counter.finish(), texts, rule)
+        check(count_whole(backend, texts, rule), texts, rule)
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -226,13 +233,8 @@ def test_other_tokenizers_see_documents_in_the_same_way(backend: ModuleType, tok
     ):
         rule, _ = rule_of(tokenizer=tokenizer, **options)
         plain = fastops.reference.word_counter(rule)
-        counter = backend.word_counter(rule)
-        for text in TEXTS.values():
-            plain.feed(text)
-            plain.end()
-            counter.feed(text)
-            counter.end()
-        table, wanted = counter.finish(), plain.finish()
+        plain.documents(TEXTS.values())
+        table, wanted = count_whole(backend, list(TEXTS.values()), rule), plain.finish()
         assert entries(table) == entries(wanted)
         assert table.documents == wanted.documents
 
@@ -293,9 +295,7 @@ def test_any_text_in_any_blocks(backend: ModuleType, data: bytes, rule: Rule, dr
         data = b" " + data
     cuts = draw.draw(st.lists(st.integers(0, len(data)), max_size=4))
     check(count(backend, data, rule, *cuts), [data], rule)
-    counter = backend.word_counter(rule)
-    counter.documents([data, b"", data])
-    check(counter.finish(), [data, b"", data], rule)
+    check(count_whole(backend, [data, b"", data], rule), [data, b"", data], rule)
 
 
 @pytest.mark.parametrize("lines", [True, False], ids=["line", "file"])
@@ -814,16 +814,19 @@ def test_a_callable_sees_documents_as_text() -> None:
     assert counts.documents == 3
 
 
-@pytest.mark.usefixtures("over_backend")
-@pytest.mark.parametrize("name", ["kjv.txt", "udhr_multi.txt", "zh_classics_crlf.txt"])
-def test_real_texts(backend: ModuleType, name: str, tmp_path: pathlib.Path) -> None:
+REAL = ("kjv.txt", "udhr_multi.txt", "zh_classics_crlf.txt")
+
+
+def real_text(name: str, most: int) -> bytes:
+    """The first lines of a file, `most` bytes at most."""
     path = DATA / name
     if not path.exists():
         pytest.skip(f"no {name} in FASTOPS_TEST_DATA or ../shared/data")
     data = path.read_bytes()
-    if backend.__name__ != "fastops.native":
-        data = data[: data.rindex(b"\n", 0, 400_000) + 1]
-    path = tmp_path / name
+    return data if len(data) <= most else data[: data.rindex(b"\n", 0, most) + 1]
+
+
+def check_real_text(path: pathlib.Path, data: bytes) -> None:
     path.write_bytes(data)
     text = data.decode("utf-8-sig")
     for workers, (tokenizer, lowercase, words) in itertools.product(
@@ -841,6 +844,20 @@ def test_real_texts(backend: ModuleType, name: str, tmp_path: pathlib.Path) -> N
         assert counts.total() == len(words)
         best = sorted(wanted.items(), key=lambda pair: (-pair[1], pair[0].encode()))
         assert counts.most_common(100) == best[:100]
+
+
+@pytest.mark.usefixtures("over_backend")
+@pytest.mark.parametrize("name", REAL)
+def test_real_texts(backend: ModuleType, name: str, tmp_path: pathlib.Path) -> None:
+    check_real_text(tmp_path / name, real_text(name, 2_000_000 if backend.__name__ == "fastops.native" else 300_000))
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3000)
+@pytest.mark.usefixtures("over_backend")
+@pytest.mark.parametrize("name", REAL)
+def test_real_texts_as_a_whole(name: str, tmp_path: pathlib.Path) -> None:
+    check_real_text(tmp_path / name, real_text(name, 2**63))
 
 
 @pytest.mark.usefixtures("over_backend")
