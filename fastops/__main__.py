@@ -30,7 +30,7 @@ class InputError(Exception):
     """One line for the user about what was read; ends the command with status 1."""
 
 
-def _positive(kind: Callable[[str], Any], text: str, wanted: str, high: int) -> Any:
+def _positive(kind: Callable[[str], Any], text: str, wanted: str, high: float) -> Any:
     try:
         value = kind(text)
     except ValueError:
@@ -311,8 +311,8 @@ def _count(arguments: argparse.Namespace) -> int:
     out.flush()
     if counts.error_bound and not arguments.json:
         _complain(f"each count is at most {counts.error_bound} too low")
-    for name, problem in counts.skipped:
-        _complain(f"skipped {name}: {problem}")
+    for name, why in counts.skipped:
+        _complain(f"skipped {name}: {why}")
     return 1 if counts.skipped else 0
 
 
