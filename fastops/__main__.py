@@ -63,8 +63,8 @@ def _size(text: str) -> int:
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     number = text.upper().removesuffix("B").removesuffix("I")
     factor = units.get(number[-1:], 1)
-    wanted = "bytes such as 500M or 2G"
-    value: float = _positive(float, number[:-1] if factor > 1 else number, wanted, 2**62 / factor)
+    digits = number[:-1] if factor > 1 else number
+    value: float = _positive(lambda _: float(digits), text, "bytes such as 500M or 2G", 2**62 / factor)
     return int(value * factor)
 
 
@@ -333,7 +333,10 @@ def _write_words(out: TextIO, text: str | bytes) -> None:
         out.write(data.decode("utf-8", "replace"))
         return
     out.flush()
-    buffer.write(data)
+    # Under PYTHONUNBUFFERED this is a raw file, which may take a part.
+    view = memoryview(data)
+    while view:
+        view = view[buffer.write(view) :]
 
 
 def _complain(text: str) -> None:

@@ -215,7 +215,12 @@ def test_slow_items_within_the_timeout_are_no_error() -> None:
         (lambda x: x, [1], TypeError, "func must be picklable to be sent to worker processes"),
         (math.sqrt, [threading.Lock()], TypeError, "item 0 must be picklable"),
         (parallel.function_result, [1], TypeError, "the result must be picklable to be sent back"),
-        (parallel.bad_result, [1], TypeError, "the result of item 0 cannot be unpickled: LookupError: not to be loaded"),
+        (
+            parallel.bad_result,
+            [1],
+            TypeError,
+            "the result of item 0 cannot be unpickled: LookupError: not to be loaded",
+        ),
         (parallel.BadAtLoading(), [1], TypeError, "func must be callable"),
         (parallel.same, [parallel.BadAtLoading()], LookupError, "not to be loaded"),
         (parallel.odd_error, [1], RuntimeError, "OddError: odd 1 2"),
