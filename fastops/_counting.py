@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 from . import _backend as _backends
 from . import _sources, _workers
 from ._backend import backend as _backend
 from ._rule import DecodeError, Rule, TokenTooLong
 from ._sources import PIECE, Source, Stopped, Stream, encoded
-from ._validate import Text, wrong_type
+from ._validate import wrong_type
 
 Tokenizer = Callable[[str], Iterable[str]]
 # A counter and a table of any backend.
@@ -39,8 +39,11 @@ _SLICE = 2**24
 _PYTHON_SLICE = 2**20
 _TICK = 0.05
 _BOM = codecs.BOM_UTF8
-# Of encodings that are not UTF-8; the four bytes of UTF-32's first.
-_OTHER_BOMS = (codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_OTHER_BOMS = {
+    codecs.BOM_UTF16_LE: "UTF-16 or UTF-32",
+    codecs.BOM_UTF16_BE: "UTF-16",
+    codecs.BOM_UTF32_BE: "UTF-32",
+}
 _ASCII_LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
 
 
@@ -99,7 +102,7 @@ class _Run:
 
             self._bar = tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr, leave=False, dynamic_ncols=True)
 
-    def __enter__(self) -> _Run:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
@@ -157,7 +160,7 @@ def _in_threads(run: _Run, works: list[Callable[[], Table]], produce: Callable[[
             tables[i] = works[i]()
         except Stopped:
             pass
-        except BaseException as problem:
+        except BaseException as problem:  # noqa: BLE001 (raised again by the main thread)
             errors.append(problem)
             run.stop.set()
         with lock:
@@ -166,7 +169,7 @@ def _in_threads(run: _Run, works: list[Callable[[], Table]], produce: Callable[[
                 wake.set()
 
     threads = [threading.Thread(target=body, args=(i,), name="fastops-count", daemon=True) for i in range(len(works))]
-    started = []
+    started: list[threading.Thread] = []
     try:
         for thread in threads:
             try:
@@ -202,11 +205,11 @@ def _in_threads(run: _Run, works: list[Callable[[], Table]], produce: Callable[[
     return [table for table in tables if table is not None]
 
 
-def _merged(tables: Iterable[Table]) -> Table:
+def _merged(tables: Iterable[Table], rule: Rule) -> Table:
     """One table of all: the smaller ones into the largest."""
     ordered = sorted(tables, key=len, reverse=True)
     if not ordered:
-        return _backend.word_table()
+        return _backend.word_table(docs=rule.doc_freq)
     whole = ordered[0]
     for table in ordered[1:]:
         whole.merge(table)
@@ -218,28 +221,36 @@ def _merged(tables: Iterable[Table]) -> Table:
 
 def check_bom(name: str, head: bytes) -> None:
     """Refuses text whose first bytes say that it is UTF-16 or UTF-32."""
-    if head.startswith(_OTHER_BOMS):
-        raise DecodeError(f"{name}: byte 0: UTF-16 or UTF-32, wanted UTF-8")
+    for mark, encoding in _OTHER_BOMS.items():
+        if head.startswith(mark):
+            raise DecodeError(f"{name} must be UTF-8, got a byte order mark of {encoding} at byte 0")
+
+
+def _invalid(name: str, offset: int, problem: UnicodeDecodeError) -> DecodeError:
+    """The error for bytes of which the first is byte `offset` of its text."""
+    got = f"0x{problem.object[problem.start]:02x} at byte {offset + problem.start} ({problem.reason})"
+    return DecodeError(f"{name} must be UTF-8, got {got}")
 
 
 def _decoded(data: bytes, name: str, offset: int, errors: str) -> str:
     try:
         return data.decode("utf-8", errors)
     except UnicodeDecodeError as problem:
-        raise DecodeError(f"{name}: byte {offset + problem.start}: invalid UTF-8") from None
+        raise _invalid(name, offset, problem) from None
 
 
-def normalized(name: str, blocks: Iterable[bytes], rule: Rule) -> Iterator[bytes]:
+def normalized(name: str, blocks: Iterable[bytes], rule: Rule, *, start: int = 0) -> Iterator[bytes]:
     """The text in normal form, in blocks; what rule.errors says of invalid bytes is done here, for what comes out is valid.
 
-    A block ends before a character that no character before it can change: mostly before its last ASCII character.
+    A block ends before a character that no character before it can change: mostly before its last ASCII character. `start` is
+    where in its file the text begins.
     """
     form = rule.normalize
     assert form is not None
     decoder = codecs.getincrementaldecoder("utf-8")(rule.errors)
     held = ""
-    offset = 0
-    first = True
+    offset = start
+    first = not start
     for block in _with_head(blocks, 4):
         if first:
             check_bom(name, block[:4])
@@ -254,19 +265,21 @@ def normalized(name: str, blocks: Iterable[bytes], rule: Rule) -> Iterator[bytes
         try:
             text = held + decoder.decode(block)
         except UnicodeDecodeError as problem:
-            raise DecodeError(f"{name}: byte {offset - pending + problem.start}: invalid UTF-8") from None
+            raise _invalid(name, offset - pending, problem) from None
         offset += len(block)
         cut = _safe_cut(text, form)
         held = text[cut:]
         if len(held) > max(PIECE, rule.max_token_bytes):
-            raise TokenTooLong(f"{name}: a run of combining characters near byte {offset}: it must be shorter than {PIECE}")
+            raise TokenTooLong(
+                f"{name} must have no run of {len(held)} combining characters, got one that ends at byte {offset}"
+            )
         if cut:
             yield unicodedata.normalize(form, text[:cut]).encode("utf-8", "surrogateescape")  # type: ignore[arg-type]
     pending = len(decoder.getstate()[0])
     try:
         text = held + decoder.decode(b"", final=True)
     except UnicodeDecodeError as problem:
-        raise DecodeError(f"{name}: byte {offset - pending + problem.start}: invalid UTF-8") from None
+        raise _invalid(name, offset - pending, problem) from None
     if text:
         yield unicodedata.normalize(form, text).encode("utf-8", "surrogateescape")  # type: ignore[arg-type]
 
@@ -343,7 +356,7 @@ def _cut(text: str) -> list[str]:
     """The lines of a text; a newline ends one, with a carriage return before it."""
     pieces = text.split("\n")
     last = pieces.pop()
-    found = [piece[:-1] if piece.endswith("\r") else piece for piece in pieces]
+    found = [piece.removesuffix("\r") for piece in pieces]
     if last:
         found.append(last)
     return found
@@ -406,8 +419,10 @@ def count_sources(
 ) -> tuple[Table, Skipped]:
     """Counts files; `tokenizer` where it is callable takes the place of the rule's. The table and the failed files."""
     if field is not None and column is not None:
-        raise ValueError("field and column must not be given together: one is of jsonl files, the other of parquet files")
-    found = _sources.sources(files)
+        raise ValueError(
+            "field and column must not be given together: one is of jsonl files, the other of parquet files"
+        )
+    found = _sources.sources(files, skip=options.skip)
     total = sum(source.size for source in found)
     job = _FileJob(rule, options, field, column, tokenizer if callable(tokenizer) else None)
     with _Run(options, total) as run:
@@ -514,6 +529,35 @@ def _count_documents(counter: Counter, name: str, batch: list[bytes], rule: Rule
         counter.documents(batch)
 
 
+def count_parts(job: _FileJob, parts: list[tuple[int, Source, int, int | None]]) -> tuple[Table, int, list[Any]]:
+    """Counts files, or spans of plain ones, somewhere else: the table, how many files were whole, and what was skipped.
+
+    A part is the file's number, the file, and the span of bytes in which lines begin; no end means the whole file.
+    """
+    run = _Run(job.options, None)
+    numbered = [(order, source) for order, source, _, stop in parts if stop is None]
+    tables = [_file_loop(iter(numbered), job, run, job.options.count)] if numbered else []
+    counter = job.counter(job.options.count)
+    for _, source, start, stop in parts:
+        if stop is None:
+            continue
+        with source.open() as stream:
+            counter.name = source.name
+            if job.tokenizer is not None:
+                batches = str_documents(source.name, span_blocks(stream.fd, start, stop), job.rule, start=start)
+                _PythonCounter(counter, job.tokenizer).count(source.name, batches, _nothing)
+            elif job.rule.normalize is not None:
+                for piece in normalized(source.name, span_blocks(stream.fd, start, stop), job.rule, start=start):
+                    counter.feed(piece)
+                counter.end()
+            else:
+                counter.file(stream.fd, start, stop)
+        # The file's first span stands for the file.
+        run.completed += start == 0
+    tables.append(counter.finish())
+    return _merged(tables, job.rule), run.completed, run.skipped
+
+
 def _slice_bytes(workers: int) -> int:
     return _SLICE * workers if _backend.__name__.endswith("native") else _PYTHON_SLICE
 
@@ -527,7 +571,7 @@ def _files_in_threads(found: list[Source], job: _FileJob, run: _Run) -> Table:
     tables: list[Table] = []
     if options.one_counter:
         works = [lambda: _file_loop(iter(numbered), job, run, native_threads)]
-        return _merged(_in_threads(run, works))
+        return _merged(_in_threads(run, works), job.rule)
     large = [
         pair
         for pair in numbered
@@ -544,7 +588,7 @@ def _files_in_threads(found: list[Source], job: _FileJob, run: _Run) -> Table:
         order = _Shared(sorted(numbered, key=lambda pair: -pair[1].size))
         count = min(workers, len(numbered))
         tables += _in_threads(run, [lambda: _file_loop(order, job, run, 1)] * count)
-    return _merged(tables)
+    return _merged(tables, job.rule)
 
 
 def _several(large: list[tuple[int, Source]], workers: int) -> bool:
@@ -824,7 +868,7 @@ def _texts_in_threads(batches: Iterator[_Batch], job: _FileJob, run: _Run) -> Ta
                 return
             yield batch
 
-    return _merged(_in_threads(run, [lambda: _text_loop(taken(), job, run, workers)] * workers, produce))
+    return _merged(_in_threads(run, [lambda: _text_loop(taken(), job, run, workers)] * workers, produce), job.rule)
 
 
 # Worker processes, for tokenizers that are Python functions.
@@ -863,12 +907,17 @@ class _CountJob:
         if isinstance(item, _Batch):
             if job.options.skip:
                 for number, text in enumerate(item.texts, item.first):
-                    self._apart(run, number, lambda text=text, n=number: _count_batch(  # type: ignore[misc]
-                        self._counter, _Batch(n, [text], item.part), job, run
-                    ))
+                    self._apart(
+                        run,
+                        number,
+                        lambda text=text, n=number: _count_batch(  # type: ignore[misc]
+                            self._counter, _Batch(n, [text], item.part), job, run
+                        ),
+                    )
             else:
                 _count_batch(self._counter, item, job, run)
         elif isinstance(item, _Block):
+            documents: Iterator[list[str]]
             if item.records:
                 documents = (part for text in item.records for part in str_documents(item.name, (text,), job.rule))
             else:
@@ -967,7 +1016,7 @@ def _crew(job: _FileJob, run: _Run) -> _workers.Crew:
     return _workers.Crew(packed, job.options.count, tables=True, deadline=run.deadline, tick=run.check)
 
 
-def _collect(crew: _workers.Crew, items: Iterator[tuple[str, bytes]], run: _Run) -> Table:
+def _collect(crew: _workers.Crew, items: Iterator[tuple[str, bytes]], run: _Run, rule: Rule) -> Table:
     """Runs the items and merges the workers' tables."""
     with crew:
         for _, answer in crew.run(items):
@@ -986,12 +1035,12 @@ def _collect(crew: _workers.Crew, items: Iterator[tuple[str, bytes]], run: _Run)
             else:
                 whole.merge(table)
         crew.close()
-    return whole if whole is not None else _backend.word_table(docs=False)
+    return whole if whole is not None else _backend.word_table(docs=rule.doc_freq)
 
 
 def _texts_in_processes(batches: Iterator[_Batch], job: _FileJob, run: _Run) -> Table:
     items = ((batch.name, pickle.dumps(batch)) for batch in batches)
-    return _collect(_crew(job, run), items, run)
+    return _collect(_crew(job, run), items, run, job.rule)
 
 
 def _files_in_processes(found: list[Source], job: _FileJob, run: _Run) -> Table:
@@ -1000,10 +1049,10 @@ def _files_in_processes(found: list[Source], job: _FileJob, run: _Run) -> Table:
     there = [pair for pair in enumerate(found) if pair[1].by_path or not job.options.skip]
     tables = []
     if there:
-        tables.append(_collect(_crew(job, run), _file_items(there, job, run), run))
+        tables.append(_collect(_crew(job, run), _file_items(there, job, run), run, job.rule))
     if here:
         tables += _in_threads(run, [lambda: _file_loop(iter(here), job, run, 1)])
-    return _merged(tables)
+    return _merged(tables, job.rule)
 
 
 def _file_items(numbered: list[tuple[int, Source]], job: _FileJob, run: _Run) -> Iterator[tuple[str, bytes]]:
