@@ -56,9 +56,11 @@ def _checked_key(name: str, word: str | bytes) -> bytes:
 
 
 def text_bytes(name: str, text: object) -> bytes:
-    """One text as bytes; surrogates that stand for bytes are these bytes again."""
+    """One text as bytes, as counting takes it."""
     if isinstance(text, str):
-        return _checked_key(name, text)
+        from ._sources import encoded
+
+        return encoded(text)
     if isinstance(text, (bytes, bytearray, memoryview)):
         return bytes(text)
     if text is None:
