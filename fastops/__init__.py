@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from ._counts import WordCounts
     from ._rule import DecodeError, TokenTooLong, WorkerDied
     from ._tensors import TensorList
+    from ._workers import parallel_apply
     from .analysis import optimal_offset
     from .attention import (
         NystromInfo,
@@ -112,6 +113,7 @@ __all__ = [  # noqa: RUF022
     "nystrom_attention",
     "nystrom_attention_backward",
     "optimal_offset",
+    "parallel_apply",
     "posthoc_ema_weights",
     "set_num_threads",
     "sgd_step_",
@@ -120,7 +122,18 @@ __all__ = [  # noqa: RUF022
     "target",
 ]
 
-_SUBMODULES = ("analysis", "attention", "averaging", "bench", "native", "numba", "optim", "reference", "wordcount")
+_SUBMODULES = (
+    "analysis",
+    "attention",
+    "averaging",
+    "bench",
+    "distributed",
+    "native",
+    "numba",
+    "optim",
+    "reference",
+    "wordcount",
+)
 # Public names that are loaded when they are first asked for, and their modules.
 _LATER = {
     "DecodeError": "_rule",
@@ -146,6 +159,7 @@ _LATER = {
     "nystrom_attention": "attention",
     "nystrom_attention_backward": "attention",
     "optimal_offset": "analysis",
+    "parallel_apply": "_workers",
     "posthoc_ema_weights": "averaging",
     "sgd_step_": "optim",
     "softmax_attention": "attention",

@@ -30,7 +30,7 @@ class InputError(Exception):
     """One line for the user about what was read; ends the command with status 1."""
 
 
-def _positive(kind: Callable[[str], Any], text: str, wanted: str, high: int) -> Any:
+def _positive(kind: Callable[[str], Any], text: str, wanted: str, high: float) -> Any:
     try:
         value = kind(text)
     except ValueError:
@@ -63,8 +63,8 @@ def _size(text: str) -> int:
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     number = text.upper().removesuffix("B").removesuffix("I")
     factor = units.get(number[-1:], 1)
-    wanted = "bytes such as 500M or 2G"
-    value: float = _positive(float, number[:-1] if factor > 1 else number, wanted, 2**62 / factor)
+    digits = number[:-1] if factor > 1 else number
+    value: float = _positive(lambda _: float(digits), text, "bytes such as 500M or 2G", 2**62 / factor)
     return int(value * factor)
 
 
@@ -311,8 +311,8 @@ def _count(arguments: argparse.Namespace) -> int:
     out.flush()
     if counts.error_bound and not arguments.json:
         _complain(f"each count is at most {counts.error_bound} too low")
-    for name, problem in counts.skipped:
-        _complain(f"skipped {name}: {problem}")
+    for name, why in counts.skipped:
+        _complain(f"skipped {name}: {why}")
     return 1 if counts.skipped else 0
 
 
@@ -333,7 +333,10 @@ def _write_words(out: TextIO, text: str | bytes) -> None:
         out.write(data.decode("utf-8", "replace"))
         return
     out.flush()
-    buffer.write(data)
+    # Under PYTHONUNBUFFERED this is a raw file, which may take a part.
+    view = memoryview(data)
+    while view:
+        view = view[buffer.write(view) :]
 
 
 def _complain(text: str) -> None:

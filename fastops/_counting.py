@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 from . import _backend as _backends
 from . import _sources, _workers
 from ._backend import backend as _backend
 from ._rule import DecodeError, Rule, TokenTooLong
 from ._sources import PIECE, Source, Stopped, Stream, encoded
-from ._validate import Text, wrong_type
+from ._validate import wrong_type
 
 Tokenizer = Callable[[str], Iterable[str]]
 # A counter and a table of any backend.
@@ -102,7 +102,7 @@ class _Run:
 
             self._bar = tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr, leave=False, dynamic_ncols=True)
 
-    def __enter__(self) -> _Run:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
@@ -160,7 +160,7 @@ def _in_threads(run: _Run, works: list[Callable[[], Table]], produce: Callable[[
             tables[i] = works[i]()
         except Stopped:
             pass
-        except BaseException as problem:
+        except BaseException as problem:  # noqa: BLE001 (raised again by the main thread)
             errors.append(problem)
             run.stop.set()
         with lock:
@@ -169,7 +169,7 @@ def _in_threads(run: _Run, works: list[Callable[[], Table]], produce: Callable[[
                 wake.set()
 
     threads = [threading.Thread(target=body, args=(i,), name="fastops-count", daemon=True) for i in range(len(works))]
-    started = []
+    started: list[threading.Thread] = []
     try:
         for thread in threads:
             try:
@@ -239,17 +239,18 @@ def _decoded(data: bytes, name: str, offset: int, errors: str) -> str:
         raise _invalid(name, offset, problem) from None
 
 
-def normalized(name: str, blocks: Iterable[bytes], rule: Rule) -> Iterator[bytes]:
+def normalized(name: str, blocks: Iterable[bytes], rule: Rule, *, start: int = 0) -> Iterator[bytes]:
     """The text in normal form, in blocks; what rule.errors says of invalid bytes is done here, for what comes out is valid.
 
-    A block ends before a character that no character before it can change: mostly before its last ASCII character.
+    A block ends before a character that no character before it can change: mostly before its last ASCII character. `start` is
+    where in its file the text begins.
     """
     form = rule.normalize
     assert form is not None
     decoder = codecs.getincrementaldecoder("utf-8")(rule.errors)
     held = ""
-    offset = 0
-    first = True
+    offset = start
+    first = not start
     for block in _with_head(blocks, 4):
         if first:
             check_bom(name, block[:4])
@@ -269,7 +270,9 @@ def normalized(name: str, blocks: Iterable[bytes], rule: Rule) -> Iterator[bytes
         cut = _safe_cut(text, form)
         held = text[cut:]
         if len(held) > max(PIECE, rule.max_token_bytes):
-            raise TokenTooLong(f"{name} must have no run of {len(held)} combining characters, got one that ends at byte {offset}")
+            raise TokenTooLong(
+                f"{name} must have no run of {len(held)} combining characters, got one that ends at byte {offset}"
+            )
         if cut:
             yield unicodedata.normalize(form, text[:cut]).encode("utf-8", "surrogateescape")  # type: ignore[arg-type]
     pending = len(decoder.getstate()[0])
@@ -353,7 +356,7 @@ def _cut(text: str) -> list[str]:
     """The lines of a text; a newline ends one, with a carriage return before it."""
     pieces = text.split("\n")
     last = pieces.pop()
-    found = [piece[:-1] if piece.endswith("\r") else piece for piece in pieces]
+    found = [piece.removesuffix("\r") for piece in pieces]
     if last:
         found.append(last)
     return found
@@ -416,8 +419,10 @@ def count_sources(
 ) -> tuple[Table, Skipped]:
     """Counts files; `tokenizer` where it is callable takes the place of the rule's. The table and the failed files."""
     if field is not None and column is not None:
-        raise ValueError("field and column must not be given together: one is of jsonl files, the other of parquet files")
-    found = _sources.sources(files)
+        raise ValueError(
+            "field and column must not be given together: one is of jsonl files, the other of parquet files"
+        )
+    found = _sources.sources(files, skip=options.skip)
     total = sum(source.size for source in found)
     job = _FileJob(rule, options, field, column, tokenizer if callable(tokenizer) else None)
     with _Run(options, total) as run:
@@ -522,6 +527,35 @@ def _count_documents(counter: Counter, name: str, batch: list[bytes], rule: Rule
         batch = [_normal(name, text, rule) for text in batch]
     if batch:
         counter.documents(batch)
+
+
+def count_parts(job: _FileJob, parts: list[tuple[int, Source, int, int | None]]) -> tuple[Table, int, list[Any]]:
+    """Counts files, or spans of plain ones, somewhere else: the table, how many files were whole, and what was skipped.
+
+    A part is the file's number, the file, and the span of bytes in which lines begin; no end means the whole file.
+    """
+    run = _Run(job.options, None)
+    numbered = [(order, source) for order, source, _, stop in parts if stop is None]
+    tables = [_file_loop(iter(numbered), job, run, job.options.count)] if numbered else []
+    counter = job.counter(job.options.count)
+    for _, source, start, stop in parts:
+        if stop is None:
+            continue
+        with source.open() as stream:
+            counter.name = source.name
+            if job.tokenizer is not None:
+                batches = str_documents(source.name, span_blocks(stream.fd, start, stop), job.rule, start=start)
+                _PythonCounter(counter, job.tokenizer).count(source.name, batches, _nothing)
+            elif job.rule.normalize is not None:
+                for piece in normalized(source.name, span_blocks(stream.fd, start, stop), job.rule, start=start):
+                    counter.feed(piece)
+                counter.end()
+            else:
+                counter.file(stream.fd, start, stop)
+        # The file's first span stands for the file.
+        run.completed += start == 0
+    tables.append(counter.finish())
+    return _merged(tables, job.rule), run.completed, run.skipped
 
 
 def _slice_bytes(workers: int) -> int:
@@ -873,12 +907,17 @@ class _CountJob:
         if isinstance(item, _Batch):
             if job.options.skip:
                 for number, text in enumerate(item.texts, item.first):
-                    self._apart(run, number, lambda text=text, n=number: _count_batch(  # type: ignore[misc]
-                        self._counter, _Batch(n, [text], item.part), job, run
-                    ))
+                    self._apart(
+                        run,
+                        number,
+                        lambda text=text, n=number: _count_batch(  # type: ignore[misc]
+                            self._counter, _Batch(n, [text], item.part), job, run
+                        ),
+                    )
             else:
                 _count_batch(self._counter, item, job, run)
         elif isinstance(item, _Block):
+            documents: Iterator[list[str]]
             if item.records:
                 documents = (part for text in item.records for part in str_documents(item.name, (text,), job.rule))
             else:

@@ -10,6 +10,7 @@ import bz2
 import errno
 import glob
 import io
+import itertools
 import json
 import lzma
 import os
@@ -18,7 +19,7 @@ import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Self, cast
 
 from ._rule import DecodeError
 from ._validate import Text, wrong_type
@@ -102,20 +103,23 @@ class Source:
         return Stream(self, None, reader=self.object)
 
 
-def sources(files: object) -> list[Source]:
-    """The files, each checked to be there and readable before any work; a glob's matches sorted by name."""
+def sources(files: object, *, skip: bool = False) -> list[Source]:
+    """The files, each checked to be there and readable before any work; a glob's matches sorted by name.
+
+    With `skip` a file that is not there is a source all the same, which fails when it is opened.
+    """
     found: list[Source] = []
     if isinstance(files, (str, bytes, os.PathLike)) or hasattr(files, "read"):
-        _add(found, files, "files")
+        _add(found, files, "files", skip)
         return found
     if not isinstance(files, Iterable):
         raise wrong_type("files", "a path, a glob, '-', a binary file object, or a list of these", files)
     for i, item in enumerate(files):
-        _add(found, item, f"files[{i}]")
+        _add(found, item, f"files[{i}]", skip)
     return found
 
 
-def _add(found: list[Source], item: object, argument: str) -> None:
+def _add(found: list[Source], item: object, argument: str, skip: bool) -> None:
     if hasattr(item, "read") and not isinstance(item, os.PathLike):
         found.append(_of_object(item, argument))
         return
@@ -129,13 +133,21 @@ def _add(found: list[Source], item: object, argument: str) -> None:
         return
     try:
         found.append(_of_path(path))
-    except FileNotFoundError:
-        if isinstance(item, os.PathLike) or not _GLOB & set(os.fsdecode(path)):
-            raise
-        matches = sorted(match for match in glob.glob(path, recursive=True) if not os.path.isdir(match))
+    except OSError as problem:
+        pattern = not isinstance(item, os.PathLike) and _GLOB & set(os.fsdecode(path))
+        if not (pattern and isinstance(problem, FileNotFoundError)):
+            if not skip:
+                raise
+            found.append(Source(printable(path), path=path))
+            return
+        matches = sorted(match for match in _matches(path) if not os.path.isdir(match))
         if not matches:
             raise FileNotFoundError(errno.ENOENT, "No file matches", path) from None
         found.extend(map(_of_path, matches))
+
+
+def _matches(path: str | bytes) -> list[str] | list[bytes]:
+    return glob.glob(cast("str", path), recursive=True)
 
 
 def _of_path(path: str | bytes) -> Source:
@@ -210,7 +222,7 @@ class Stream:
             self.close()
             raise
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -321,13 +333,15 @@ def _gzip(name: str, raw: Iterator[bytes]) -> Iterator[bytes]:
         first = False
         decoder = zlib.decompressobj(wbits=31)
         try:
-            while not decoder.eof:
+            while True:
                 # Data may wait inside the decoder even when all input was taken.
                 piece = decoder.decompress(rest, PIECE)
                 rest = decoder.unconsumed_tail
                 if piece:
                     yield piece
-                elif not decoder.eof and not rest:
+                if decoder.eof:
+                    break
+                if not (piece or rest):
                     rest = next(raw, b"")
                     if not rest:
                         raise DamagedFile(name, "gzip", "end before the end mark")
@@ -560,14 +574,16 @@ def _field(name: str, number: int, offset: int, line: bytes, field: str, errors:
     except RecursionError:
         raise ValueError(f"{name}, line {number}: JSON nested too deeply") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{name}, line {number}: a record must be a JSON object, got {type(record).__name__}")
+        got = type(record).__name__
+        raise ValueError(f"{name}, line {number}: a record must be a JSON object, got {got}")  # noqa: TRY004 (content)
     if field not in record:
         raise ValueError(f"{name}, line {number}: no field {field!r}")
     value = record[field]
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise ValueError(f"{name}, line {number}: field {field!r} must be a string, got {type(value).__name__}")
+        got = type(value).__name__
+        raise ValueError(f"{name}, line {number}: field {field!r} must be a string, got {got}")  # noqa: TRY004 (content)
     return value
 
 
@@ -595,7 +611,7 @@ def arrow_documents(array: Any, most: int = PIECE) -> Iterator[list[bytes]]:
             stop = max(int(np.searchsorted(offsets, offsets[start] + most, "right")) - 1, start + 1)
             stop = min(stop, start + 2**16, len(chunk))
             cuts = offsets[start : stop + 1].tolist()
-            batch = [bytes(view[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+            batch = [bytes(view[a:b]) for a, b in itertools.pairwise(cuts)]
             if valid is not None:
                 batch = [text if there else b"" for text, there in zip(batch, valid[start:stop].tolist(), strict=True)]
             yield batch

@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from multiprocessing import connection, reduction
-from typing import Any, TypeVar, overload
+from typing import Any, Self, TypeVar, overload
 
 from . import _validate
 from ._rule import WorkerDied
@@ -174,6 +174,9 @@ class _Worker:
             self.process.kill()
         # A killed process ends at once, but a disk that does not answer may hold it: it is left to the system then.
         self.process.join(2)
+        # Its descriptors, which an exception's frames would keep open.
+        with suppress(ValueError):
+            self.process.close()
         self.channel.close()
 
 
@@ -244,7 +247,7 @@ class Crew:
         self._files: list[int] = []
         self._context = default_context()
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -270,7 +273,9 @@ class Crew:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
         worker.channel.send(self._job)
 
-    def run(self, items: Iterator[tuple[str, bytes]], most: Callable[[int], bool] = lambda index: True) -> Iterator[tuple[int, bytes]]:
+    def run(
+        self, items: Iterator[tuple[str, bytes]], most: Callable[[int], bool] = lambda index: True
+    ) -> Iterator[tuple[int, bytes]]:
         """Gives out the items, each with its name; yields the answers with the items' numbers as they come.
 
         `most(index)` says whether item `index` may be given out yet.
@@ -475,7 +480,7 @@ def _serve(channel: socket.socket, shared: _Handle | None) -> None:
     try:
         job = pickle.loads(first)
         del first
-    except BaseException as problem:
+    except BaseException as problem:  # noqa: BLE001 (the parent raises it)
         _write(channel, b"r")
         _read(channel)
         wrong = TypeError(f"the function cannot be loaded in a worker process ({_one_line(problem)}): {_GUARD}")
@@ -490,11 +495,8 @@ def _serve(channel: socket.socket, shared: _Handle | None) -> None:
         if kind == b"q":
             return
         try:
-            if kind == b"t":
-                answer = _LENGTH.pack(_hand_over(job.finish(), shared))
-            else:
-                answer = job(body)
-        except BaseException as problem:
+            answer = _LENGTH.pack(_hand_over(job.finish(), shared)) if kind == b"t" else job(body)
+        except BaseException as problem:  # noqa: BLE001 (the parent raises it)
             _write(channel, b"e" + _packed_error(problem))
             return
         _write(channel, b"a" + answer)
@@ -519,11 +521,11 @@ def _packed_error(problem: BaseException) -> bytes:
         pickle.loads(packed)
     try:
         text = str(problem)
-    except Exception:
+    except Exception:  # noqa: BLE001 (an exception's own methods may fail)
         text = "(its text cannot be had)"
     try:
         return pickle.dumps((packed, type(problem).__name__, text, trace))
-    except Exception:
+    except Exception:  # noqa: BLE001 (surrogates cannot be pickled)
         return pickle.dumps((None, type(problem).__name__, ascii(text), ascii(trace)))
 
 
@@ -665,9 +667,7 @@ def parallel_apply(
     return None
 
 
-def _results(
-    job: bytes, iterable: Iterable[Any], workers: int, ordered: bool, timeout: float | None
-) -> Iterator[Any]:
+def _results(job: bytes, iterable: Iterable[Any], workers: int, ordered: bool, timeout: float | None) -> Iterator[Any]:
     due = 0
     early: dict[int, bytes] = {}
 

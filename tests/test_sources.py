@@ -131,7 +131,9 @@ def test_pieces_stay_small_whatever_the_ratio(kind: str, tmp_path: Path) -> None
 def test_max_output_bytes(kind: str, tmp_path: Path) -> None:
     path = packed(tmp_path, PACK[kind](bytes(3_000_000)))
     assert len(content(path, max_output_bytes=3_000_000)) == 3_000_000
-    with pytest.raises(ValueError, match=r"file must decompress to at most 2999999 bytes \(max_output_bytes\), got more"):
+    with pytest.raises(
+        ValueError, match=r"file must decompress to at most 2999999 bytes \(max_output_bytes\), got more"
+    ):
         content(path, max_output_bytes=2_999_999)
 
 
@@ -215,7 +217,9 @@ def test_what_may_not_be_read_is_named(tmp_path: Path) -> None:
         (io.StringIO("text"), "files must be a binary file object .*, got a text file object"),
     ],
 )
-def test_what_is_no_file_is_a_type_error(files: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_file_is_a_type_error(
+    files: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     packed(tmp_path, b"", "a")
     with pytest.raises(TypeError, match=words):
@@ -319,13 +323,13 @@ def test_a_line_has_an_end() -> None:
 
 
 def test_jsonl(tmp_path: Path) -> None:
-    rows = [{"text": "one"}, {"text": None, "other": 1}, {"text": "zwei 字\n\t\""}, {"text": "\ud800\udc80"}]
+    rows = [{"text": "one"}, {"text": None, "other": 1}, {"text": 'zwei 字\n\t"'}, {"text": "\ud800\udc80"}]
     data = b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(row).encode() for row in rows) + b"\n  \n\n"
     batches = list(_sources.jsonl("f", [data[:7], data[7:30], data[30:]], "text", "replace"))
     assert [text for _, batch in batches for text in batch] == [
         b"one",
         b"",
-        "zwei 字\n\t\"".encode(),
+        'zwei 字\n\t"'.encode(),
         "\U00010080".encode(),
     ]
     assert batches[0][0].startswith("f, lines 1 to ")

@@ -34,6 +34,18 @@ const std::uint8_t* line_end(const std::uint8_t* p, const std::uint8_t* end) noe
 
 const WordKernels& word_kernels() noexcept { return *kTable[active_level()]; }
 
+void Tally::settle() noexcept {
+  if (code_points_.bytes() == 0) return;
+  std::uint8_t bytes[kInlineKey] = {};
+  for (std::uint32_t code = 0; code < kCodePoints; ++code) {
+    const std::uint64_t count = code_points_.get<std::uint64_t>()[code];
+    if (count == 0) continue;
+    const auto size = static_cast<std::size_t>(encode(bytes, code) - bytes);
+    if (table_.add(short_key(bytes, size), count, 0) != Added::kDone) status_ = FASTOPS_NO_MEMORY;
+  }
+  code_points_.release();
+}
+
 bool Tally::make_room() noexcept {
   if (status_ != FASTOPS_OK) return false;
   if (approximate_ > 0 && table_.size() >= 2 * approximate_) {
@@ -423,6 +435,7 @@ fastops_status WordCounter::finish(fastops_poll poll, fastops_words** words) noe
   if (result == nullptr) return FASTOPS_NO_MEMORY;
   for (unsigned i = 0; i < made_; ++i) {
     all_[i].stream.flush();
+    all_[i].tally.settle();
     result->documents += all_[i].stream.documents();
     result->error_bound += all_[i].tally.error_bound();
   }

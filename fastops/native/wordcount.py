@@ -65,4 +65,3 @@ def word_counter(
 def word_table(docs: bool = False) -> Table:
     """An empty table."""
     return Table(docs)
-
