@@ -12,6 +12,7 @@
 
 #include "core/python_call.h"
 #include "fastops/fastops.h"
+#include "wordcount/wordcount_zh.h"
 
 namespace fastops {
 namespace {
@@ -213,6 +214,10 @@ class WordRule {
     rule_.case_several = array<std::uint32_t>(tables, "case_several");
     rule_.break_pages = array<std::uint16_t>(tables, "break_pages");
     rule_.break_classes = array<std::uint8_t>(tables, "break_classes");
+    if (tables.contains("zh")) {
+      kept_.push_back(tables["zh"]);
+      rule_.zh = reinterpret_cast<const fastops_zh_model*>(&tables["zh"].cast<const ZhModel&>());
+    }
     if ((lowercase >= FASTOPS_CASE_UNICODE && (rule_.case_pages == nullptr || rule_.class_pages == nullptr)) ||
         (tokenizer == FASTOPS_WORDS_UNICODE && rule_.break_pages == nullptr) ||
         (tokenizer == FASTOPS_WORDS_ZH && rule_.zh == nullptr) || ngrams.first < 1 || ngrams.second < ngrams.first)

@@ -3,9 +3,11 @@
 #ifndef FASTOPS_WORDCOUNT_WORDCOUNT_STREAM_H
 #define FASTOPS_WORDCOUNT_WORDCOUNT_STREAM_H
 
+#include "wordcount/wordcount_breaks.h"
 #include "wordcount/wordcount_kernels.h"
 #include "wordcount/wordcount_sink.h"
 #include "wordcount/wordcount_text.h"
+#include "wordcount/wordcount_zh.h"
 
 namespace fastops {
 
@@ -267,7 +269,17 @@ template <class Keys> class Stream {
     grams_.flush();
   }
   void tokenize(const std::uint8_t* p, const std::uint8_t* end) noexcept {
+    const auto size = static_cast<std::size_t>(end - p);
+    const auto each = [this](const std::uint8_t* token, std::size_t bytes) noexcept {
+      if (error_.failure == FASTOPS_WORDS_OK) emit(token, bytes);
+    };
     switch (rule_.tokenizer) {
+      case FASTOPS_WORDS_UNICODE:
+        unicode_words(BreakTable{rule_.break_pages, rule_.break_classes}, p, size, each);
+        break;
+      case FASTOPS_WORDS_ZH:
+        if (!zh_cut(*reinterpret_cast<const ZhModel*>(rule_.zh), p, size, zh_work_, each)) no_memory();
+        break;
       default:
         while (p < end) {
           std::uint32_t code = 0;
@@ -285,6 +297,7 @@ template <class Keys> class Stream {
   Grams<Keys> grams_;
   const WordKernels& kernels_;
   Region out_, clean_, words_, high_;
+  ZhWork zh_work_;
   std::uint64_t documents_ = 0, offset_ = 0;
   fastops_word_error error_{};
   bool line_open_ = false, rewritten_ = false, memory_ = true;

@@ -87,7 +87,7 @@ def split(document: str, rule: Rule) -> list[str]:
 
 
 def grams(tokens: Iterable[str], rule: Rule) -> list[bytes]:
-    """The keys of a document's tokens: without stop words, then the n-grams of every length."""
+    """The keys of a document's tokens: without stop words, then the n-grams that end at each token, the shortest first."""
     keys = [key_of(token) for token in tokens]
     if max(map(len, keys), default=0) > rule.max_token_bytes:
         raise TokenTooLong
@@ -97,7 +97,8 @@ def grams(tokens: Iterable[str], rule: Rule) -> list[bytes]:
     if high == 1:
         return keys
     between = b"" if rule.tokenizer == "char" else b" "
-    return [between.join(keys[i : i + n]) for n in range(low, high + 1) for i in range(len(keys) - n + 1)]
+    ends = range(1, len(keys) + 1)
+    return [between.join(keys[end - n : end]) for end in ends for n in range(low, min(high, end) + 1)]
 
 
 class Table:
