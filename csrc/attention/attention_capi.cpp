@@ -104,7 +104,7 @@ class HeadList {
     const std::size_t sequence = i / s_.heads_kv, head = i % s_.heads_kv, b = o_.offsets != nullptr ? 0 : sequence;
     const std::size_t t = first(i), group = s_.heads_q / s_.heads_kv, size = item_size(s_.dtype);
     const std::size_t item = compute_size(s_), features = s_.features;
-    LinearHead h{};
+    LinearHead h;  // every field is set: zeros for all of them first cost as much as all divisions here
     h.q = {at(q_, size, b, head * group, t), q_.row};
     h.k = {at(k_, size, b, head, t), k_.row};
     h.v = {at(v_, size, b, head, t), v_.row};
@@ -114,6 +114,7 @@ class HeadList {
     h.queries = s_.queries;
     h.keys = s_.keys;
     if (o_.offsets != nullptr) h.queries = h.keys = static_cast<std::size_t>(o_.offsets[sequence + 1]) - t;
+    h.value = 0;
     h.values = s_.values;
     h.mask = static_cast<const std::uint8_t*>(at(o_.key_mask, 1, b, head, t));
     h.mask_step = o_.key_mask.row;
@@ -125,6 +126,7 @@ class HeadList {
     h.s_out = state_at(o_.final_state.s, item, i, features * s_.values);
     h.z_out = state_at(o_.final_state.z, item, i, features);
     h.m_out = state_at(o_.final_state.m, item, i, features);
+    h.worker = 0;
     return h;
   }
 
