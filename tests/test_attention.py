@@ -661,6 +661,27 @@ def test_more_than_two_to_the_31_elements(best_ops: ModuleType) -> None:
     np.testing.assert_allclose(z, m * expected.fk[0, 0, 0], rtol=bound)
 
 
+@both
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_results_round_as_the_dtype(ops: ModuleType, causal: bool, dtype: Any) -> None:
+    """Ties, subnormals, what rounds to infinity, infinity and nan, in whole vectors and in a row's rest."""
+    rng = np.random.default_rng(24)
+    patterns = rng.integers(0, 1 << 16, (40, 70), np.uint16)
+    patterns[::2] &= 0xBFFF if dtype == BF16 else 0xDFFF  # rows without a large number
+    patterns[4:6] &= 0x80FF
+    v = patterns.view(dtype)
+    v[1, :3], v[3, 68] = (np.inf, np.nan, -np.inf), np.nan
+    largest = np.array((0x7F7F if dtype == BF16 else 0x7BFF), np.uint16).view(dtype)
+    v[7, ::3], v[9, 69] = largest, -largest
+    q, k = np.array([[[1, 2.0**-8]]], dtype), np.ones((1, 1, 2), dtype)
+    with np.errstate(all="ignore"):
+        want = (v.astype(F64) * (1 + 2.0**-8) + 0.0).astype(F32).astype(dtype)
+    for row, wanted in zip(v, want, strict=True):
+        options: Any = {"feature_map": "identity", "scale": 1.0, "causal": causal}
+        assert_same_bits(ops.linear_attention(q, k, row[np.newaxis, np.newaxis], **options)[0, 0], wanted)
+    assert np.isinf(want[7, ::3]).all()
+
+
 # --- what other packages got wrong -----------------------------------------------------------------------------------------------
 
 

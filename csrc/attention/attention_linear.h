@@ -8,8 +8,6 @@
 #include "attention/attention_math.h"
 #include "attention/attention_tile.h"
 
-#define FASTOPS_BODY __attribute__((always_inline))
-
 namespace fastops::FASTOPS_LEVEL::attention {
 
 // Exponentials are kept as 2^n times a part near 1, n an integer of T; no key seen yet is this.
