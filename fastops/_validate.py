@@ -181,9 +181,25 @@ def array(name: str, value: object) -> AnyArray:
         raise wrong_type(name, "an array in host memory", Text("an array on a GPU"))
     try:
         result = np.asarray(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError) as error:
+        if hasattr(value, "data_ptr") and hasattr(value, "detach"):
+            raise _unshared(name, value) from None
+        if isinstance(error, RuntimeError):
+            raise
         raise wrong_value(name, "an array or what numpy.asarray takes", Text(type(value).__name__)) from None
     return result
+
+
+def _unshared(name: str, tensor: Any) -> TypeError:
+    """The TypeError for a torch tensor that NumPy does not read, with the way around it."""
+    dtype = clip(str(tensor.dtype), 20)
+    if tensor.requires_grad:
+        return wrong_type(name, "a tensor outside autograd (its detach())", Text("a tensor with requires_grad=True"))
+    if dtype == "torch.bfloat16":
+        wanted = "a tensor that NumPy can read (its view(torch.int16).numpy().view(ml_dtypes.bfloat16))"
+        return wrong_type(name, wanted, Text(f"one of {dtype}"))
+    kind = f"a {clip(type(tensor).__name__, 30)} of {dtype}, {clip(str(tensor.layout), 20)} on {clip(str(tensor.device), 20)}"
+    return wrong_type(name, "a dense tensor on the CPU that NumPy can read", Text(kind))
 
 
 def float_arrays(**values: object) -> list[AnyArray]:

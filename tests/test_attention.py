@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 from collections.abc import Iterator
@@ -781,6 +782,24 @@ def test_nan_and_infinity_stay_in_their_head(ops: ModuleType, name: str, causal:
 
 
 @both
+@pytest.mark.parametrize("name", EXPONENTIAL)
+def test_infinite_logits_are_nan(ops: ModuleType, name: str, causal: bool) -> None:
+    """As inf / inf: they counted as 1e37 natively. exp(-inf) is 0."""
+    q, k, v = operands(48, 1, 2, 1, 40, 40, 5, 3, F32)
+    reference = importlib.import_module("fastops.reference")
+    options = of_map(name, 5) | {"causal": causal}
+    for which, value in itertools.product("qk", (np.inf, -np.inf)):
+        arrays = {"q": q.copy(), "k": k.copy(), "v": v}
+        arrays[which][:, :, 17, 2] = value
+        y = ops.linear_attention(*arrays.values(), **options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "_backend", reference)
+            want = ops.linear_attention(*arrays.values(), **options)
+        np.testing.assert_array_equal(np.isnan(y), np.isnan(want))
+        assert np.isnan(want).any() == (value > 0 or name == "favor")
+
+
+@both
 @every_map
 def test_masked_keys_are_absent(ops: ModuleType, name: str, causal: bool) -> None:
     """Masks hit the normaliser too, and what a masked key or value holds is never looked at."""
@@ -1128,6 +1147,17 @@ def test_misaligned_decay_is_copied(ops: ModuleType) -> None:
     decay[...] = -0.5
     want = ops.linear_attention(one, one, one, causal=True, decay=decay.copy())
     np.testing.assert_array_equal(ops.linear_attention(one, one, one, causal=True, decay=decay), want)
+
+
+def test_a_step_with_an_axis_of_tokens_blames_it(ops: ModuleType) -> None:
+    """The state was said to be of the wrong shape."""
+    one = np.ones((1, 2, 1, 4), F32)
+    _, state = ops.linear_attention(one, one, one, causal=True, return_state=True)
+    with pytest.raises(ValueError, match=r"^q, k and v must be .* without an axis of tokens, got \(1, 2, 1, 4\)"):
+        ops.linear_attention_step_(one, one, one, state)
+    with pytest.raises(ValueError, match=r"^[qkv] must be"):
+        ops.linear_attention_step_(one, one[:, :, 0], one[:, :, 0], state)
+    ops.linear_attention_step_(*(one[:, :, 0],) * 3, state)
 
 
 def test_a_step_without_query_heads_changes_nothing(ops: ModuleType) -> None:

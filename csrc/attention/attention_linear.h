@@ -303,8 +303,12 @@ template <class T> class Pass {
     const char* const data = row_at(call_.dtype, row_at(call_.dtype, rows.data, rows.row, t), 1, first);
     if (live == nullptr && is_plain<T>(call_.dtype, width)) return {reinterpret_cast<const T*>(data), rows.row};
     const std::size_t wide = padded<T>(width);
+    if (live == nullptr) {
+      read_rows<T>(call_.dtype, data, rows.row, n, width, copy);
+      return {copy, stride(wide)};
+    }
     for (std::size_t j = 0; j < n; ++j)
-      if (live == nullptr || live[j])
+      if (live[j])
         read_row<T>(call_.dtype, row_at(call_.dtype, data, rows.row, j), width, copy + j * wide);
       else
         fill<T>(copy + j * wide, wide, 0);

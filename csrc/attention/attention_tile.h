@@ -246,6 +246,22 @@ template <class T> void read_row(fastops_dtype dtype, const void* from, std::siz
   }
   for (; i < padded<T>(n); ++i) to[i] = 0;
 }
+// n rows, `step` elements apart, to rows of whole vectors.
+template <class T>
+void read_rows(fastops_dtype dtype, const char* from, std::ptrdiff_t step, std::size_t n, std::size_t width,
+               T* to) noexcept {
+  const std::size_t wide = padded<T>(width);
+  if constexpr (sizeof(T) == 4) {
+    if (dtype == FASTOPS_BF16 && width == wide) {
+      const auto* p = reinterpret_cast<const std::uint16_t*>(from);
+      for (; n > 0; --n, p += step, to += wide)
+        by_vectors<T>(wide,
+                      [=](std::size_t j) FASTOPS_BODY { store(to + j, half::from_bf16(load<simd::half_u16>(p + j))); });
+      return;
+    }
+  }
+  for (std::size_t i = 0; i < n; ++i, to += wide) read_row<T>(dtype, row_at(dtype, from, step, i), width, to);
+}
 template <class T> void write_row(fastops_dtype dtype, const T* from, std::size_t n, void* to) noexcept {
   const std::size_t whole = n / kWidth<T> * kWidth<T>;
   std::size_t i = whole;
