@@ -196,6 +196,19 @@ def _progress() -> Iterator[Callable[[float, str], None]]:
         yield report
 
 
+def _nearest_first(text: str, names: Sequence[str]) -> list[str]:
+    """The names, those with most of the words of `text` before others, and among them the most alike."""
+    from difflib import SequenceMatcher
+
+    words = text.lower().split()
+
+    def far(name: str) -> tuple[int, float]:
+        alike = SequenceMatcher(None, text.lower(), name.lower()).ratio()
+        return -sum(word in name.lower() for word in words), -alike
+
+    return sorted(dict.fromkeys(names), key=far)
+
+
 def _bench(arguments: argparse.Namespace) -> int:
     wanted = ["rich"] if _is_terminal(sys.stdout) and arguments.json != "-" else []
     wanted += ["tqdm"] if _is_terminal(sys.stderr) else []
@@ -214,9 +227,13 @@ def _bench(arguments: argparse.Namespace) -> int:
     cases = [case for family in families for case in importlib.import_module(f"fastops.bench.{family}").cases()]
     cases = [case for case in cases if case.quick or not arguments.quick]
     if arguments.only:
+        groups = [case.group for case in cases]
         cases = [case for case in cases if arguments.only in case.group]
-    if not cases:
-        raise UsageError(f"--only: no group's name contains {arguments.only!r}")
+        if not cases:
+            raise UsageError(
+                f"--only: no group's name contains {arguments.only!r}; those there are, the nearest first:\n  "
+                + "\n  ".join(_nearest_first(arguments.only, groups))
+            )
     settings = runner.Settings.of(arguments.quick, arguments.budget)
     with _progress() as progress:
         run = runner.run(cases, Machine.probe(arguments.threads), settings, progress)

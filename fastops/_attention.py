@@ -424,6 +424,12 @@ def prepare_step(
     p = Problem(_STEP, *(x[..., np.newaxis, :] for x in inputs.values()))
     checked = linear_options(p.d, p.wide, True, *options)
     shapes = p.state_shapes(checked, None)
+    given_q = inputs["q"].shape
+    of_state = state[0] if isinstance(state, (tuple, list)) and state else None
+    # As many axes as S: the one of tokens is still there, and S would be what does not fit.
+    if len(given_q) > 1 and given_q[-2] == 1 and getattr(of_state, "ndim", None) == len(given_q):
+        wanted = "of shape (..., H, D), without an axis of tokens"
+        raise _validate.wrong_value("q, k and v", wanted, Text(_validate.clip(str(given_q), 40)))
     arrays = state_arrays("state", state, shapes, p.wide)
     for i, x in enumerate(arrays):
         name = f"state[{i}]"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -181,9 +181,27 @@ def array(name: str, value: object) -> AnyArray:
         raise wrong_type(name, "an array in host memory", Text("an array on a GPU"))
     try:
         result = np.asarray(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError) as error:
+        if hasattr(value, "data_ptr") and hasattr(value, "detach"):
+            _refuse_tensor(name, value)
+        if isinstance(error, RuntimeError):
+            raise
         raise wrong_value(name, "an array or what numpy.asarray takes", Text(type(value).__name__)) from None
     return result
+
+
+def _refuse_tensor(name: str, tensor: Any) -> NoReturn:
+    """Raises for a torch tensor that NumPy does not read, with the way around it."""
+    dtype = clip(str(tensor.dtype), 20)
+    if tensor.requires_grad:
+        got = Text("a tensor with requires_grad=True")
+        raise wrong_type(name, "a tensor outside autograd (its detach())", got) from None
+    if dtype == "torch.bfloat16":
+        wanted = "a tensor that NumPy can read (its view(torch.int16).numpy().view(ml_dtypes.bfloat16))"
+        raise wrong_type(name, wanted, Text(f"one of {dtype}")) from None
+    layout, device = clip(str(tensor.layout), 20), clip(str(tensor.device), 20)
+    got = Text(f"a {clip(type(tensor).__name__, 30)} of {dtype}, {layout} on {device}")
+    raise wrong_type(name, "a dense tensor on the CPU that NumPy can read", got) from None
 
 
 def float_arrays(**values: object) -> list[AnyArray]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 from collections.abc import Iterator
@@ -661,6 +662,27 @@ def test_more_than_two_to_the_31_elements(best_ops: ModuleType) -> None:
     np.testing.assert_allclose(z, m * expected.fk[0, 0, 0], rtol=bound)
 
 
+@both
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_results_round_as_the_dtype(ops: ModuleType, causal: bool, dtype: Any) -> None:
+    """Ties, subnormals, what rounds to infinity, infinity and nan, in whole vectors and in a row's rest."""
+    rng = np.random.default_rng(24)
+    patterns = rng.integers(0, 1 << 16, (40, 70), np.uint16)
+    patterns[::2] &= 0xBFFF if dtype == BF16 else 0xDFFF  # rows without a large number
+    patterns[4:6] &= 0x80FF
+    v = patterns.view(dtype)
+    v[1, :3], v[3, 68] = (np.inf, np.nan, -np.inf), np.nan
+    largest = np.array((0x7F7F if dtype == BF16 else 0x7BFF), np.uint16).view(dtype)
+    v[7, ::3], v[9, 69] = largest, -largest
+    q, k = np.array([[[1, 2.0**-8]]], dtype), np.ones((1, 1, 2), dtype)
+    with np.errstate(all="ignore"):
+        want = (v.astype(F64) * (1 + 2.0**-8) + 0.0).astype(F32).astype(dtype)
+    for row, wanted in zip(v, want, strict=True):
+        options: Any = {"feature_map": "identity", "scale": 1.0, "causal": causal}
+        assert_same_bits(ops.linear_attention(q, k, row[np.newaxis, np.newaxis], **options)[0, 0], wanted)
+    assert np.isinf(want[7, ::3]).all()
+
+
 # --- what other packages got wrong -----------------------------------------------------------------------------------------------
 
 
@@ -757,6 +779,24 @@ def test_nan_and_infinity_stay_in_their_head(ops: ModuleType, name: str, causal:
             assert np.isnan(hit).any()
             if which != "v":
                 assert np.isnan(hit).all()
+
+
+@both
+@pytest.mark.parametrize("name", EXPONENTIAL)
+def test_infinite_logits_are_nan(ops: ModuleType, name: str, causal: bool) -> None:
+    """As inf / inf: they counted as 1e37 natively. exp(-inf) is 0."""
+    q, k, v = operands(48, 1, 2, 1, 40, 40, 5, 3, F32)
+    reference = importlib.import_module("fastops.reference")
+    options = of_map(name, 5) | {"causal": causal}
+    for which, value in itertools.product("qk", (np.inf, -np.inf)):
+        arrays = {"q": q.copy(), "k": k.copy(), "v": v}
+        arrays[which][:, :, 17, 2] = value
+        y = ops.linear_attention(*arrays.values(), **options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "_backend", reference)
+            want = ops.linear_attention(*arrays.values(), **options)
+        np.testing.assert_array_equal(np.isnan(y), np.isnan(want))
+        assert np.isnan(want).any() == (value > 0 or name == "favor")
 
 
 @both
@@ -1107,6 +1147,17 @@ def test_misaligned_decay_is_copied(ops: ModuleType) -> None:
     decay[...] = -0.5
     want = ops.linear_attention(one, one, one, causal=True, decay=decay.copy())
     np.testing.assert_array_equal(ops.linear_attention(one, one, one, causal=True, decay=decay), want)
+
+
+def test_a_step_with_an_axis_of_tokens_blames_it(ops: ModuleType) -> None:
+    """The state was said to be of the wrong shape."""
+    one = np.ones((1, 2, 1, 4), F32)
+    _, state = ops.linear_attention(one, one, one, causal=True, return_state=True)
+    with pytest.raises(ValueError, match=r"^q, k and v must be .* without an axis of tokens, got \(1, 2, 1, 4\)"):
+        ops.linear_attention_step_(one, one, one, state)
+    with pytest.raises(ValueError, match=r"^[qkv] must be"):
+        ops.linear_attention_step_(one, one[:, :, 0], one[:, :, 0], state)
+    ops.linear_attention_step_(*(one[:, :, 0],) * 3, state)
 
 
 def test_a_step_without_query_heads_changes_nothing(ops: ModuleType) -> None:

@@ -319,6 +319,35 @@ def test_nan_stays_in_its_head(ops: ModuleType, name: str, causal: bool) -> None
             assert_same_bits(got[1, :heads], clean[1, :heads])
 
 
+@every_map
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_nan_in_a_row_does_not_reach_later_keys(ops: ModuleType, name: str, poison: float) -> None:
+    """Within a register tile the zeros of the triangle's other half were multiplied with it."""
+    for heads, n, m in ((2, 61, 61), (1, 30, 37), (4, 37, 30)):
+        arrays = arrays_of(79, 1, 4, heads, n, m, 5, 3, F32)
+        options = {"causal": True, **of_map(name, 5)}
+        if name in DECAYING and heads == 2:
+            options["decay"] = -np.random.default_rng(79).exponential(0.2, (1, heads, m))
+        clean = Call(ops, arrays, None, options, 79)
+        want = clean.gradients(d_state=None)
+        for row, which in itertools.product((n - 1, n - 3, 20, 7), ("dy", "q")):
+            bad = Call(ops, arrays, None, options, 79)
+            if which == "dy":
+                bad.dy[:, :, row, 1] = poison
+            else:
+                bad.arrays = [arrays[0].copy(), *arrays[1:]]
+                bad.arrays[0][:, :, row, 1] = poison
+                bad.y = ops.linear_attention(*bad.arrays, **options)
+            got = bad.gradients(d_state=None)
+            seen = max(row + 1 + m - n, 0)
+            assert_same_bits(np.delete(got[0], row, 2), np.delete(want[0], row, 2))
+            for x, y in zip(got[1:], want[1:], strict=True):
+                assert_same_bits(x[:, :, seen:], y[:, :, seen:])
+            if which == "dy" and seen:
+                assert not np.isfinite(got[0][:, :, row]).all()
+                assert not np.isfinite(got[2][:, :, :seen]).all()
+
+
 @pytest.mark.parametrize("name", EXPONENTIAL)
 @both
 def test_huge_logits(ops: ModuleType, name: str, causal: bool) -> None:

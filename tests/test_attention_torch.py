@@ -137,3 +137,23 @@ def test_tensors_are_read_in_place(ops: ModuleType) -> None:
     out = np.zeros((1, 2, 9, 4), np.float32)
     with pytest.raises(ValueError, match="apart from q"):
         ops.linear_attention(torch.from_numpy(out), k, v, out=out)
+
+
+def test_tensors_that_numpy_does_not_read_are_named(ops: ModuleType) -> None:
+    """torch's own words for it name no argument."""
+    good = torch.randn(1, 2, 9, 4)
+    _, state = ops.linear_attention(good, good, good, return_state=True)
+    row = good[:, :, 0]
+    for bad, words in (
+        (good.clone().requires_grad_(), r"detach\(\)"),
+        (good.to(torch.bfloat16), r"view\(torch.int16\)"),
+        (good.to_sparse(), "dense"),
+        (torch.empty(1, 2, 9, 4, device="meta"), "meta"),
+    ):
+        with pytest.raises(TypeError, match=f"^k must be a .*{words}"):
+            ops.linear_attention(good, bad, good)
+        with pytest.raises(TypeError, match=r"^dy must be a "):
+            ops.linear_attention_backward(bad, good, good, good, good)
+        if "dense" not in words:
+            with pytest.raises(TypeError, match=r"^v must be a "):
+                ops.linear_attention_step_(row, row, bad[:, :, 0], state)

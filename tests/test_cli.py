@@ -98,7 +98,7 @@ def test_include_dir_has_the_header() -> None:
         (["bench", "--budget", "-1"], ["--budget", "'-1'"]),
         (["bench", "--html", "/no/such/folder/report.html"], ["--html", "/no/such/folder/report.html"]),
         (["bench", "--json", "/"], ["--json", "cannot write '/'"]),
-        (["bench", "--only", "cuneiform"], ["--only", "'cuneiform'"]),
+        (["bench", "--only", "cuneiform"], ["--only", "'cuneiform'", "mul float32 n=1e3", "step float32 1x8x64"]),
         (["bench", "--compare", "/no/such/old.json"], ["/no/such/old.json"]),
         (["benhc"], ["'benhc'", "bench", "config"]),
         ([], ["usage"]),
@@ -113,6 +113,13 @@ def test_bad_arguments_end_with_status_2(
     assert "Traceback" not in err
     for word in words:
         assert word in err
+
+
+def test_groups_that_are_near_come_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--only", "Softmax Causal 4096"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "softmax causal float32 1x8x4096x64" in lines[1]
+    assert len(lines) > 20
 
 
 @pytest.mark.parametrize(("option", "module"), [("--html", "jinja2"), ("--picture", "matplotlib")])

@@ -171,7 +171,7 @@ void linear_attention_step(const py::object& q, const py::object& k, const py::o
   fastops_linear_options o{};
   o.decay = per_token(decay, "decay", tk, false);
   o.final_state = state_of(state, s, s.batch, "state", true);
-  call([&](fastops_poll) { return fastops_linear_attention_step(&s, tq.heads, tk.heads, tv.heads, to.heads, &o); });
+  call_briefly([&] { return fastops_linear_attention_step(&s, tq.heads, tk.heads, tv.heads, to.heads, &o); });
 }
 
 // What a step needs of NumPy: its array type and the two dtypes, which live as long as the process.
@@ -264,7 +264,7 @@ py::object plain_step(const py::object& q, const py::object& k, const py::object
   };
   fastops_linear_options o{};
   o.final_state = {data[0], data[1], data[2]};
-  call([&](fastops_poll) { return fastops_linear_attention_step(&s, heads(aq), heads(ak), heads(av), heads(ay), &o); });
+  call_briefly([&] { return fastops_linear_attention_step(&s, heads(aq), heads(ak), heads(av), heads(ay), &o); });
   return y;
 }
 

@@ -104,7 +104,7 @@ class HeadList {
     const std::size_t sequence = i / s_.heads_kv, head = i % s_.heads_kv, b = o_.offsets != nullptr ? 0 : sequence;
     const std::size_t t = first(i), group = s_.heads_q / s_.heads_kv, size = item_size(s_.dtype);
     const std::size_t item = compute_size(s_), features = s_.features;
-    LinearHead h{};
+    LinearHead h;  // every field is set: zeros for all of them first cost as much as all divisions here
     h.q = {at(q_, size, b, head * group, t), q_.row};
     h.k = {at(k_, size, b, head, t), k_.row};
     h.v = {at(v_, size, b, head, t), v_.row};
@@ -114,6 +114,7 @@ class HeadList {
     h.queries = s_.queries;
     h.keys = s_.keys;
     if (o_.offsets != nullptr) h.queries = h.keys = static_cast<std::size_t>(o_.offsets[sequence + 1]) - t;
+    h.value = 0;
     h.values = s_.values;
     h.mask = static_cast<const std::uint8_t*>(at(o_.key_mask, 1, b, head, t));
     h.mask_step = o_.key_mask.row;
@@ -125,6 +126,7 @@ class HeadList {
     h.s_out = state_at(o_.final_state.s, item, i, features * s_.values);
     h.z_out = state_at(o_.final_state.z, item, i, features);
     h.m_out = state_at(o_.final_state.m, item, i, features);
+    h.worker = 0;
     return h;
   }
 
@@ -134,20 +136,29 @@ class HeadList {
   const fastops_linear_options& o_;
 };
 
-// Ends work under way: the calling thread asks the poll, the others see its answer.
+// Ends work under way: the calling thread asks the poll, the others see its answer. It says so once, to whoever asks:
+// the runs of a call ask through poll(), which remembers.
 class Stopper {
  public:
   explicit Stopper(fastops_poll poll) noexcept : poll_(poll) {}
   const Stop* stop() const noexcept { return &stop_; }
+  fastops_poll poll() noexcept { return {poll_.function == nullptr ? nullptr : &Stopper::ask, this}; }
   fastops_status status(fastops_status of_run) const noexcept {
     return stopped_.load(std::memory_order_relaxed) ? FASTOPS_INTERRUPTED : of_run;
   }
 
  private:
+  static int ask(void* self) noexcept {
+    auto& stopper = *static_cast<Stopper*>(self);
+    if (!stopper.stopped_.load(std::memory_order_relaxed) && stopper.poll_.function(stopper.poll_.context) != 0)
+      stopper.stopped_.store(true, std::memory_order_relaxed);
+    return stopper.stopped_.load(std::memory_order_relaxed) ? 1 : 0;
+  }
   static bool asked(void* self, unsigned worker) noexcept {
     auto& stopper = *static_cast<Stopper*>(self);
-    if (worker == 0 && interrupted(stopper.poll_)) stopper.stopped_.store(true, std::memory_order_relaxed);
-    return stopper.stopped_.load(std::memory_order_relaxed);
+    if (stopper.stopped_.load(std::memory_order_relaxed)) return true;
+    // Not once more after that: polls are counted, and the run that is to end would never have its turn.
+    return worker == 0 && interrupted(stopper.poll());
   }
   fastops_poll poll_;
   std::atomic<bool> stopped_{false};
@@ -438,6 +449,7 @@ fastops_status fastops_linear_attention_forward(const fastops_linear_attention* 
   const HeadList heads(*shape, q, k, v, out, *options);
   if (heads.count() == 0 || (shape->queries == 0 && options->final_state.s == nullptr)) return FASTOPS_OK;
   Stopper stopper(poll);
+  poll = stopper.poll();
   call.stop = stopper.stop();
   return stopper.status(call.causal ? causal(kernels, *shape, call, heads, poll)
                                     : all_at_once(kernels, *shape, call, heads, poll));
@@ -485,6 +497,7 @@ fastops_status fastops_linear_attention_backward(const fastops_linear_attention*
   Workspaces work;
   if (!work.reserve(workers, gradients.work_items(call, s.queries, s.keys), item)) return FASTOPS_NO_MEMORY;
   Stopper stopper(poll);
+  poll = stopper.poll();
   call.stop = stopper.stop();
   return stopper.status(parallel_run(
       heads.count(),
@@ -523,6 +536,7 @@ fastops_status fastops_softmax_attention(const fastops_linear_attention* shape, 
   const Shape& s = *shape;
   const SoftmaxKernels& kernels = kSoftmax[active_level()][is_double(s)];
   Stopper stopper(poll);
+  poll = stopper.poll();
   const SoftmaxCall call{
       s.causal != 0, static_cast<fastops_dtype>(s.dtype), static_cast<fastops_dtype>(s.dtype), s.dim, s.values, s.scale,
       stopper.stop()};
@@ -591,6 +605,7 @@ fastops_status fastops_nystrom_attention_forward(const fastops_nystrom_attention
                              static_cast<char*>(info)};
   if (arrays.count() == 0 || (s.queries == 0 && info == nullptr)) return FASTOPS_OK;
   Stopper stopper(poll);
+  poll = stopper.poll();
   return stopper.status(
       nystrom(kNystrom[active_level()][s.dtype == FASTOPS_F64], arrays, nystrom_call(s, stopper), poll));
 }
@@ -616,6 +631,7 @@ fastops_status fastops_nystrom_attention_backward(const fastops_nystrom_attentio
   if (arrays.count() == 0 || (s.queries == 0 && s.keys == 0 && d_conv == nullptr && d_q_landmarks == nullptr))
     return FASTOPS_OK;
   Stopper stopper(poll);
+  poll = stopper.poll();
   NystromCall call = nystrom_call(s, stopper);
   const std::size_t size = item_size(s.dtype), item = s.dtype == FASTOPS_F64 ? 8 : 4, group = s.heads_q / s.heads_kv;
   if (s.batch_init) {

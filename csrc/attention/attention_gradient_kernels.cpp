@@ -396,10 +396,9 @@ template <class T> class GradientPass : public Pass<T> {
       lower_product<T>(n, {qf_, stride(fp_), 1, kft_, stride(kChunk), call_.features}, p_, stride(kChunk),
                        with_decay_ ? factor_ : nullptr);
       take_weights_gradient(n);
-      const T one = 1;
-      product<T>(n, vp_, Term<T>{p_, 1, stride(kChunk), g_, stride(vp_), n}, {dv_, stride(vp_), &one, 0}, Band::kUpper);
-      product<T>(n, fp_, Term<T>{a_, 1, stride(kChunk), qf_, stride(fp_), n}, {dkf_, stride(fp_), &one, 0},
-                 Band::kUpper);
+      const bool whole = diagonals_are_finite(n);
+      add_later_rows(p_, g_, vp_, dv_, n, whole);
+      add_later_rows(a_, qf_, fp_, dkf_, n, whole);
       if (softmax_) {
         fill<T>(running_, fp_, 0);
         for (std::size_t row = n; row-- > 0;) {
@@ -416,6 +415,23 @@ template <class T> class GradientPass : public Pass<T> {
       for (std::size_t row = 0; row < n; ++row) add_multiple(dz_, qf_ + row * fp_, c_[row]);
       add_to_ds(n);
     }
+  }
+  // A row of queries or of G that is not finite shows on its diagonals, which are products with it.
+  bool diagonals_are_finite(std::size_t n) const noexcept {
+    T sum = 0;
+    for (std::size_t row = 0; row < n; ++row) sum += (p_[row * kChunk + row] + a_[row * kChunk + row]) * T(0);
+    return sum == 0;
+  }
+  // to_j += sum over i >= j of w_ij row_i. Tile by tile also the zeros of w are multiplied, which only finite rows
+  // bear.
+  static void add_later_rows(const T* w, const T* rows, std::size_t width, T* to, std::size_t n, bool whole) noexcept {
+    const T one = 1;
+    if (whole)
+      return product<T>(n, width, Term<T>{w, 1, stride(kChunk), rows, stride(width), n}, {to, stride(width), &one, 0},
+                        Band::kUpper);
+    for (std::size_t j = 0; j < n; ++j)
+      product<T>(1, width, Term<T>{w + j * kChunk + j, 1, stride(kChunk), rows + j * width, stride(width), n - j},
+                 {to + j * width, stride(width), &one, 0});
   }
   std::size_t piece_of(std::size_t t) const noexcept {
     std::size_t low = 0, high = pieces_;

@@ -8,8 +8,6 @@
 #include "attention/attention_math.h"
 #include "attention/attention_tile.h"
 
-#define FASTOPS_BODY __attribute__((always_inline))
-
 namespace fastops::FASTOPS_LEVEL::attention {
 
 // Exponentials are kept as 2^n times a part near 1, n an integer of T; no key seen yet is this.
@@ -305,8 +303,12 @@ template <class T> class Pass {
     const char* const data = row_at(call_.dtype, row_at(call_.dtype, rows.data, rows.row, t), 1, first);
     if (live == nullptr && is_plain<T>(call_.dtype, width)) return {reinterpret_cast<const T*>(data), rows.row};
     const std::size_t wide = padded<T>(width);
+    if (live == nullptr) {
+      read_rows<T>(call_.dtype, data, rows.row, n, width, copy);
+      return {copy, stride(wide)};
+    }
     for (std::size_t j = 0; j < n; ++j)
-      if (live == nullptr || live[j])
+      if (live[j])
         read_row<T>(call_.dtype, row_at(call_.dtype, data, rows.row, j), width, copy + j * wide);
       else
         fill<T>(copy + j * wide, wide, 0);
@@ -685,17 +687,30 @@ template <class T> class Pass {
     store(decays_, exp_nonpositive(load<V>(decays_)));
     prefix_[0] = decays_[0];
   }
-  // Columns e .. of a token's step: [s = keep s + k v and] o = q s. Whole vectors, with the sums in registers.
+  // Columns e .. of a token's step: [s = keep s + k v and] o = q s. Whole vectors, with the values and the sums in
+  // registers: values read beside what is written wait for it where the last 12 bits of the addresses agree.
   template <std::size_t Vectors> void step_vectors(T* s, const T* keep, std::size_t e, bool moves) noexcept {
-    V sums[Vectors] = {};
-    const T* const values = v_[0] + e;
-    for (std::size_t d = 0; d < call_.features; ++d, s += call_.values) {
-      const V k = splat<V>(kf_[d]), q = splat<V>(qf_[d]), kept = splat<V>(keep[d]);
+    V values[Vectors], sums[Vectors] = {};
 #pragma GCC unroll 8
-      for (std::size_t x = 0; x < Vectors; ++x) {
-        V y = load<V>(s + e + x * W);
-        if (moves) store(s + e + x * W, y = simd::fma(k, load<V>(values + x * W), kept * y));
-        sums[x] = simd::fma(q, y, sums[x]);
+    for (std::size_t x = 0; x < Vectors; ++x) values[x] = load<V>(v_[0] + e + x * W);
+    const T *const k = kf_, *const q = qf_;
+    const std::size_t rows = call_.features, row = call_.values;
+    s += e;
+    if (moves) {
+      for (std::size_t d = 0; d < rows; ++d, s += row) {
+        const V kd = splat<V>(k[d]), qd = splat<V>(q[d]), kept = splat<V>(keep[d]);
+#pragma GCC unroll 8
+        for (std::size_t x = 0; x < Vectors; ++x) {
+          const V y = simd::fma(kd, values[x], kept * load<V>(s + x * W));
+          store(s + x * W, y);
+          sums[x] = simd::fma(qd, y, sums[x]);
+        }
+      }
+    } else {
+      for (std::size_t d = 0; d < rows; ++d, s += row) {
+        const V qd = splat<V>(q[d]);
+#pragma GCC unroll 8
+        for (std::size_t x = 0; x < Vectors; ++x) sums[x] = simd::fma(qd, load<V>(s + x * W), sums[x]);
       }
     }
 #pragma GCC unroll 8
@@ -713,7 +728,7 @@ template <class T> class Pass {
   }
   void step_columns(T* s, const T* keep, bool moves) noexcept {
     std::size_t e = 0;
-    for (; e + 8 * W <= head_.values; e += 8 * W) step_vectors<8>(s, keep, e, moves);
+    for (; e + 4 * W <= head_.values; e += 4 * W) step_vectors<4>(s, keep, e, moves);
     for (; e + 2 * W <= head_.values; e += 2 * W) step_vectors<2>(s, keep, e, moves);
     for (; e + W <= head_.values; e += W) step_vectors<1>(s, keep, e, moves);
     if (e < head_.values) step_part(s, keep, e, head_.values - e, moves);

@@ -45,7 +45,7 @@ template <class V> FASTOPS_INLINE V exp_nonpositive(V x) {
 }
 
 // exp(x) = y 2^n with an integer n: so a common factor 2^k never changes a bit of y. Where x is too large for its own
-// fraction, y is 1 or so.
+// fraction, y is 1 or so; of infinity both are nan, since inf / inf is.
 template <class V> struct Exponential {
   V y, n;
 };
@@ -54,7 +54,7 @@ template <class V> FASTOPS_INLINE Exponential<V> split_exp(V x) {
   using T = typename F::T;
   const V far = splat<V>(ExpRange<V>::kFarthest), round = splat<V>(F::kRound);
   x = select(x < -far, -far, x);
-  x = select(x > far, far, x);
+  x = select(x > far, simd::fma(x, V{}, far), x);
   const V t = x * splat<V>(F::kLog2E);
   const V whole = splat<V>(F::kRound / 8);  // beyond it x ln 2 has no fraction to speak of
   const auto fine = (t < whole) & (t > -whole);

@@ -8,6 +8,8 @@
 #include "core/simd.h"
 #include "fastops/fastops.h"
 
+#define FASTOPS_BODY __attribute__((always_inline))
+
 namespace fastops::FASTOPS_LEVEL::attention {
 
 using simd::kLanes;
@@ -201,54 +203,95 @@ FASTOPS_INLINE const char* row_at(fastops_dtype dtype, const void* data, std::pt
   return static_cast<const char*>(data) + static_cast<std::ptrdiff_t>(i) * step * size;
 }
 
+// body(i) for the vectors of `whole` elements, four between two tests: rows are short, and a vector is three
+// instructions.
+template <class T, class Body> FASTOPS_INLINE void by_vectors(std::size_t whole, Body body) {
+  constexpr std::size_t W = kWidth<T>;
+  std::size_t i = 0;
+  for (; i + 4 * W <= whole; i += 4 * W) {
+    body(i);
+    body(i + W);
+    body(i + 2 * W);
+    body(i + 3 * W);
+  }
+  for (; i < whole; i += W) body(i);
+}
+
 // Rows of an array in memory as T, with zeros up to whole vectors.
 template <class T> void read_row(fastops_dtype dtype, const void* from, std::size_t n, T* to) noexcept {
   const std::size_t whole = n / kWidth<T> * kWidth<T>;
-  std::size_t i = 0;
+  std::size_t i = whole;
   if constexpr (sizeof(T) == 4) {
     if (dtype == FASTOPS_F32) {
       const auto* const p = static_cast<const float*>(from);
-      for (; i < whole; i += kWidth<T>) store(to + i, load<simd::f32>(p + i));
+      by_vectors<T>(whole, [=](std::size_t j) FASTOPS_BODY { store(to + j, load<simd::f32>(p + j)); });
       if (i < n) store(to + i, simd::load_first<simd::f32>(p + i, n - i, 0.0f));
       return;
     }
     const auto* const p = static_cast<const std::uint16_t*>(from);
     if (dtype == FASTOPS_F16) {
-      for (; i < whole; i += kWidth<T>) store(to + i, half::from_f16(load<simd::half_u16>(p + i)));
+      by_vectors<T>(whole,
+                    [=](std::size_t j) FASTOPS_BODY { store(to + j, half::from_f16(load<simd::half_u16>(p + j))); });
       for (; i < n; ++i) to[i] = half::from_f16(p[i]);
     } else {
-      for (; i < whole; i += kWidth<T>) store(to + i, half::from_bf16(load<simd::half_u16>(p + i)));
+      by_vectors<T>(whole,
+                    [=](std::size_t j) FASTOPS_BODY { store(to + j, half::from_bf16(load<simd::half_u16>(p + j))); });
       for (; i < n; ++i) to[i] = half::from_bf16(p[i]);
     }
   } else {
     const auto* const p = static_cast<const double*>(from);
-    for (; i < whole; i += kWidth<T>) store(to + i, load<simd::f64>(p + i));
+    by_vectors<T>(whole, [=](std::size_t j) FASTOPS_BODY { store(to + j, load<simd::f64>(p + j)); });
     if (i < n) store(to + i, simd::load_first<simd::f64>(p + i, n - i, 0.0));
     return;
   }
   for (; i < padded<T>(n); ++i) to[i] = 0;
 }
+// n rows, `step` elements apart, to rows of whole vectors.
+template <class T>
+void read_rows(fastops_dtype dtype, const char* from, std::ptrdiff_t step, std::size_t n, std::size_t width,
+               T* to) noexcept {
+  const std::size_t wide = padded<T>(width);
+  if constexpr (sizeof(T) == 4) {
+    if (dtype == FASTOPS_BF16 && width == wide) {
+      const auto* p = reinterpret_cast<const std::uint16_t*>(from);
+      for (; n > 0; --n, p += step, to += wide)
+        by_vectors<T>(wide,
+                      [=](std::size_t j) FASTOPS_BODY { store(to + j, half::from_bf16(load<simd::half_u16>(p + j))); });
+      return;
+    }
+  }
+  for (std::size_t i = 0; i < n; ++i, to += wide) read_row<T>(dtype, row_at(dtype, from, step, i), width, to);
+}
 template <class T> void write_row(fastops_dtype dtype, const T* from, std::size_t n, void* to) noexcept {
   const std::size_t whole = n / kWidth<T> * kWidth<T>;
-  std::size_t i = 0;
+  std::size_t i = whole;
   if constexpr (sizeof(T) == 4) {
     if (dtype == FASTOPS_F32) {
       auto* const p = static_cast<float*>(to);
-      for (; i < whole; i += kWidth<T>) store(p + i, load<simd::f32>(from + i));
+      by_vectors<T>(whole, [=](std::size_t j) FASTOPS_BODY { store(p + j, load<simd::f32>(from + j)); });
       if (i < n) simd::store_first(p + i, load<simd::f32>(from + i), n - i);
       return;
     }
     auto* const p = static_cast<std::uint16_t*>(to);
     if (dtype == FASTOPS_F16) {
-      for (; i < whole; i += kWidth<T>) store(p + i, half::to_f16(load<simd::f32>(from + i)));
+      by_vectors<T>(whole, [=](std::size_t j) FASTOPS_BODY { store(p + j, half::to_f16(load<simd::f32>(from + j))); });
       for (; i < n; ++i) p[i] = half::to_f16(from[i]);
     } else {
-      for (; i < whole; i += kWidth<T>) store(p + i, half::to_bf16(load<simd::f32>(from + i)));
+      // What rounds to infinity and nan are rare, and cost twice as much.
+      simd::i32 most{};
+      by_vectors<T>(whole, [&](std::size_t j) FASTOPS_BODY {
+        const simd::f32 v = load<simd::f32>(from + j);
+        const simd::i32 magnitude = simd::bits<simd::i32>(v) & 0x7fffffff;
+        most = select(magnitude > most, magnitude, most);
+        store(p + j, half::finite_to_bf16(v));
+      });
+      if (simd::any(most >= half::kLargeForBf16))
+        for (std::size_t j = 0; j < whole; j += kWidth<T>) store(p + j, half::to_bf16(load<simd::f32>(from + j)));
       for (; i < n; ++i) p[i] = half::to_bf16(from[i]);
     }
   } else {
     auto* const p = static_cast<double*>(to);
-    for (; i < whole; i += kWidth<T>) store(p + i, load<simd::f64>(from + i));
+    by_vectors<T>(whole, [=](std::size_t j) FASTOPS_BODY { store(p + j, load<simd::f64>(from + j)); });
     if (i < n) simd::store_first(p + i, load<simd::f64>(from + i), n - i);
   }
 }

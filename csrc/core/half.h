@@ -111,8 +111,10 @@ FASTOPS_INLINE simd::half_u16 to_f16(simd::f32 f) {
 #endif
 }
 FASTOPS_INLINE simd::f32 from_bf16(simd::half_u16 h) { return simd::bits<simd::f32>(widen_bits(h) << 16); }
-// Of values that are normal in bfloat16, and stay so when they are rounded.
-FASTOPS_INLINE simd::half_u16 normal_to_bf16(simd::f32 f) {
+// Magnitudes whose bits are from here on round to infinity, or are infinity or nan.
+inline constexpr std::int32_t kLargeForBf16 = 0x7f7f8000;
+// Of values below that.
+FASTOPS_INLINE simd::half_u16 finite_to_bf16(simd::f32 f) {
   const simd::u32 u = simd::bits<simd::u32>(f);
   return narrow_bits(simd::bits<simd::i32>((u + 0x7fff + ((u >> 16) & 1)) >> 16));
 }

@@ -60,7 +60,7 @@ struct BFloat16 {
   static constexpr bool kStreams = false;
   static FASTOPS_INLINE F load(const S* p) { return half::from_bf16(simd::load<simd::half_u16>(p)); }
   static FASTOPS_INLINE void store(S* p, F v) { simd::store(p, half::to_bf16(v)); }
-  static FASTOPS_INLINE void store_normal(S* p, F v) { simd::store(p, half::normal_to_bf16(v)); }
+  static FASTOPS_INLINE void store_normal(S* p, F v) { simd::store(p, half::finite_to_bf16(v)); }
   static FASTOPS_INLINE F load_first(const S* p, std::size_t n) {
     return half::from_bf16(simd::load_first<simd::half_u16>(p, n, S{0x3f80}));
   }

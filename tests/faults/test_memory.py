@@ -312,3 +312,38 @@ def test_threads_that_cannot_start_only_cost_time(failing_malloc: str, left: int
     assert pool_threads() > int(sys.argv[1]), "threads that can be had again are started"
     """
     run(code, arguments=[str(left)], env={"LD_PRELOAD": failing_malloc, "OPENBLAS_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("threads", [1, 16])
+def test_many_heads_share_the_memory_of_their_threads(threads: int) -> None:
+    """The states of these heads alone would be 128 MiB; what is allowed is half a MiB a thread, and 2 for all."""
+    code = """
+    def held(name):
+        with open("/proc/self/status") as file:
+            return int(dict(line.split(":", 1) for line in file)[name].split()[0]) * 1024
+    fastops.set_num_threads(int(sys.argv[1]))
+    rows = np.broadcast_to(np.ones(64, np.float32), (2**10, 8, 4, 64))
+    few = rows[:1, :1]
+    y = np.ones(rows.shape, np.float32)  # touched
+    calls = {}
+    for causal in (False, True):
+        calls["linear", causal] = lambda x, out, causal=causal: fastops.linear_attention(x, x, x, causal=causal, out=out)
+        calls["backward", causal] = (
+            lambda x, out, causal=causal: fastops.linear_attention_backward(x, x, x, x, x, causal=causal)
+        )
+        calls["softmax", causal] = lambda x, out, causal=causal: fastops.softmax_attention(x, x, x, causal=causal, out=out)
+    calls["exp", True] = lambda x, out: fastops.linear_attention(x, x, x, causal=True, feature_map="exp", out=out)
+    allowed = 2**21 + int(sys.argv[1]) * 2**19
+    for name, call in calls.items():
+        call(few, y[:1, :1].copy())
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the highest mark is what is held now
+        before = held("VmRSS")
+        results = call(rows, y)
+        own = sum(x.nbytes for x in results) if isinstance(results, tuple) else 0
+        extra = held("VmHWM") - before - own
+        print(name, f"{extra / 2**20:.2f} MiB")
+        del results
+        assert extra <= allowed, (name, extra, allowed)
+    """
+    run(code, arguments=[str(threads)])

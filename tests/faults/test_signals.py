@@ -21,12 +21,19 @@ kernel = np.ones((128, 64, 3, 3), np.float32)
 ones = np.ones((1, 64), np.float32)
 keys, some = np.broadcast_to(ones, (2**24, 64)), np.broadcast_to(ones, (400_000, 64))
 rows = np.ones((3000, 64), np.float32)
+# Heads of some microseconds, by the hundred thousand.
+heads, column = (np.broadcast_to(np.ones(n, np.float32), (2**16, 8, 24, n)) for n in (64, 1))
+four, short = (np.broadcast_to(np.ones(n, np.float32), (2**17, 8, 4, n)) for n in (4, 1))
 CALLS = {
     "linear attention": lambda: fastops.linear_attention(ones, keys, keys),
     "linear attention, causal": lambda: fastops.linear_attention(ones, keys, keys, causal=True),
     "linear attention, exp": lambda: fastops.linear_attention(ones, keys, keys, causal=True, feature_map="exp"),
     "linear attention, backward": lambda: fastops.linear_attention_backward(some, some, some, some, some, causal=True),
     "softmax attention": lambda: fastops.softmax_attention(rows, keys, keys, causal=True),
+    "small heads": lambda: fastops.linear_attention(heads, heads, column),
+    "small heads, causal": lambda: fastops.linear_attention(heads, heads, column, causal=True),
+    "small heads, backward": lambda: fastops.linear_attention_backward(short, four, four, short, short, causal=True),
+    "small heads, softmax": lambda: fastops.softmax_attention(heads, heads, column),
     "matmul": lambda: fastops.mitchell_matmul(a, a),
     "matmul, segments": lambda: fastops.mitchell_matmul(a, a, multiplier=fastops.Multiplier("min-mse", segments=4)),
     "matmul_grad": lambda: fastops.mitchell_matmul_grad(a, a, a),
@@ -55,6 +62,10 @@ def send():
         "linear attention, exp",
         "linear attention, backward",
         "softmax attention",
+        "small heads",
+        "small heads, causal",
+        "small heads, backward",
+        "small heads, softmax",
     ],
 )
 @unsanitized
