@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from ._rule import DecodeError, TokenTooLong, WorkerDied
     from ._tensors import TensorList
     from ._workers import parallel_apply
+    from ._zh import ZhTokenizer
     from .analysis import optimal_offset
     from .attention import (
         NystromInfo,
@@ -79,6 +80,7 @@ __all__ = [  # noqa: RUF022
     "TokenTooLong",
     "WordCounts",
     "WorkerDied",
+    "ZhTokenizer",
     "__version__",
     "adamw_step_",
     "adaptive_eg_step_",
@@ -143,6 +145,7 @@ _LATER = {
     "TokenTooLong": "_rule",
     "WordCounts": "_counts",
     "WorkerDied": "_rule",
+    "ZhTokenizer": "_zh",
     "adamw_step_": "optim",
     "adaptive_eg_step_": "optim",
     "count_files": "wordcount",

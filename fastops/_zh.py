@@ -109,7 +109,7 @@ class ZhTokenizer:
         if not isinstance(text, str):
             raise _validate.wrong_type("text", "a str", text)
         try:
-            model = self.model()
+            model = self.native_model()
         except ImportError:
             return self.cut_reference(text)
         try:
@@ -121,7 +121,7 @@ class ZhTokenizer:
         """The same by plain Python."""
         return _reference(self._key).cut(text, hmm=self._hmm)
 
-    def model(self) -> Any:
+    def native_model(self) -> Any:
         """The compiled dictionary (`_core.ZhModel`), one for all tokenizers with equal arguments; ImportError without `_core`."""
         from . import _core
 

@@ -148,7 +148,7 @@ def test_zh_whole_real_text_equals_jiebas(name: str, hmm: bool, jieba: Any) -> N
 @given(st.binary(max_size=120))
 def test_zh_native_keeps_every_byte(jieba: Any, text: bytes) -> None:
     pytest.importorskip("fastops._core")
-    model = ZhTokenizer().model()
+    model = ZhTokenizer().native_model()
     assert model.cut(text) == list(map(_encode, ZhTokenizer().cut_reference(text.decode("utf-8", "surrogateescape"))))
 
 
@@ -217,7 +217,7 @@ def test_zh_threads_share_one_dictionary(jieba: Any) -> None:
 
     def work(i: int) -> list[str]:
         tokenizer = ZhTokenizer(user_words=[])
-        models.add(id(tokenizer.model()))
+        models.add(id(tokenizer.native_model()))
         return tokenizer.cut(texts[i])
 
     with ThreadPoolExecutor(8) as pool:
