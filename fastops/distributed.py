@@ -34,7 +34,7 @@ _FAN_IN = 8
 # Bytes of a table in one cell of an engine: Arrow's binary type and Spark's rows end at 2 GiB.
 _CELL = 2**28
 # Seconds without any worker after which there will be none.
-_PATIENCE = 30.0
+_PATIENCE = 60.0
 
 Part = tuple[int, _sources.Source, int, int | None]
 
@@ -129,7 +129,7 @@ def count_files(
     ValueError
         An argument out of its range; no `client` and none active; a damaged file, a word that is too long.
     WorkerDied
-        A task whose workers died again and again, or no worker for half a minute.
+        A task whose workers died again and again, or no worker for a minute.
 
     Notes
     -----
