@@ -148,7 +148,7 @@ def test_an_exception_arrives_with_its_traceback(method: str) -> None:
 )
 def test_a_dead_worker_is_an_error_within_2_seconds(func: Any, how: str, method: str) -> None:
     seen = [time.monotonic()]
-    results = map(lambda result: seen.append(time.monotonic()) or result, parallel_apply(func, range(10), 2))
+    results = (seen.append(time.monotonic()) or result for result in parallel_apply(func, range(10), 2))
     with pytest.raises(WorkerDied, match=rf"worker \d {how} at item 3"):
         list(results)
     assert time.monotonic() - seen[-1] < 2
