@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import threading
 import time
 import uuid
@@ -401,7 +402,10 @@ def _of_spark(problem: BaseException) -> BaseException:
     for mark in ("Python worker exited unexpectedly", "ExecutorLostFailure", "Python worker failed to connect back"):
         if mark in text:
             return WorkerDied(f"the workers that ran a part of the work died: Spark says {mark!r}")
-    return RuntimeError(f"Spark could not do the work: {_validate.clip(text.partition(chr(10))[0], 150)}")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # After a Python worker's traceback comes Java's.
+    told = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
+    return RuntimeError(f"Spark could not do the work: {_validate.clip((told or lines or [''])[-1], 150)}")
 
 
 def _mapper(task: _Task) -> Callable[[Iterator[Any]], Iterator[Any]]:

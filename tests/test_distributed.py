@@ -72,8 +72,6 @@ def spark() -> Iterator[Any]:
     builder = sql.SparkSession.builder.master("local-cluster[2,1,1024]").appName("fastops")
     for name, value in {
         "spark.ui.enabled": "false",
-        "spark.pyspark.python": sys.executable,
-        "spark.pyspark.driver.python": sys.executable,
         "spark.executorEnv.PYTHONPATH": path,
         "spark.executorEnv.FASTOPS_BACKEND": os.environ.get("FASTOPS_BACKEND", ""),
         "spark.executor.memory": "1g",
@@ -84,12 +82,16 @@ def spark() -> Iterator[Any]:
         "spark.task.maxFailures": "2",
     }.items():
         builder = builder.config(name, value)
+    before = os.environ.get("PYSPARK_PYTHON")
+    os.environ["PYSPARK_PYTHON"] = sys.executable
     try:
         session = builder.getOrCreate()
-    except Exception as problem:
+    except Exception as problem:  # noqa: BLE001 (whatever Java says)
         pytest.skip(f"Spark does not start here: {str(problem)[:200]}")
     yield session
     session.stop()
+    if before is None:
+        del os.environ["PYSPARK_PYTHON"]
 
 
 @pytest.fixture(params=["dask", "spark"])
