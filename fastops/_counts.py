@@ -56,9 +56,11 @@ def _checked_key(name: str, word: str | bytes) -> bytes:
 
 
 def text_bytes(name: str, text: object) -> bytes:
-    """One text as bytes; surrogates that stand for bytes are these bytes again."""
+    """One text as bytes, as counting takes it."""
     if isinstance(text, str):
-        return _checked_key(name, text)
+        from ._sources import encoded
+
+        return encoded(text)
     if isinstance(text, (bytes, bytearray, memoryview)):
         return bytes(text)
     if text is None:
@@ -753,6 +755,10 @@ class WordCounts(_Numbers):
             raise _validate.wrong_value("tokenizer", wanted, Text("nothing"))
         data = [text_bytes(f"texts[{i}]", text) for i, text in enumerate(texts_of("texts", texts))]
         if tokenizer is None:
+            if rule.normalize is not None:
+                from ._counting import _normal
+
+                data = [_normal(f"texts[{i}]", text, rule) for i, text in enumerate(data)]
             ids, offsets = self._table.encode(rule, data)
         else:
             ids, offsets = self._encode_by(tokenizer, rule, data)

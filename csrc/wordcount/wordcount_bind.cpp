@@ -355,7 +355,8 @@ class WordCounter {
 
 py::tuple encode(const WordTable& table, const py::object& said, const std::vector<py::bytes>& documents) {
   // `said` is a Rule of fastops/_rule.py.
-  const auto rule = py::module_::import("fastops.native.wordcount").attr("native_rule")(said).cast<std::shared_ptr<WordRule>>();
+  const auto rule =
+      py::module_::import("fastops.native.wordcount").attr("native_rule")(said).cast<std::shared_ptr<WordRule>>();
   const ReaderPtr reader(or_no_memory(fastops_word_reader_create(&rule->get(), table.get())));
   std::vector<std::int64_t> all;
   py::array_t<std::int64_t> offsets(static_cast<py::ssize_t>(documents.size() + 1));

@@ -286,7 +286,9 @@ fastops_status fastops_word_reader_read(fastops_word_reader* reader, const void*
                                         size_t* count, fastops_word_error* error) noexcept {
   reader->stream.reset();
   reader->lookup.clear();
-  reader->stream.consume(bytes_of(text), size, 0, true);
+  std::size_t skipped = 0;
+  if (fastops::begins_with_mark(bytes_of(text), size, &skipped)) reader->stream.fail(FASTOPS_WORDS_ENCODING, 0);
+  if (reader->stream.ok()) reader->stream.consume(bytes_of(text) + skipped, size - skipped, skipped, true);
   if (reader->stream.ok()) reader->stream.end_text();
   *error = reader->stream.error();
   *ids = reader->lookup.ids();

@@ -34,6 +34,18 @@ const std::uint8_t* line_end(const std::uint8_t* p, const std::uint8_t* end) noe
 
 const WordKernels& word_kernels() noexcept { return *kTable[active_level()]; }
 
+void Tally::settle() noexcept {
+  if (code_points_.bytes() == 0) return;
+  std::uint8_t bytes[kInlineKey] = {};
+  for (std::uint32_t code = 0; code < kCodePoints; ++code) {
+    const std::uint64_t count = code_points_.get<std::uint64_t>()[code];
+    if (count == 0) continue;
+    const auto size = static_cast<std::size_t>(encode(bytes, code) - bytes);
+    if (table_.add(short_key(bytes, size), count, 0) != Added::kDone) status_ = FASTOPS_NO_MEMORY;
+  }
+  code_points_.release();
+}
+
 bool Tally::make_room() noexcept {
   if (status_ != FASTOPS_OK) return false;
   if (approximate_ > 0 && table_.size() >= 2 * approximate_) {
@@ -102,13 +114,6 @@ fastops_status WordCounter::take_errors(fastops_status status) noexcept {
   }
   failed_ = status != FASTOPS_OK;
   return status;
-}
-
-bool WordCounter::begins_with_mark(const std::uint8_t* data, std::size_t size, std::size_t* skipped) noexcept {
-  *skipped = size >= 3 && std::memcmp(data, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;
-  // UTF-16 either way round, UTF-32 the big way; the little one begins as UTF-16 does.
-  if (size >= 2 && ((data[0] == 0xfe && data[1] == 0xff) || (data[0] == 0xff && data[1] == 0xfe))) return true;
-  return size >= 4 && std::memcmp(data, "\0\0\xfe\xff", 4) == 0;
 }
 
 fastops_status WordCounter::memory(const std::uint8_t* data, std::size_t size, std::uint64_t offset,
@@ -231,7 +236,8 @@ void WordCounter::some_texts(Worker& worker, const void* const* data, const std:
   // A line end more keeps tokens of neighbours apart: where documents do not matter, small texts are counted together,
   // but for those in which something may be wrong at a place to be named.
   const bool together = !documents_matter_ && rule_.tokenizer <= FASTOPS_WORDS_WORD &&
-                        rule_.errors != FASTOPS_ERRORS_STRICT && rule_.max_token_bytes >= kBlock / 4;
+                        (rule_.errors == FASTOPS_ERRORS_REPLACE || rule_.errors == FASTOPS_ERRORS_ESCAPE) &&
+                        rule_.max_token_bytes >= kBlock / 4;
   std::size_t held = 0;
   for (std::size_t i = 0; i <= count && stream.ok() && !failed_.load(std::memory_order_relaxed); ++i) {
     const std::size_t size = i < count ? sizes[i] : kBlock;
@@ -363,7 +369,8 @@ void WordCounter::lines_of_file(Worker& worker, int fd, std::uint64_t start, std
 
 fastops_status WordCounter::file(int fd, std::uint64_t start, std::uint64_t stop, fastops_poll poll) noexcept {
   if (failed_) return FASTOPS_INVALID;
-  if (!rule_.lines && !documents_matter_ && start == 0) all_[0].stream.count_document();
+  if (!rule_.lines && start == 0 && (!documents_matter_ || stop == 0)) all_[0].stream.count_document();
+  if (start == stop) return FASTOPS_OK;
   if (serial()) {
     const fastops_status status = parallel_run(
         1, [&](std::size_t, unsigned) noexcept { lines_of_file(all_[0], fd, start, stop, poll); }, 0, poll, 1);
@@ -423,6 +430,7 @@ fastops_status WordCounter::finish(fastops_poll poll, fastops_words** words) noe
   if (result == nullptr) return FASTOPS_NO_MEMORY;
   for (unsigned i = 0; i < made_; ++i) {
     all_[i].stream.flush();
+    all_[i].tally.settle();
     result->documents += all_[i].stream.documents();
     result->error_bound += all_[i].tally.error_bound();
   }

@@ -43,7 +43,6 @@ class WordCounter {
   void some_texts(Worker& worker, const void* const* data, const std::size_t* sizes, std::size_t count) noexcept;
   void lines_of_file(Worker& worker, int fd, std::uint64_t start, std::uint64_t stop, fastops_poll poll) noexcept;
   fastops_status take_errors(fastops_status status) noexcept;
-  bool begins_with_mark(const std::uint8_t* data, std::size_t size, std::size_t* skipped) noexcept;
   const Table* stop_words() const noexcept { return rule_.stop_words == nullptr ? nullptr : &rule_.stop_words->table; }
   fastops_status gather(fastops_poll poll, fastops_words* words) noexcept;
 

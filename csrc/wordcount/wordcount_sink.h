@@ -27,16 +27,37 @@ class Tally {
 
   void key(const std::uint8_t* data, std::size_t size) noexcept {
     Key& key = batch_[pending_];
-    key = size <= kInlineKey ? short_key(data, size) : long_key(data, size);
-    long_bytes_ += size > kInlineKey ? size : 0;
-    document_of_[pending_] = document_;
+    if (__builtin_expect(size <= kInlineKey, 1)) {
+      key = short_key(data, size);
+    } else {
+      key = long_key(data, size);
+      long_bytes_ += size;
+    }
     table_.prefetch(key.hash);
+    document_of_[pending_] = document_;
     if (++pending_ == kBatch) flush();
   }
+  // A code point counted as a key, in an array; false where that cannot be.
+  bool code_point(std::uint32_t code) noexcept {
+    if (table_.with_documents() || approximate_ > 0) return false;
+    if (code_points_.bytes() == 0 && !code_points_.grow(kCodePoints * sizeof(std::uint64_t))) {
+      status_ = FASTOPS_NO_MEMORY;
+      return true;
+    }
+    ++code_points_.get<std::uint64_t>()[code];
+    return true;
+  }
+  // The array's counts go to the table.
+  void settle() noexcept;
   void end_document() noexcept { ++document_; }
-  void flush() noexcept {
-    if (pending_ > 0 && (table_.has_room(pending_, long_bytes_) || make_room()))
-      for (unsigned i = 0; i < pending_; ++i) table_.count(batch_[i], document_of_[i]);
+  // Kept out of the loop over tokens, as what is rare there.
+  __attribute__((noinline)) void flush() noexcept {
+    if (pending_ > 0 && (table_.has_room(pending_, long_bytes_) || make_room())) {
+      if (table_.with_documents())
+        for (unsigned i = 0; i < pending_; ++i) table_.count(batch_[i], document_of_[i]);
+      else
+        for (unsigned i = 0; i < pending_; ++i) table_.count(batch_[i]);
+    }
     pending_ = 0;
     long_bytes_ = 0;
   }
@@ -69,9 +90,12 @@ class Tally {
   static constexpr unsigned kBatch = 64;
 #endif
 
+  static constexpr std::size_t kCodePoints = 0x110000;
+
   bool make_room() noexcept;
 
   Table table_;
+  Region code_points_;
   Key batch_[kBatch];
   std::uint64_t document_of_[kBatch];
   unsigned pending_ = 0;
@@ -97,6 +121,7 @@ class Lookup {
     }
     ids_.get<std::int64_t>()[count_++] = ranks_[slot - table_.slots()];
   }
+  static bool code_point(std::uint32_t) noexcept { return false; }
   void end_document() noexcept {}
   void flush() noexcept {}
   void clear() noexcept {
@@ -133,6 +158,7 @@ template <class Keys> class Grams {
     else
       join(data, size);
   }
+  bool code_point(std::uint32_t code) noexcept { return plain_ && keys_.code_point(code); }
   void end_document() noexcept {
     keys_.end_document();
     if (!plain_) forget();
@@ -149,7 +175,7 @@ template <class Keys> class Grams {
  private:
   static constexpr std::size_t kCompact = 65536;
 
-  void join(const std::uint8_t* data, std::size_t size) noexcept {
+  __attribute__((noinline)) void join(const std::uint8_t* data, std::size_t size) noexcept {
     if (stop_words_ != nullptr && stop_words_->get(make_key(data, size)) != nullptr) return;
     const std::size_t separator = spaced_ && held_ > 0 ? 1 : 0;
     const std::size_t wanted = used_ + separator + size + kInlineKey;

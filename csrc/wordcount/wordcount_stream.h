@@ -73,7 +73,7 @@ template <class Keys> class Stream {
     return memory_ ? grams_.status() : FASTOPS_NO_MEMORY;
   }
   const fastops_word_error& error() const noexcept { return error_; }
-  void fail(int failure, std::uint64_t offset, int error_number = 0) noexcept {
+  __attribute__((noinline)) void fail(int failure, std::uint64_t offset, int error_number = 0) noexcept {
     if (ok()) error_ = {failure, error_number, offset};
   }
   std::uint64_t documents() const noexcept { return documents_; }
@@ -202,8 +202,8 @@ template <class Keys> class Stream {
     return -1;
   }
 
-  bool emit(const std::uint8_t* data, std::size_t size) noexcept {
-    if (size > rule_.max_token_bytes) {
+  __attribute__((always_inline)) bool emit(const std::uint8_t* data, std::size_t size) noexcept {
+    if (__builtin_expect(size > rule_.max_token_bytes, 0)) {
       fail(FASTOPS_WORDS_LONG_TOKEN,
            offset_ + (rewritten_ ? 0 : static_cast<std::uint64_t>(data - out_.get<std::uint8_t>())));
       return false;
@@ -272,10 +272,11 @@ template <class Keys> class Stream {
         while (p < end) {
           std::uint32_t code = 0;
           unsigned subpart = 1;
-          unsigned length = decode(p, end, &code, &subpart);
-          if (length == 0) length = 1;
-          if (!emit(p, length)) return;
-          p += length;
+          const unsigned length = decode(p, end, &code, &subpart);
+          const unsigned bytes = length == 0 ? 1 : length;
+          if (length == 0 || bytes > rule_.max_token_bytes || !grams_.code_point(code))
+            if (!emit(p, bytes)) return;
+          p += bytes;
         }
     }
   }

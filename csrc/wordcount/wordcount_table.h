@@ -41,6 +41,16 @@ inline std::uint32_t slot_hash(std::uint64_t hash) noexcept {
 #endif
 }
 
+// Masks of the first n of 16 bytes: quicker than shifts by a variable.
+struct FirstBytes {
+  std::uint64_t at[kInlineKey + 1][2];
+  constexpr FirstBytes() : at{} {
+    for (std::size_t n = 0; n <= kInlineKey; ++n)
+      for (std::size_t i = 0; i < n; ++i) at[n][i / 8] |= std::uint64_t{255} << 8 * (i % 8);
+  }
+};
+inline constexpr FirstBytes kFirstBytes;
+
 std::uint64_t hash_long(const std::uint8_t* data, std::size_t size) noexcept;
 
 // The first 16 bytes at `data`, which can be read, cut to `size`.
@@ -51,9 +61,8 @@ inline Key short_key(const std::uint8_t* data, std::size_t size) noexcept {
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "the inline keys are written for little-endian machines"
 #endif
-  const std::uint64_t all = ~std::uint64_t{0};
-  key.low &= size >= 8 ? all : (std::uint64_t{1} << 8 * size) - 1;
-  key.high &= size <= 8 ? 0 : size == 16 ? all : (std::uint64_t{1} << 8 * (size - 8)) - 1;
+  key.low &= kFirstBytes.at[size][0];
+  key.high &= kFirstBytes.at[size][1];
   key.data = data;
   key.size = static_cast<std::uint32_t>(size);
   key.hash = slot_hash(mix(key.low ^ kHashSeed, key.high ^ 0xa0761d6478bd642fu ^ size));
@@ -112,16 +121,18 @@ class Table {
     return entries_ + entries <= most_ && arena_used_ + long_bytes <= arena_.bytes();
   }
 
-  // Counts one more of the key, in document `document` (never 0); room is reserved.
-  void count(const Key& key, std::uint64_t document) noexcept {
+  // Counts one more of the key; room is reserved.
+  Slot& count(const Key& key) noexcept {
     Slot& slot = find(key);
-    if (slot.size1 == 0) insert(slot, key);
+    if (__builtin_expect(slot.size1 == 0, 0)) insert(slot, key);
     ++slot.count;
-    if (with_documents_) {
-      Documents& beside = documents_.get<Documents>()[&slot - slots()];
-      beside.count += beside.last != document;
-      beside.last = document;
-    }
+    return slot;
+  }
+  // The same in document `document`, which is never 0.
+  void count(const Key& key, std::uint64_t document) noexcept {
+    Documents& beside = documents_.get<Documents>()[&count(key) - slots()];
+    beside.count += beside.last != document;
+    beside.last = document;
   }
   Added add(const Key& key, std::uint64_t count, std::uint64_t documents) noexcept;
   Added add(const Table& other) noexcept;
@@ -131,7 +142,7 @@ class Table {
     return slot.size1 == 0 ? nullptr : &slot;
   }
   void prefetch(std::uint32_t hash) const noexcept {
-    if (slots() != nullptr) __builtin_prefetch(&slots()[home(hash)], 1);
+    __builtin_prefetch(slots() + home(hash), 1);  // of a table without slots: any address may be asked for
   }
   void clear() noexcept;
   // Empty but for the keys of a document that goes on: they stay with a count of 0, so that it is not counted twice for

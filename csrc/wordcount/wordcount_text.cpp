@@ -89,6 +89,13 @@ bool may_cut(const fastops_word_rule& rule, const std::uint8_t* begin, const std
 
 }  // namespace
 
+bool begins_with_mark(const std::uint8_t* data, std::size_t size, std::size_t* skipped) noexcept {
+  *skipped = size >= 3 && std::memcmp(data, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;
+  // UTF-16 either way round, UTF-32 the big way; the little one begins as UTF-16 does.
+  if (size >= 2 && ((data[0] == 0xfe && data[1] == 0xff) || (data[0] == 0xff && data[1] == 0xfe))) return true;
+  return size >= 4 && std::memcmp(data, "\0\0\xfe\xff", 4) == 0;
+}
+
 std::ptrdiff_t rewrite(const fastops_word_rule& rule, const std::uint8_t* text, std::size_t size, std::uint8_t* to,
                        std::size_t* invalid) noexcept {
   const std::uint8_t* const end = text + size;

@@ -82,6 +82,9 @@ inline std::uint8_t char_class(const fastops_word_rule& rule, std::uint32_t code
 // No text grows by more than this factor: an invalid byte becomes the three of U+FFFD, and no case mapping is worse.
 inline constexpr std::size_t kLargestGrowth = 3;
 
+// Whether a text begins with the byte order mark of UTF-16 or UTF-32; *skipped: the bytes of UTF-8's, 0 or 3.
+bool begins_with_mark(const std::uint8_t* data, std::size_t size, std::size_t* skipped) noexcept;
+
 // Writes the text as valid UTF-8 (but for "surrogateescape", which leaves bytes alone) with its case mapped, and
 // answers its size; -1 where errors="strict" meets an invalid byte, with its place in *invalid. `to` has room for
 // kLargestGrowth * size.
