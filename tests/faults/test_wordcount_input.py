@@ -30,7 +30,12 @@ def _zstd(data: bytes) -> bytes:
     return bytes(zstandard.ZstdCompressor(write_checksum=True).compress(data))
 
 
-PACK: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": _zstd}
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": _zstd,
+}
 
 
 def outcome(path: Path) -> Any:
