@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import threading
 import time
 import uuid
@@ -34,7 +35,7 @@ _FAN_IN = 8
 # Bytes of a table in one cell of an engine: Arrow's binary type and Spark's rows end at 2 GiB.
 _CELL = 2**28
 # Seconds without any worker after which there will be none.
-_PATIENCE = 30.0
+_PATIENCE = 60.0
 
 Part = tuple[int, _sources.Source, int, int | None]
 
@@ -129,7 +130,7 @@ def count_files(
     ValueError
         An argument out of its range; no `client` and none active; a damaged file, a word that is too long.
     WorkerDied
-        A task whose workers died again and again, or no worker for half a minute.
+        A task whose workers died again and again, or no worker for a minute.
 
     Notes
     -----
@@ -401,7 +402,10 @@ def _of_spark(problem: BaseException) -> BaseException:
     for mark in ("Python worker exited unexpectedly", "ExecutorLostFailure", "Python worker failed to connect back"):
         if mark in text:
             return WorkerDied(f"the workers that ran a part of the work died: Spark says {mark!r}")
-    return RuntimeError(f"Spark could not do the work: {_validate.clip(text.partition(chr(10))[0], 150)}")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # After a Python worker's traceback comes Java's.
+    told = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
+    return RuntimeError(f"Spark could not do the work: {_validate.clip((told or lines or [''])[-1], 150)}")
 
 
 def _mapper(task: _Task) -> Callable[[Iterator[Any]], Iterator[Any]]:
