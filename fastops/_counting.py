@@ -779,7 +779,7 @@ def _text_loop(batches: Iterator[_Batch], job: _FileJob, run: _Run, share: int) 
             if not _may_skip(problem):
                 raise
             counter = job.counter(1, share)
-            _one_by_one(counter, batch, job, run, whole)
+            _halved(batch, job, run, whole)
     return counter.finish() if whole is None else whole
 
 
@@ -811,19 +811,31 @@ def _nothing() -> None:
     pass
 
 
-def _one_by_one(counter: Counter, batch: _Batch, job: _FileJob, run: _Run, whole: Table | None) -> None:
-    """A batch that failed, again text by text: the error then names the text, or the text alone is skipped."""
-    for number, text in enumerate(batch.texts, batch.first):
-        single = _Batch(number, [text], batch.part)
+def _halved(batch: _Batch, job: _FileJob, run: _Run, whole: Table | None) -> None:
+    """A batch that failed, again in halves: in the end the error names the text, or the text alone is skipped."""
+    if len(batch.texts) == 1:
+        parts = [batch]
+    else:
+        middle = len(batch.texts) // 2
+        parts = [
+            _Batch(batch.first, batch.texts[:middle], batch.part),
+            _Batch(batch.first + middle, batch.texts[middle:]),
+        ]
+    for part in parts:
+        counter = job.counter()
         try:
-            _count_batch(counter, single, job, run)
+            _count_batch(counter, part, job, run)
             if whole is not None:
                 whole.merge(counter.finish())
         except (OSError, ValueError) as problem:
-            if whole is None or not _may_skip(problem):
+            if not _may_skip(problem):
                 raise
-            run.skip(number, single.name, problem)
-            counter = job.counter()
+            if len(part.texts) > 1:
+                _halved(part, job, run, whole)
+            elif whole is None:
+                raise
+            else:
+                run.skip(part.first, part.name, problem)
     if whole is None:
         raise RuntimeError(f"{batch.name} failed once and not again")
 
