@@ -412,19 +412,19 @@ class _PythonCounter:
 def count_sources(
     files: object,
     rule: Rule,
-    tokenizer: object,
+    tokenizer: Tokenizer | None,
     options: Options,
     field: str | None = None,
     column: str | None = None,
 ) -> tuple[Table, Skipped]:
-    """Counts files; `tokenizer` where it is callable takes the place of the rule's. The table and the failed files."""
+    """Counts files; `tokenizer` where there is one takes the place of the rule's. The table and the failed files."""
     if field is not None and column is not None:
         raise ValueError(
             "field and column must not be given together: one is of jsonl files, the other of parquet files"
         )
     found = _sources.sources(files, skip=options.skip)
     total = sum(source.size for source in found)
-    job = _FileJob(rule, options, field, column, tokenizer if callable(tokenizer) else None)
+    job = _FileJob(rule, options, field, column, tokenizer)
     with _Run(options, total) as run:
         if job.tokenizer is not None and options.count > 1 and options.approx is None:
             table = _files_in_processes(found, job, run)
@@ -645,13 +645,12 @@ def _file_loop(numbered: Iterator[tuple[int, Source]], job: _FileJob, run: _Run,
 # Texts.
 
 
-def count_texts(texts: object, rule: Rule, tokenizer: object, options: Options) -> tuple[Table, Skipped]:
-    """Counts texts in memory; `tokenizer` where it is callable takes the place of the rule's."""
-    function = tokenizer if callable(tokenizer) else None
-    job = _FileJob(rule, options, None, None, function)
+def count_texts(texts: object, rule: Rule, tokenizer: Tokenizer | None, options: Options) -> tuple[Table, Skipped]:
+    """Counts texts in memory; `tokenizer` where there is one takes the place of the rule's."""
+    job = _FileJob(rule, options, None, None, tokenizer)
     total, batches = _batches(texts, rule, options)
     with _Run(options, total) as run:
-        if function is not None and options.count > 1 and options.approx is None:
+        if tokenizer is not None and options.count > 1 and options.approx is None:
             table = _texts_in_processes(batches, job, run)
         elif options.count == 1 or options.one_counter:
             table = _text_loop(_watched(batches, run), job, run, 1)

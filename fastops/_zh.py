@@ -84,7 +84,7 @@ class ZhTokenizer:
             )
 
     def cut(self, text: str) -> list[str]:
-        """Tokens of a text, white space included, by the compiled code where there is some.
+        """Cut a text into tokens, white space included, by the compiled code where there is some.
 
         Parameters
         ----------
@@ -109,7 +109,7 @@ class ZhTokenizer:
         if not isinstance(text, str):
             raise _validate.wrong_type("text", "a str", text)
         try:
-            model = self.native_model()
+            model = native_model(self)
         except ImportError:
             return self.cut_reference(text)
         try:
@@ -118,18 +118,33 @@ class ZhTokenizer:
             return self.cut_reference(text)
 
     def cut_reference(self, text: str) -> list[str]:
-        """The same by plain Python."""
+        """Cut a text as `cut` does, by plain Python.
+
+        Parameters
+        ----------
+        text : str
+            The text.
+
+        Returns
+        -------
+        list of str
+            The tokens; joined they are the text.
+
+        Raises
+        ------
+        ImportError
+            jieba is not installed and no dictionary was given.
+
+        Examples
+        --------
+        >>> ZhTokenizer().cut_reference("小明硕士毕业于中国科学院计算所")  # doctest: +SKIP
+        ['小明', '硕士', '毕业', '于', '中国科学院', '计算所']
+        """
         return _reference(self._key).cut(text, hmm=self._hmm)
-
-    def native_model(self) -> Any:
-        """The compiled dictionary (`_core.ZhModel`), one for all tokenizers with equal arguments; ImportError without `_core`."""
-        from . import _core
-
-        with _building:
-            return _native(_core.ZhModel, self._key)
 
     @property
     def _key(self) -> _Key:
+        """What makes two tokenizers equal."""
         return self._dictionary, self._hmm, self._user_words
 
     def __eq__(self, other: object) -> bool:
@@ -263,6 +278,14 @@ def _state_tables(states: States) -> tuple[NDArray[np.float64], NDArray[np.float
             if _FIRST_HAN <= ord(character) <= _LAST_HAN:
                 emit[ord(character) - _FIRST_HAN, column] = value
     return start, trans, emit.ravel()
+
+
+def native_model(tokenizer: ZhTokenizer) -> Any:
+    """The compiled dictionary (`_core.ZhModel`), one for all tokenizers with equal arguments; ImportError without `_core`."""
+    from . import _core
+
+    with _building:
+        return _native(_core.ZhModel, tokenizer._key)
 
 
 @lru_cache(2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 from . import _validate
 from ._counts import Tokenizer, WordCounts, keys_of, texts_of
@@ -33,7 +33,7 @@ def _ngrams(ngrams: object) -> tuple[int, int]:
 
 def rule_of(
     *,
-    tokenizer: object = "whitespace",
+    tokenizer: Any = "whitespace",
     lowercase: object = None,
     normalize: object = None,
     ngrams: object = (1, 1),
@@ -47,14 +47,14 @@ def rule_of(
     name, function, chinese = "whitespace", None, None
     if isinstance(tokenizer, str) or not callable(tokenizer):
         if hasattr(tokenizer, "cut_reference"):
-            name, chinese = "zh", cast("Any", tokenizer)
+            name, chinese = "zh", tokenizer
         elif not isinstance(tokenizer, str):
             wanted = " or ".join(repr(item) for item in TOKENIZERS)
             raise _validate.wrong_type("tokenizer", f"{wanted} or a callable", tokenizer)
         else:
             name = _validate.choice("tokenizer", tokenizer, TOKENIZERS)
     else:
-        function = cast("Tokenizer", tokenizer)
+        function = tokenizer
     lower = None if lowercase is None else _validate.choice("lowercase", lowercase, LOWERCASE)
     form = None if normalize is None else _validate.choice("normalize", normalize, NORMALIZE)
     sizes = _ngrams(ngrams)
@@ -76,7 +76,7 @@ def _options(
     max_output_bytes: object,
     memory_limit: object,
     on_error: object,
-    progress: object,
+    progress: Any,
     timeout: object,
     workers: object,
 ) -> Any:

@@ -285,7 +285,7 @@ def test_timeout(workers: int, tokenizer: Any, tmp_path: Path) -> None:
     if tokenizer is None or workers > 1:
         with pytest.raises(TimeoutError, match=r"timeout=0\.1 s"):
             count_sources(path, Rule("word", ngrams=(1, 3)), tokenizer, Options(workers=workers, timeout=0.1))
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
     assert threading.active_count() == before
 
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastops import _zh
-from fastops._zh import ZhTokenizer
+from fastops._zh import ZhTokenizer, native_model
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 JIEBA = "0.42.1"
@@ -148,7 +148,7 @@ def test_zh_whole_real_text_equals_jiebas(name: str, hmm: bool, jieba: Any) -> N
 @given(st.binary(max_size=120))
 def test_zh_native_keeps_every_byte(jieba: Any, text: bytes) -> None:
     pytest.importorskip("fastops._core")
-    model = ZhTokenizer().native_model()
+    model = native_model(ZhTokenizer())
     assert model.cut(text) == list(map(_encode, ZhTokenizer().cut_reference(text.decode("utf-8", "surrogateescape"))))
 
 
@@ -217,7 +217,7 @@ def test_zh_threads_share_one_dictionary(jieba: Any) -> None:
 
     def work(i: int) -> list[str]:
         tokenizer = ZhTokenizer(user_words=[])
-        models.add(id(tokenizer.native_model()))
+        models.add(id(native_model(tokenizer)))
         return tokenizer.cut(texts[i])
 
     with ThreadPoolExecutor(8) as pool:
@@ -248,7 +248,7 @@ def test_zh_does_not_import_jieba(small: Path) -> None:
     if importlib.util.find_spec("jieba") is None:
         pytest.skip("jieba is not installed")
     child.run(
-        "import sys; from fastops._zh import ZhTokenizer; ZhTokenizer().cut('中国'); assert 'jieba' not in sys.modules"
+        "import sys; from fastops._zh import ZhTokenizer, native_model; ZhTokenizer().cut('中国'); assert 'jieba' not in sys.modules"
     )
 
 

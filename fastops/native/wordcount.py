@@ -31,7 +31,9 @@ def native_rule(rule: Rule) -> _core.WordRule:
 
         tables["break_pages"], tables["break_classes"] = _word_break.table()
     if rule.tokenizer == "zh" and rule.zh is not None:
-        tables["zh"] = rule.zh.native_model()
+        from .. import _zh
+
+        tables["zh"] = _zh.native_model(rule.zh)
     stop_words = _core.WordTable()
     for word in rule.stop_words:
         stop_words.add(word, 1)
