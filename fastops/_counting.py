@@ -38,6 +38,8 @@ _LARGE = 2**25
 _SLICE = 2**24
 _PYTHON_SLICE = 2**20
 _TICK = 0.05
+# How errors of temporary files begin their name.
+SPILLED = "a temporary file in "
 _BOM = codecs.BOM_UTF8
 _OTHER_BOMS = {
     codecs.BOM_UTF16_LE: "UTF-16 or UTF-32",
@@ -79,7 +81,10 @@ Skipped = list[tuple[str, str]]
 
 
 def _may_skip(problem: BaseException) -> bool:
-    return isinstance(problem, (OSError, ValueError)) and not isinstance(problem, TimeoutError)
+    """Whether an error is one of its input: a full disk is not."""
+    if isinstance(problem, OSError):
+        return not isinstance(problem, TimeoutError) and not str(problem.filename).startswith(SPILLED)
+    return isinstance(problem, ValueError)
 
 
 class _Run:
@@ -92,6 +97,7 @@ class _Run:
         self.done = 0
         self.completed = 0
         self.skipped: list[tuple[int, str, str]] = []
+        self._counters: list[Counter] = []
         self._lock = threading.Lock()
         self._total = total
         self._next = 0.0
@@ -106,7 +112,7 @@ class _Run:
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
-        self.stop.set()
+        self.end()
         if kind is None and self._report is not None:
             self._report(self.done, self._total)
         if self._bar is not None:
@@ -131,6 +137,22 @@ class _Run:
     def report(self) -> Skipped:
         """The failed files in the order of the input."""
         return [(name, text) for _, name, text in sorted(self.skipped)]
+
+    def watch(self, counter: Counter) -> Counter:
+        """A counter that is to stop with the run."""
+        with self._lock:
+            self._counters.append(counter)
+        return counter
+
+    def end(self) -> None:
+        """Stops what the threads do, within moments."""
+        self.stop.set()
+        with self._lock:
+            for counter in self._counters:
+                # Those in Python look at the flag between their pieces.
+                if hasattr(counter, "stop"):
+                    counter.stop()
+            self._counters.clear()
 
     def check(self) -> None:
         """The clock and the progress; called by the main thread often."""
@@ -162,7 +184,7 @@ def _in_threads(run: _Run, works: list[Callable[[], Table]], produce: Callable[[
             pass
         except BaseException as problem:  # noqa: BLE001 (raised again by the main thread)
             errors.append(problem)
-            run.stop.set()
+            run.end()
         with lock:
             left -= 1
             if not left or errors:
@@ -194,14 +216,20 @@ def _in_threads(run: _Run, works: list[Callable[[], Table]], produce: Callable[[
                 thread.join(_TICK)
                 run.check()
     except BaseException:
-        run.stop.set()
+        run.end()
         # Slices are short; a thread that waits for a pipe is left behind, it holds nothing but that.
         end = time.monotonic() + 1
         for thread in started:
             thread.join(max(0.0, end - time.monotonic()))
         raise
     if errors:
-        raise errors[0]
+        # An error that is in a list of its own frames would keep the counters until the collector runs.
+        problem = errors[0]
+        errors.clear()
+        try:
+            raise problem
+        finally:
+            del problem
     return [table for table in tables if table is not None]
 
 
@@ -537,7 +565,7 @@ def count_parts(job: _FileJob, parts: list[tuple[int, Source, int, int | None]])
     run = _Run(job.options, None)
     numbered = [(order, source) for order, source, _, stop in parts if stop is None]
     tables = [_file_loop(iter(numbered), job, run, job.options.count)] if numbered else []
-    counter = job.counter(job.options.count)
+    counter = run.watch(job.counter(job.options.count))
     for _, source, start, stop in parts:
         if stop is None:
             continue
@@ -624,7 +652,7 @@ def _file_loop(numbered: Iterator[tuple[int, Source]], job: _FileJob, run: _Run,
     """Counts the files that come; with on_error="skip" each by itself, so that a failed one leaves nothing behind."""
     slice_bytes = _slice_bytes(native_threads)
     whole = _backend.word_table(docs=job.rule.doc_freq) if job.options.skip else None
-    counter = job.counter(native_threads)
+    counter = run.watch(job.counter(native_threads))
     for order, source in numbered:
         if run.stop.is_set():
             raise Stopped
@@ -638,7 +666,7 @@ def _file_loop(numbered: Iterator[tuple[int, Source]], job: _FileJob, run: _Run,
             if not _may_skip(problem):
                 raise
             run.skip(order, source.name, problem)
-            counter = job.counter(native_threads)
+            counter = run.watch(job.counter(native_threads))
     return counter.finish() if whole is None else whole
 
 
@@ -766,10 +794,11 @@ def _text_loop(batches: Iterator[_Batch], job: _FileJob, run: _Run, share: int) 
     """Counts the batches that come."""
     rule = job.rule
     whole = _backend.word_table(docs=rule.doc_freq) if job.options.skip else None
-    counter = job.counter(1, share)
+    counter = run.watch(job.counter(1, share))
     for batch in batches:
         if run.stop.is_set():
             raise Stopped
+        failed = False
         try:
             _count_batch(counter, batch, job, run)
             if whole is not None:
@@ -777,7 +806,9 @@ def _text_loop(batches: Iterator[_Batch], job: _FileJob, run: _Run, share: int) 
         except (OSError, ValueError) as problem:
             if not _may_skip(problem):
                 raise
-            counter = job.counter(1, share)
+            failed = True
+        if failed:
+            counter = run.watch(job.counter(1, share))
             _halved(batch, job, run, whole)
     return counter.finish() if whole is None else whole
 
@@ -826,15 +857,17 @@ def _halved(batch: _Batch, job: _FileJob, run: _Run, whole: Table | None) -> Non
             _count_batch(counter, part, job, run)
             if whole is not None:
                 whole.merge(counter.finish())
+            continue
         except (OSError, ValueError) as problem:
             if not _may_skip(problem):
                 raise
-            if len(part.texts) > 1:
-                _halved(part, job, run, whole)
-            elif whole is None:
-                raise
-            else:
+            if len(part.texts) == 1:
+                if whole is None:
+                    raise
                 run.skip(part.first, part.name, problem)
+                continue
+        # Not in the handler: the errors of larger parts would hang on that of the text.
+        _halved(part, job, run, whole)
     if whole is None:
         raise RuntimeError(f"{batch.name} failed once and not again")
 

@@ -152,6 +152,7 @@ class _Worker:
             self.shared = shared
             self.ready = False
             self.finished = False
+            self.last = ""  # the item that it answered last
             self.items: deque[tuple[int, str, int]] = deque()
             self.since = time.monotonic()
             handles = _Handle(theirs.fileno()), None if shared is None else _Handle(shared)
@@ -325,7 +326,8 @@ class Crew:
                 worker.ready = True
                 worker.since = time.monotonic()
                 continue
-            index, label, _ = worker.items.popleft() if worker.items else (-1, "the end of its work", 0)
+            index, label, _ = worker.items.popleft() if worker.items else (-1, self._end(worker), 0)
+            worker.last = label
             worker.since = time.monotonic()
             if kind == b"e":
                 raise _error(body, label)
@@ -372,13 +374,17 @@ class Crew:
         if not worker.ready:
             hint = f" ({_GUARD})" if code is not None and code > 0 else ""
             return WorkerDied(f"worker {worker.number} {how} while it started{hint}")
-        at = worker.items[0][1] if worker.items else "the end of its work"
+        at = worker.items[0][1] if worker.items else self._end(worker)
         return WorkerDied(f"worker {worker.number} {how} at {at}")
+
+    @staticmethod
+    def _end(worker: _Worker) -> str:
+        return f"the end of its work, after {worker.last}" if worker.last else "the end of its work"
 
     def tables(self) -> Iterator[mmap.mmap]:
         """After `run`: asks every worker for its bytes; yields them as memory maps, each valid until the next is asked for."""
         for worker in self._workers:
-            worker.items.append((-1, "the end of its work", 0))
+            worker.items.append((-1, self._end(worker), 0))
             worker.since = time.monotonic()
             worker.channel.send(b"t")
         sizes: dict[int, int] = {}
@@ -389,7 +395,7 @@ class Crew:
                     worker.ready = True
                     continue
                 if kind == b"e":
-                    raise _error(body, "the end of its work")
+                    raise _error(body, self._end(worker))
                 worker.items.clear()
                 worker.finished = True
                 sizes[worker.number] = _LENGTH.unpack(body)[0]

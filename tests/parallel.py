@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -109,6 +110,10 @@ def split_words(text: str) -> list[str]:
     return text.split()
 
 
+def shout(text: str) -> Iterator[str]:
+    return iter(text.upper().split())
+
+
 def slow_split(text: str) -> list[str]:
     time.sleep(0.0005)
     return text.split()
@@ -117,4 +122,9 @@ def slow_split(text: str) -> list[str]:
 def killed_at_death(text: str) -> list[str]:
     if "death" in text:
         os.kill(os.getpid(), signal.SIGKILL)
+    return text.split()
+
+
+def slow_words(text: str) -> list[str]:
+    time.sleep(0.0001)
     return text.split()

@@ -5,8 +5,11 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <memory>
+#include <mutex>
 #include <optional>
+#include <shared_mutex>
 #include <string>
 #include <vector>
 
@@ -57,16 +60,21 @@ Span bytes_span(const py::bytes& key) {
   return {PyBytes_AS_STRING(key.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(key.ptr()))};
 }
 
+// A table that several threads may read and write. Who holds its lock never waits for the GIL, so that one may wait for
+// the lock with the GIL held.
 class WordTable {
  public:
   explicit WordTable(bool docs) : words_(or_no_memory(fastops_words_create(docs ? 1 : 0))) {}
   explicit WordTable(WordsPtr words) : words_(std::move(words)) {}
   const fastops_words* get() const { return words_.get(); }
 
+  std::shared_lock<std::shared_mutex> reading() const { return std::shared_lock<std::shared_mutex>(*lock_); }
+
+  std::uint64_t version() const { return version_; }
+
   fastops_words_info info() const {
-    fastops_words_info found;
-    fastops_words_describe(words_.get(), &found);
-    return found;
+    const auto hold = reading();
+    return describe();
   }
   py::object total() const {
     const fastops_words_info found = info();
@@ -76,19 +84,24 @@ class WordTable {
   py::tuple find(const py::bytes& key) const {
     std::uint64_t count = 0, documents = 0;
     const Span span = bytes_span(key);
+    const auto hold = reading();
     fastops_words_get(words_.get(), span.data, span.size, &count, &documents);
     return py::make_tuple(count, documents);
   }
   void add(const py::bytes& key, const py::int_& count, const py::int_& docs) {
-    const int overflow = 0;
-    (void)overflow;
     const std::string text = py::str(count).cast<std::string>() + " and " + py::str(docs).cast<std::string>();
     if (count < py::int_(1) || docs < py::int_(0) || docs > count)
       throw py::value_error("count must be >= 1 and >= docs >= 0, got " + text);
     const Span span = bytes_span(key);
     if (count >= py::int_(kEndOfCounts)) too_many();
-    raise_overflow(
-        fastops_words_add(words_.get(), span.data, span.size, count.cast<std::uint64_t>(), docs.cast<std::uint64_t>()));
+    const auto number = count.cast<std::uint64_t>(), documents = docs.cast<std::uint64_t>();
+    fastops_status status = FASTOPS_OK;
+    {
+      const std::unique_lock<std::shared_mutex> hold(*lock_);
+      ++version_;
+      status = fastops_words_add(words_.get(), span.data, span.size, number, documents);
+    }
+    raise_overflow(status);
   }
   void merge(const WordTable& other) {
     const bool mine = info().doc_freq != 0, theirs = other.info().doc_freq != 0;
@@ -98,6 +111,13 @@ class WordTable {
     fastops_status status = FASTOPS_OK;
     {
       py::gil_scoped_release released;
+      std::unique_lock<std::shared_mutex> mine_held(*lock_, std::defer_lock);
+      std::shared_lock<std::shared_mutex> theirs_held(*other.lock_, std::defer_lock);
+      if (this == &other)
+        mine_held.lock();
+      else
+        std::lock(mine_held, theirs_held);
+      ++version_;
       status = fastops_words_merge(words_.get(), other.get());
     }
     raise_overflow(status);
@@ -108,6 +128,7 @@ class WordTable {
     fastops_status status = FASTOPS_OK;
     {
       py::gil_scoped_release released;
+      const auto hold = reading();
       status = fastops_words_select(words_.get(), min_count, max_count.value_or(kEndOfCounts), min_docs,
                                     max_docs.value_or(kEndOfCounts), without == nullptr ? nullptr : without->get(),
                                     &selected);
@@ -118,53 +139,81 @@ class WordTable {
   py::list split(std::size_t k) const {
     if (k < 1) throw py::value_error("k must be >= 1, got 0");
     std::vector<fastops_words*> parts(k);
+    fastops_words_info found{};
     fastops_status status = FASTOPS_OK;
     {
       py::gil_scoped_release released;
+      const auto hold = reading();
+      found = describe();
       status = fastops_words_split(words_.get(), k, parts.data());
     }
     raise_unless_ok(status);
     std::vector<WordsPtr> owned(parts.begin(), parts.end());
-    for (WordsPtr& part : owned) fastops_words_annotate(part.get(), info().documents, info().error_bound);
+    for (WordsPtr& part : owned) fastops_words_annotate(part.get(), found.documents, found.error_bound);
     py::list result;
     for (WordsPtr& part : owned) result.append(WordTable(std::move(part)));
     return result;
   }
   py::tuple top(const std::optional<std::size_t>& k) const {
-    const fastops_words_info found = info();
-    const std::size_t n = k.has_value() && *k < found.entries ? *k : found.entries;
-    std::vector<std::size_t> entries(n);
-    std::size_t key_bytes = 0;
-    fastops_status status = FASTOPS_OK;
-    {
-      py::gil_scoped_release released;
-      status = fastops_words_rank(words_.get(), n, entries.data(), &key_bytes);
+    for (;;) {
+      fastops_words_info found{};
+      std::vector<std::size_t> entries;
+      std::size_t n = 0, key_bytes = 0;
+      std::uint64_t version = 0;
+      fastops_status status = FASTOPS_OK;
+      {
+        py::gil_scoped_release released;
+        const auto hold = reading();
+        version = version_;
+        found = describe();
+        n = k.has_value() && *k < found.entries ? *k : found.entries;
+        entries.resize(n);
+        status = fastops_words_rank(words_.get(), n, entries.data(), &key_bytes);
+      }
+      raise_unless_ok(status);
+      const py::bytes keys = room(key_bytes);
+      py::array_t<std::uint64_t> offsets(static_cast<py::ssize_t>(n + 1)), counts(static_cast<py::ssize_t>(n)),
+          docs(static_cast<py::ssize_t>(found.doc_freq != 0 ? n : 0));
+      const auto hold = reading();
+      if (version != version_) continue;  // written meanwhile
+      fastops_words_read(words_.get(), entries.data(), n, PyBytes_AS_STRING(keys.ptr()), offsets.mutable_data(),
+                         counts.mutable_data(), found.doc_freq != 0 ? docs.mutable_data() : nullptr);
+      return py::make_tuple(keys, offsets, counts, found.doc_freq != 0 ? py::object(docs) : py::none());
     }
-    raise_unless_ok(status);
-    const auto keys =
-        py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(key_bytes)));
-    if (!keys) throw py::error_already_set();
-    py::array_t<std::uint64_t> offsets(static_cast<py::ssize_t>(n + 1)), counts(static_cast<py::ssize_t>(n)),
-        docs(static_cast<py::ssize_t>(found.doc_freq != 0 ? n : 0));
-    fastops_words_read(words_.get(), entries.data(), n, PyBytes_AS_STRING(keys.ptr()), offsets.mutable_data(),
-                       counts.mutable_data(), found.doc_freq != 0 ? docs.mutable_data() : nullptr);
-    return py::make_tuple(keys, offsets, counts, found.doc_freq != 0 ? py::object(docs) : py::none());
   }
   py::bytes to_bytes() const {
-    const std::size_t size = fastops_words_packed_size(words_.get());
-    const auto result =
-        py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(size)));
-    if (!result) throw py::error_already_set();
-    char* const to = PyBytes_AS_STRING(result.ptr());
-    py::gil_scoped_release released;
-    fastops_words_pack(words_.get(), to);
-    return result;
+    for (;;) {
+      std::size_t size = 0;
+      {
+        const auto hold = reading();
+        size = fastops_words_packed_size(words_.get());
+      }
+      py::bytes result = room(size);
+      char* const to = PyBytes_AS_STRING(result.ptr());
+      py::gil_scoped_release released;
+      const auto hold = reading();
+      if (fastops_words_packed_size(words_.get()) != size) continue;  // written meanwhile
+      fastops_words_pack(words_.get(), to);
+      return result;
+    }
   }
   void annotate(std::uint64_t documents, std::uint64_t error_bound) {
+    const std::unique_lock<std::shared_mutex> hold(*lock_);
     fastops_words_annotate(words_.get(), documents, error_bound);
   }
 
  private:
+  fastops_words_info describe() const {
+    fastops_words_info found;
+    fastops_words_describe(words_.get(), &found);
+    return found;
+  }
+  // Bytes to be written.
+  static py::bytes room(std::size_t size) {
+    auto bytes = py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(size)));
+    if (!bytes) throw py::error_already_set();
+    return bytes;
+  }
   [[noreturn]] static void too_many() {
     PyErr_SetString(PyExc_OverflowError, "count must stay below 2**63, got more");
     throw py::error_already_set();
@@ -175,6 +224,9 @@ class WordTable {
   }
 
   WordsPtr words_;
+  // A pointer, for tables are moved.
+  std::unique_ptr<std::shared_mutex> lock_ = std::make_unique<std::shared_mutex>();
+  std::uint64_t version_ = 0;
 };
 
 WordTable table_from_bytes(const py::object& buffer) {
@@ -266,8 +318,12 @@ std::string hexadecimal(int byte) {
     case FASTOPS_WORDS_READ:
     case FASTOPS_WORDS_SPILL: {
       errno = error.error_number;
-      const py::object file =
-          error.failure == FASTOPS_WORDS_READ ? name : py::object(py::str("the temporary file of the counts"));
+      py::object file = name;
+      if (error.failure == FASTOPS_WORDS_SPILL) {
+        const py::object folder = py::module_::import("os").attr("environ").attr("get")("TMPDIR");
+        file = py::str("a temporary file in ") +
+               (folder.is_none() || py::len(folder) == 0 ? py::str("/tmp") : py::str(folder));
+      }
       PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, file.ptr());
       throw py::error_already_set();
     }
@@ -285,12 +341,12 @@ class WordCounter {
 
   void feed(const py::object& data) {
     const Bytes bytes(data);
-    check(unlocked([&](fastops_poll poll) {
+    check(stoppable([&](fastops_poll poll) {
       return fastops_word_counter_feed(counter_.get(), bytes.data(), bytes.size(), poll);
     }));
   }
   void end() {
-    check(unlocked([&](fastops_poll poll) { return fastops_word_counter_end(counter_.get(), poll); }));
+    check(stoppable([&](fastops_poll poll) { return fastops_word_counter_end(counter_.get(), poll); }));
   }
   void documents(const py::object& texts) {
     const auto list = py::reinterpret_steal<py::object>(PySequence_Fast(texts.ptr(), "texts must be a list of bytes"));
@@ -307,7 +363,7 @@ class WordCounter {
       data[i] = PyBytes_AS_STRING(item);
       sizes[i] = static_cast<std::size_t>(PyBytes_GET_SIZE(item));
     }
-    check(unlocked([&](fastops_poll poll) {
+    check(stoppable([&](fastops_poll poll) {
       return fastops_word_counter_texts(counter_.get(), data.data(), sizes.data(), n, poll);
     }));
   }
@@ -333,22 +389,43 @@ class WordCounter {
   }
   void file(int fd, std::uint64_t start, std::uint64_t stop) {
     check(
-        unlocked([&](fastops_poll poll) { return fastops_word_counter_file(counter_.get(), fd, start, stop, poll); }));
+        stoppable([&](fastops_poll poll) { return fastops_word_counter_file(counter_.get(), fd, start, stop, poll); }));
   }
   WordTable finish() {
     fastops_words* words = nullptr;
-    check(unlocked([&](fastops_poll poll) { return fastops_word_counter_finish(counter_.get(), poll, &words); }));
+    check(stoppable([&](fastops_poll poll) { return fastops_word_counter_finish(counter_.get(), poll, &words); }));
     return WordTable(WordsPtr(words));
   }
+  // From another thread: what this counter is doing ends soon, with Stopped of fastops/_sources.py.
+  void stop() { stopped_.store(true, std::memory_order_relaxed); }
   const py::object& name() const { return name_; }
   void set_name(const py::object& name) { name_ = name; }
 
  private:
+  struct Poll {
+    const std::atomic<bool>* stopped;
+    fastops_poll inner;
+  };
+  template <class F> fastops_status stoppable(F&& f) {
+    return unlocked([&](fastops_poll inner) {
+      Poll both{&stopped_, inner};
+      const auto ask = [](void* context) -> int {
+        const auto* const poll = static_cast<const Poll*>(context);
+        if (poll->stopped->load(std::memory_order_relaxed)) return 1;
+        return poll->inner.function != nullptr ? poll->inner.function(poll->inner.context) : 0;
+      };
+      return f(fastops_poll{ask, &both});
+    });
+  }
   void check(fastops_status status) {
     if (status == FASTOPS_INVALID) {
       fastops_word_error error{};
       fastops_word_counter_error(counter_.get(), &error);
       raise_error(error, name_, rule_->get());
+    }
+    if (status == FASTOPS_INTERRUPTED && PyErr_Occurred() == nullptr && stopped_.load(std::memory_order_relaxed)) {
+      PyErr_SetNone(py::module_::import("fastops._sources").attr("Stopped").ptr());
+      throw py::error_already_set();
     }
     raise_unless_ok(status);
   }
@@ -356,13 +433,23 @@ class WordCounter {
   std::shared_ptr<WordRule> rule_;
   py::object name_;
   CounterPtr counter_;
+  std::atomic<bool> stopped_{false};
 };
 
 py::tuple encode(const WordTable& table, const py::object& said, const std::vector<py::bytes>& documents) {
   // `said` is a Rule of fastops/_rule.py.
   const auto rule =
       py::module_::import("fastops.native.wordcount").attr("native_rule")(said).cast<std::shared_ptr<WordRule>>();
-  const ReaderPtr reader(or_no_memory(fastops_word_reader_create(&rule->get(), table.get())));
+  ReaderPtr reader;
+  std::uint64_t version = 0;
+  bool changed = false;
+  {
+    py::gil_scoped_release released;
+    const auto hold = table.reading();
+    version = table.version();
+    reader.reset(fastops_word_reader_create(&rule->get(), table.get()));
+  }
+  or_no_memory(reader.get());
   std::vector<std::int64_t> all;
   py::array_t<std::int64_t> offsets(static_cast<py::ssize_t>(documents.size() + 1));
   offsets.mutable_data()[0] = 0;
@@ -372,8 +459,12 @@ py::tuple encode(const WordTable& table, const py::object& said, const std::vect
     fastops_word_error error{};
     const Span text = bytes_span(documents[i]);
     const fastops_status status = unlocked([&](fastops_poll) {
+      const auto hold = table.reading();
+      changed = table.version() != version;
+      if (changed) return FASTOPS_OK;
       return fastops_word_reader_read(reader.get(), text.data, text.size, &ids, &count, &error);
     });
+    if (changed) throw std::runtime_error("counts were changed while texts were encoded with them");
     if (status == FASTOPS_INVALID) raise_error(error, py::str("<text " + std::to_string(i) + ">"), rule->get());
     raise_unless_ok(status);
     if (count > 0) all.insert(all.end(), ids, ids + count);
@@ -440,7 +531,8 @@ void bind_wordcount(py::module_& m) {
       .def("documents", &WordCounter::documents, py::arg("texts"))
       .def("tokens", &WordCounter::tokens, py::arg("tokens"))
       .def("file", &WordCounter::file, py::arg("fd"), py::arg("start"), py::arg("stop"))
-      .def("finish", &WordCounter::finish);
+      .def("finish", &WordCounter::finish)
+      .def("stop", &WordCounter::stop);
 }
 
 }  // namespace fastops

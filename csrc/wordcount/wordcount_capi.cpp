@@ -138,17 +138,29 @@ fastops_status fastops_words_select(const fastops_words* words, uint64_t min_cou
   if (result == nullptr) return FASTOPS_NO_MEMORY;
   result->documents = words->documents;
   result->error_bound = words->error_bound;
+  const auto wanted = [&](const Table::Slot& slot) {
+    if (slot.size1 == 0 || slot.count < min_count || slot.count > max_count) return false;
+    const std::uint64_t documents = table.documents_of(slot);
+    if (documents < min_documents || documents > max_documents) return false;
+    return without == nullptr || without->table.get(table.key_at(slot)) == nullptr;
+  };
+  // Room for all first: what comes in order of hashes would crowd the first slots of a table that has yet to grow.
+  std::size_t entries = 0, long_bytes = 0;
   for (std::size_t i = 0; i < table.capacity(); ++i) {
     const Table::Slot& slot = table.slots()[i];
-    if (slot.size1 == 0 || slot.count < min_count || slot.count > max_count) continue;
-    const std::uint64_t documents = table.documents_of(slot);
-    if (documents < min_documents || documents > max_documents) continue;
-    const fastops::Key key = table.key_at(slot);
-    if (without != nullptr && without->table.get(key) != nullptr) continue;
-    if (result->table.add(key, slot.count, documents) != Added::kDone) {
-      delete result;
-      return FASTOPS_NO_MEMORY;
-    }
+    if (!wanted(slot)) continue;
+    ++entries;
+    if (slot.size1 - 1 > fastops::kInlineKey) long_bytes += slot.size1 - 1;
+  }
+  bool made = entries == 0 || result->table.reserve(entries, long_bytes);
+  for (std::size_t i = 0; made && i < table.capacity(); ++i) {
+    const Table::Slot& slot = table.slots()[i];
+    if (wanted(slot))
+      made = result->table.add(table.key_at(slot), slot.count, table.documents_of(slot)) == Added::kDone;
+  }
+  if (!made) {
+    delete result;
+    return FASTOPS_NO_MEMORY;
   }
   *selected = result;
   return FASTOPS_OK;
@@ -159,7 +171,8 @@ fastops_status fastops_words_split(const fastops_words* words, size_t parts, fas
   bool made = true;
   for (std::size_t i = 0; i < parts; ++i) {
     tables[i] = fastops_words_create(table.with_documents() ? 1 : 0);
-    made = made && tables[i] != nullptr;
+    // About what each will hold; as in fastops_words_select.
+    made = made && tables[i] != nullptr && tables[i]->table.reserve(table.size() / parts, 0);
   }
   for (std::size_t i = 0; made && i < table.capacity(); ++i) {
     const Table::Slot& slot = table.slots()[i];

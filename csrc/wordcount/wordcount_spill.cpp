@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
@@ -25,6 +26,8 @@ constexpr std::size_t kChunk = 65536;
 #endif
 
 unsigned part_of(std::uint32_t hash) noexcept { return hash >> 24; }
+std::uint32_t turned(std::uint32_t hash) noexcept { return hash << 8 | hash >> 24; }
+std::uint32_t turned_back(std::uint32_t hash) noexcept { return hash >> 8 | hash << 24; }
 
 }  // namespace
 
@@ -87,7 +90,7 @@ void Spill::reset() noexcept {
   error_ = 0;
 }
 
-bool Spill::append(unsigned part, const std::uint8_t* data, std::size_t bytes) noexcept {
+bool Spill::append(unsigned part, const std::uint8_t* data, std::size_t bytes, std::size_t records) noexcept {
   if (bytes == 0) return true;
   std::uint64_t offset = 0;
   {
@@ -96,7 +99,8 @@ bool Spill::append(unsigned part, const std::uint8_t* data, std::size_t bytes) n
     if (!list_.grow((chunks_ + 1) * sizeof(Chunk) > list_.bytes() ? 2 * list_.bytes() + 4096 : 0)) return fail(0);
     offset = end_;
     end_ += bytes;
-    list_.get<Chunk>()[chunks_++] = {offset, static_cast<std::uint32_t>(bytes), part};
+    list_.get<Chunk>()[chunks_++] = {offset, static_cast<std::uint32_t>(bytes), part,
+                                     static_cast<std::uint32_t>(records)};
   }
   return write_all(fd_, data, bytes, offset) || fail(errno);
 }
@@ -104,7 +108,7 @@ bool Spill::append(unsigned part, const std::uint8_t* data, std::size_t bytes) n
 bool Spill::write(const Table& table) noexcept {
   Region buffer;
   if (!buffer.grow(kChunk)) return fail(0);
-  std::size_t used = 0;
+  std::size_t used = 0, records = 0;
   unsigned part = 0;
   // Slots lie in order of their hashes, so that a part's entries come together, but for the few that were pushed on.
   for (std::size_t i = 0; i < table.capacity(); ++i) {
@@ -113,20 +117,34 @@ bool Spill::write(const Table& table) noexcept {
     const std::size_t size = slot.size1 - 1;
     const std::size_t bytes = sizeof(Record) + size;
     if (part_of(slot.hash) != part || used + bytes > kChunk) {
-      if (!append(part, buffer.get<std::uint8_t>(), used)) return false;
+      if (!append(part, buffer.get<std::uint8_t>(), used, records)) return false;
       part = part_of(slot.hash);
-      used = 0;
+      used = records = 0;
     }
     if (!buffer.grow(bytes)) return fail(0);
     const Record record = {slot.count, table.documents_of(slot), static_cast<std::uint32_t>(size), slot.hash};
     std::memcpy(buffer.get<std::uint8_t>() + used, &record, sizeof record);
     std::memcpy(buffer.get<std::uint8_t>() + used + sizeof record, table.key_of(slot), size);
     used += bytes;
+    ++records;
   }
-  return append(part, buffer.get<std::uint8_t>(), used);
+  return append(part, buffer.get<std::uint8_t>(), used, records);
 }
 
 bool Spill::read(unsigned part, Table* table) noexcept {
+  // First into a table of this part alone: its hashes all begin alike, so that they are turned by what they share; they
+  // come in order, which is why a table must have room before. A part was written at once as often as it was written.
+  Table alone(table->with_documents());
+  std::size_t most = 0, together = 0;
+  for (std::size_t i = 0; i < chunks_; ++i) {
+    const Chunk& chunk = list_.get<Chunk>()[i];
+    if (chunk.part == part)
+      most = std::max(most, together += chunk.records);
+    else
+      together = 0;
+  }
+  if (most == 0) return true;
+  if (!alone.reserve(most, 0)) return fail(0);
   Region buffer;
   for (std::size_t i = 0; i < chunks_; ++i) {
     const Chunk& chunk = list_.get<Chunk>()[i];
@@ -138,9 +156,24 @@ bool Spill::read(unsigned part, Table* table) noexcept {
       Record record;
       std::memcpy(&record, p, sizeof record);
       p += sizeof record;
-      if (table->add(make_key(p, record.size), record.count, record.documents) != Added::kDone) return fail(0);
+      Key key = make_key(p, record.size);
+      key.hash = turned(key.hash);
+      if (alone.add(key, record.count, record.documents) != Added::kDone) return fail(0);
       p += record.size;
     }
+  }
+  // The parts to come are as large as those that came.
+  const std::size_t now = table->size() + alone.size();
+  if (!table->has_room(alone.size(), 0) &&
+      !table->reserve(static_cast<std::size_t>(static_cast<double>(now) * kParts / (part + 1)) - table->size(), 0))
+    return fail(0);
+  const Table& whole = alone;
+  for (std::size_t i = 0; i < whole.capacity(); ++i) {
+    const Table::Slot& slot = whole.slots()[i];
+    if (slot.size1 == 0) continue;
+    Key key = whole.key_at(slot);
+    key.hash = turned_back(key.hash);
+    if (table->add(key, slot.count, whole.documents_of(slot)) != Added::kDone) return fail(0);
   }
   return true;
 }

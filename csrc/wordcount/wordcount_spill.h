@@ -20,7 +20,7 @@ class Spill {
   // Appends a table; several threads may. False with error_number() where the file cannot be written, or with 0 where
   // there is no memory.
   bool write(const Table& table) noexcept;
-  // Adds what was written of one part to the table.
+  // Adds what was written of one part to the table, part after part.
   bool read(unsigned part, Table* table) noexcept;
   bool used() const noexcept { return chunks_ > 0; }
   int error_number() const noexcept { return error_; }
@@ -28,9 +28,9 @@ class Spill {
  private:
   struct Chunk {
     std::uint64_t offset;
-    std::uint32_t bytes, part;
+    std::uint32_t bytes, part, records;
   };
-  bool append(unsigned part, const std::uint8_t* data, std::size_t bytes) noexcept;
+  bool append(unsigned part, const std::uint8_t* data, std::size_t bytes, std::size_t records) noexcept;
   bool fail(int error) noexcept {
     error_ = error;
     return false;

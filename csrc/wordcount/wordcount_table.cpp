@@ -116,13 +116,18 @@ Added Table::add(const Key& key, std::uint64_t count, std::uint64_t documents) n
 Added Table::add(const Table& other) noexcept {
   constexpr std::size_t kAhead = 16;
   const std::size_t n = other.capacity();
-  // In order of hashes, as both lie in memory; the check first, so that nothing is added where something cannot be.
+  // In order of hashes, as both lie in memory; the check first, so that nothing is added where something cannot be, and
+  // the room for all: what comes in order of hashes would crowd the first slots of a table that has yet to grow.
+  std::size_t more = 0, long_bytes = 0;
   for (std::size_t i = 0; i < n; ++i) {
     const Slot& slot = other.slots()[i];
     if (slot.size1 == 0) continue;
     const Slot* const mine = get(other.key_at(slot));
     if (mine != nullptr && slot.count >= kMaxCount - mine->count) return Added::kTooMany;
+    more += mine == nullptr;
+    if (mine == nullptr && slot.size1 - 1 > kInlineKey) long_bytes += slot.size1 - 1;
   }
+  if (!reserve(more, long_bytes)) return Added::kNoMemory;
   for (std::size_t i = 0; i < n; ++i) {
     if (i + kAhead < n) prefetch(other.slots()[i + kAhead].hash);
     const Slot& slot = other.slots()[i];
@@ -142,10 +147,16 @@ void Table::clear() noexcept {
 
 bool Table::forget_all_but(std::uint64_t document) noexcept {
   Table kept(with_documents_);
+  std::size_t left = 0, long_bytes = 0;
+  for (std::size_t i = 0; with_documents_ && i < capacity(); ++i) {
+    if (slots()[i].size1 == 0 || documents_.get<Documents>()[i].last != document) continue;
+    ++left;
+    if (slots()[i].size1 - 1 > kInlineKey) long_bytes += slots()[i].size1 - 1;
+  }
+  if (left > 0 && !kept.reserve(left, long_bytes)) return false;
   for (std::size_t i = 0; with_documents_ && i < capacity(); ++i) {
     if (slots()[i].size1 == 0 || documents_.get<Documents>()[i].last != document) continue;
     const Key key = key_at(slots()[i]);
-    if (!kept.reserve(1, key.size > kInlineKey ? key.size : 0)) return false;
     Slot& slot = kept.find(key);
     kept.insert(slot, key);
     kept.documents_.get<Documents>()[&slot - kept.slots()].last = document;
