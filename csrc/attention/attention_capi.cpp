@@ -656,6 +656,10 @@ fastops_status fastops_nystrom_attention_backward(const fastops_nystrom_attentio
   const unsigned workers = worker_count();
   Workspaces work;
   Workspace of_samples;  // the convolution's gradient, which samples share
+  // Every step's Z is kept; the other sizes are those of arrays that there are.
+  std::size_t kept = 0;
+  if (!s.ridge_solve && !checked_product({s.iterations + 1, s.landmarks + 15, s.landmarks + 15, 16}, &kept))
+    return FASTOPS_NO_MEMORY;
   const std::size_t taps = d_conv == nullptr ? 0 : s.heads_q * s.taps;
   if (!work.reserve(workers, kernels.work_items(call, s.queries, s.keys, group), item) ||
       !of_samples.reserve({s.batch, taps, item}))

@@ -100,11 +100,11 @@ template <class T> Norms<T> norms(const T* a, std::size_t m) noexcept {
   return n;
 }
 // The steps of Newton's method of third order from z, of which every one but the last is left in z_steps where it is
-// not null (steps + 1 matrices). x, t, u: room of a matrix each.
-template <class U>
-void newton(const U* a, U* z, std::size_t m, std::size_t steps, U* x, U* t, U* u, U* z_steps) noexcept {
+// not null (steps + 1 matrices). x, t, u: room of a matrix each. Before each it asks `stopped`.
+template <class U, class F>
+void newton(const U* a, U* z, std::size_t m, std::size_t steps, U* x, U* t, U* u, U* z_steps, F stopped) noexcept {
   const std::size_t items = m * padded<U>(m);
-  for (std::size_t i = 0; i < steps; ++i) {
+  for (std::size_t i = 0; i < steps && !stopped(); ++i) {
     if (z_steps != nullptr) __builtin_memcpy(z_steps + i * items, z, items * sizeof(U));
     multiply(a, z, m, x);
     diagonal_minus(x, U(7), m, t);
@@ -122,10 +122,11 @@ template <class To, class From> void convert(const From* from, std::size_t rows,
       to[i * padded<To>(cols) + j] = j < cols ? static_cast<To>(from[i * padded<From>(cols) + j]) : To(0);
 }
 
-// g = U^T U, U in its place.
-inline void factorize(double* g, std::size_t m) noexcept {
+// g = U^T U, U in its place, unless `stopped`.
+template <class F> void factorize(double* g, std::size_t m, F stopped) noexcept {
   const std::size_t mp = padded<double>(m);
   for (std::size_t k = 0; k < m; ++k) {
+    if (k % 64 == 0 && stopped()) return;
     double* const row = g + k * mp;
     const std::size_t first = k / kWidth<double> * kWidth<double>;
     const double root = __builtin_sqrt(row[k]);
@@ -345,7 +346,7 @@ template <class T> class NystromPass {
                {logits_, at(mp_)});
   }
 
-  // The middle: W = Z B and u = Z 1.
+  // The middle: W = Z B and u = Z 1, or 0 where there is no key: the sums of no weights.
   void solve(const Middle<T>& middle, const Partial<T>& partial, Parts<T>& parts) noexcept {
     if (stopped()) return;
     T* const b = parts.take(m_ * vp_);
@@ -355,9 +356,9 @@ template <class T> class NystromPass {
     const double c = call_.coefficient > 0 ? call_.coefficient : 1 / product_of_norms;
     T* const z = parts.take(m_ * mp_);
     if (call_.ridge_solve) {
-      ridge(middle, b, product_of_norms, z, parts);
+      ridge(middle, b, ones_of(partial), product_of_norms, z, parts);
     } else if (sizeof(T) == 4 && call_.iterations > kSinglePrecisionSteps) {
-      many_steps(middle, b, c, z, parts);
+      many_steps(middle, b, ones_of(partial), c, z, parts);
     } else {
       start(middle.a, static_cast<T>(c), z);
       T* const x = parts.take(m_ * mp_);
@@ -368,7 +369,7 @@ template <class T> class NystromPass {
       for (std::size_t i = 0; i < m_; ++i) {
         V sum{};
         for (std::size_t j = 0; j < mp_; j += W) sum += load<V>(z + i * mp_ + j);
-        middle.u[i] = sum_lanes<T>(sum);
+        middle.u[i] = ones_of(partial) * sum_lanes<T>(sum);
       }
       for (std::size_t i = m_; i < mp_; ++i) middle.u[i] = 0;
     }
@@ -388,6 +389,8 @@ template <class T> class NystromPass {
       }
     info[0] = static_cast<T>(__builtin_sqrt(off / size));
   }
+  // Sums of the rows of softmax(s Qt K^T).
+  static T ones_of(const Partial<T>& partial) noexcept { return partial.sum[0] == 0 ? T(0) : T(1); }
   // B = softmax(s Qt K^T) V; zeros where there is no key.
   void sums_over_keys(const Partial<T>& partial, T* b) const noexcept {
     for (std::size_t i = 0; i < m_; ++i) {
@@ -401,13 +404,13 @@ template <class T> class NystromPass {
     for (std::size_t i = 0; i < m_; ++i)
       for (std::size_t j = 0; j < mu; ++j) z[i * mu + j] = j < m_ ? c * a[j * mu + i] : U(0);
   }
-  // B and, beside it, ones, in rows of double.
-  void with_ones(const T* b, double* wide) const noexcept {
+  // B and, beside it, `ones`, in rows of double.
+  void with_ones(const T* b, T ones, double* wide) const noexcept {
     const std::size_t vd = padded<double>(call_.values + 1);
     fill<double>(wide, m_ * vd, 0);
     for (std::size_t i = 0; i < m_; ++i) {
       for (std::size_t e = 0; e < call_.values; ++e) wide[i * vd + e] = static_cast<double>(b[i * vp_ + e]);
-      wide[i * vd + call_.values] = 1;
+      wide[i * vd + call_.values] = static_cast<double>(ones);
     }
   }
   void take_apart(const double* both, const Middle<T>& middle) const noexcept {
@@ -420,7 +423,7 @@ template <class T> class NystromPass {
     for (std::size_t i = m_; i < mp_; ++i) middle.u[i] = 0;
   }
   // Newton's steps in double, up to W and u: their sums cancel.
-  void many_steps(const Middle<T>& middle, const T* b, double c, T* z, Parts<T>& parts) noexcept {
+  void many_steps(const Middle<T>& middle, const T* b, T ones, double c, T* z, Parts<T>& parts) noexcept {
     constexpr std::size_t kTwo = sizeof(T) == 8 ? 1 : 2;  // elements of T in a double
     const std::size_t md = padded<double>(m_), items = m_ * md, vd = padded<double>(call_.values + 1);
     double* const a = reinterpret_cast<double*>(parts.take(kTwo * 5 * items));
@@ -428,18 +431,16 @@ template <class T> class NystromPass {
     convert<double>(middle.a, m_, m_, a);
     start(a, c, a + items);
     steps<double>(a, a + items, a + 2 * items, a + 3 * items, a + 4 * items);
-    with_ones(b, both);
+    with_ones(b, ones, both);
     product<double>(m_, vd, Term<double>{a + items, at(md), 1, both, at(vd), m_}, {both + m_ * vd, at(vd)});
     take_apart(both + m_ * vd, middle);
     convert<T>(a + items, m_, m_, z);
   }
   template <class U> void steps(const U* a, U* z, U* x, U* t, U* u) noexcept {
-    constexpr std::size_t kAtOnce = 1;  // between questions whether to stop
-    for (std::size_t done = 0; done < call_.iterations && !stopped(); done += kAtOnce)
-      newton<U>(a, z, m_, call_.iterations - done < kAtOnce ? call_.iterations - done : kAtOnce, x, t, u, nullptr);
+    newton<U>(a, z, m_, call_.iterations, x, t, u, nullptr, [this] { return stopped(); });
   }
   // (A^T A + ridge c I)^-1 A^T, in double, times B and 1; all of it in z where information is asked for.
-  void ridge(const Middle<T>& middle, const T* b, double product_of_norms, T* z, Parts<T>& parts) noexcept {
+  void ridge(const Middle<T>& middle, const T* b, T ones, double product_of_norms, T* z, Parts<T>& parts) noexcept {
     constexpr std::size_t kTwo = sizeof(T) == 8 ? 1 : 2;  // elements of T in a double
     const std::size_t md = padded<double>(m_), vd = padded<double>(call_.values + 1);
     double* const a = reinterpret_cast<double*>(parts.take(kTwo * m_ * md));
@@ -447,7 +448,7 @@ template <class T> class NystromPass {
     double* const wide = reinterpret_cast<double*>(parts.take(kTwo * m_ * vd));
     double* const right = reinterpret_cast<double*>(parts.take(kTwo * m_ * (vd > md ? vd : md)));
     normal_matrix(middle.a, product_of_norms, a, g);
-    with_ones(b, wide);
+    with_ones(b, ones, wide);
     product<double>(m_, vd, Term<double>{a, 1, at(md), wide, at(vd), m_}, {right, at(vd)});
     solve_factorized(g, m_, right, vd);
     take_apart(right, middle);
@@ -464,17 +465,17 @@ template <class T> class NystromPass {
     convert<double>(from, m_, m_, a);
     product<double>(m_, md, Term<double>{a, 1, at(md), a, at(md), m_}, {g, at(md)});
     for (std::size_t i = 0; i < m_; ++i) g[i * md + i] += call_.ridge * product_of_norms;
-    factorize(g, m_);
+    factorize(g, m_, [this] { return stopped(); });
   }
 
   void emit(std::size_t first, std::size_t last, const Middle<T>& middle, void* softmax_work) noexcept {
     auto* const info = static_cast<T*>(head_.info);
     if (info != nullptr && first == 0) {
-      const bool exact = middle.flags[0] == 0;
+      const bool exact = middle.flags[0] == 0, none = exact || count(head_.queries, true) == 0;
       const T nothing = static_cast<T>(__builtin_nan(""));
       if (exact) info[0] = info[1] = nothing;
-      info[2] = exact || head_.queries == 0 ? nothing : -kLowest<T>;
-      info[3] = exact || head_.queries == 0 ? nothing : kLowest<T>;
+      info[2] = none ? nothing : -kLowest<T>;
+      info[3] = none ? nothing : kLowest<T>;
     }
     for (std::size_t i = first; i < last; i += kBlock) {
       if (stopped()) return;

@@ -78,21 +78,23 @@ template <class U> struct MiddleGradient {
     for (std::size_t j = 0; j < m; ++j) da[n.row_at * mp + j] += d_row;
   }
 
-  void newton_forward(const NystromCall& call) noexcept {
+  template <class F> void newton_forward(const NystromCall& call, F stopped) noexcept {
     const Norms<U> n = norms(a, m);
     const U c = call.coefficient > 0 ? static_cast<U>(call.coefficient) : U(1) / (n.column * n.row);
     turned(a, z);
     for (std::size_t i = 0; i < m; ++i) scale_row(z + i * mp, mp, c);
-    newton<U>(a, z, m, call.iterations, x, t, p, steps);
+    newton<U>(a, z, m, call.iterations, x, t, p, steps, stopped);
     __builtin_memcpy(steps + call.iterations * m * mp, z, m * mp * sizeof(U));
     product<U>(m, columns, Term<U>{z, step(mp), 1, b, step(columns), m}, {w, step(columns)});
   }
-  void newton_backward(const NystromCall& call) noexcept {
-    const std::size_t items = m * mp;
+  void newton_values_backward() noexcept {
     product<U>(m, columns, Term<U>{z, 1, step(mp), dw, step(columns), m}, {db, step(columns)});
+  }
+  template <class F> void newton_backward(const NystromCall& call, F stopped) noexcept {
+    const std::size_t items = m * mp;
     outer(dw, b, dz, false);
     fill<U>(da, items, 0);
-    for (std::size_t i = call.iterations; i-- > 0;) {
+    for (std::size_t i = call.iterations; i-- > 0 && !stopped();) {
       // Z' = Z R / 4, R = 13 - X Q, Q = 15 - X P, P = 7 - X, X = A Z.
       const U* const before = steps + i * items;
       times(a, false, before, x, false);
@@ -133,20 +135,23 @@ template <class U> struct MiddleGradient {
   }
 
   // double alone: G = A^T A + ridge c I, W = G^-1 A^T B.
-  void ridge_forward(const NystromCall& call) noexcept {
+  template <class F> void ridge_forward(const NystromCall& call, F stopped) noexcept {
     const Norms<U> n = norms(a, m);
     times(a, true, a, x, false);
     for (std::size_t i = 0; i < m; ++i) x[i * mp + i] += static_cast<U>(call.ridge) * n.column * n.row;
     if constexpr (sizeof(U) == 8) {
-      factorize(x, m);
+      factorize(x, m, stopped);
       product<U>(m, columns, Term<U>{a, 1, step(mp), b, step(columns), m}, {w, step(columns)});
       solve_factorized(x, m, w, columns);
     }
   }
-  void ridge_backward(const NystromCall& call) noexcept {
-    // With R = A^T B: dR = G^-1 dW, dG = -dR W^T, dB = A dR, dA = B dR^T + A (dG + dG^T) and the norms' share.
+  // With R = A^T B: dR = G^-1 dW (in the place of dW), dG = -dR W^T, dB = A dR, dA = B dR^T + A (dG + dG^T) and the
+  // norms' share.
+  void ridge_values_backward() noexcept {
     if constexpr (sizeof(U) == 8) solve_factorized(x, m, dw, columns);
     product<U>(m, columns, Term<U>{a, step(mp), 1, dw, step(columns), m}, {db, step(columns)});
+  }
+  void ridge_backward(const NystromCall& call) noexcept {
     outer(b, dw, da, false);
     outer(dw, w, t, false);
     U trace = 0;
@@ -168,13 +173,14 @@ template <class T> class GradientPass : public NystromPass<T> {
   static constexpr std::size_t W = kWidth<T>;
 
  public:
-  // dk and dv are sums over the query heads of a key head, of all keys.
+  // dk and dv are sums over the query heads of a key head, of all keys. Without room of their own where results are
+  // rows of T in whole vectors: those are added up where they go.
   struct Sums {
     T *dq, *dk, *dv;
     Sums(const NystromCall& call, std::size_t queries, std::size_t keys, Parts<T>& parts)
-        : dq(parts.take(queries * padded<T>(call.dim))),
-          dk(parts.take(keys * padded<T>(call.dim))),
-          dv(parts.take(keys * padded<T>(call.values))) {}
+        : dq(parts.take(is_plain<T>(call.dtype, call.dim) ? 0 : queries * padded<T>(call.dim))),
+          dk(parts.take(is_plain<T>(call.dtype, call.dim) ? 0 : keys * padded<T>(call.dim))),
+          dv(parts.take(is_plain<T>(call.dtype, call.values) ? 0 : keys * padded<T>(call.values))) {}
   };
 
   GradientPass(const NystromCall& call, const NystromHead& head, const Rows& dy, const Sums& sums, T* d_conv,
@@ -185,6 +191,7 @@ template <class T> class GradientPass : public NystromPass<T> {
         d_conv_(d_conv),
         d_q_landmarks_(d_q_landmarks),
         d_k_landmarks_(d_k_landmarks),
+        of_landmarks_(head.q_landmarks == nullptr || d_q_landmarks != nullptr || d_k_landmarks != nullptr),
         g_(parts.take(kBlock * vp_)),
         dl_(parts.take(kBlock * (mp_ > kBlock ? mp_ : kBlock))),
         shift_(parts.take(mp_ + kBlock)),
@@ -243,12 +250,13 @@ template <class T> class GradientPass : public NystromPass<T> {
     for (std::size_t i = 0; i < m_; ++i)
       for (std::size_t e = 0; e < inner.columns; ++e)
         inner.b[i * inner.columns + e] = e < call_.values    ? static_cast<U>(b_[i * vp_ + e])
-                                         : e == call_.values ? U(1)
+                                         : e == call_.values ? static_cast<U>(this->ones_of(partial_))
                                                              : U(0);
+    const auto stops = [this] { return this->stopped(); };
     if (call_.ridge_solve)
-      inner.ridge_forward(call_);
+      inner.ridge_forward(call_, stops);
     else
-      inner.newton_forward(call_);
+      inner.newton_forward(call_, stops);
     for (std::size_t i = 0; i < m_; ++i) {
       for (std::size_t e = 0; e < vp_; ++e)
         middle_.w[i * vp_ + e] = e < call_.values ? static_cast<T>(inner.w[i * inner.columns + e]) : T(0);
@@ -264,21 +272,28 @@ template <class T> class GradientPass : public NystromPass<T> {
                                           : e == call_.values ? static_cast<U>(du_[i])
                                                               : U(0);
     if (call_.ridge_solve)
-      inner.ridge_backward(call_);
+      inner.ridge_values_backward();
     else
-      inner.newton_backward(call_);
+      inner.newton_values_backward();
     for (std::size_t i = 0; i < m_; ++i)
       for (std::size_t e = 0; e < vp_; ++e)
         db_[i * vp_ + e] = e < call_.values ? static_cast<T>(inner.db[i * inner.columns + e]) : T(0);
-    // A's own softmax, back to both landmarks.
+    if (of_landmarks_) matrix_gradient(inner);
+    keys();
+    if (of_landmarks_) give_landmarks();
+  }
+  // Through Z to A and through its softmax to both landmarks.
+  template <class U> void matrix_gradient(MiddleGradient<U>& inner) noexcept {
+    if (call_.ridge_solve)
+      inner.ridge_backward(call_);
+    else
+      inner.newton_backward(call_, [this] { return this->stopped(); });
     T* const da = parts_a_;
     convert<T>(inner.da, m_, m_, da);
     softmax_rows_gradient(middle_.a, da, m_, mp_, static_cast<T>(call_.scale));
     const T one = 1;
     product<T>(m_, dp_, Term<T>{da, at(mp_), 1, middle_.k_rows, at(dp_), m_}, {dq_rows_, at(dp_)});
     product<T>(m_, dp_, Term<T>{da, 1, at(mp_), middle_.q_rows, at(dp_), m_}, {dk_rows_, at(dp_), &one, 0});
-    keys();
-    give_landmarks();
   }
 
   // dW, du, the queries' own gradient and the key landmarks' share of it.
@@ -311,7 +326,7 @@ template <class T> class GradientPass : public NystromPass<T> {
       for (std::size_t r = 0; r < n; ++r)
         if (!this->query_seen(i + r)) fill<T>(dl_ + r * mp_, mp_, 0);
       product<T>(n, dp_, Term<T>{dl_, at(mp_), 1, middle_.k_rows, at(dp_), m_}, {sums_.dq + i * dp_, at(dp_)});
-      product<T>(m_, dp_, Term<T>{dl_, 1, at(mp_), q.data, q.step, n}, {dk_rows_, at(dp_), &one, 0});
+      if (of_landmarks_) product<T>(m_, dp_, Term<T>{dl_, 1, at(mp_), q.data, q.step, n}, {dk_rows_, at(dp_), &one, 0});
     }
   }
 
@@ -350,7 +365,8 @@ template <class T> class GradientPass : public NystromPass<T> {
         product<T>(together, dp_, Term<T>{dl_ + j * mp_, at(mp_), 1, middle_.q_rows, at(dp_), m_},
                    {sums_.dk + key * dp_, at(dp_), &one, 0});
       }
-      product<T>(m_, dp_, Term<T>{dl_, 1, at(mp_), keys.k.data, keys.k.step, n}, {dq_rows_, at(dp_), &one, 0});
+      if (of_landmarks_)
+        product<T>(m_, dp_, Term<T>{dl_, 1, at(mp_), keys.k.data, keys.k.step, n}, {dq_rows_, at(dp_), &one, 0});
       for (std::size_t j = 0; j < n && head_.k_landmarks == nullptr; ++j) {
         add_row(sums_.dk + this->number(first, j) * dp_, dk_rows_ + segments.segment() * dp_, dp_,
                 T(1) / static_cast<T>(segments.length()));
@@ -481,6 +497,7 @@ template <class T> class GradientPass : public NystromPass<T> {
   const Rows dy_;
   const Sums sums_;
   T *const d_conv_, *const d_q_landmarks_, *const d_k_landmarks_;
+  const bool of_landmarks_;  // given ones may be constants
   T *const g_, *const dl_, *const shift_, *const qt_;
   const Middle<T> middle_;
   const Partial<T> partial_;
@@ -501,8 +518,11 @@ template <class T> std::size_t inner_items(const NystromCall& call) noexcept {
 template <class T>
 void run(const NystromCall& call, const NystromHead& head, const NystromGradient& gradient, void* work) noexcept {
   Parts<T> all(work);
-  const typename GradientPass<T>::Sums sums(call, head.queries, head.keys, all);
+  typename GradientPass<T>::Sums sums(call, head.queries, head.keys, all);
   const std::size_t dp = padded<T>(call.dim), vp = padded<T>(call.values);
+  const bool plain = is_plain<T>(call.dtype, call.dim), plain_values = is_plain<T>(call.dtype, call.values);
+  if (plain) sums.dk = static_cast<T*>(gradient.dk);
+  if (plain_values) sums.dv = static_cast<T*>(gradient.dv);
   fill<T>(sums.dk, head.keys * dp, 0);
   fill<T>(sums.dv, head.keys * vp, 0);
   T* const a = all.take(call.landmarks * padded<T>(call.landmarks));
@@ -520,21 +540,24 @@ void run(const NystromCall& call, const NystromHead& head, const NystromGradient
     const Rows dy{row_at(call.dtype, gradient.dy.data, gradient.dy_head, r), gradient.dy.row};
     T* const d_conv = gradient.d_conv == nullptr ? nullptr : static_cast<T*>(gradient.d_conv) + r * call.taps;
     if (d_conv != nullptr) fill<T>(d_conv, call.taps, 0);
+    const char* const dq = row_at(call.dtype, gradient.dq, gradient.dq_head, r);
+    if (plain) sums.dq = reinterpret_cast<T*>(const_cast<char*>(dq));
     Parts<T> parts(rest);
     GradientPass<T> pass(call, one, dy, sums, d_conv, dqs == nullptr ? nullptr : dqs + r * landmark_items, dks, parts);
     pass.parts_a_ = a;
     pass.qt_shift_ = shift;
     pass.run(parts);
-    const char* const dq = row_at(call.dtype, gradient.dq, gradient.dq_head, r);
-    for (std::size_t i = 0; i < head.queries; ++i)
+    for (std::size_t i = 0; i < head.queries && !plain; ++i)
       write_row<T>(call.dtype, sums.dq + i * dp, call.dim,
                    const_cast<char*>(row_at(call.dtype, dq, static_cast<std::ptrdiff_t>(call.dim), i)));
   }
   for (std::size_t j = 0; j < head.keys; ++j) {
-    write_row<T>(call.dtype, sums.dk + j * dp, call.dim,
-                 const_cast<char*>(row_at(call.dtype, gradient.dk, static_cast<std::ptrdiff_t>(call.dim), j)));
-    write_row<T>(call.dtype, sums.dv + j * vp, call.values,
-                 const_cast<char*>(row_at(call.dtype, gradient.dv, static_cast<std::ptrdiff_t>(call.values), j)));
+    if (!plain)
+      write_row<T>(call.dtype, sums.dk + j * dp, call.dim,
+                   const_cast<char*>(row_at(call.dtype, gradient.dk, static_cast<std::ptrdiff_t>(call.dim), j)));
+    if (!plain_values)
+      write_row<T>(call.dtype, sums.dv + j * vp, call.values,
+                   const_cast<char*>(row_at(call.dtype, gradient.dv, static_cast<std::ptrdiff_t>(call.values), j)));
   }
 }
 template <class T>
