@@ -46,18 +46,58 @@ template <class T> struct Partial {
 
 template <class T> constexpr T kLowest = -static_cast<T>(__builtin_huge_val());
 
-// c = c diag - x on a square matrix of m rows.
-template <class T> void diagonal_minus(const T* x, T diagonal, std::size_t m, T* c) noexcept {
-  const std::size_t mp = padded<T>(m);
-  for (std::size_t i = 0; i < m * mp; i += kWidth<T>) store(c + i, -load<Vector<T>>(x + i));
-  for (std::size_t i = 0; i < m; ++i) c[i * mp + i] += diagonal;
+template <class T> void add_to_diagonal(T* x, T value, std::size_t m) noexcept {
+  for (std::size_t i = 0; i < m; ++i) x[i * padded<T>(m) + i] += value;
 }
-template <class T> void multiply(const T* a, const T* b, std::size_t m, T* c) noexcept {
+// Rows of a product between landmarks until the next question whether to stop.
+inline constexpr std::size_t kRowsAtOnce = 240;
+// c = [c +] a b of matrices of m x m, unless `stopped`; element (i, k) of a at a[i * a_row + k * a_step].
+template <class T, class F>
+void multiply(const T* a, std::ptrdiff_t a_row, std::ptrdiff_t a_step, const T* b, std::size_t m, T* c, bool adds,
+              F stopped) noexcept {
   const auto mp = static_cast<std::ptrdiff_t>(padded<T>(m));
-  product<T>(m, padded<T>(m), Term<T>{a, mp, 1, b, mp, m}, {c, mp});
+  const T one = 1;
+  for (std::size_t i = 0; i < m; i += kRowsAtOnce) {
+    if (m > kRowsAtOnce && stopped()) return;
+    const auto row = static_cast<std::ptrdiff_t>(i);
+    product<T>(m - i < kRowsAtOnce ? m - i : kRowsAtOnce, padded<T>(m),
+               Term<T>{a + row * a_row, a_row, a_step, b, mp, m}, {c + row * mp, mp, adds ? &one : nullptr, 0});
+  }
 }
-// Rows of weights from rows of logits; the columns from `m` on get none.
-template <class T> void softmax_rows(T* s, std::size_t rows, std::size_t m) noexcept {
+template <class T, class F> void multiply(const T* a, const T* b, std::size_t m, T* c, F stopped) noexcept {
+  multiply(a, static_cast<std::ptrdiff_t>(padded<T>(m)), 1, b, m, c, false, stopped);
+}
+// The same where the product is symmetric: below the tiles at the diagonal it is that above, mirrored.
+template <class T, class F>
+void symmetric_multiply(const T* a, std::ptrdiff_t a_row, std::ptrdiff_t a_step, const T* b, std::size_t m, T* c,
+                        F stopped) noexcept {
+  constexpr std::size_t kPanel = kTileVectors * kWidth<T>;
+  const std::size_t mp = padded<T>(m);
+  const auto step = static_cast<std::ptrdiff_t>(mp);
+  for (std::size_t j = 0; j < m; j += kPanel) {
+    if (m > kRowsAtOnce && stopped()) return;
+    product<T>(m - j < kPanel ? m : j + kPanel, mp - j < kPanel ? mp - j : kPanel,
+               Term<T>{a, a_row, a_step, b + j, step, m}, {c + j, step});
+    const std::size_t columns = m - j < kPanel ? m - j : kPanel, whole = columns / kWidth<T> * kWidth<T>;
+    transpose(c + j, mp, j, whole, c + j * mp, mp);
+    for (std::size_t i = whole; i < columns; ++i)
+      for (std::size_t r = 0; r < j; ++r) c[(j + i) * mp + r] = c[r * mp + j + i];
+  }
+}
+// The largest lane, in pairs as sum_lanes; nan where one is or not.
+template <class T, class V> FASTOPS_INLINE T most_of_lanes(V v) {
+  if constexpr (sizeof(V) == 2 * sizeof(T)) {
+    return v[0] > v[1] ? v[0] : v[1];
+  } else {
+    using Half = typename simd::LaneType<T, sizeof(V) / 2>::type;
+    Half half[2];
+    __builtin_memcpy(half, &v, sizeof v);
+    return most_of_lanes<T>(select(half[0] > half[1], half[0], half[1]));
+  }
+}
+// Rows of weights from rows of logits; the columns from `m` on get none. With `inverses` the weights still have to be
+// multiplied by those.
+template <class T> void softmax_rows(T* s, std::size_t rows, std::size_t m, T* inverses = nullptr) noexcept {
   using V = Vector<T>;
   const std::size_t mp = padded<T>(m);
   for (std::size_t r = 0; r < rows; ++r, s += mp) {
@@ -67,8 +107,7 @@ template <class T> void softmax_rows(T* s, std::size_t rows, std::size_t m) noex
       const V x = load<V>(s + j);
       most = select(x > most, x, most);
     }
-    T top = most[0];
-    for (std::size_t l = 1; l < kWidth<T>; ++l) top = most[l] > top ? most[l] : top;
+    const T top = most_of_lanes<T>(most);
     V sum{};
     for (std::size_t j = 0; j < mp; j += kWidth<T>) {
       const V e = exp_nonpositive(load<V>(s + j) - top);
@@ -76,6 +115,10 @@ template <class T> void softmax_rows(T* s, std::size_t rows, std::size_t m) noex
       store(s + j, e);
     }
     const T inverse = T(1) / sum_lanes<T>(sum);
+    if (inverses != nullptr) {
+      inverses[r] = inverse;
+      continue;
+    }
     for (std::size_t j = 0; j < mp; j += kWidth<T>) store(s + j, load<V>(s + j) * inverse);
   }
 }
@@ -99,21 +142,36 @@ template <class T> Norms<T> norms(const T* a, std::size_t m) noexcept {
   }
   return n;
 }
+// With more steps than this only X P is halved, see there.
+inline constexpr std::size_t kSymmetricSteps = 6;
 // The steps of Newton's method of third order from z, of which every one but the last is left in z_steps where it is
 // not null (steps + 1 matrices). x, t, u: room of a matrix each. Before each it asks `stopped`.
+// X = A Z and its polynomials are symmetric, as Z begins as a multiple of A^T, and their products can be halved. But
+// rounding then no longer corrects itself: halved in all steps, the result's error is 2 to 6 times as large; in all but
+// the last two of six, and X P in all, it is the same.
 template <class U, class F>
 void newton(const U* a, U* z, std::size_t m, std::size_t steps, U* x, U* t, U* u, U* z_steps, F stopped) noexcept {
   const std::size_t items = m * padded<U>(m);
+  const auto row = static_cast<std::ptrdiff_t>(padded<U>(m));
   for (std::size_t i = 0; i < steps && !stopped(); ++i) {
+    const bool early = steps <= kSymmetricSteps && i + 2 < steps;
+    const auto times = [&](const U* l, const U* r, U* c) {
+      if (early)
+        symmetric_multiply(l, row, 1, r, m, c, stopped);
+      else
+        multiply(l, r, m, c, stopped);
+    };
     if (z_steps != nullptr) __builtin_memcpy(z_steps + i * items, z, items * sizeof(U));
-    multiply(a, z, m, x);
-    diagonal_minus(x, U(7), m, t);
-    multiply(x, t, m, u);
-    diagonal_minus(u, U(15), m, t);
-    multiply(x, t, m, u);
-    diagonal_minus(u, U(13), m, t);
-    multiply(z, t, m, u);
-    for (std::size_t j = 0; j < items; j += kWidth<U>) store(z + j, load<Vector<U>>(u + j) * U(0.25));
+    // -Z (13 - X (15 - X (7 - X))) = Z (X (15 + X (X - 7)) - 13)
+    times(a, z, x);
+    __builtin_memcpy(t, x, items * sizeof(U));
+    add_to_diagonal(t, U(-7), m);
+    symmetric_multiply(x, row, 1, t, m, u, stopped);
+    add_to_diagonal(u, U(15), m);
+    times(x, u, t);
+    add_to_diagonal(t, U(-13), m);
+    multiply(z, t, m, u, stopped);
+    for (std::size_t j = 0; j < items; j += kWidth<U>) store(z + j, load<Vector<U>>(u + j) * U(-0.25));
   }
 }
 template <class To, class From> void convert(const From* from, std::size_t rows, std::size_t cols, To* to) noexcept {
@@ -140,8 +198,9 @@ template <class F> void factorize(double* g, std::size_t m, F stopped) noexcept 
     }
   }
 }
-// b = (U^T U)^-1 b, b of m rows of `cols` (whole vectors).
-inline void solve_factorized(const double* g, std::size_t m, double* b, std::size_t cols) noexcept {
+// b = (U^T U)^-1 b, b of m rows of `cols` (whole vectors), unless `stopped`.
+template <class F>
+void solve_factorized(const double* g, std::size_t m, double* b, std::size_t cols, F stopped) noexcept {
   const std::size_t mp = padded<double>(m);
   const auto reduce = [&](std::size_t from, std::size_t to, double factor) {
     for (std::size_t j = 0; j < cols; j += kWidth<double>)
@@ -149,10 +208,12 @@ inline void solve_factorized(const double* g, std::size_t m, double* b, std::siz
                                          load<simd::f64>(b + to * cols + j)));
   };
   for (std::size_t k = 0; k < m; ++k) {
+    if (k % 64 == 0 && stopped()) return;
     scale_row(b + k * cols, cols, 1 / g[k * mp + k]);
     for (std::size_t i = k + 1; i < m; ++i) reduce(k, i, g[k * mp + i]);
   }
   for (std::size_t k = m; k-- > 0;) {
+    if (k % 64 == 0 && stopped()) return;
     scale_row(b + k * cols, cols, 1 / g[k * mp + k]);
     for (std::size_t i = 0; i < k; ++i) reduce(k, i, g[i * mp + k]);
   }
@@ -378,8 +439,9 @@ template <class T> class NystromPass {
     info[1] = static_cast<T>(c);
     T* const az = parts.take(m_ * mp_);
     T* const aza = parts.take(m_ * mp_);
-    multiply(middle.a, z, m_, az);
-    multiply(az, middle.a, m_, aza);
+    const auto stops = [this] { return stopped(); };
+    multiply(middle.a, z, m_, az, stops);
+    multiply(az, middle.a, m_, aza, stops);
     double off = 0, size = 0;
     for (std::size_t i = 0; i < m_; ++i)
       for (std::size_t j = 0; j < m_; ++j) {
@@ -450,22 +512,24 @@ template <class T> class NystromPass {
     normal_matrix(middle.a, product_of_norms, a, g);
     with_ones(b, ones, wide);
     product<double>(m_, vd, Term<double>{a, 1, at(md), wide, at(vd), m_}, {right, at(vd)});
-    solve_factorized(g, m_, right, vd);
+    const auto stops = [this] { return stopped(); };
+    solve_factorized(g, m_, right, vd, stops);
     take_apart(right, middle);
     if (head_.info == nullptr) return;
     fill<double>(right, m_ * md, 0);
     for (std::size_t i = 0; i < m_; ++i)
       for (std::size_t j = 0; j < m_; ++j) right[i * md + j] = a[j * md + i];
-    solve_factorized(g, m_, right, md);
+    solve_factorized(g, m_, right, md, stops);
     convert<T>(right, m_, m_, z);
   }
   // a = A in double, g the factor of A^T A + ridge c I.
   void normal_matrix(const T* from, double product_of_norms, double* a, double* g) const noexcept {
     const std::size_t md = padded<double>(m_);
     convert<double>(from, m_, m_, a);
-    product<double>(m_, md, Term<double>{a, 1, at(md), a, at(md), m_}, {g, at(md)});
-    for (std::size_t i = 0; i < m_; ++i) g[i * md + i] += call_.ridge * product_of_norms;
-    factorize(g, m_, [this] { return stopped(); });
+    const auto stops = [this] { return stopped(); };
+    symmetric_multiply(a, 1, at(md), a, m_, g, stops);
+    add_to_diagonal(g, call_.ridge * product_of_norms, m_);
+    factorize(g, m_, stops);
   }
 
   void emit(std::size_t first, std::size_t last, const Middle<T>& middle, void* softmax_work) noexcept {
@@ -494,27 +558,26 @@ template <class T> class NystromPass {
     return call_.stop != nullptr && call_.stop->asked(call_.stop->context, head_.worker);
   }
 
-  // P1 of the queries i .. i + n in logits_.
-  Block<T> query_weights(std::size_t i, std::size_t n, const Middle<T>& middle) noexcept {
+  // P1 of the queries i .. i + n in logits_, each row's still to be multiplied by that of `inverses` where there are.
+  Block<T> query_weights(std::size_t i, std::size_t n, const Middle<T>& middle, T* inverses) noexcept {
     const Block<T> q = query_block(i, n);
     product<T>(n, mp_, Term<T>{q.data, q.step, 1, middle.k_columns, at(mp_), call_.dim}, {logits_, at(mp_)});
-    softmax_rows(logits_, n, m_);
+    softmax_rows(logits_, n, m_, inverses);
     return q;
   }
   void landmark_rows(std::size_t i, std::size_t n, const Middle<T>& middle, T* info) noexcept {
-    query_weights(i, n, middle);
+    query_weights(i, n, middle, keep_);
     const std::size_t end = i + n + kBlock < head_.queries ? i + n + kBlock : head_.queries;
     fetch_rows(call_.dtype, head_.q.data, head_.q.row, i + n, end, call_.dim);
-    Target<T> target{o_, at(vp_)};
+    const Target<T> target{o_, at(vp_), nullptr, 0, keep_};
     if (call_.normalize || info != nullptr) {
       for (std::size_t r = 0; r < n; ++r) {
-        const T sum = dot(logits_ + r * mp_, middle.u, mp_);
-        keep_[r] = sum == 0 ? T(0) : T(1) / sum;
+        const T whole = dot(logits_ + r * mp_, middle.u, mp_), sum = whole * keep_[r];
+        if (call_.normalize) keep_[r] = whole == 0 ? T(0) : T(1) / whole;
         if (info == nullptr || !query_seen(i + r)) continue;
         if (info[2] == info[2] && !(info[2] <= sum)) info[2] = sum;
         if (info[3] == info[3] && !(info[3] >= sum)) info[3] = sum;
       }
-      if (call_.normalize) target.scale = keep_;
     }
     product<T>(n, vp_, Term<T>{logits_, at(mp_), 1, middle.w, at(vp_), m_}, target);
   }

@@ -54,11 +54,9 @@ template <class U> struct MiddleGradient {
         zt(parts.take(mp * (mp > columns ? mp : columns))) {}
 
   static std::ptrdiff_t step(std::size_t n) { return static_cast<std::ptrdiff_t>(n); }
-  // c [+]= f(a) f(b), f transposing where it says so; matrices of m x m.
-  void times(const U* l, bool l_transposed, const U* r, U* c, bool adds) const noexcept {
-    const U one = 1;
-    product<U>(m, mp, Term<U>{l, l_transposed ? 1 : step(mp), l_transposed ? step(mp) : 1, r, step(mp), m},
-               {c, step(mp), adds ? &one : nullptr, 0});
+  // c [+]= f(l) r, f transposing where it says so; matrices of m x m.
+  template <class F> void times(const U* l, bool l_transposed, const U* r, U* c, bool adds, F stopped) const noexcept {
+    multiply(l, l_transposed ? 1 : step(mp), l_transposed ? step(mp) : 1, r, m, c, adds, stopped);
   }
   void turned(const U* from, U* to) const noexcept {
     for (std::size_t i = 0; i < m; ++i)
@@ -95,35 +93,33 @@ template <class U> struct MiddleGradient {
     outer(dw, b, dz, false);
     fill<U>(da, items, 0);
     for (std::size_t i = call.iterations; i-- > 0 && !stopped();) {
-      // Z' = Z R / 4, R = 13 - X Q, Q = 15 - X P, P = 7 - X, X = A Z.
       const U* const before = steps + i * items;
-      times(a, false, before, x, false);
-      diagonal_minus(x, U(7), m, p);
-      times(x, false, p, t, false);
-      diagonal_minus(t, U(15), m, q);
-      times(x, false, q, t, false);
-      diagonal_minus(t, U(13), m, t);
-      // dR = Z^T dZ' / 4; dZ = dZ' R^T / 4.
+      // Z' = Z R / 4, R = 13 - X Q, Q = 15 - X P, P = 7 - X, X = A Z. All but Z are symmetric; p, q and r have the
+      // signs -P, Q and -R.
+      symmetric_multiply(a, step(mp), 1, before, m, x, stopped);
+      __builtin_memcpy(p, x, items * sizeof(U));
+      add_to_diagonal(p, U(-7), m);
+      symmetric_multiply(x, step(mp), 1, p, m, q, stopped);
+      add_to_diagonal(q, U(15), m);
+      U* const r = zt;
+      symmetric_multiply(x, step(mp), 1, q, m, r, stopped);
+      add_to_diagonal(r, U(-13), m);
+      // dR = Z^T dZ' / 4; dZ = dZ' R / 4.
       U* const dr = at;
-      times(before, true, dz, dr, false);
+      times(before, true, dz, dr, false, stopped);
       for (std::size_t j = 0; j < m; ++j) scale_row(dr + j * mp, mp, U(0.25));
-      turned(t, zt);
-      times(dz, false, zt, t, false);
-      for (std::size_t j = 0; j < items; j += kWidth<U>) store(dz + j, load<V>(t + j) * U(0.25));
-      // dX = -dR Q^T - dQ P^T - dP, dQ = -X^T dR, dP = -X^T dQ.
-      times(x, true, dr, dq, false);
-      turned(q, zt);
-      times(dr, false, zt, dx, false);
-      turned(p, zt);
-      // dq holds -dQ.
-      times(dq, false, zt, t, false);
-      for (std::size_t j = 0; j < items; j += kWidth<U>) store(dx + j, load<V>(t + j) - load<V>(dx + j));
-      times(x, true, dq, t, false);
-      add(dx, t, U(-1));
+      times(dz, false, r, t, false, stopped);
+      for (std::size_t j = 0; j < items; j += kWidth<U>) store(dz + j, load<V>(t + j) * U(-0.25));
+      // dX = -dR Q - dQ P - dP, dQ = -X dR, dP = -X dQ. dq holds -dQ.
+      times(x, false, dr, dq, false, stopped);
+      times(dr, false, q, dx, false, stopped);
+      times(dq, false, p, dx, true, stopped);
+      times(x, false, dq, dx, true, stopped);
+      for (std::size_t j = 0; j < items; j += kWidth<U>) store(dx + j, -load<V>(dx + j));
       // dA += dX Z^T; dZ += A^T dX.
       turned(before, zt);
-      times(dx, false, zt, da, true);
-      times(a, true, dx, dz, true);
+      times(dx, false, zt, da, true, stopped);
+      times(a, true, dx, dz, true, stopped);
     }
     const Norms<U> n = norms(a, m);
     const U c = call.coefficient > 0 ? static_cast<U>(call.coefficient) : U(1) / (n.column * n.row);
@@ -137,28 +133,28 @@ template <class U> struct MiddleGradient {
   // double alone: G = A^T A + ridge c I, W = G^-1 A^T B.
   template <class F> void ridge_forward(const NystromCall& call, F stopped) noexcept {
     const Norms<U> n = norms(a, m);
-    times(a, true, a, x, false);
-    for (std::size_t i = 0; i < m; ++i) x[i * mp + i] += static_cast<U>(call.ridge) * n.column * n.row;
+    symmetric_multiply(a, 1, step(mp), a, m, x, stopped);
+    add_to_diagonal(x, static_cast<U>(call.ridge) * n.column * n.row, m);
     if constexpr (sizeof(U) == 8) {
       factorize(x, m, stopped);
       product<U>(m, columns, Term<U>{a, 1, step(mp), b, step(columns), m}, {w, step(columns)});
-      solve_factorized(x, m, w, columns);
+      solve_factorized(x, m, w, columns, stopped);
     }
   }
   // With R = A^T B: dR = G^-1 dW (in the place of dW), dG = -dR W^T, dB = A dR, dA = B dR^T + A (dG + dG^T) and the
   // norms' share.
-  void ridge_values_backward() noexcept {
-    if constexpr (sizeof(U) == 8) solve_factorized(x, m, dw, columns);
+  template <class F> void ridge_values_backward(F stopped) noexcept {
+    if constexpr (sizeof(U) == 8) solve_factorized(x, m, dw, columns, stopped);
     product<U>(m, columns, Term<U>{a, step(mp), 1, dw, step(columns), m}, {db, step(columns)});
   }
-  void ridge_backward(const NystromCall& call) noexcept {
+  template <class F> void ridge_backward(const NystromCall& call, F stopped) noexcept {
     outer(b, dw, da, false);
     outer(dw, w, t, false);
     U trace = 0;
     for (std::size_t i = 0; i < m; ++i) trace -= t[i * mp + i];
     turned(t, q);
     for (std::size_t j = 0; j < m * mp; j += kWidth<U>) store(t + j, -(load<V>(t + j) + load<V>(q + j)));
-    times(a, false, t, da, true);
+    times(a, false, t, da, true, stopped);
     const Norms<U> n = norms(a, m);
     const U dc = static_cast<U>(call.ridge) * trace;
     spread(n, dc * n.row, dc * n.column);
@@ -272,7 +268,7 @@ template <class T> class GradientPass : public NystromPass<T> {
                                           : e == call_.values ? static_cast<U>(du_[i])
                                                               : U(0);
     if (call_.ridge_solve)
-      inner.ridge_values_backward();
+      inner.ridge_values_backward(stops);
     else
       inner.newton_values_backward();
     for (std::size_t i = 0; i < m_; ++i)
@@ -284,10 +280,11 @@ template <class T> class GradientPass : public NystromPass<T> {
   }
   // Through Z to A and through its softmax to both landmarks.
   template <class U> void matrix_gradient(MiddleGradient<U>& inner) noexcept {
+    const auto stops = [this] { return this->stopped(); };
     if (call_.ridge_solve)
-      inner.ridge_backward(call_);
+      inner.ridge_backward(call_, stops);
     else
-      inner.newton_backward(call_, [this] { return this->stopped(); });
+      inner.newton_backward(call_, stops);
     T* const da = parts_a_;
     convert<T>(inner.da, m_, m_, da);
     softmax_rows_gradient(middle_.a, da, m_, mp_, static_cast<T>(call_.scale));
@@ -306,7 +303,7 @@ template <class T> class GradientPass : public NystromPass<T> {
     for (std::size_t i = 0; i < head_.queries; i += kBlock) {
       if (this->stopped()) return;
       const std::size_t n = head_.queries - i < kBlock ? head_.queries - i : kBlock;
-      const Block<T> q = this->query_weights(i, n, middle_);
+      const Block<T> q = this->query_weights(i, n, middle_, nullptr);
       take_gradient(i, n);
       if (call_.normalize) {
         // out = num / r: dr = -(G . out) / r.
