@@ -706,9 +706,10 @@ def nystrom_attention_backward(
     Notes
     -----
     Every step of the iteration is differentiated, and so is the coefficient that it begins with: taking Z for the inverse that it
-    is not, or for a constant, is wrong by 2 to 48 %. About 2.5 times the forward's flops. Extra memory of each thread: rows of dq, dk
-    and dv of one head in float32 (float64 for float64), 4 (N D + M (D + E)) bytes with D and E up to whole vectors of 8 (4 in
-    level v2, 16 in v4), and some 4 m (m (iterations + 15) + 10 (D + E)) bytes that do not grow with the length.
+    is not, or for a constant, is wrong by 2 to 48 %. About 2.5 times the forward's flops. Extra memory of each thread: some
+    4 m (m (iterations + 15) + 10 (D + E)) bytes (8 in place of 4 for float64), and where float32 or float64 rows are not whole
+    vectors (multiples of 8 or 4 numbers, half of that in level v2, twice in v4), and for half precision, rows of dq, dk and dv
+    of one head in the type of the sums, 4 (N D + M (D + E)) bytes. The first part does not grow with the length.
 
     Examples
     --------
