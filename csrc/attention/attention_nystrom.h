@@ -49,19 +49,32 @@ template <class T> constexpr T kLowest = -static_cast<T>(__builtin_huge_val());
 template <class T> void add_to_diagonal(T* x, T value, std::size_t m) noexcept {
   for (std::size_t i = 0; i < m; ++i) x[i * padded<T>(m) + i] += value;
 }
-// Rows of a product between landmarks until the next question whether to stop.
-inline constexpr std::size_t kRowsAtOnce = 240;
+// Steps of `work` multiply-adds each until the next question whether to stop, some milliseconds, in multiples of
+// `whole`. Of the register tile it can be more at once.
+inline constexpr std::size_t kTilesWork = std::size_t{1} << 27, kMemorysWork = std::size_t{1} << 23;
+inline std::size_t steps_at_once(std::size_t most, std::size_t work, std::size_t whole) noexcept {
+  return most / (work + 1) / whole * whole + whole;
+}
+// to = factor from^T; matrices of m x m.
+template <class U> void turned(const U* from, U factor, std::size_t m, U* to) noexcept {
+  constexpr std::size_t kLine = 64 / sizeof(U);
+  const std::size_t mp = padded<U>(m);
+  for (std::size_t i = 0; i < m; i += kLine)
+    for (std::size_t j = 0; j < mp; ++j)
+      for (std::size_t r = i; r < m && r < i + kLine; ++r) to[r * mp + j] = j < m ? factor * from[j * mp + r] : U(0);
+}
 // c = [c +] a b of matrices of m x m, unless `stopped`; element (i, k) of a at a[i * a_row + k * a_step].
 template <class T, class F>
 void multiply(const T* a, std::ptrdiff_t a_row, std::ptrdiff_t a_step, const T* b, std::size_t m, T* c, bool adds,
               F stopped) noexcept {
   const auto mp = static_cast<std::ptrdiff_t>(padded<T>(m));
   const T one = 1;
-  for (std::size_t i = 0; i < m; i += kRowsAtOnce) {
-    if (m > kRowsAtOnce && stopped()) return;
+  const std::size_t rows = steps_at_once(kTilesWork, m * m, kChunk);
+  for (std::size_t i = 0; i < m; i += rows) {
+    if (m > rows && stopped()) return;
     const auto row = static_cast<std::ptrdiff_t>(i);
-    product<T>(m - i < kRowsAtOnce ? m - i : kRowsAtOnce, padded<T>(m),
-               Term<T>{a + row * a_row, a_row, a_step, b, mp, m}, {c + row * mp, mp, adds ? &one : nullptr, 0});
+    product<T>(m - i < rows ? m - i : rows, padded<T>(m), Term<T>{a + row * a_row, a_row, a_step, b, mp, m},
+               {c + row * mp, mp, adds ? &one : nullptr, 0});
   }
 }
 template <class T, class F> void multiply(const T* a, const T* b, std::size_t m, T* c, F stopped) noexcept {
@@ -72,10 +85,10 @@ template <class T, class F>
 void symmetric_multiply(const T* a, std::ptrdiff_t a_row, std::ptrdiff_t a_step, const T* b, std::size_t m, T* c,
                         F stopped) noexcept {
   constexpr std::size_t kPanel = kTileVectors * kWidth<T>;
-  const std::size_t mp = padded<T>(m);
+  const std::size_t mp = padded<T>(m), columns_at_once = steps_at_once(kTilesWork, m * m, kPanel);
   const auto step = static_cast<std::ptrdiff_t>(mp);
   for (std::size_t j = 0; j < m; j += kPanel) {
-    if (m > kRowsAtOnce && stopped()) return;
+    if (m > columns_at_once && j % columns_at_once == 0 && stopped()) return;
     product<T>(m - j < kPanel ? m : j + kPanel, mp - j < kPanel ? mp - j : kPanel,
                Term<T>{a, a_row, a_step, b + j, step, m}, {c + j, step});
     const std::size_t columns = m - j < kPanel ? m - j : kPanel, whole = columns / kWidth<T> * kWidth<T>;
@@ -183,8 +196,9 @@ template <class To, class From> void convert(const From* from, std::size_t rows,
 // g = U^T U, U in its place, unless `stopped`.
 template <class F> void factorize(double* g, std::size_t m, F stopped) noexcept {
   const std::size_t mp = padded<double>(m);
+  const std::size_t steps = steps_at_once(kMemorysWork, m * m, 1);
   for (std::size_t k = 0; k < m; ++k) {
-    if (k % 64 == 0 && stopped()) return;
+    if (m > steps && k % steps == 0 && stopped()) return;
     double* const row = g + k * mp;
     const std::size_t first = k / kWidth<double> * kWidth<double>;
     const double root = __builtin_sqrt(row[k]);
@@ -201,19 +215,19 @@ template <class F> void factorize(double* g, std::size_t m, F stopped) noexcept 
 // b = (U^T U)^-1 b, b of m rows of `cols` (whole vectors), unless `stopped`.
 template <class F>
 void solve_factorized(const double* g, std::size_t m, double* b, std::size_t cols, F stopped) noexcept {
-  const std::size_t mp = padded<double>(m);
+  const std::size_t mp = padded<double>(m), steps = steps_at_once(kMemorysWork, m * cols, 1);
   const auto reduce = [&](std::size_t from, std::size_t to, double factor) {
     for (std::size_t j = 0; j < cols; j += kWidth<double>)
       store(b + to * cols + j, simd::fma(splat<simd::f64>(-factor), load<simd::f64>(b + from * cols + j),
                                          load<simd::f64>(b + to * cols + j)));
   };
   for (std::size_t k = 0; k < m; ++k) {
-    if (k % 64 == 0 && stopped()) return;
+    if (m > steps && k % steps == 0 && stopped()) return;
     scale_row(b + k * cols, cols, 1 / g[k * mp + k]);
     for (std::size_t i = k + 1; i < m; ++i) reduce(k, i, g[k * mp + i]);
   }
   for (std::size_t k = m; k-- > 0;) {
-    if (k % 64 == 0 && stopped()) return;
+    if (m > steps && k % steps == 0 && stopped()) return;
     scale_row(b + k * cols, cols, 1 / g[k * mp + k]);
     for (std::size_t i = 0; i < k; ++i) reduce(k, i, g[i * mp + k]);
   }
@@ -421,7 +435,7 @@ template <class T> class NystromPass {
     } else if (sizeof(T) == 4 && call_.iterations > kSinglePrecisionSteps) {
       many_steps(middle, b, ones_of(partial), c, z, parts);
     } else {
-      start(middle.a, static_cast<T>(c), z);
+      turned(middle.a, static_cast<T>(c), m_, z);
       T* const x = parts.take(m_ * mp_);
       T* const t = parts.take(m_ * mp_);
       T* const u = parts.take(m_ * mp_);
@@ -460,12 +474,6 @@ template <class T> class NystromPass {
       for (std::size_t e = 0; e < vp_; e += W) store(b + i * vp_ + e, load<V>(partial.values + i * vp_ + e) * inverse);
     }
   }
-  // z = c a^T.
-  template <class U> void start(const U* a, U c, U* z) const noexcept {
-    const std::size_t mu = padded<U>(m_);
-    for (std::size_t i = 0; i < m_; ++i)
-      for (std::size_t j = 0; j < mu; ++j) z[i * mu + j] = j < m_ ? c * a[j * mu + i] : U(0);
-  }
   // B and, beside it, `ones`, in rows of double.
   void with_ones(const T* b, T ones, double* wide) const noexcept {
     const std::size_t vd = padded<double>(call_.values + 1);
@@ -491,7 +499,7 @@ template <class T> class NystromPass {
     double* const a = reinterpret_cast<double*>(parts.take(kTwo * 5 * items));
     double* const both = reinterpret_cast<double*>(parts.take(kTwo * 2 * m_ * vd));
     convert<double>(middle.a, m_, m_, a);
-    start(a, c, a + items);
+    turned(a, c, m_, a + items);
     steps<double>(a, a + items, a + 2 * items, a + 3 * items, a + 4 * items);
     with_ones(b, ones, both);
     product<double>(m_, vd, Term<double>{a + items, at(md), 1, both, at(vd), m_}, {both + m_ * vd, at(vd)});
@@ -516,9 +524,7 @@ template <class T> class NystromPass {
     solve_factorized(g, m_, right, vd, stops);
     take_apart(right, middle);
     if (head_.info == nullptr) return;
-    fill<double>(right, m_ * md, 0);
-    for (std::size_t i = 0; i < m_; ++i)
-      for (std::size_t j = 0; j < m_; ++j) right[i * md + j] = a[j * md + i];
+    turned(a, 1.0, m_, right);
     solve_factorized(g, m_, right, md, stops);
     convert<T>(right, m_, m_, z);
   }

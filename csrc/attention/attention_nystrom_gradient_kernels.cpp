@@ -58,10 +58,6 @@ template <class U> struct MiddleGradient {
   template <class F> void times(const U* l, bool l_transposed, const U* r, U* c, bool adds, F stopped) const noexcept {
     multiply(l, l_transposed ? 1 : step(mp), l_transposed ? step(mp) : 1, r, m, c, adds, stopped);
   }
-  void turned(const U* from, U* to) const noexcept {
-    for (std::size_t i = 0; i < m; ++i)
-      for (std::size_t j = 0; j < mp; ++j) to[i * mp + j] = j < m ? from[j * mp + i] : U(0);
-  }
   // c (m x m) [+]= l r^T of rows of `columns`.
   void outer(const U* l, const U* r, U* c, bool adds) noexcept {
     const U one = 1;
@@ -79,8 +75,7 @@ template <class U> struct MiddleGradient {
   template <class F> void newton_forward(const NystromCall& call, F stopped) noexcept {
     const Norms<U> n = norms(a, m);
     const U c = call.coefficient > 0 ? static_cast<U>(call.coefficient) : U(1) / (n.column * n.row);
-    turned(a, z);
-    for (std::size_t i = 0; i < m; ++i) scale_row(z + i * mp, mp, c);
+    turned(a, c, m, z);
     newton<U>(a, z, m, call.iterations, x, t, p, steps, stopped);
     __builtin_memcpy(steps + call.iterations * m * mp, z, m * mp * sizeof(U));
     product<U>(m, columns, Term<U>{z, step(mp), 1, b, step(columns), m}, {w, step(columns)});
@@ -117,13 +112,13 @@ template <class U> struct MiddleGradient {
       times(x, false, dq, dx, true, stopped);
       for (std::size_t j = 0; j < items; j += kWidth<U>) store(dx + j, -load<V>(dx + j));
       // dA += dX Z^T; dZ += A^T dX.
-      turned(before, zt);
+      turned(before, U(1), m, zt);
       times(dx, false, zt, da, true, stopped);
       times(a, true, dx, dz, true, stopped);
     }
     const Norms<U> n = norms(a, m);
     const U c = call.coefficient > 0 ? static_cast<U>(call.coefficient) : U(1) / (n.column * n.row);
-    turned(dz, zt);
+    turned(dz, U(1), m, zt);
     add(da, zt, c);
     if (call.coefficient > 0) return;
     const U dc = dot(zt, a, items);
@@ -152,7 +147,7 @@ template <class U> struct MiddleGradient {
     outer(dw, w, t, false);
     U trace = 0;
     for (std::size_t i = 0; i < m; ++i) trace -= t[i * mp + i];
-    turned(t, q);
+    turned(t, U(1), m, q);
     for (std::size_t j = 0; j < m * mp; j += kWidth<U>) store(t + j, -(load<V>(t + j) + load<V>(q + j)));
     times(a, false, t, da, true, stopped);
     const Norms<U> n = norms(a, m);
