@@ -20,14 +20,14 @@ inline constexpr std::size_t kSinglePrecisionSteps = 8;
 // A head's matrices between landmarks; rows padded to vectors. Where attention is exact there is nothing in it.
 template <class T> struct Middle {
   T* flags;                  // [0]: 1 where landmarks stand for the sample
-  T *q_rows, *k_rows;        // landmarks x dim
+  T *q_rows, *k_rows;        // landmarks x dim; without room of their own where they are not kept
   T *q_columns, *k_columns;  // dim x landmarks, times the scale
   T *a, *w, *u;              // landmarks x landmarks, landmarks x values, landmarks
 
-  Middle(const NystromCall& call, Parts<T>& parts)
+  Middle(const NystromCall& call, bool keeps_rows, Parts<T>& parts)
       : flags(parts.take(1)),
-        q_rows(parts.take(call.landmarks * padded<T>(call.dim))),
-        k_rows(parts.take(call.landmarks * padded<T>(call.dim))),
+        q_rows(parts.take(keeps_rows ? call.landmarks * padded<T>(call.dim) : 0)),
+        k_rows(parts.take(keeps_rows ? call.landmarks * padded<T>(call.dim) : 0)),
         q_columns(parts.take(call.dim * padded<T>(call.landmarks))),
         k_columns(parts.take(call.dim * padded<T>(call.landmarks))),
         a(parts.take(call.landmarks * padded<T>(call.landmarks))),
@@ -429,7 +429,7 @@ template <class T> class NystromPass {
     const Norms<T> n = norms(middle.a, m_);
     const double product_of_norms = static_cast<double>(n.column) * static_cast<double>(n.row);
     const double c = call_.coefficient > 0 ? call_.coefficient : 1 / product_of_norms;
-    T* const z = parts.take(m_ * mp_);
+    T* const z = parts.take(call_.ridge_solve && !call_.informs ? 0 : m_ * mp_);
     if (call_.ridge_solve) {
       ridge(middle, b, ones_of(partial), product_of_norms, z, parts);
     } else if (sizeof(T) == 4 && call_.iterations > kSinglePrecisionSteps) {
@@ -516,7 +516,7 @@ template <class T> class NystromPass {
     double* const a = reinterpret_cast<double*>(parts.take(kTwo * m_ * md));
     double* const g = reinterpret_cast<double*>(parts.take(kTwo * m_ * md));
     double* const wide = reinterpret_cast<double*>(parts.take(kTwo * m_ * vd));
-    double* const right = reinterpret_cast<double*>(parts.take(kTwo * m_ * (vd > md ? vd : md)));
+    double* const right = reinterpret_cast<double*>(parts.take(kTwo * m_ * (vd > md || !call_.informs ? vd : md)));
     normal_matrix(middle.a, product_of_norms, a, g);
     with_ones(b, ones, wide);
     product<double>(m_, vd, Term<double>{a, 1, at(md), wide, at(vd), m_}, {right, at(vd)});

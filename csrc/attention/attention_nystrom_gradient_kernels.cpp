@@ -187,7 +187,7 @@ template <class T> class GradientPass : public NystromPass<T> {
         dl_(parts.take(kBlock * (mp_ > kBlock ? mp_ : kBlock))),
         shift_(parts.take(mp_ + kBlock)),
         qt_(parts.take(call.dim * kBlock)),
-        middle_(call, parts),
+        middle_(call, true, parts),
         partial_(call, parts),
         dw_(parts.take(m_ * vp_)),
         du_(parts.take(mp_)),

@@ -386,13 +386,13 @@ def test_nystrom_needs_no_memory_for_the_length(failing_malloc: str, heads: int)
         return shim.fail_bytes() - sum(y.nbytes for y in results)
     rng = np.random.default_rng(0)
     for dtype in (np.float32, np.float16):
-        for threads in (1, 2, 5):
+        for threads in (1, 2, 5) if dtype is np.float32 else (2,):
             fastops.set_num_threads(threads)
             for m in (64, 128):
                 for pinv in ("newton", "ridge"):
                     of = {"num_landmarks": m, "pinv": pinv}
                     asked = []
-                    for n in (9_000, 20_000):
+                    for n in (9_000, 13_000):
                         x = rng.standard_normal((1, int(sys.argv[1]), n, 64), np.float32).astype(dtype)
                         asked.append([extra(lambda: (fastops.nystrom_attention(x, x, x, **of),))])
                         # Rows of gradients in half precision are added up in float32.
@@ -401,6 +401,6 @@ def test_nystrom_needs_no_memory_for_the_length(failing_malloc: str, heads: int)
                     mib = [bytes / 2**20 / threads for bytes in asked[-1]]
                     print(dtype.__name__, threads, "threads", m, pinv, *(f"{x:.2f} MiB a thread" for x in mib))
                     assert all(abs(x - y) < 2**12 for x, y in zip(*asked)), asked
-                    pass #assert all(x <= most + 0.01 for x, most in zip(mib, (1, 2.5))), mib
+                    assert all(x <= most + 0.01 for x, most in zip(mib, (1, 2.5))), mib
     """
-    run(code, arguments=[str(heads)], env={"LD_PRELOAD": failing_malloc})
+    run(code, arguments=[str(heads)], env={"LD_PRELOAD": failing_malloc}, timeout=120)
