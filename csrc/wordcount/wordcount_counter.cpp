@@ -18,12 +18,13 @@ constexpr const WordKernels* kTable[] = {FASTOPS_FOR_EACH_LEVEL(FASTOPS_LEVEL_TA
 
 #if defined(FASTOPS_TEST_TINY)
 constexpr std::size_t kBlock = 64, kSpan = 256, kRead = 64;
+constexpr double kNanosecondsPerByte = 1e6;  // the pool works on the shortest texts
 #else
 constexpr std::size_t kBlock = std::size_t{1} << 18;  // of a text in memory, for one worker
 constexpr std::size_t kSpan = std::size_t{1} << 20;   // of a file, likewise
 constexpr std::size_t kRead = std::size_t{1} << 17;   // of a file at a time
-#endif
 constexpr double kNanosecondsPerByte = 1.2;
+#endif
 
 // The next "\n" at or after p; null where there is none.
 const std::uint8_t* line_end(const std::uint8_t* p, const std::uint8_t* end) noexcept {
@@ -164,7 +165,7 @@ fastops_status WordCounter::feed(const std::uint8_t* data, std::size_t size, fas
   if (failed_) return FASTOPS_INVALID;
   // What was carried goes on to the end of its line, or grows until it can be cut.
   while (size > 0) {
-    if (carried_ == 0 && begun_) {
+    if (carried_ == 0 && begun_ && !inside_line_) {
       const std::uint8_t* last = static_cast<const std::uint8_t*>(memrchr(data, '\n', size));
       if (last != nullptr) {
         const auto n = static_cast<std::size_t>(last + 1 - data);
@@ -204,6 +205,7 @@ fastops_status WordCounter::feed(const std::uint8_t* data, std::size_t size, fas
         skipped + all_[0].stream.consume(carry + skipped, carried_ - skipped, offset_ + skipped, whole);
     const fastops_status status = take_errors(FASTOPS_OK);
     if (status != FASTOPS_OK) return status;
+    if (done > 0) inside_line_ = carry[done - 1] != '\n';
     std::memmove(carry, carry + done, carried_ - done);
     carried_ -= done;
     offset_ += done;
@@ -226,7 +228,7 @@ fastops_status WordCounter::end(fastops_poll) noexcept {
   if (stream.ok()) stream.end_text();
   carried_ = tried_ = 0;
   offset_ = 0;
-  begun_ = false;
+  begun_ = inside_line_ = false;
   return take_errors(FASTOPS_OK);
 }
 

@@ -61,6 +61,7 @@ class WordCounter {
   std::size_t tried_ = 0;     // how many of them could not be cut
   std::uint64_t offset_ = 0;  // of the carried bytes
   bool begun_ = false;
+  bool inside_line_ = false;  // the first worker has counted the beginning of a line, and must see the rest of it
 
   fastops_word_error error_{};
   std::atomic<bool> failed_{false};

@@ -78,7 +78,8 @@ class Tally {
       return false;
     }
     budget_->used -= table_.bytes();
-    if (!table_.forget_all_but(document_)) status_ = FASTOPS_NO_MEMORY;
+    // What waits in the batch may be of earlier documents than the current one.
+    if (!table_.forget_before(pending_ > 0 ? document_of_[0] : document_)) status_ = FASTOPS_NO_MEMORY;
     budget_->used += table_.bytes();
     return status_ == FASTOPS_OK;
   }

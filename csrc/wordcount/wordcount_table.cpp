@@ -19,22 +19,22 @@ constexpr std::size_t kFirstCapacity = 4096;
 // The entries that a table of so many slots holds before it grows.
 std::size_t most_of(std::size_t capacity) noexcept { return capacity / 5 * 3 + capacity % 5 * 3 / 5; }
 
-std::uint64_t choose_seed() noexcept {
+std::uint64_t choose_seed(std::uint64_t number) noexcept {
   std::uint64_t seed = 0;
   if (getentropy(&seed, sizeof seed) != 0) {
     timespec now{};
     clock_gettime(CLOCK_MONOTONIC, &now);
-    seed = static_cast<std::uint64_t>(now.tv_nsec) * 0x9e3779b97f4a7c15u ^ static_cast<std::uint64_t>(getpid());
+    seed = (static_cast<std::uint64_t>(now.tv_nsec) + number) * 0x9e3779b97f4a7c15u ^ static_cast<std::uint64_t>(getpid());
   }
   return seed | 1;
 }
 
 }  // namespace
 
-const std::uint64_t kHashSeed = choose_seed();
+const std::uint64_t kHashSeeds[2] = {choose_seed(0), choose_seed(1)};
 
 std::uint64_t hash_long(const std::uint8_t* data, std::size_t size) noexcept {
-  std::uint64_t hash = kHashSeed ^ size;
+  std::uint64_t hash = kHashSeeds[0] ^ size;
   std::uint64_t word;
   for (; size >= 8; data += 8, size -= 8) {
     std::memcpy(&word, data, 8);
@@ -145,7 +145,7 @@ void Table::clear() noexcept {
   mask_ = entries_ = most_ = arena_used_ = 0;
 }
 
-bool Table::forget_all_but(std::uint64_t document) noexcept {
+bool Table::forget_before(std::uint64_t first) noexcept {
   Table kept(with_documents_);
   std::size_t left = 0, long_bytes = 0;
   for (std::size_t i = 0; with_documents_ && i < capacity(); ++i) {
@@ -155,11 +155,12 @@ bool Table::forget_all_but(std::uint64_t document) noexcept {
   }
   if (left > 0 && !kept.reserve(left, long_bytes)) return false;
   for (std::size_t i = 0; with_documents_ && i < capacity(); ++i) {
-    if (slots()[i].size1 == 0 || documents_.get<Documents>()[i].last != document) continue;
+    const std::uint64_t last = documents_.get<Documents>()[i].last;
+    if (slots()[i].size1 == 0 || last < first) continue;
     const Key key = key_at(slots()[i]);
     Slot& slot = kept.find(key);
     kept.insert(slot, key);
-    kept.documents_.get<Documents>()[&slot - kept.slots()].last = document;
+    kept.documents_.get<Documents>()[&slot - kept.slots()].last = last;
   }
   std::swap(*this, kept);
   return true;

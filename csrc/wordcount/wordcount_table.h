@@ -24,8 +24,9 @@ struct Key {
   std::uint32_t size, hash;
 };
 
-// Differs from process to process, so that no text can be made to collide. wordcount_table.cpp
-extern const std::uint64_t kHashSeed;
+// Differ from process to process, so that no text can be made to collide: one for each factor, since a product with a
+// factor that a text makes zero says nothing of the other. wordcount_table.cpp
+extern const std::uint64_t kHashSeeds[2];
 
 inline std::uint64_t mix(std::uint64_t a, std::uint64_t b) noexcept {
   const unsigned __int128 product = static_cast<unsigned __int128>(a) * b;
@@ -65,7 +66,7 @@ inline Key short_key(const std::uint8_t* data, std::size_t size) noexcept {
   key.high &= kFirstBytes.at[size][1];
   key.data = data;
   key.size = static_cast<std::uint32_t>(size);
-  key.hash = slot_hash(mix(key.low ^ kHashSeed, key.high ^ 0xa0761d6478bd642fu ^ size));
+  key.hash = slot_hash(mix(key.low ^ kHashSeeds[0], key.high ^ kHashSeeds[1] ^ size));
   return key;
 }
 
@@ -145,9 +146,9 @@ class Table {
     __builtin_prefetch(slots() + home(hash), 1);  // of a table without slots: any address may be asked for
   }
   void clear() noexcept;
-  // Empty but for the keys of a document that goes on: they stay with a count of 0, so that it is not counted twice for
-  // them.
-  bool forget_all_but(std::uint64_t document) noexcept;
+  // Empty but for the keys whose last document is `first` or a later one, which may go on: they stay with a count of 0,
+  // so that it is not counted twice for them.
+  bool forget_before(std::uint64_t first) noexcept;
 
   std::size_t size() const noexcept { return entries_; }
   std::size_t capacity() const noexcept { return slots() == nullptr ? 0 : mask_ + 1; }

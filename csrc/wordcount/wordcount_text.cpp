@@ -4,6 +4,9 @@
 
 #include <cstring>
 
+#include "wordcount/wordcount_breaks.h"
+#include "wordcount/wordcount_zh.h"
+
 namespace fastops {
 namespace {
 
@@ -49,12 +52,23 @@ std::uint8_t* map_case(const fastops_word_rule& rule, std::uint32_t code, std::u
 }
 
 bool is_plain_space(std::uint8_t c) noexcept { return c == ' ' || c == '\t' || c == '\n' || c == '\v' || c == '\f'; }
-bool is_alphanumeric(std::uint8_t c) noexcept {
-  return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
+
+// Whether a boundary of UAX #29 stands between the two characters whatever stands around them.
+bool always_breaks(BreakClass left, BreakClass right) noexcept {
+  using breaks::Class;
+  using breaks::in;
+  constexpr std::uint32_t pairs = breaks::set(Class::kSpace, Class::kFlag);  // WB3d, WB15
+  if (in(left, breaks::kIgnored) || in(right, breaks::kIgnored) || (left == right && in(left, pairs))) return false;
+  if (in(right, breaks::joins(left)) || breaks::wanted_next(left, right) != 0) return false;
+  // What joins the two may stand before them: WB7, WB7c, WB11.
+  return !(in(left, breaks::kMidLetters) && in(right, breaks::kLetters)) &&
+         !(left == Class::kDoubleQuote && right == Class::kHebrew) &&
+         !(in(left, breaks::kMidNumbers) && right == Class::kNumeric);
 }
 
-// ASCII characters that no word of "unicode" or "zh" holds and that nothing before them is joined to.
-bool is_breaker(std::uint8_t c) noexcept { return c != 0 && std::strchr("!?()[]{}<>|\\/=*^$@~", c) != nullptr; }
+bool in_zh_run(std::uint32_t code) noexcept {
+  return code < 0x80 ? zh::is_word_ascii(static_cast<unsigned char>(code)) : code >= kFirstHan && code <= kLastHan;
+}
 
 // Whether the text may be cut before p, which begin < p < end, by what stands beside.
 bool may_cut(const fastops_word_rule& rule, const std::uint8_t* begin, const std::uint8_t* p,
@@ -67,23 +81,34 @@ bool may_cut(const fastops_word_rule& rule, const std::uint8_t* begin, const std
   while (q > begin && (*q & 0xc0) == 0x80 && p - q < 4) --q;
   const unsigned length = decode(q, p, &before, &subpart);
   if (length == 0 || q + length != p || before == '\r') return false;
-  const std::uint8_t left = char_class(rule, before);
+  const std::uint8_t left = char_class(rule, before), right = char_class(rule, here);
+  if (rule.lowercase == FASTOPS_CASE_UNICODE) {
+    // No sigma may see anything across: it stops at a character that is not ignorable, and to find one without a case
+    // is to find nothing.
+    constexpr std::uint8_t seen = kCharCased | kCharIgnorable;
+    const bool sigma = before == kSigma || here == kSigma;
+    if ((left & seen) != 0 && (right & seen) != 0 && (sigma || ((left | right) & kCharIgnorable) != 0)) return false;
+  }
+  // A mapped character may become one of another kind.
+  const auto stays = [&](std::uint32_t code) noexcept {
+    const bool maps = rule.lowercase == FASTOPS_CASE_UNICODE || rule.lowercase == FASTOPS_CASE_FOLD;
+    return !maps || rule.cases[std::size_t{rule.case_pages[code >> 8]} * 256 + (code & 255)] == 0;
+  };
   switch (rule.tokenizer) {
     case FASTOPS_WORDS_WHITESPACE:
       return (left & kCharSpace) != 0;
     case FASTOPS_WORDS_WORD:
-      if ((left & kCharWord) != 0) return false;
-      // What is ignored beside a sigma could hide one: letters of ASCII on both sides cannot be it.
-      return rule.lowercase != FASTOPS_CASE_UNICODE || (left & kCharIgnorable) == 0 ||
-             (q > begin && is_alphanumeric(q[-1]) && is_alphanumeric(*p));
+      return (left & kCharWord) == 0 && stays(before);
     case FASTOPS_WORDS_CHAR:
-      return rule.lowercase != FASTOPS_CASE_UNICODE || (is_alphanumeric(*p) && is_alphanumeric(p[-1])) ||
-             (left & (kCharCased | kCharIgnorable)) == 0;
-    case FASTOPS_WORDS_UNICODE:
-      if (before >= 0x4e00 && before < 0x9fd6 && here >= 0x4e00 && here < 0x9fd6) return true;
-      [[fallthrough]];
+      return true;
+    case FASTOPS_WORDS_UNICODE: {
+      const auto kind = [&](std::uint32_t code) noexcept {
+        return breaks::class_of(rule.break_classes[std::size_t{rule.break_pages[code >> 8]} * 256 + (code & 255)]);
+      };
+      return always_breaks(kind(before), kind(here));
+    }
     default:
-      return is_breaker(*p) || (here == 0x3002 || here == 0x3001);
+      return (!in_zh_run(before) && stays(before)) || (!in_zh_run(here) && stays(here));
   }
 }
 
@@ -142,8 +167,10 @@ std::size_t safe_cut(const fastops_word_rule& rule, const std::uint8_t* text, st
                      bool anywhere) noexcept {
   for (std::size_t n = size; n > 0; --n)
     if (text[n - 1] == '\n') return n;
+  // In UAX #29 marks stand on a space as on a letter.
+  const bool marks = rule.tokenizer == FASTOPS_WORDS_UNICODE;
   for (std::size_t n = size; n > 0; --n)
-    if (is_plain_space(text[n - 1])) return n;
+    if (is_plain_space(text[n - 1]) && (!marks || (n < size && may_cut(rule, text, text + n, text + size)))) return n;
   if (!anywhere || size < 8) return 0;
   // The last bytes may be the beginning of a code point that is not whole.
   for (std::size_t n = size - 4; n > 0; --n)
