@@ -140,8 +140,10 @@ template <class T> struct Stages {
   template <class F> explicit Stages(const F& f) {
     std::map<std::vector<T>, std::uint16_t> known;
     for (std::uint32_t page = 0; page < 0x1100; ++page) {
-      std::vector<T> row(256);
-      for (std::uint32_t i = 0; i < 256; ++i) row[i] = f(page * 256 + i);
+      // Planes beyond the second have tags alone.
+      const bool same = page > 0x1ff && page != 0xe00;
+      std::vector<T> row(256, f(page * 256));
+      for (std::uint32_t i = 1; i < 256 && !same; ++i) row[i] = f(page * 256 + i);
       const auto [at, added] = known.emplace(row, std::uint16_t(known.size()));
       if (added) values.insert(values.end(), row.begin(), row.end());
       pages.push_back(at->second);
