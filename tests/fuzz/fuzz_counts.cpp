@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// libFuzzer target of the container of word counts: what is accepted is packed again into an equal table, and holds what a
-// plain reader of the same bytes finds. The checksum is mended first, but for inputs that begin with "f".
+// libFuzzer target of the container of word counts: what is accepted is packed again into an equal table, and holds
+// what a plain reader of the same bytes finds. The checksum is mended first, but for inputs that begin with "f".
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// libFuzzer target of one tokenizer (FASTOPS_FUZZ_TOKENIZER): a text fed in pieces, at once, as a file and as texts gives
-// what the scalar model says, whatever the rule, level, threads and memory. The input's first eight bytes choose those.
+// libFuzzer target of one tokenizer (FASTOPS_FUZZ_TOKENIZER): a text fed in pieces, at once, as a file and as texts
+// gives what the scalar model says, whatever the rule, level, threads and memory. The input's first eight bytes choose
+// those.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -58,8 +59,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   constexpr std::size_t kOptions = 8;
   if (size < kOptions) return 0;
   const std::string text(reinterpret_cast<const char*>(data) + kOptions, size - kOptions);
-  fastops_word_rule rule =
-      model::rule(FASTOPS_FUZZ_TOKENIZER, data[0] & 3, data[0] >> 2 & 3, (data[0] >> 4 & 1) != 0);
+  fastops_word_rule rule = model::rule(FASTOPS_FUZZ_TOKENIZER, data[0] & 3, data[0] >> 2 & 3, (data[0] >> 4 & 1) != 0);
   rule.doc_freq = data[0] >> 5 & 1;
   rule.ngram_high = 1 + data[1] % 3;
   rule.ngram_low = 1 + (data[1] >> 2) % rule.ngram_high;
