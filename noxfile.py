@@ -60,8 +60,15 @@ def sanitize(session: nox.Session) -> None:
 def wordcount(session: nox.Session, configuration: str) -> None:
     """The tests of word counting with blocks of 64 bytes and tables of 4 slots, and with all keys in one slot."""
     session.install(f"--config-settings=cmake.define.FASTOPS_TEST_CONFIGURATION={configuration}", ".[test]")
-    tests = ["tests/test_wordcount.py", "tests/test_wordcount_unicode.py", "tests/test_wordcount_zh.py", "tests/test_wordcounts.py"]
-    session.run("pytest", *(session.posargs or tests), env={"FASTOPS_TEST_BACKENDS": "native", "FASTOPS_BACKEND": "native"})
+    tests = [
+        "tests/test_wordcount.py",
+        "tests/test_wordcount_unicode.py",
+        "tests/test_wordcount_zh.py",
+        "tests/test_wordcounts.py",
+    ]
+    session.run(
+        "pytest", *(session.posargs or tests), env={"FASTOPS_TEST_BACKENDS": "native", "FASTOPS_BACKEND": "native"}
+    )
 
 
 @nox.session(default=False)

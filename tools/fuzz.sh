@@ -26,9 +26,11 @@ flags=(-std=c++17 -O1 -g -Icsrc -Icsrc/include -Itests/native -DFASTOPS_STATIC -
 
 # Objects are made anew where a source or header of theirs is newer.
 compile() { # compile OBJECT SOURCE FLAGS...
-  local object=$work/objects/$1 source=$2
+  local object=$work/objects/$1 source=$2 folders=csrc
   shift 2
-  if [ ! -e "$object" ] || [ -n "$(find csrc tests/native tests/fuzz tools/fuzz.sh -newer "$object" -type f -print -quit)" ]; then
+  [ "${source%%/*}" = csrc ] || folders='csrc tests/native tests/fuzz'
+  # shellcheck disable=SC2086
+  if [ ! -e "$object" ] || [ -n "$(find $folders -newer "$object" -type f -print -quit)" ]; then
     "$clang" "${flags[@]}" "$@" -c "$source" -o "$object"
   fi
 }

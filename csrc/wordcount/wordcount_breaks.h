@@ -94,8 +94,13 @@ static inline Class class_of(std::uint8_t bits) { return static_cast<Class>(bits
 // Class and bits of the code point at p; a byte that is no part of one stands alone.
 static inline std::uint8_t bits_at(const BreakTable& table, const unsigned char* p, const unsigned char* end,
                                    std::size_t* length) noexcept {
-  const std::uint32_t code = decode_utf8(p, end, length);
-  if (code == kInvalidByte) return 0;
+  std::uint32_t code = 0;
+  unsigned subpart = 1;
+  *length = decode(p, end, &code, &subpart);
+  if (*length == 0) {
+    *length = 1;
+    return 0;
+  }
   return table.classes[std::size_t{table.pages[code >> 8]} * 256 + (code & 255)];
 }
 

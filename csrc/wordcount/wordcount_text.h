@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "fastops/fastops.h"
+#include "wordcount/wordcount_utf8.h"
 
 namespace fastops {
 
@@ -17,39 +18,6 @@ enum CharClass : std::uint8_t {
   kCharCased = 4,      // has a case, and is not ignored when one looks for what stands beside a sigma
   kCharIgnorable = 8,  // is ignored then
 };
-
-// Decodes what begins at p < end: its length in bytes and the code point; or 0 and the length of the maximal subpart
-// (Unicode 15, section 3.9, table 3-7), which errors="replace" turns into one U+FFFD.
-inline unsigned decode(const std::uint8_t* p, const std::uint8_t* end, std::uint32_t* code,
-                       unsigned* subpart) noexcept {
-  const std::uint32_t lead = p[0];
-  if (lead < 0x80) {
-    *code = lead;
-    return 1;
-  }
-  const auto left = static_cast<std::size_t>(end - p);
-  *subpart = 1;
-  if (lead < 0xc2 || lead > 0xf4 || left < 2) return 0;
-  const std::uint32_t second = p[1];
-  if (lead < 0xe0) {
-    if ((second & 0xc0) != 0x80) return 0;
-    *code = (lead & 0x1f) << 6 | (second & 0x3f);
-    return 2;
-  }
-  const std::uint32_t low = lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80;
-  const std::uint32_t high = lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
-  if (second < low || second > high) return 0;
-  *subpart = 2;
-  if (left < 3 || (p[2] & 0xc0) != 0x80) return 0;
-  if (lead < 0xf0) {
-    *code = (lead & 0xf) << 12 | (second & 0x3f) << 6 | (p[2] & 0x3f);
-    return 3;
-  }
-  *subpart = 3;
-  if (left < 4 || (p[3] & 0xc0) != 0x80) return 0;
-  *code = (lead & 7) << 18 | (second & 0x3f) << 12 | (p[2] & 0x3fu) << 6 | (p[3] & 0x3f);
-  return 4;
-}
 
 inline std::uint8_t* encode(std::uint8_t* to, std::uint32_t code) noexcept {
   if (code < 0x80) {

@@ -14,8 +14,10 @@ constexpr std::uint32_t kNone = 0xffffffff;
 std::vector<std::uint32_t> code_points(const unsigned char* p, const unsigned char* end) {
   std::vector<std::uint32_t> found;
   while (p < end) {
-    std::size_t length;
-    const std::uint32_t code = decode_utf8(p, end, &length);
+    std::uint32_t code = 0;
+    unsigned subpart = 1;
+    const unsigned length = decode(p, end, &code, &subpart);
+    if (length == 0) return {};
     if (code < 0x80 ? !zh::is_word_ascii(static_cast<unsigned char>(code)) : code < kFirstHan || code > kLastHan)
       return {};
     found.push_back(code);

@@ -302,8 +302,9 @@ static bool zh_cut(const ZhModel& model, const unsigned char* text, std::size_t 
       zh::cut_run(model, begin, count, work, emit);
     }
     if (p == end) break;
-    std::size_t length;
-    decode_utf8(p, end, &length);
+    std::uint32_t code = 0;
+    unsigned subpart = 1;
+    std::size_t length = std::max(decode(p, end, &code, &subpart), 1u);
     if (*p == '\r' && end - p > 1 && p[1] == '\n') length = 2;
     emit(p, length);
     p += length;

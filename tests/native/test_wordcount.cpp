@@ -15,6 +15,7 @@
 #include "core/dispatch.h"
 #include "wordcount/wordcount_kernels.h"
 #include "wordcount/wordcount_table.h"
+#include "wordcount/wordcount_utf8.h"
 #include "word_model.h"
 
 namespace {
@@ -110,6 +111,32 @@ void scans() {
                   fastops_compiled_target(level), kind, lower, blocks, offset, lines, newlines);
           }
   }
+}
+
+// Every lead byte with every second one, and what stands at the bounds of the ranges behind them, cut short and whole.
+void decoding() {
+  const std::uint8_t later[] = {0, 0x7f, 0x80, 0x8f, 0x90, 0x9f, 0xa0, 0xbf, 0xc0, 0xff};
+  std::uint8_t p[4];
+  for (unsigned both = 0; both < 0x10000; ++both)
+    for (const std::uint8_t third : later)
+      for (const std::uint8_t fourth : later)
+        for (std::size_t size = 1; size <= 4; ++size) {
+          p[0] = std::uint8_t(both >> 8);
+          p[1] = std::uint8_t(both);
+          p[2] = third;
+          p[3] = fourth;
+          std::size_t n = 0;
+          while (n < size && model::begins(p, n + 1)) ++n;
+          const std::size_t whole = p[0] < 0x80 ? 1 : p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : 4;
+          std::uint32_t code = 0;
+          unsigned subpart = 1;
+          const unsigned length = fastops::decode(p, p + size, &code, &subpart);
+          const bool right = n == whole ? length == n && model::encoded(code) == string(p, p + n)
+                                        : length == 0 && subpart == (n == 0 ? 1 : n);
+          CHECK(right, "%02x %02x %02x %02x, %zu bytes: length %u, subpart %u", p[0], p[1], p[2], p[3], size, length,
+                subpart);
+          if (p[0] < 0x80 || (p[0] < 0xe0 && size > 2)) break;
+        }
 }
 
 // --- Tables.
@@ -875,6 +902,7 @@ void nothing() {
 int main() {
   fastops_set_num_threads(2);
   scans();
+  decoding();
   tables();
   bounds_of_counts();
   no_chosen_collisions();
