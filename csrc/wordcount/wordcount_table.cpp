@@ -24,7 +24,8 @@ std::uint64_t choose_seed(std::uint64_t number) noexcept {
   if (getentropy(&seed, sizeof seed) != 0) {
     timespec now{};
     clock_gettime(CLOCK_MONOTONIC, &now);
-    seed = (static_cast<std::uint64_t>(now.tv_nsec) + number) * 0x9e3779b97f4a7c15u ^ static_cast<std::uint64_t>(getpid());
+    seed =
+        (static_cast<std::uint64_t>(now.tv_nsec) + number) * 0x9e3779b97f4a7c15u ^ static_cast<std::uint64_t>(getpid());
   }
   return seed | 1;
 }
