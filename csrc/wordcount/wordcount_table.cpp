@@ -150,7 +150,7 @@ bool Table::forget_before(std::uint64_t first) noexcept {
   Table kept(with_documents_);
   std::size_t left = 0, long_bytes = 0;
   for (std::size_t i = 0; with_documents_ && i < capacity(); ++i) {
-    if (slots()[i].size1 == 0 || documents_.get<Documents>()[i].last != document) continue;
+    if (slots()[i].size1 == 0 || documents_.get<Documents>()[i].last < first) continue;
     ++left;
     if (slots()[i].size1 - 1 > kInlineKey) long_bytes += slots()[i].size1 - 1;
   }
