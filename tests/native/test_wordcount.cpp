@@ -438,7 +438,12 @@ const string kHostile =
     "\xe1\xbe\x80\xcd\x85 a\0b\rno end of line";
 string hostile() { return string(kHostile.data(), kHostile.size()) + string("\0\xe3\x82\xa2_\xe3\x82\xa2\xff", 9); }
 
-// How long a long text is, and how few rules there is time for.
+// How long a long text is, and how few rules there is time for; fewer still in slow surroundings.
+#if defined(FASTOPS_TEST_SHORT)
+constexpr int kLess = 13;
+#else
+constexpr int kLess = 1;
+#endif
 #if defined(__SANITIZE_THREAD__)
 constexpr std::size_t kLong = 3000;
 constexpr int kFew = 37;
@@ -452,7 +457,7 @@ constexpr std::size_t kLong = 6000;
 constexpr int kFew = 11;
 constexpr bool kTiny = false, kThreadSanitizer = false;
 #else
-constexpr std::size_t kLong = 600000;
+constexpr std::size_t kLong = kLess > 1 ? 100000 : 600000;
 constexpr int kFew = 29;
 constexpr bool kTiny = false, kThreadSanitizer = false;
 #endif
@@ -528,7 +533,7 @@ void threads_and_spills() {
   const string text = long_text(kLong);
   const unsigned most = fastops_get_num_threads();
   unsigned which = 0;
-  for (const fastops_word_rule& rule : rules(kFew)) {
+  for (const fastops_word_rule& rule : rules(kFew * kLess)) {
     const Result wanted = wanted_of(rule, text);
     for (unsigned workers = 1; workers <= 16; workers += 1 + below(7)) {
       fastops_set_num_threads(workers);
@@ -576,7 +581,7 @@ void open_lines() {
 
 void whole_texts() {
   const string piece = hostile();
-  for (fastops_word_rule rule : rules(kFew)) {
+  for (fastops_word_rule rule : rules(kFew * kLess)) {
     std::vector<string> texts;
     for (int i = 0; i < 150; ++i) {
       const std::size_t from = below(piece.size());
@@ -618,7 +623,7 @@ void files() {
   const File file(text);
   CHECK(file.file != nullptr, "no temporary file");
   if (file.file == nullptr) return;
-  for (const fastops_word_rule& rule : rules(kFew)) {
+  for (const fastops_word_rule& rule : rules(kFew * kLess)) {
     const Result wanted = wanted_of(rule, text);
     const bool parts = rule.lines != 0 || (rule.doc_freq == 0 && rule.ngram_high == 1);
     for (const unsigned workers : {1u, 4u})
@@ -707,7 +712,7 @@ void stop_words_and_tokens() {
   const Words words = own(fastops_words_create(0));
   for (const string& word : stop) fastops_words_add(words.get(), word.data(), word.size(), 1, 0);
   const string text = hostile();
-  for (fastops_word_rule rule : rules(kFew)) {
+  for (fastops_word_rule rule : rules(kFew * kLess)) {
     rule.stop_words = words.get();
     Result wanted;
     model::count_text(rule, stop, text, wanted);
@@ -885,7 +890,7 @@ void awkward_cuts() {
 }
 
 void nothing() {
-  for (const fastops_word_rule& rule : rules(kFew)) {
+  for (const fastops_word_rule& rule : rules(kFew * kLess)) {
     const Counter c = counter(rule, 3, 1);
     compare(rule, finish(c), Result{}, "no text");
     CHECK(fastops_word_counter_feed(c.get(), nullptr, 0, kNoPoll) == FASTOPS_OK, "no bytes");
@@ -938,7 +943,7 @@ int main() {
       printf("%s: not run, the CPU lacks it\n", name);
       continue;
     }
-    every_split(i == 0 ? 1 : 7);
+    every_split((i == 0 ? 1 : 7) * kLess);
     threads_and_spills();
     files();
   }
