@@ -110,7 +110,7 @@ __all__ = [
     "target",
 ]
 
-_SUBMODULES = ("analysis", "attention", "averaging", "bench", "native", "numba", "optim", "reference")
+_SUBMODULES = ("analysis", "attention", "averaging", "bench", "native", "numba", "optim", "reference", "torch")
 # Public names that are loaded when they are first asked for, and their modules.
 _LATER = {
     "EMA": "averaging",

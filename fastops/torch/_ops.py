@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What all operations share: tensors as arrays and back, without copies, and an operator of torch made of a few functions."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _validate
+from .._validate import AnyArray, Text
+
+LIBRARY = torch.library.Library("fastops", "FRAGMENT")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_BFLOAT16 = _validate.bfloat16()
+_PLAIN = (Tensor, torch.nn.Parameter)
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+
+# --- tensors and arrays ------------------------------------------------------------------------------------------------------------
+
+
+def array(name: str, x: Tensor) -> AnyArray:
+    """The memory of a tensor as an ndarray, never a copy."""
+    try:
+        if x.requires_grad:
+            x = x.detach()
+        if x.dtype is torch.bfloat16 and _BFLOAT16 is not None:
+            return x.view(torch.int16).numpy().view(_BFLOAT16)  # type: ignore[no-any-return]
+        return x.numpy()  # type: ignore[no-any-return]
+    except (RuntimeError, TypeError):
+        if x.is_cpu and x.layout is torch.strided and (x.is_neg() or x.is_conj()):
+            return array(name, x.resolve_neg().resolve_conj())
+        raise _refusal(name, x) from None
+
+
+def _refusal(name: str, x: Tensor) -> TypeError:
+    if x.dtype is torch.bfloat16 and _BFLOAT16 is None and x.is_cpu:
+        return _validate.wrong_type(name, "of a dtype that NumPy knows", Text("bfloat16 without ml_dtypes"))
+    layout = str(x.layout).removeprefix("torch.")
+    if not x.is_cpu:
+        return _validate.wrong_type(name, "a tensor on the CPU (its cpu())", Text(f"one on {x.device}"))
+    if layout != "strided":
+        return _validate.wrong_type(name, "a dense tensor", Text(f"one of layout {layout}"))
+    kind = _validate.clip(type(x).__name__, 30)
+    return _validate.wrong_type(name, "a tensor that NumPy can share", Text(f"a {kind} of {x.dtype}"))
+
+
+def arrays(**tensors: Tensor | None) -> list[AnyArray | None]:
+    """The memory of several."""
+    return [None if x is None else array(name, x) for name, x in tensors.items()]
+
+
+def tensor(x: AnyArray) -> Tensor:
+    """A tensor over the memory of an array that is ours."""
+    if x.dtype == _BFLOAT16:
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
+
+
+def like(result: object, x: AnyArray) -> Tensor:
+    """The result of a ufunc, which for 0-d operands is a scalar, as a contiguous tensor."""
+    return tensor(np.asarray(result, dtype=x.dtype, order="C"))
+
+
+class _Silent(threading.local):
+    """Calls a ufunc without floating-point warnings, which torch does not give: at 0.1 us, where `numpy.errstate` takes 0.6."""
+
+    def __init__(self) -> None:
+        if np.lib.NumpyVersion(np.__version__) < "2.0.0":
+            self.call = np.errstate(all="ignore")(lambda function, *args: function(*args))
+            return
+        with np.errstate(all="ignore"):
+            # A context serves one thread at a time.
+            self.call = contextvars.copy_context().run
+
+
+silent = _Silent()
+
+
+# --- arguments ---------------------------------------------------------------------------------------------------------------------
+
+
+def floats(**values: object) -> list[Tensor]:
+    """The arguments as tensors of one floating-point dtype, promoted as torch promotes."""
+    tensors = {name: x for name, x in values.items() if isinstance(x, Tensor)}
+    for name, x in values.items():
+        if not isinstance(x, (Tensor, int, float)) or isinstance(x, bool):
+            raise _validate.wrong_type(name, "a torch.Tensor", x)
+    # Compilers do not know torch.result_type: tensors without axes give way to others.
+    known = [x for x in tensors.values() if x.dtype in FLOATS]
+    dtypes = [x.dtype for x in known if x.ndim] or [x.dtype for x in known]
+    if not dtypes or any(x.is_complex() for x in tensors.values()):
+        got = _text(" and ".join([str(x.dtype) for x in tensors.values()]) or "numbers")
+        raise _validate.wrong_type(" and ".join(values), f"tensors of {_validate.FLOAT_NAMES}", got)
+    dtype = dtypes[0]
+    for other in dtypes[1:]:
+        dtype = torch.promote_types(dtype, other)
+    device = known[0].device
+    made: list[Any] = list(values.values())
+    return [x.to(dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device) for x in made]
+
+
+def _text(text: str) -> Text:
+    return Text(_validate.clip(text))
+
+
+def direct(*tensors: Tensor) -> bool:
+    """Whether an operator's kernel may be called without torch's dispatcher: no autograd, no transform, no mode, no compiler.
+
+    The dispatcher takes several microseconds for an operator that is written in Python.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    for x in tensors:
+        if type(x) not in _PLAIN or not x.is_cpu:
+            return False
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+        or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    )
+
+
+def without_gradient(**tensors: Tensor | None) -> None:
+    """Refuses tensors that ask for a gradient which is not offered: autograd would leave it out silently."""
+    if torch.is_grad_enabled():
+        for name, x in tensors.items():
+            if x is not None and x.requires_grad:
+                got = Text("one with requires_grad=True")
+                raise _validate.wrong_type(name, "a tensor outside autograd (its detach()): it gets no gradient", got)
+
+
+# --- operators ---------------------------------------------------------------------------------------------------------------------
+
+
+def define(
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    setup: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    vmap: Callable[..., Any] | None = None,
+    casts: Sequence[int] = (),
+) -> Callable[..., Any]:
+    """What calls the operator `torch.ops.fastops.NAME`, made here; `casts` are the arguments that autocast casts.
+
+    An operator without `backward` refuses to be differentiated. The kernel is registered for every device, since it is the one
+    that says which it runs on.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=_TAGS)
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    full = f"fastops::{name}"
+    torch.library.register_fake(full, fake, lib=LIBRARY)
+    op = getattr(torch.ops.fastops, name).default
+
+    def refuse(_: Any, *__: Any) -> Any:
+        raise _validate.not_offered(name, "differentiated once", Text("a second time"))
+
+    def samples(info: Any, dims: Sequence[int | None], *args: Any) -> Any:
+        return loop(op, info, dims, args)
+
+    derive, batch = backward or refuse, vmap or samples
+    torch.library.register_autograd(full, derive, setup_context=setup, lib=LIBRARY)
+    torch.library.register_vmap(full, batch, lib=LIBRARY)
+    if casts:
+        LIBRARY.impl(name, _casting(op, tuple(casts)), "AutocastCPU")
+
+    # The autograd of a registered operator does not take part in torch.func; a function with `setup_context` does.
+    parts = {"forward": op, "setup_context": setup or (lambda ctx, inputs, output: None), "backward": derive, "vmap": batch}
+    function = type(name, (torch.autograd.Function,), {key: staticmethod(part) for key, part in parts.items()})
+
+    def call(*args: Any) -> Any:
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        return op(*args)
+
+    return call
+
+
+def _casting(op: Any, casts: tuple[int, ...]) -> Callable[..., Any]:
+    """The operator under autocast: as torch's own products, in the lower precision."""
+
+    def cast(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype("cpu")
+        wide = torch.float64
+        with torch.autocast("cpu", enabled=False):
+            return op(*(x.to(dtype) if i in casts and x is not None and x.dtype is not wide else x for i, x in enumerate(args)))
+
+    return cast
+
+
+def loop(op: Callable[..., Any], info: Any, dims: Sequence[int | None], args: Sequence[Any]) -> Any:
+    """The batching rule of an operator that takes one sample at a time."""
+    found = [
+        op(*(x if d is None else x.select(d, i) for x, d in zip(args, dims, strict=True))) for i in range(info.batch_size)
+    ]
+    if isinstance(found[0], tuple):
+        return tuple(torch.stack(x) for x in zip(*found, strict=True)), (0,) * len(found[0])
+    return torch.stack(found), 0
+
+
+def batched(x: Tensor, dim: int | None, size: int, rank: int) -> Tensor:
+    """`x` with its batch first, then axes of length 1 up to `rank` axes beside the batch."""
+    x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.reshape(size, *(1,) * (rank + 1 - x.ndim), *x.shape[1:])
