@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _attention, _validate, attention
+from .._backend import backend as _backend
 from . import _ops
 from ._ops import array, direct, tensor
 
@@ -74,9 +76,7 @@ def _nothing(x: Tensor) -> Tensor:
 
 _OPTIONS = "bool causal, str feature_map, bool? normalize, float eps, float? kernel_eps, float? scale, str layout"
 _NAMES = ("causal", "feature_map", "normalize", "eps", "kernel_eps", "scale", "layout")
-_EXTRAS = (
-    "Tensor? projection, Tensor? key_mask, Tensor? cu_seqlens, Tensor? decay, Tensor? s, Tensor? z, Tensor? m"
-)
+_EXTRAS = "Tensor? projection, Tensor? key_mask, Tensor? cu_seqlens, Tensor? decay, Tensor? s, Tensor? z, Tensor? m"
 
 
 def _state(*parts: Tensor | None) -> tuple[Tensor, ...] | None:
@@ -91,9 +91,7 @@ def _conditions(extras: Sequence[Tensor | None], options: Sequence[Any]) -> dict
         "key_mask": _optional("key_mask", key_mask),
         "cu_seqlens": _optional("cu_seqlens", cu_seqlens),
         "decay": _optional("decay", decay),
-        "initial_state": None
-        if state is None
-        else tuple(array(f"initial_state[{i}]", x) for i, x in enumerate(state)),
+        "initial_state": None if state is None else tuple(array(f"initial_state[{i}]", x) for i, x in enumerate(state)),
         **dict(zip(_NAMES, options, strict=True)),
     }
 
@@ -107,7 +105,7 @@ def _linear_kernel(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> tuple[Tensor,
         return tensor(found), _nothing(q), _nothing(q), _nothing(q)
     y, state = found
     parts = [tensor(x) for x in state]
-    return (tensor(y), *parts, *(_nothing(q) for _ in range(3 - len(parts))))  # type: ignore[return-value]
+    return (tensor(y), *parts, *(_nothing(q) for _ in range(3 - len(parts))))
 
 
 def _linear_fake(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,7 +132,7 @@ def _linear_backward_kernel(
     found = attention.linear_attention_backward(*operands, **_conditions(extras, options), d_state=d_state)
     gradients = [tensor(x) for x in found[:3]]
     first = [tensor(x) for x in found[3]] if len(found) > 3 else [_nothing(q), _nothing(q)]
-    return (*gradients, *first)  # type: ignore[return-value]
+    return (*gradients, *first)
 
 
 def _linear_backward_fake(
@@ -142,7 +140,7 @@ def _linear_backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     s, z = more[4:6]
     first = [_nothing(q) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (s, z)]
-    return (*_gradients(more[-1], q, k, v), *first)  # type: ignore[return-value]
+    return (*_gradients(more[-1], q, k, v), *first)
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -169,7 +167,7 @@ def _linear_derive(ctx: Any, dy: Tensor | None, ds: Tensor | None, dz: Tensor | 
 
 
 def _linear_vmap(info: Any, dims: Sequence[Any], *args: Any) -> Any:
-    q, k, v, projection, key_mask, cu_seqlens, decay, s, *_ = args
+    q, *_, projection, key_mask, cu_seqlens, decay, s = args[:8]
     plain = projection is None and cu_seqlens is None and decay is None and s is None
     if not plain or q.ndim - (dims[0] is not None) < 3 or args[-1]:
         return _ops.loop(_linear, info, dims, args)
@@ -361,6 +359,55 @@ def _step_kernel(
     )
 
 
+def _apart(written: Sequence[Tensor], read: Sequence[Tensor]) -> bool:
+    """Whether tensors that are written share no memory with each other or with others; all are contiguous."""
+    spans = [(start := x.data_ptr(), start + x.nbytes) for x in (*written, *read)]
+    for i in range(len(written)):
+        low, high = spans[i]
+        for start, stop in spans[i + 1 :]:
+            if start < high and low < stop:
+                return False
+    return True
+
+
+def _quick_step(q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], options: tuple[Any, ...]) -> Tensor | None:
+    """A step on tensors as decoding has them, (B, H, D) and contiguous, past the checks of arrays of any form; None of others."""
+    checked = attention._quick_options(q.shape[-1], _QUICK[q.dtype], *options)
+    s, z = state[:2]
+    if checked is None or len(state) != checked.parts or q.ndim != 3:
+        return None
+    b, h, d = q.shape
+    heads, e, f = k.shape[1] if k.ndim == 3 else 0, v.shape[-1], checked.features(d)
+    if not (
+        q.is_contiguous()
+        and k.is_contiguous()
+        and v.is_contiguous()
+        and s.is_contiguous()
+        and z.is_contiguous()
+        and b
+        and h
+        and heads
+        and not h % heads
+        and e
+        and k.shape == (b, heads, d)
+        and v.shape == (b, heads, e)
+        and s.shape == (b, heads, f, e)
+        and z.shape == (b, heads, f)
+        and all(x.dtype is q.dtype for x in state)
+        and all(x.shape == z.shape and x.is_contiguous() for x in state[2:])
+        and _apart(state, (q, k, v))
+    ):
+        return None
+    y = torch.empty((b, h, e), dtype=q.dtype)
+    written = tuple(x.detach().numpy() if x.requires_grad else x.numpy() for x in state)
+    _backend.linear_attention_step(
+        q.detach().numpy(), k.detach().numpy(), v.detach().numpy(), y.numpy(), checked, None, written
+    )
+    return y
+
+
+_QUICK = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+
 _step = torch.library.custom_op(
     "fastops::linear_attention_step_",
     _step_kernel,
@@ -457,12 +504,16 @@ def linear_attention_step_(
     tensors = [x for x in (q, k, v, s, z, m, projection, decay) if x is not None]
     args = (q, k, v, s, z, m, projection, decay, feature_map, normalize, eps, kernel_eps, scale)
     if direct(*tensors):
-        y = _step_kernel(*args)
-        _bump([s, z] if m is None else [s, z, m])
+        y = None
+        if decay is None and projection is None and q.dtype in _QUICK:
+            y = _quick_step(q, k, v, state, (feature_map, normalize, eps, kernel_eps, scale))
+        if y is None:
+            y = _step_kernel(*args)
+        _bump(tuple(state))
         return y
     names = ("q", "k", "v", "state[0]", "state[1]", "state[2]", "projection", "decay")
     _ops.without_gradient(**dict(zip(names, (q, k, v, s, z, m, projection, decay), strict=True)))
-    return _step_op(*args)  # type: ignore[no-any-return]
+    return _step_op(*args)
 
 
 # --- softmax attention -------------------------------------------------------------------------------------------------------------
@@ -539,7 +590,7 @@ def _softmax_backward_kernel(
         rows *= torch.from_numpy(np.array(factors)).reshape(rows.shape)
     visible = None if mask is None else torch.from_numpy(np.array(mask))
     found = [torch.zeros_like(x) for x in (first[1], *second)]
-    edges = [(0, p.nq, 0, p.nk)] if offsets is None else [(a, b, a, b) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    edges = [(0, p.nq, 0, p.nk)] if offsets is None else [(a, b, a, b) for a, b in pairwise(offsets)]
     for start, stop, low, high in edges:
         _softmax_rows(first, second, rows, visible, causal, (int(start), int(stop)), (int(low), int(high)), found)
     dq, dk, dv = (
@@ -708,7 +759,7 @@ def softmax_attention(
     args = (q, k, v, key_mask, cu_seqlens, factors, causal, scale, by_keys, layout)
     if direct(*tensors) and not torch.is_autocast_enabled("cpu"):
         return _softmax_kernel(*args)
-    return _softmax(*args)  # type: ignore[no-any-return]
+    return _softmax(*args)
 
 
 # --- Nystrom attention -------------------------------------------------------------------------------------------------------------
@@ -736,9 +787,7 @@ def _nystrom_options(extras: Sequence[Tensor | None], options: Sequence[Any]) ->
 
 def _nystrom_kernel(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
     return tensor(
-        attention.nystrom_attention(
-            array("q", q), array("k", k), array("v", v), **_nystrom_options(more[:4], more[4:])
-        )
+        attention.nystrom_attention(array("q", q), array("k", k), array("v", v), **_nystrom_options(more[:4], more[4:]))
     )
 
 
@@ -873,4 +922,4 @@ def nystrom_attention(
     options = (num_landmarks, iterations, pinv, ridge, scale, init, normalize, layout)
     tensors = [x for x in (q, k, v, *extras) if x is not None]
     plain = direct(*tensors) and not torch.is_autocast_enabled("cpu")
-    return (_nystrom_kernel if plain else _nystrom)(q, k, v, *extras, *options)  # type: ignore[no-any-return]
+    return (_nystrom_kernel if plain else _nystrom)(q, k, v, *extras, *options)

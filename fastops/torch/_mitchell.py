@@ -47,6 +47,24 @@ def _ufunc(op: str, text: str) -> Any:
     return _backend.mitchell_op(op, described(text))
 
 
+# Of ufuncs; functions of the other backends give what they give.
+_ORDER: dict[str, Any] = {"order": "C"} if isinstance(_backend.mitchell_mul, np.ufunc) else {}
+
+
+@lru_cache(maxsize=256)
+def _chosen(op: str, multiplier: Multiplier | None) -> Any:
+    return _ufunc(op, token(multiplier, op))
+
+
+def _quick(function: Any, a: Tensor, b: Tensor) -> Tensor:
+    """The call for what `direct_pair` says."""
+    try:
+        x = silent.call(function, a.numpy(), b.numpy(), **_ORDER)
+    except RuntimeError:
+        x = silent.call(function, array("a", a), array("b", b), **_ORDER)
+    return torch.from_numpy(x) if type(x) is np.ndarray and _ORDER else like(x, np.asarray(x))
+
+
 def _check_mode(mode: str) -> None:
     if mode not in _validate.GRADIENT_MODES:
         _validate.choice("mode", mode, _validate.GRADIENT_MODES)
@@ -128,7 +146,9 @@ _mul, _mul_kernel = _elementwise("mul", mitchell.mitchell_mul_grad)
 _div, _div_kernel = _elementwise("div", mitchell.mitchell_div_grad)
 
 
-def mitchell_mul(a: Tensor | float, b: Tensor | float, *, multiplier: Multiplier | None = None, mode: str = "exact") -> Tensor:
+def mitchell_mul(
+    a: Tensor | float, b: Tensor | float, *, multiplier: Multiplier | None = None, mode: str = "exact"
+) -> Tensor:
     """Multiply approximately, element by element: `fastops.mitchell_mul` for tensors, with a gradient.
 
     Parameters
@@ -171,6 +191,8 @@ def mitchell_mul(a: Tensor | float, b: Tensor | float, *, multiplier: Multiplier
     >>> y.detach(), x.grad
     (tensor([4.0000, 3.5000]), tensor([4., 2.]))
     """
+    if _ops.direct_pair(a, b) and mode in _validate.GRADIENT_MODES:
+        return _quick(_chosen("mul", multiplier), a, b)
     text = _PLAIN if multiplier is None else _token(multiplier, "mul")
     _check_mode(mode)
     if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype is b.dtype and a.dtype in _ops.FLOATS):
@@ -178,7 +200,9 @@ def mitchell_mul(a: Tensor | float, b: Tensor | float, *, multiplier: Multiplier
     return _mul_kernel(a, b, text, mode) if direct(a, b) else _mul(a, b, text, mode)
 
 
-def mitchell_div(a: Tensor | float, b: Tensor | float, *, multiplier: Multiplier | None = None, mode: str = "exact") -> Tensor:
+def mitchell_div(
+    a: Tensor | float, b: Tensor | float, *, multiplier: Multiplier | None = None, mode: str = "exact"
+) -> Tensor:
     """Divide approximately, element by element: `fastops.mitchell_div` for tensors, with a gradient.
 
     Parameters
@@ -213,6 +237,8 @@ def mitchell_div(a: Tensor | float, b: Tensor | float, *, multiplier: Multiplier
     >>> mitchell_div(torch.tensor(3.0), 2.5)
     tensor(1.2500)
     """
+    if _ops.direct_pair(a, b) and mode in _validate.GRADIENT_MODES:
+        return _quick(_chosen("div", multiplier), a, b)
     text = _PLAIN if multiplier is None else _token(multiplier, "div")
     _check_mode(mode)
     if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype is b.dtype and a.dtype in _ops.FLOATS):
@@ -245,7 +271,9 @@ def _matmul_backward_fake(dy: Tensor, a: Tensor, b: Tensor, multiplier: str, mod
     return _new(a), _new(b)
 
 
-def _matmul_vmap(info: Any, dims: Sequence[Any], a: Tensor, b: Tensor, multiplier: str, mode: str) -> tuple[Tensor, int]:
+def _matmul_vmap(
+    info: Any, dims: Sequence[Any], a: Tensor, b: Tensor, multiplier: str, mode: str
+) -> tuple[Tensor, int]:
     rank = max(a.ndim - (dims[0] is not None), b.ndim - (dims[1] is not None))
     x, y = (_ops.batched(t, d, info.batch_size, rank) for t, d in zip((a, b), dims, strict=False))
     return _matmul(x, y, multiplier, mode), 0
@@ -382,9 +410,7 @@ def _conv_fake(
     multiplier: str,
     mode: str,
 ) -> Tensor:
-    size = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (w.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
-    ]
+    size = [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (w.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
     return torch.empty([x.shape[0], w.shape[0], *size], dtype=x.dtype, device=x.device)
 
 
@@ -496,8 +522,8 @@ def mitchell_conv2d(
     if not (isinstance(x, Tensor) and isinstance(w, Tensor) and x.dtype is w.dtype and x.dtype in _ops.FLOATS):
         x, w = _ops.floats(x=x, w=w)
     steps = mitchell._conv_settings(stride, padding, dilation, groups)
-    _validate.conv2d_shape(x, w, **steps)  # type: ignore[arg-type]
+    _validate.conv2d_shape(x, w, **steps)
     given = (list(steps["stride"]), list(steps["padding"]), list(steps["dilation"]), steps["groups"])
     if direct(x, w) and not torch.is_autocast_enabled("cpu"):
         return _conv_kernel(x, w, *given, text, mode)
-    return _conv(x, w, *given, text, mode)  # type: ignore[no-any-return]
+    return _conv(x, w, *given, text, mode)

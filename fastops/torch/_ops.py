@@ -31,8 +31,8 @@ def array(name: str, x: Tensor) -> AnyArray:
         if x.requires_grad:
             x = x.detach()
         if x.dtype is torch.bfloat16 and _BFLOAT16 is not None:
-            return x.view(torch.int16).numpy().view(_BFLOAT16)  # type: ignore[no-any-return]
-        return x.numpy()  # type: ignore[no-any-return]
+            return x.view(torch.int16).numpy().view(_BFLOAT16)
+        return x.numpy()
     except (RuntimeError, TypeError):
         if x.is_cpu and x.layout is torch.strided and (x.is_neg() or x.is_conj()):
             return array(name, x.resolve_neg().resolve_conj())
@@ -70,6 +70,8 @@ def like(result: object, x: AnyArray) -> Tensor:
 
 class _Silent(threading.local):
     """Calls a ufunc without floating-point warnings, which torch does not give: at 0.1 us, where `numpy.errstate` takes 0.6."""
+
+    call: Callable[..., Any]
 
     def __init__(self) -> None:
         if np.lib.NumpyVersion(np.__version__) < "2.0.0":
@@ -110,21 +112,40 @@ def _text(text: str) -> Text:
     return Text(_validate.clip(text))
 
 
+_compiling = torch.compiler.is_dynamo_compiling
+_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._are_functorch_transforms_active
+_tracing = torch._C._get_tracing_state
+_records = torch.is_grad_enabled
+# What `Tensor.numpy` takes as it is.
+_SHARED = (torch.float32, torch.float64, torch.float16)
+
+
 def direct(*tensors: Tensor) -> bool:
     """Whether an operator's kernel may be called without torch's dispatcher: no autograd, no transform, no mode, no compiler.
 
     The dispatcher takes several microseconds for an operator that is written in Python.
     """
-    if torch.compiler.is_compiling():
+    if _compiling():
         return False
+    records = _records()
     for x in tensors:
-        if type(x) not in _PLAIN or not x.is_cpu:
+        if type(x) not in _PLAIN or not x.is_cpu or (x.requires_grad and records):
             return False
-    return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state()
-        or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    return not (_modes() or _transforms() or _tracing())
+
+
+def direct_pair(a: Any, b: Any) -> bool:
+    """`direct` of two tensors of one dtype that NumPy knows and that never require a gradient: the quickest way."""
+    return (
+        not _compiling()
+        and type(a) is Tensor
+        and type(b) is Tensor
+        and (dtype := a.dtype) is b.dtype
+        and dtype in _SHARED
+        and a.is_cpu
+        and b.is_cpu
+        and not (a.requires_grad or b.requires_grad or _modes() or _transforms() or _tracing())
     )
 
 
@@ -175,8 +196,13 @@ def define(
         LIBRARY.impl(name, _casting(op, tuple(casts)), "AutocastCPU")
 
     # The autograd of a registered operator does not take part in torch.func; a function with `setup_context` does.
-    parts = {"forward": op, "setup_context": setup or (lambda ctx, inputs, output: None), "backward": derive, "vmap": batch}
-    function = type(name, (torch.autograd.Function,), {key: staticmethod(part) for key, part in parts.items()})
+    parts = {
+        "forward": op,
+        "setup_context": setup or (lambda ctx, inputs, output: None),
+        "backward": derive,
+        "vmap": batch,
+    }
+    function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(part) for key, part in parts.items()})
 
     def call(*args: Any) -> Any:
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
@@ -193,7 +219,12 @@ def _casting(op: Any, casts: tuple[int, ...]) -> Callable[..., Any]:
         dtype = torch.get_autocast_dtype("cpu")
         wide = torch.float64
         with torch.autocast("cpu", enabled=False):
-            return op(*(x.to(dtype) if i in casts and x is not None and x.dtype is not wide else x for i, x in enumerate(args)))
+            return op(
+                *(
+                    x.to(dtype) if i in casts and x is not None and x.dtype is not wide else x
+                    for i, x in enumerate(args)
+                )
+            )
 
     return cast
 
@@ -201,7 +232,8 @@ def _casting(op: Any, casts: tuple[int, ...]) -> Callable[..., Any]:
 def loop(op: Callable[..., Any], info: Any, dims: Sequence[int | None], args: Sequence[Any]) -> Any:
     """The batching rule of an operator that takes one sample at a time."""
     found = [
-        op(*(x if d is None else x.select(d, i) for x, d in zip(args, dims, strict=True))) for i in range(info.batch_size)
+        op(*(x.select(d, i) if isinstance(d, int) else x for x, d in zip(args, dims, strict=True)))
+        for i in range(info.batch_size)
     ]
     if isinstance(found[0], tuple):
         return tuple(torch.stack(x) for x in zip(*found, strict=True)), (0,) * len(found[0])
