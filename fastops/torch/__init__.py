@@ -14,9 +14,13 @@ except ModuleNotFoundError as error:
     raise ImportError("fastops.torch needs torch: pip install 'fastops[torch]'", name="torch") from None
 
 from ._attention import linear_attention, linear_attention_step_, nystrom_attention, softmax_attention
+from ._averaging import EMA
 from ._mitchell import mitchell_conv2d, mitchell_div, mitchell_matmul, mitchell_mul
+from ._optim import AdamW
 
 __all__ = [
+    "EMA",
+    "AdamW",
     "linear_attention",
     "linear_attention_step_",
     "mitchell_conv2d",
