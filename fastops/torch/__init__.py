@@ -15,12 +15,21 @@ except ModuleNotFoundError as error:
 
 from ._attention import linear_attention, linear_attention_step_, nystrom_attention, softmax_attention
 from ._averaging import EMA
+from ._distributed import distributed_linear_attention
 from ._mitchell import mitchell_conv2d, mitchell_div, mitchell_matmul, mitchell_mul
+from ._modules import LinearAttention, MitchellConv2d, MitchellLinear, NystromAttention, approximate, exact
 from ._optim import AdamW
 
 __all__ = [
     "EMA",
     "AdamW",
+    "LinearAttention",
+    "MitchellConv2d",
+    "MitchellLinear",
+    "NystromAttention",
+    "approximate",
+    "distributed_linear_attention",
+    "exact",
     "linear_attention",
     "linear_attention_step_",
     "mitchell_conv2d",

@@ -363,8 +363,10 @@ class EMA(torch.nn.Module):
         self._swapped = True
         try:
             _write(tensors, means)
+            _forget_gathered(self._model(model))
             yield self._model(model)
         finally:
+            _forget_gathered(self._model(model))
             _write(tensors, own)
             self._swapped = False
 
@@ -393,6 +395,13 @@ class EMA(torch.nn.Module):
 def _write(targets: list[Any], values: list[Any]) -> None:
     for x, value in zip(targets, values, strict=True):
         x.copy_(value)
+
+
+def _forget_gathered(model: torch.nn.Module) -> None:
+    """FSDP2 keeps the whole parameters of a root module after a forward pass, and would go on with those."""
+    for part in model.modules():
+        if hasattr(part, "reshard"):
+            part.reshard()
 
 
 def _read_counter(ema: EMA, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -287,6 +287,10 @@ class AdamW(torch.optim.Optimizer):
             They are swapped in already.
         ValueError
             No group has an `ema_decay`.
+
+        Notes
+        -----
+        Of a model under ``fully_shard``, call ``model.reshard()`` before leaving: it keeps whole parameters after a forward pass.
         """
         if self._swapped:
             raise _validate.wrong_moment("average_parameters", "left before it is entered again", "a call within")
