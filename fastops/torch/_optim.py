@@ -228,7 +228,7 @@ class AdamW(torch.optim.Optimizer):
             buckets = self._buckets[i] = self._sort(params, averages)
         for bucket in buckets:
             p, m, v, shadows = bucket.lists
-            given = [x.grad for x in bucket.params]
+            given = grads if len(bucket.params) == len(grads) else [x.grad for x in bucket.params]
             optim.adamw_step_(
                 p,
                 [local(g) for g in given] if type(p) is list else given,
