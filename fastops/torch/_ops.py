@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -202,7 +203,8 @@ def define(
         "backward": derive,
         "vmap": batch,
     }
-    function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(part) for key, part in parts.items()})
+    body = {key: staticmethod(part) for key, part in parts.items()}
+    function: Any = types.new_class(name, (torch.autograd.Function,), exec_body=lambda space: space.update(body))
 
     def call(*args: Any) -> Any:
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
