@@ -299,9 +299,7 @@ def linear_attention(
     _ops.without_gradient(projection=projection, decay=decay, m=state[2])
     extras = (projection, key_mask, cu_seqlens, decay, *state)
     options = (causal, feature_map, normalize, eps, kernel_eps, scale, layout, return_state)
-    tensors = [x for x in (q, k, v, *extras) if x is not None]
-    plain = direct(*tensors) and not torch.is_autocast_enabled("cpu")
-    y, *parts = (_linear_kernel if plain else _linear)(q, k, v, *extras, *options)
+    y, *parts = _linear(q, k, v, *extras, *options)
     return (y, tuple(parts[: _count(feature_map)])) if return_state else y
 
 
@@ -755,11 +753,7 @@ def softmax_attention(
     else:
         factors = _given("logn", logn)
     _ops.without_gradient(logn=factors)
-    tensors = [x for x in (q, k, v, key_mask, cu_seqlens, factors) if x is not None]
-    args = (q, k, v, key_mask, cu_seqlens, factors, causal, scale, by_keys, layout)
-    if direct(*tensors) and not torch.is_autocast_enabled("cpu"):
-        return _softmax_kernel(*args)
-    return _softmax(*args)
+    return _softmax(q, k, v, key_mask, cu_seqlens, factors, causal, scale, by_keys, layout)
 
 
 # --- Nystrom attention -------------------------------------------------------------------------------------------------------------
@@ -920,6 +914,4 @@ def nystrom_attention(
         _ops.without_gradient(**{"landmarks[0]": first, "landmarks[1]": second})
     extras = (key_mask, conv_weight, first, second)
     options = (num_landmarks, iterations, pinv, ridge, scale, init, normalize, layout)
-    tensors = [x for x in (q, k, v, *extras) if x is not None]
-    plain = direct(*tensors) and not torch.is_autocast_enabled("cpu")
-    return (_nystrom_kernel if plain else _nystrom)(q, k, v, *extras, *options)
+    return _nystrom(q, k, v, *extras, *options)

@@ -15,7 +15,7 @@ from .. import _validate, mitchell
 from .._backend import backend as _backend
 from .._multiplier import Multiplier
 from . import _ops
-from ._ops import array, direct, like, silent, tensor
+from ._ops import array, like, silent, tensor
 
 __all__ = ["mitchell_conv2d", "mitchell_div", "mitchell_matmul", "mitchell_mul", "token"]
 
@@ -73,8 +73,8 @@ def _check_mode(mode: str) -> None:
 # --- element by element ------------------------------------------------------------------------------------------------------------
 
 
-def _elementwise(op: str, gradient: Callable[..., Any]) -> tuple[Any, Callable[..., Tensor]]:
-    """The operator mitchell_`op` and its kernel."""
+def _elementwise(op: str, gradient: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator mitchell_`op`."""
 
     def kernel(a: Tensor, b: Tensor, multiplier: str, mode: str) -> Tensor:
         x = array("a", a)
@@ -123,7 +123,7 @@ def _elementwise(op: str, gradient: Callable[..., Any]) -> tuple[Any, Callable[.
         backward=_derive(backward),
         vmap=vmap,
     )
-    return forward, kernel
+    return forward
 
 
 def _new(x: Tensor) -> Tensor:
@@ -142,8 +142,8 @@ def _derive(op: Any) -> Callable[..., Any]:
     return backward
 
 
-_mul, _mul_kernel = _elementwise("mul", mitchell.mitchell_mul_grad)
-_div, _div_kernel = _elementwise("div", mitchell.mitchell_div_grad)
+_mul = _elementwise("mul", mitchell.mitchell_mul_grad)
+_div = _elementwise("div", mitchell.mitchell_div_grad)
 
 
 def mitchell_mul(
@@ -197,7 +197,7 @@ def mitchell_mul(
     _check_mode(mode)
     if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype is b.dtype and a.dtype in _ops.FLOATS):
         a, b = _ops.floats(a=a, b=b)
-    return _mul_kernel(a, b, text, mode) if direct(a, b) else _mul(a, b, text, mode)
+    return _mul(a, b, text, mode)
 
 
 def mitchell_div(
@@ -243,7 +243,7 @@ def mitchell_div(
     _check_mode(mode)
     if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype is b.dtype and a.dtype in _ops.FLOATS):
         a, b = _ops.floats(a=a, b=b)
-    return _div_kernel(a, b, text, mode) if direct(a, b) else _div(a, b, text, mode)
+    return _div(a, b, text, mode)
 
 
 # --- matrix products ---------------------------------------------------------------------------------------------------------------
@@ -354,8 +354,6 @@ def mitchell_matmul(a: Tensor, b: Tensor, *, multiplier: Multiplier | None = Non
 
 
 def _product(a: Tensor, b: Tensor, text: str, mode: str) -> Tensor:
-    if direct(a, b) and not torch.is_autocast_enabled("cpu"):
-        return _matmul_kernel(a, b, text, mode)
     _check_shapes(a, b)
     return _matmul(a, b, text, mode)
 
@@ -524,6 +522,4 @@ def mitchell_conv2d(
     steps = mitchell._conv_settings(stride, padding, dilation, groups)
     _validate.conv2d_shape(x, w, **steps)
     given = (list(steps["stride"]), list(steps["padding"]), list(steps["dilation"]), steps["groups"])
-    if direct(x, w) and not torch.is_autocast_enabled("cpu"):
-        return _conv_kernel(x, w, *given, text, mode)
     return _conv(x, w, *given, text, mode)

@@ -123,10 +123,7 @@ _SHARED = (torch.float32, torch.float64, torch.float16)
 
 
 def direct(*tensors: Tensor) -> bool:
-    """Whether an operator's kernel may be called without torch's dispatcher: no autograd, no transform, no mode, no compiler.
-
-    The dispatcher takes several microseconds for an operator that is written in Python.
-    """
+    """Whether a kernel may be called without torch's dispatcher: no autograd, no transform, no mode, no compiler."""
     if _compiling():
         return False
     records = _records()
@@ -174,6 +171,9 @@ def define(
 ) -> Callable[..., Any]:
     """What calls the operator `torch.ops.fastops.NAME`, made here; `casts` are the arguments that autocast casts.
 
+    The call goes past torch's dispatcher where nobody would see it, neither a compiler nor a mode nor a transform: the dispatcher
+    takes several microseconds for an operator that is written in Python, and several times as many where autograd records.
+
     An operator without `backward` refuses to be differentiated. The kernel is registered for every device, since it is the one
     that says which it runs on.
     """
@@ -206,10 +206,32 @@ def define(
     body = {key: staticmethod(part) for key, part in parts.items()}
     function: Any = types.new_class(name, (torch.autograd.Function,), exec_body=lambda space: space.update(body))
 
+    class Eager(torch.autograd.Function):
+        """The operator past the dispatcher."""
+
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = kernel(*args)
+            if setup is not None:
+                setup(ctx, args, output)
+            return output
+
+        backward = staticmethod(derive)
+
     def call(*args: Any) -> Any:
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if _compiling():
+            return op(*args)
+        if _transforms():
             return function.apply(*args)
-        return op(*args)
+        if _modes() or _tracing() or (casts and torch.is_autocast_enabled("cpu")):
+            return op(*args)
+        needed = False
+        for x in args:
+            if isinstance(x, Tensor):
+                if type(x) not in _PLAIN or not x.is_cpu:
+                    return op(*args)
+                needed = needed or x.requires_grad
+        return Eager.apply(*args) if needed and _records() else kernel(*args)
 
     return call
 

@@ -48,7 +48,7 @@ class AdamW(torch.optim.Optimizer):
     Parameters
     ----------
     params : iterable of parameters or of groups
-        float32 or float64, on the CPU; gradients of the same dtype, or in half precision beside float32. Shards of DTensors
+        Of float32 or float64, on the CPU; gradients of the same dtype, or in half precision beside float32. Shards of DTensors
         (FSDP2) are stepped in place.
     lr : float or Tensor
         Step size.
