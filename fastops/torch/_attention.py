@@ -509,6 +509,7 @@ def linear_attention_step_(
             y = _step_kernel(*args)
         _bump(tuple(state))
         return y
+    _ops.without_tangent(tensors)
     names = ("q", "k", "v", "state[0]", "state[1]", "state[2]", "projection", "decay")
     _ops.without_gradient(**dict(zip(names, (q, k, v, s, z, m, projection, decay), strict=True)))
     return _step_op(*args)

@@ -6,12 +6,13 @@ from __future__ import annotations
 import contextvars
 import threading
 import types
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _validate
 from .._validate import AnyArray, Text
@@ -37,19 +38,20 @@ def array(name: str, x: Tensor) -> AnyArray:
     except (RuntimeError, TypeError):
         if x.is_cpu and x.layout is torch.strided and (x.is_neg() or x.is_conj()):
             return array(name, x.resolve_neg().resolve_conj())
-        raise _refusal(name, x) from None
+        _refuse(name, x)
 
 
-def _refusal(name: str, x: Tensor) -> TypeError:
+def _refuse(name: str, x: Tensor) -> NoReturn:
+    """Raises for a tensor whose memory NumPy cannot share."""
     if x.dtype is torch.bfloat16 and _BFLOAT16 is None and x.is_cpu:
-        return _validate.wrong_type(name, "of a dtype that NumPy knows", Text("bfloat16 without ml_dtypes"))
+        raise _validate.wrong_type(name, "of a dtype that NumPy knows", Text("bfloat16 without ml_dtypes")) from None
     layout = str(x.layout).removeprefix("torch.")
     if not x.is_cpu:
-        return _validate.wrong_type(name, "a tensor on the CPU (its cpu())", Text(f"one on {x.device}"))
+        raise _validate.wrong_type(name, "a tensor on the CPU (its cpu())", Text(f"one on {x.device}")) from None
     if layout != "strided":
-        return _validate.wrong_type(name, "a dense tensor", Text(f"one of layout {layout}"))
+        raise _validate.wrong_type(name, "a dense tensor", Text(f"one of layout {layout}")) from None
     kind = _validate.clip(type(x).__name__, 30)
-    return _validate.wrong_type(name, "a tensor that NumPy can share", Text(f"a {kind} of {x.dtype}"))
+    raise _validate.wrong_type(name, "a tensor that NumPy can share", Text(f"a {kind} of {x.dtype}")) from None
 
 
 def arrays(**tensors: Tensor | None) -> list[AnyArray | None]:
@@ -130,7 +132,7 @@ def direct(*tensors: Tensor) -> bool:
     for x in tensors:
         if type(x) not in _PLAIN or not x.is_cpu or (x.requires_grad and records):
             return False
-    return not (_modes() or _transforms() or _tracing())
+    return not (_modes() or _transforms() or _tracing() or forward_ad._current_level >= 0)
 
 
 def direct_pair(a: Any, b: Any) -> bool:
@@ -144,7 +146,18 @@ def direct_pair(a: Any, b: Any) -> bool:
         and a.is_cpu
         and b.is_cpu
         and not (a.requires_grad or b.requires_grad or _modes() or _transforms() or _tracing())
+        and forward_ad._current_level < 0
     )
+
+
+def without_tangent(args: Iterable[Any]) -> None:
+    """Refuses tensors of forward-mode derivatives: results would be without, silently."""
+    if forward_ad._current_level >= 0:
+        for x in args:
+            if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+                raise _validate.not_offered(
+                    "a derivative", "taken backward", Text("a tensor with a forward-mode tangent")
+                )
 
 
 def without_gradient(**tensors: Tensor | None) -> None:
@@ -225,6 +238,7 @@ def define(
             return function.apply(*args)
         if _modes() or _tracing() or (casts and torch.is_autocast_enabled("cpu")):
             return op(*args)
+        without_tangent(args)
         needed = False
         for x in args:
             if isinstance(x, Tensor):
