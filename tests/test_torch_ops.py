@@ -173,6 +173,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
         lambda q, k, v: ft.softmax_attention(q, k, v, key_mask=MASK, logn=torch.arange(1.0, 6)),
         [(2, 4, 5, 3), (2, 2, 6, 3), (2, 2, 6, 2)],
     ),
+    "softmax causal masked": (
+        lambda q, k, v: ft.softmax_attention(q, k, v, causal=True, key_mask=MASK),
+        [(2, 4, 5, 3), (2, 2, 6, 3), (2, 2, 6, 2)],
+    ),
     "softmax packed": (
         lambda q, k, v: ft.softmax_attention(q, k, v, causal=True, cu_seqlens=torch.tensor([0, 2, 2, 7])),
         [(1, 2, 7, 3), (1, 2, 7, 3), (1, 2, 7, 2)],
