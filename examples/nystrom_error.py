@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """How far Nystrom attention is from exact attention, over the number of landmarks and of iterations, layer by layer.
 
-    python nystrom_error.py --plot error.svg learned_qkv.npz
+    python nystrom_error.py --plot error.svg
 
-The file holds arrays (q k v, heads, tokens, numbers), one a layer, as a trained model has them. Without one, ../shared/data is looked in
-beside the source tree, and else a stack is made here: bytes of Python's own standard library as vectors, and layers that attend with random
-matrices and mix each token with its neighbours, so that deeper ones are smoother, as they are in trained encoders. Printed are distances to
-the exact result over its size; 1 is as bad as zeros, and "mean" is what the mean of v in every row would have. Needs matplotlib for --plot.
+A small encoder is trained here, in NumPy with fastops' AdamW step, to fill in bytes that are masked in a text (the modules of Python's own
+standard library, or --text), and its queries, keys and values of a longer piece of that text are measured. Those of a model of your own
+come in a file:
+
+    python nystrom_error.py qkv.npz
+
+of arrays (q k v, heads, tokens, numbers), one a layer. Printed are distances to the exact result over its size; 1 is as bad as zeros, and
+"mean" is what the mean of v in every row would have. Needs matplotlib for --plot.
 """
 
 from __future__ import annotations
@@ -17,6 +21,9 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+# NumPy's BLAS reads it when it is loaded: matrices this small lose by threads.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import numpy as np
 import numpy.typing as npt
 
@@ -24,8 +31,12 @@ import fastops
 
 Array = npt.NDArray[Any]
 
-LEARNED = Path(__file__).resolve().parents[2] / "shared" / "data" / "learned_qkv.npz"
-HEADS, WIDTH, LAYERS = 4, 64, 3
+HEADS, WIDTH, LAYERS = 4, 32, 2
+SIZE = HEADS * WIDTH
+# Bytes and what stands in the place of a masked one.
+TOKENS = 257
+# Of a step: windows, their bytes, and the share of those that is masked.
+BATCH, WINDOW, MASKED = 4, 256, 0.2
 LANDMARKS = (8, 16, 32, 64, 128)
 ITERATIONS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24)
 AT = 64
@@ -41,30 +52,130 @@ def bytes_of_modules(size: int) -> Array:
     return np.frombuffer(text[:size], np.uint8)
 
 
-def normalized(x: Array) -> Array:
-    """Rows of mean 0 and variance 1."""
-    x = x - x.mean(axis=1, keepdims=True)
-    return np.asarray(x / np.sqrt((x * x).mean(axis=1, keepdims=True)))
+def normalized(x: Array) -> tuple[Array, Array]:
+    """Rows of mean 0 and variance 1, and their factors."""
+    x = x - x.mean(axis=-1, keepdims=True)
+    factor = 1 / np.sqrt((x * x).mean(axis=-1, keepdims=True) + 1e-5)
+    return x * factor, factor
 
 
-def stack(length: int, rng: np.random.Generator) -> dict[str, Array]:
-    """(q k v, HEADS, N, WIDTH) of each of some layers of an untrained encoder."""
-    size = HEADS * WIDTH
-    x: Array = rng.standard_normal((256, size), np.float32)[bytes_of_modules(length)]
-    layers = {}
-    for layer in range(LAYERS):
-        for _ in range(2 + 4 * layer):
-            # Each token a little of what is before and after it.
-            x = (x + np.roll(x, 1, axis=0) + np.roll(x, -1, axis=0)) / 3
-        x = normalized(x)
-        matrices = rng.standard_normal((3, HEADS, size, WIDTH), np.float32) * np.float32(size**-0.5)
-        # Keys like queries, so that a token finds those that resemble it, as heads often learn to.
-        matrices[1] = 0.7 * matrices[0] + 0.3 * matrices[1]
-        q, k, v = (np.matmul(x, matrix) for matrix in matrices)
-        layers[f"layer {layer}"] = np.stack([1.5 * q, 1.5 * k, v])
-        y = fastops.softmax_attention(1.5 * q, 1.5 * k, v)
-        x = x + y.swapaxes(0, 1).reshape(length, size)
-    return layers
+def normalized_gradient(dy: Array, y: Array, factor: Array) -> Array:
+    """Back through it."""
+    return np.asarray(factor * (dy - dy.mean(axis=-1, keepdims=True) - y * (dy * y).mean(axis=-1, keepdims=True)))
+
+
+def softmax(x: Array) -> Array:
+    """Of each row, in place."""
+    x -= x.max(axis=-1, keepdims=True)
+    np.exp(x, out=x)
+    x /= x.sum(axis=-1, keepdims=True)
+    return x
+
+
+def neighbours(tokens: Array) -> list[Array]:
+    """What is before each token, itself, and what is after it; a window is a circle."""
+    return [np.roll(tokens, by, axis=1) for by in (1, 0, -1)]
+
+
+class Encoder:
+    """Layers of softmax attention and of a rectifier, both around what passes by, and their gradients."""
+
+    def __init__(self, length: int, rng: np.random.Generator) -> None:
+        # Embeddings of a byte by its place: before a token, at it, after it.
+        shapes: list[tuple[int, ...]] = [(3, TOKENS, SIZE)]
+        for _ in range(LAYERS):
+            shapes += [(SIZE, 3 * SIZE), (SIZE, SIZE), (SIZE, 4 * SIZE), (4 * SIZE, SIZE)]
+        shapes += [(SIZE, 256)]
+        self.weights = [rng.standard_normal(shape, np.float32) * np.float32(shape[-2] ** -0.5) for shape in shapes]
+        self.moments = [[np.zeros_like(w) for w in self.weights] for _ in range(2)]
+        self.steps = 0
+        angle = np.arange(length)[:, np.newaxis] * 1e4 ** -np.linspace(0, 1, SIZE // 2)
+        self.places = np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32) / 16
+
+    def layers(self, tokens: Array, first: Array) -> tuple[Array, list[tuple[Array, ...]]]:
+        """The rows (B, N, SIZE) after all layers, of windows that begin at `first`, and what each layer's gradient needs."""
+        b, n = tokens.shape
+        x = sum(self.weights[0][i][near] for i, near in enumerate(neighbours(tokens)))
+        x = x + self.places[first[:, np.newaxis] + np.arange(n)]
+        kept = []
+        for qkv, out, up, down in zip(*(self.weights[1 + i : -1 : 4] for i in range(4)), strict=True):
+            y, factor = normalized(x)
+            q, k, v = (y @ qkv).reshape(b, n, 3, HEADS, WIDTH).transpose(2, 0, 3, 1, 4)
+            p = softmax(q @ k.swapaxes(-1, -2) * np.float32(WIDTH**-0.5))
+            heads = (p @ v).swapaxes(1, 2).reshape(b, n, SIZE)
+            x = x + heads @ out
+            z, scale = normalized(x)
+            h = np.maximum(z @ up, 0)
+            x = x + h @ down
+            kept.append((y, factor, q, k, v, p, heads, z, scale, h))
+        return x, kept
+
+    def learn(self, text: Array, rate: float, rng: np.random.Generator) -> float:
+        """One step on windows of the text; bits a masked byte."""
+        at = rng.integers(0, len(text) - WINDOW, BATCH)
+        wanted = text[at[:, np.newaxis] + np.arange(WINDOW)].astype(np.int64)
+        masked = rng.random(wanted.shape) < MASKED
+        tokens = np.where(masked, TOKENS - 1, wanted)
+        x, kept = self.layers(tokens, rng.integers(0, len(self.places) - WINDOW + 1, BATCH))
+        y, factor = normalized(x)
+        p = softmax(y[masked] @ self.weights[-1])
+        right = np.arange(len(p)), wanted[masked]
+        loss = -float(np.log2(p[right] + 1e-30).mean())
+        p[right] -= 1
+        p /= len(p)
+        gradients = [np.zeros_like(w) for w in self.weights]
+        gradients[-1] = y[masked].T @ p
+        dy = np.zeros_like(y)
+        dy[masked] = p @ self.weights[-1].T
+        dx = normalized_gradient(dy, y, factor)
+        for i in reversed(range(LAYERS)):
+            dx = self.back(dx, kept[i], self.weights[1 + 4 * i : 5 + 4 * i], gradients, 1 + 4 * i)
+        for i, near in enumerate(neighbours(tokens)):
+            np.add.at(gradients[0][i], near, dx)
+        self.steps += 1
+        fastops.adamw_step_(self.weights, gradients, *self.moments, step=self.steps, lr=rate, weight_decay=0.01)
+        return loss
+
+    @staticmethod
+    def back(dx: Array, kept: tuple[Array, ...], weights: list[Array], gradients: list[Array], at: int) -> Array:
+        """Through one layer; the gradients of its weights go where `at` says."""
+        y, factor, q, k, v, p, heads, z, scale, h = kept
+        qkv, out, up, down = weights
+        b, n, _ = dx.shape
+
+        def of_weights(x: Array, d: Array) -> Array:
+            return np.asarray(x.reshape(b * n, -1).T @ d.reshape(b * n, -1))
+
+        gradients[at + 3] = of_weights(h, dx)
+        dh = (dx @ down.T) * (h > 0)
+        gradients[at + 2] = of_weights(z, dh)
+        dx = dx + normalized_gradient(dh @ up.T, z, scale)
+        gradients[at + 1] = of_weights(heads, dx)
+        dheads = (dx @ out.T).reshape(b, n, HEADS, WIDTH).swapaxes(1, 2)
+        dp = dheads @ v.swapaxes(-1, -2)
+        dp -= (dp * p).sum(axis=-1, keepdims=True)
+        ds = dp * p * np.float32(WIDTH**-0.5)
+        parts = np.stack([ds @ k, ds.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ dheads])
+        d = parts.transpose(1, 3, 0, 2, 4).reshape(b, n, 3 * SIZE)
+        gradients[at] = of_weights(y, d)
+        return np.asarray(dx + normalized_gradient(d @ qkv.T, y, factor))
+
+
+def trained(text: Array, length: int, steps: int, rng: np.random.Generator) -> dict[str, Array]:
+    """(q k v, HEADS, N, WIDTH) of each layer, of the last `length` bytes, which are not learned from."""
+    model = Encoder(length, rng)
+    seen, tail = text[:-length], text[-length:]
+    losses = []
+    for i in range(steps):
+        # Up over the first tenth, then down to zero.
+        rate = 4e-3 * min((i + 1) / (0.1 * steps + 1), 1.1 * (1 - i / steps))
+        losses.append(model.learn(seen, rate, rng))
+    if losses:
+        part = max(steps // 10, 1)
+        first, last = np.mean(losses[:part]), np.mean(losses[-part:])
+        print(f"{steps} steps on {len(seen)} bytes: from {first:.2f} to {last:.2f} bits a masked byte")
+    _, kept = model.layers(tail[np.newaxis].astype(np.int64), np.zeros(1, np.int64))
+    return {f"layer {i}": np.stack([x[0] for x in layer[2:5]]) for i, layer in enumerate(kept)}
 
 
 def distance(y: Array, exact: Array) -> float:
@@ -110,24 +221,31 @@ def plot(found: dict[str, tuple[float, list[float], list[float], list[float]]], 
 def main(argv: list[str] | None = None) -> int:
     """Read or make the layers, measure, print; the table goes to stdout."""
     parser = argparse.ArgumentParser(description="Nystrom against exact attention.")
-    parser.add_argument("file", nargs="?", help="an .npz of arrays (q k v, heads, tokens, numbers)")
+    parser.add_argument(
+        "file", nargs="?", help="an .npz of arrays (q k v, heads, tokens, numbers) in place of the training"
+    )
     parser.add_argument("--length", type=int, default=1024, help="tokens at most (default: 1024)")
-    parser.add_argument("--made", action="store_true", help="the stack that is made here, whatever file there is")
-    parser.add_argument("--seed", type=int, default=0, help="of the stack that is made here (default: 0)")
+    parser.add_argument("--text", metavar="FILE", help="what is learned (default: modules of the standard library)")
+    parser.add_argument("--steps", type=int, default=250, help="of the training (default: 250)")
+    parser.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
     parser.add_argument("--plot", metavar="FILE", help="draw the errors to an SVG or PNG file")
     options = parser.parse_args(argv)
-    if options.length < 256:
-        parser.error("--length must be at least 256")
-    path = options.file or (str(LEARNED) if LEARNED.exists() else None)
-    if options.file and not os.path.isfile(options.file):
-        parser.error(f"no file {options.file!r}")
-    if path and not options.made:
-        with np.load(path) as arrays:
+    if options.length < WINDOW:
+        parser.error(f"--length must be at least {WINDOW}")
+    if options.steps < 0:
+        parser.error("--steps must be at least 0")
+    for path in (options.file, options.text):
+        if path and not os.path.isfile(path):
+            parser.error(f"no file {path!r}")
+    if options.file:
+        with np.load(options.file) as arrays:
             layers = {name: arrays[name][:, :, : options.length].astype(np.float32) for name in sorted(arrays.files)}
-        print(f"learned q, k and v of {path}")
+        print(f"q, k and v of {options.file}")
     else:
-        layers = stack(options.length, np.random.default_rng(options.seed))
-        print(f"{options.length} bytes through a stack of random layers")
+        text = np.fromfile(options.text, np.uint8) if options.text else bytes_of_modules(500_000)
+        if len(text) <= options.length + WINDOW:
+            parser.error(f"--text must have more than {options.length + WINDOW} bytes")
+        layers = trained(text, options.length, options.steps, np.random.default_rng(options.seed))
     print(
         f"{'':<12}{'mean':>6} |"
         + "".join(f"{f'm={m}':>7}" for m in LANDMARKS)

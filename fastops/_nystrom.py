@@ -13,6 +13,8 @@ from ._validate import AnyArray, Text
 
 # Matrices of m x m are held whole.
 MAX_LANDMARKS = 4096
+# About the cut-off of six steps of the iteration: they multiply small singular values by 3.25 each.
+_RIDGE = 1 / 1178
 _MOST_STEPS = 2**31 - 1
 
 
@@ -57,7 +59,12 @@ def prepare(
     m = _validate.integer("num_landmarks", num_landmarks, 1, MAX_LANDMARKS)
     steps = _validate.integer("iterations", iterations, 0, _MOST_STEPS)
     solver = _validate.choice("pinv", pinv, ("newton", "ridge"))
-    added = _validate.number("ridge", ridge, 0.0, open_low=True)
+    if ridge is None:
+        added = _RIDGE
+    elif solver != "ridge":
+        raise _validate.wrong_value("ridge", f"None with pinv={solver!r}, which adds none", ridge)
+    else:
+        added = _validate.number("ridge", ridge, 0.0, open_low=True)
     factor = p.d**-0.5 if scale is None else _validate.number("scale", scale, -np.inf, open_low=True)
     start = _validate.choice("init", init, ("matrix", "batch"))
     if solver == "ridge" and start == "batch":

@@ -481,7 +481,7 @@ class NystromInfo(NamedTuple):
     coefficient : (..., H) ndarray
         1 / (largest column sum * largest row sum) of A, with which Z began or by which the ridge was divided.
     row_sum_min : (..., H) ndarray
-        The smallest sum of a row's weights; exact attention has 1.
+        The smallest sum of a row's weights; exact attention has 1. 0 without keys, nan without queries.
     row_sum_max : (..., H) ndarray
         The largest.
 
@@ -514,7 +514,7 @@ def nystrom_attention(
     num_landmarks: int = 64,
     iterations: int = 6,
     pinv: str = "newton",
-    ridge: float = 1 / 1178,
+    ridge: float | None = None,
     scale: float | None = None,
     key_mask: ArrayLike | None = None,
     conv_weight: ArrayLike | None = None,
@@ -539,12 +539,13 @@ def nystrom_attention(
     num_landmarks : int
         Segments m of queries and of keys, 1 to 4096. A sample with at most m queries or keys gets exact softmax attention.
     iterations : int
-        Steps of the iteration towards the inverse of A. More is not better: see the notes.
+        Steps of the iteration towards the inverse of A. More is not better: see the notes. Of no effect with pinv="ridge".
     pinv : {"newton", "ridge"}
         How A is inverted: by that iteration, or in closed form with a ridge, about as exact, and faster from
         some hundred landmarks on.
-    ridge : float
-        Of pinv="ridge", relative to the norms of A; what six steps do to small singular values by default.
+    ridge : float, optional
+        With pinv="ridge" only: what is added, relative to the norms of A. 1/1178 by default, about what six steps do to small
+        singular values.
     scale : float, optional
         Factor of q.k, D**-0.5 by default.
     key_mask : (..., M) bool array_like, optional
@@ -634,7 +635,7 @@ def nystrom_attention_backward(
     num_landmarks: int = 64,
     iterations: int = 6,
     pinv: str = "newton",
-    ridge: float = 1 / 1178,
+    ridge: float | None = None,
     scale: float | None = None,
     key_mask: ArrayLike | None = None,
     conv_weight: ArrayLike | None = None,
@@ -643,8 +644,9 @@ def nystrom_attention_backward(
     normalize: bool = False,
     causal: bool = False,
     layout: str = "bhnd",
-) -> tuple[AnyArray, ...]:
-    """Differentiate `nystrom_attention` with respect to q, k, v and the weights of the convolution.
+    return_d_landmarks: bool = False,
+) -> tuple[Any, ...]:
+    """Differentiate `nystrom_attention` with respect to q, k, v, the weights of the convolution and given landmarks.
 
     Parameters
     ----------
@@ -662,7 +664,7 @@ def nystrom_attention_backward(
         As `nystrom_attention`.
     pinv : {"newton", "ridge"}
         As `nystrom_attention`.
-    ridge : float
+    ridge : float, optional
         As `nystrom_attention`.
     scale : float, optional
         As `nystrom_attention`.
@@ -671,7 +673,7 @@ def nystrom_attention_backward(
     conv_weight : (H, taps) array_like, optional
         As `nystrom_attention`.
     landmarks : tuple of two array_like, optional
-        As `nystrom_attention`; they get no gradient.
+        As `nystrom_attention`; constants unless their gradients are asked for.
     init : {"matrix", "batch"}
         As `nystrom_attention`; the coefficient of a batch counts as a constant.
     normalize : bool
@@ -680,6 +682,8 @@ def nystrom_attention_backward(
         Must be False.
     layout : {"bhnd", "bnhd"}
         As `nystrom_attention`.
+    return_d_landmarks : bool
+        Return the gradients of given landmarks too.
 
     Returns
     -------
@@ -687,6 +691,8 @@ def nystrom_attention_backward(
         Of the shapes of q, k and v and their common dtype.
     d_conv_weight : (H, taps) ndarray
         Only with `conv_weight`: float32 (float64 for float64).
+    d_landmarks : tuple of (..., H, m, D) and (..., H_kv, m, D) ndarray
+        Only with `return_d_landmarks`: float32 (float64 for float64).
 
     Raises
     ------
@@ -700,7 +706,10 @@ def nystrom_attention_backward(
     Notes
     -----
     Every step of the iteration is differentiated, and so is the coefficient that it begins with: taking Z for the inverse that it
-    is not, or for a constant, is wrong by 2 to 48 %. About 2.5 times the forward's flops.
+    is not, or for a constant, is wrong by 2 to 48 %. About 2.5 times the forward's flops. Extra memory of each thread: some
+    4 m (m (iterations + 15) + 10 (D + E)) bytes (8 in place of 4 for float64), and where float32 or float64 rows are not whole
+    vectors (multiples of 8 or 4 numbers, half of that in level v2, twice in v4), and for half precision, rows of dq, dk and dv
+    of one head in the type of the sums, 4 (N D + M (D + E)) bytes. The first part does not grow with the length.
 
     Examples
     --------
@@ -716,16 +725,24 @@ def nystrom_attention_backward(
     options, extras = _nystrom.prepare(
         p, num_landmarks, iterations, pinv, ridge, scale, key_mask, conv_weight, landmarks, init, normalize, causal
     )
+    told = _validate.boolean("return_d_landmarks", return_d_landmarks)
+    if told and landmarks is None:
+        raise _validate.wrong_value("return_d_landmarks", "False without landmarks", told)
     gradients = p.gradients()
     d_taps = None if extras.conv_weight is None else np.zeros(extras.conv_weight.shape, p.wide)
+    d_landmarks = [np.zeros(x.shape, p.wide) if told and x is not None else None for x in extras[2:]]
     qq, kk, vv, d = p.arrays
     if p.b * p.hq:
         own = (extras.key_mask, extras.conv_weight, d_taps, extras.q_landmarks, extras.k_landmarks)
-        given = landmarks is not None
-        d_landmarks = (np.empty(x.shape, p.wide) if given and x is not None else None for x in extras[2:])
         _backend.nystrom_attention_backward(d, qq, kk, vv, *gradients, options, *own, *d_landmarks)
-    dq, dk, dv = (p.given(x) for x in gradients)
-    return (dq, dk, dv) if d_taps is None else (dq, dk, dv, d_taps)
+    found: list[Any] = [p.given(x) for x in gradients]
+    if d_taps is not None:
+        found.append(d_taps)
+    if told:
+        found.append(
+            tuple(x.reshape((*p.batch, *x.shape[1 if p.heads else 2 :])) for x in d_landmarks if x is not None)
+        )
+    return tuple(found)
 
 
 def logn_scale(n: ArrayLike, *, base: float = 512, min_n: float = 16, clip: bool = False) -> Any:

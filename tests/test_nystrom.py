@@ -171,7 +171,7 @@ def test_constant_values_stay_where_weights_are_uniform_or_normalized(ops: Modul
         y, info = ops.nystrom_attention(q, k, v, num_landmarks=16, pinv=pinv, return_info=True)
         np.testing.assert_allclose(y.min(axis=(2, 3)), info.row_sum_min, rtol=tolerance.nystrom(F32))
         np.testing.assert_allclose(y.max(axis=(2, 3)), info.row_sum_max, rtol=tolerance.nystrom(F32))
-        y = ops.nystrom_attention(0 * q, k, v, num_landmarks=16, ridge=1e-7, pinv=pinv)
+        y = ops.nystrom_attention(0 * q, k, v, num_landmarks=16, pinv=pinv, ridge=1e-7 if pinv == "ridge" else None)
         np.testing.assert_allclose(y, 1, rtol=tolerance.nystrom(F32))
 
 
@@ -488,6 +488,140 @@ def test_thread_counts_give_the_same_bits(
                     assert_same_bits(x, first)
     finally:
         fastops.set_num_threads(before)
+
+
+# --- attacks -----------------------------------------------------------------------------------------------------------------------
+
+
+@solvers
+def test_row_sums_of_nothing(ops: ModuleType, pinv: str) -> None:
+    """Without keys the sums were those of Z; of a head whose queries are all masked, the infinities they began with."""
+    q, k, v = operands(43, 2, 2, 2, 20, 20, 5, 3)
+    own: dict[str, Any] = {"landmarks": (q[:, :, :4], k[:, :, :4]), "pinv": pinv, "return_info": True}
+    mask = np.ones((2, 20), bool)
+    mask[1] = False
+    for steps in (6, 12):
+        for queries in (20, 13):
+            y, info = ops.nystrom_attention(q[:, :, :queries], k, v, **own, key_mask=mask, iterations=steps)
+            assert not y[1].any()
+            for sums in (info.row_sum_min, info.row_sum_max):
+                assert (np.abs(sums[0]) > 0.1).all()
+                np.testing.assert_array_equal(sums[1], np.nan if queries == 20 else 0)
+        _, info = ops.nystrom_attention(q, k[:, :, :0], v[:, :, :0], **own, iterations=steps)
+        np.testing.assert_array_equal(info.row_sum_max, 0)
+
+
+FORMS: dict[str, Any] = {
+    "reversed rows": lambda x: np.ascontiguousarray(x[:, :, ::-1])[:, :, ::-1],
+    "reversed numbers": lambda x: np.ascontiguousarray(x[..., ::-1])[..., ::-1],
+    "all reversed": lambda x: np.ascontiguousarray(x[::-1, ::-1, ::-1])[::-1, ::-1, ::-1],
+    "every other": lambda x: np.repeat(x, 2, axis=-1)[..., ::2],
+    "gaps of nan": lambda x: np.pad(x, ((0, 0), (0, 0), (0, 0), (1, 2)), constant_values=np.nan)[..., 1:-2],
+    "transposed": np.asfortranarray,
+    "misaligned": lambda x: np.frombuffer(b"\0" + x.tobytes(), np.uint8)[1:].view(x.dtype).reshape(x.shape),
+    "swapped": lambda x: x.astype(x.dtype.newbyteorder()) if x.dtype.kind == "f" else x,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_any_strides_and_bytes(ops: ModuleType, form: str, dtype: str) -> None:
+    q, k, v = operands(44, 2, 2, 1, 23, 23, 9, 10, FLOATS[dtype])
+    mask = np.arange(23) < np.array([[23], [15]])
+    landmarks = q[:, :, :5].copy(), k[:, :, :5].copy()
+    change = FORMS[form]
+    arrays = [change(x) for x in (q, k, v)]
+    for options in ({"num_landmarks": 5, "key_mask": mask}, {"landmarks": landmarks}, {"num_landmarks": 30}):
+        want = ops.nystrom_attention(q, k, v, **options)
+        other = dict(options)
+        if "key_mask" in other:
+            other["key_mask"] = np.ascontiguousarray(mask[:, ::-1])[:, ::-1]
+        if "landmarks" in other:
+            other["landmarks"] = tuple(change(x) for x in landmarks)
+        # Rows that are read in place or copied first: the order of sums may differ.
+        assert distance(ops.nystrom_attention(*arrays, **other), want) <= tolerance.nystrom(want.dtype)
+        dy = np.ones_like(want)
+        found = ops.nystrom_attention_backward(change(dy), *arrays, **other)
+        for x, y in zip(found, ops.nystrom_attention_backward(dy, q, k, v, **options), strict=True):
+            assert distance(x, y) <= tolerance.nystrom_gradient(want.dtype)
+
+
+def test_rows_of_stride_zero(ops: ModuleType) -> None:
+    """All keys alike: every row is the mean of v, and no key has a gradient."""
+    q, k, v = operands(45, 1, 2, 2, 30, 30, 5, 3, F64)
+    same = np.broadcast_to(k[:, :, :1], k.shape)
+    y = ops.nystrom_attention(q, same, v, num_landmarks=5, normalize=True)
+    np.testing.assert_allclose(y, np.broadcast_to(v.mean(2, keepdims=True), v.shape), atol=tolerance.nystrom(F64))
+    row = np.broadcast_to(q[:, :, :1], q.shape)
+    assert_defined(ops, row, same, v, num_landmarks=5)
+
+
+def test_numbers_out_of_range_are_refused(ops: ModuleType) -> None:
+    x = np.ones((2, 2, 12, 4), F32)
+    out = np.full_like(x, 7)
+    wrong: list[tuple[type[Exception], dict[str, Any]]] = [
+        *((ValueError, {"num_landmarks": n}) for n in (0, -1, 4097)),
+        *((TypeError, {"num_landmarks": n}) for n in (2.0, True, None)),
+        *((ValueError, {"iterations": n}) for n in (-1, 2**31, 10**30)),
+        *((TypeError, {"iterations": n}) for n in (1.5, True, None)),
+        *((ValueError, {"pinv": "ridge", "ridge": r}) for r in (0, -1.0, np.nan, np.inf)),
+        (TypeError, {"pinv": "ridge", "ridge": True}),
+        (ValueError, {"ridge": 1e-3}),
+        *((ValueError, {"scale": r}) for r in (np.nan, np.inf)),
+        (ValueError, {"pinv": "exact"}),
+        (ValueError, {"init": "batch", "pinv": "ridge"}),
+        (ValueError, {"key_mask": np.ones((2, 2, 12), bool)}),
+        (ValueError, {"key_mask": np.ones((2, 11), bool)}),
+        (TypeError, {"key_mask": np.ones((2, 12), np.uint8)}),
+        *((ValueError, {"conv_weight": np.ones(s)}) for s in ((2, 2), (2, 0), (1, 3), (2,), (2, 3, 1))),
+        (TypeError, {"conv_weight": np.ones((2, 3), int)}),
+        (TypeError, {"landmarks": 5}),
+        (ValueError, {"landmarks": (x,)}),
+        (ValueError, {"landmarks": (x[:, :, :3], x[:, :, :4])}),
+        (ValueError, {"landmarks": (x[:, :, :0], x[:, :, :0])}),
+        (ValueError, {"landmarks": (x[..., :3], x[..., :3])}),
+        (TypeError, {"landmarks": (x.astype(int), x)}),
+    ]
+    for error, options in wrong:
+        with pytest.raises(error):
+            ops.nystrom_attention(x, x, x, out=out, **options)
+        with pytest.raises(error):
+            ops.nystrom_attention_backward(x, x, x, x, **options)
+    for dtype in (np.int32, np.bool_, np.complex64, object):
+        with pytest.raises(TypeError):
+            ops.nystrom_attention(x.astype(dtype), x, x, out=out)
+    for kind in range(3):
+        arrays = [x, x, x]
+        arrays[kind] = out
+        with pytest.raises(ValueError, match="memory apart"):
+            ops.nystrom_attention(*arrays, out=out)
+    assert (out == 7).all()
+
+
+def test_more_than_memory_is_an_error(ops: ModuleType) -> None:
+    """Views of one number claim any size."""
+    x = np.ones((1, 1, 9, 4), F32)
+    for shape in ((1, 1, 2**40, 4), (2**20, 2**20, 64, 4), (1, 1, 64, 2**40)):
+        huge = np.broadcast_to(F32.type(1), shape)
+        with pytest.raises(MemoryError):
+            ops.nystrom_attention(huge, huge, huge)
+        with pytest.raises(MemoryError):
+            ops.nystrom_attention_backward(huge, huge, huge, huge)
+    many = np.broadcast_to(F32.type(1), (1, 1, 2**56, 4))
+    with pytest.raises(MemoryError):
+        ops.nystrom_attention_backward(x, x, many, many)
+    with pytest.raises(MemoryError):
+        ops.nystrom_attention(x, x, x, num_landmarks=2, conv_weight=np.broadcast_to(F32.type(0), (1, 2**40 + 1)))
+
+
+def test_a_gradient_of_too_many_steps_is_an_error(
+    native: ModuleType, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps the matrix of each."""
+    monkeypatch.setattr(module, "_backend", native)
+    x = np.broadcast_to(F32.type(1), (1, 1, 300, 4))
+    with pytest.raises(MemoryError):
+        module.nystrom_attention_backward(x, x, x, x, num_landmarks=256, iterations=2**31 - 1)
 
 
 # --- against exact attention -------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 import tolerance
 from quadratic import wide
 from samples import FLOATS, assert_same_bits, bits
+from segments import averages
 
 import fastops
 from fastops import _nystrom
@@ -225,8 +226,59 @@ def test_forms_of_the_arrays(ops: ModuleType) -> None:
 
 
 @solvers
+def test_landmarks_have_gradients_where_asked_for(ops: ModuleType, pinv: str) -> None:
+    """Functions of q and k as landmarks are, a gradient without theirs would be wrong."""
+    rng = np.random.default_rng(14)
+    q, k, v = arrays_of(14, 2, 4, 2, 20, 25, 5, 3)
+    dy = rng.standard_normal((2, 4, 20, 3))
+    landmarks = rng.standard_normal((2, 4, 6, 5)), rng.standard_normal((2, 2, 6, 5))
+    options: dict[str, Any] = {"pinv": pinv, "key_mask": rng.random((2, 25)) < 0.7}
+    *plain, found = ops.nystrom_attention_backward(dy, q, k, v, landmarks=landmarks, **options, return_d_landmarks=True)
+    constant = ops.nystrom_attention_backward(dy, q, k, v, landmarks=landmarks, **options)
+    assert len(constant) == 3
+    for x, y in zip(constant, plain, strict=True):
+        assert_same_bits(x, y)
+    h = tolerance.CENTRAL_STEP
+    assert isinstance(found, tuple)
+    for i, (x, gradient) in enumerate(zip(landmarks, found, strict=True)):
+        assert gradient.shape == x.shape
+        direction = rng.standard_normal(x.shape)
+        ends = []
+        for step in (h, -h):
+            moved = tuple(y + step * direction if j == i else y for j, y in enumerate(landmarks))
+            ends.append(float((ops.nystrom_attention(q, k, v, landmarks=moved, **options) * dy).sum()))
+        quotient, slope = (ends[0] - ends[1]) / (2 * h), float((gradient * direction).sum())
+        assert abs(quotient - slope) <= tolerance.CENTRAL * max(np.abs(gradient * direction).sum(), abs(ends[0]), 1.0)
+    # A head alone, shapes as given; after the convolution's weights; float32 where those are computed with.
+    one = [x[1, 3].astype(F32) for x in (dy, q)] + [x[1, 1].astype(F32) for x in (k, v)]
+    pair = landmarks[0][1, 3], landmarks[1][1, 1]
+    *_, alone = ops.nystrom_attention_backward(*one, landmarks=pair, pinv=pinv, return_d_landmarks=True)
+    assert [x.shape for x in alone] == [(6, 5), (6, 5)]
+    assert [x.dtype for x in alone] == [F32, F32]
+    x = np.ones((0, 4, 9, 5))
+    empty = np.ones((0, 4, 3, 5)), np.ones((0, 4, 3, 5))
+    got = ops.nystrom_attention_backward(
+        x, x, x, x, landmarks=empty, conv_weight=np.ones((4, 3)), return_d_landmarks=True
+    )
+    assert [part.shape for part in got[4]] == [(0, 4, 3, 5)] * 2
+    # The means of segments are landmarks, too: with their shares q and k have the gradients that they have without.
+    means = [np.stack([[averages(head, 5) for head in sample] for sample in y]) for y in (q, k)]
+    dq, dk, dv, (dqt, dkt) = ops.nystrom_attention_backward(
+        dy, q, k, v, landmarks=means, pinv=pinv, return_d_landmarks=True
+    )
+    want = ops.nystrom_attention_backward(dy, q, k, v, num_landmarks=5, pinv=pinv)
+    bound = tolerance.nystrom_gradient(F64)
+    assert distance(dq + np.repeat(dqt / 4, 4, axis=2), want[0]) <= bound
+    assert distance(dk + np.repeat(dkt / 5, 5, axis=2), want[1]) <= bound
+    assert distance(dv, want[2]) <= bound
+    for wrong in ({"return_d_landmarks": True}, {"landmarks": means, "return_d_landmarks": 1}):
+        with pytest.raises((TypeError, ValueError), match="return_d_landmarks"):
+            ops.nystrom_attention_backward(dy, q, k, v, **wrong)
+
+
+@solvers
 def test_backends_give_landmarks_their_gradients(backend: ModuleType, target: str, pinv: str) -> None:
-    """What the public function does not ask for: against differences, in float64."""
+    """Against differences, in float64; and the other gradients are the same without them."""
     rng = np.random.default_rng(12)
     q, k, v = arrays_of(12, 2, 4, 2, 20, 25, 5, 3)
     dy = rng.standard_normal((2, 4, 20, 3))

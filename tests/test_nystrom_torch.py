@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tolerance
+from pages import DOCS
 
 from fastops import attention as module
 
@@ -104,3 +106,24 @@ def test_tensors_are_read_in_place(ops: ModuleType) -> None:
     y = ops.nystrom_attention(q, k, v, num_landmarks=4)
     assert isinstance(y, np.ndarray)
     np.testing.assert_array_equal(y, ops.nystrom_attention(q.numpy(), k.numpy(), v.numpy(), num_landmarks=4))
+
+
+@pytest.mark.parametrize("pinv", ["newton", "ridge"])
+def test_the_recipe_of_the_pages_is_differentiable(ops: ModuleType, pinv: str) -> None:
+    """Its code as it stands there, by torch's own check."""
+    text = (DOCS / "attention.md").read_text(encoding="utf-8")
+    (code,) = (x for x in re.findall(r"^```py\n(.*?)^```", text, re.DOTALL | re.MULTILINE) if "Nystrom" in x)
+    scope: dict[str, Any] = {}
+    exec(compile(code, "attention.md", "exec"), scope)
+    function = scope["NystromAttention"]
+    generator = torch.Generator().manual_seed(2)
+    shapes = (2, 2, 12, 3), (2, 1, 12, 3), (2, 1, 12, 2)
+    arrays = [torch.randn(x, generator=generator, dtype=torch.float64, requires_grad=True) for x in shapes]
+    for options in ({}, {"key_mask": torch.arange(12) < torch.tensor([[12], [7]])}, {"normalize": True}):
+        options = {"num_landmarks": 4, "pinv": pinv, **options}
+        assert torch.autograd.gradcheck(lambda *x, of=options: function.apply(*x, of), arrays)
+    for dtype in (torch.float32, torch.float16):
+        narrow = [x.detach().to(dtype).requires_grad_() for x in arrays]
+        y = function.apply(*narrow, {"num_landmarks": 4, "pinv": pinv})
+        y.sum().backward()
+        assert [x.grad.dtype for x in narrow] == [dtype] * 3

@@ -292,3 +292,6 @@ NYSTROM_ROUNDED_OTHERWISE = 5e-3
 # Of 64 landmarks for 512 rows on a path that turns once; and of noise, where the mean of v is the yardstick: what to expect.
 NYSTROM_SMOOTH = 0.05
 NYSTROM_NOISE = 0.8
+
+# A central difference of a loss of some nats over steps of 1e-4 of weights of about 1, in float32 in part (the places).
+EXAMPLE_SLOPE = 1e-3

@@ -32,6 +32,8 @@ constexpr std::size_t kColumns = 32;
 // Without causality the keys of a head are cut into parts, where heads are few: at most so many, of at least so many
 // keys.
 constexpr std::size_t kParts = 16, kPartKeys = 512;
+// Parts of heads of Nystrom attention that wait to be added, for each thread.
+constexpr std::size_t kPartsBytes = std::size_t{1} << 18;
 // Queries of one unit without causality.
 constexpr std::size_t kPartQueries = 1024;
 
@@ -348,11 +350,10 @@ fastops_status nystrom(const NystromKernels& kernels, const NystromArrays& array
   const std::size_t parts = nystrom_parts(s.keys), step = (s.keys + parts - 1) / parts;
   const auto end = [&](std::size_t part) { return (part + 1) * step < s.keys ? (part + 1) * step : s.keys; };
   const double ns = nystrom_ns(s);
-  Workspaces work;
-  if (!work.reserve(workers, kernels.work_items(call) + (s.batch_init ? 0 : middle + 2 * partial), item))
-    return FASTOPS_NO_MEMORY;
-
   const bool phases = s.batch_init || (workers > 1 && count < 2 * workers);
+  Workspaces work;
+  if (!work.reserve(workers, kernels.work_items(call) + (phases ? 0 : middle + 2 * partial), item))
+    return FASTOPS_NO_MEMORY;
   if (!phases)
     return parallel_run(
         count,
@@ -374,9 +375,13 @@ fastops_status nystrom(const NystromKernels& kernels, const NystromArrays& array
         },
         ns, poll, workers);
 
-  Workspace middles, partials, norms;
-  if (!middles.reserve({count, middle, item}) || !partials.reserve({count, parts, partial, item}) ||
-      !norms.reserve({count, sizeof(double)}))
+  // Some heads at a time, so that their parts together stay small; each head's first part, to which the others are
+  // added, stays.
+  std::size_t together = workers * kPartsBytes / (parts * partial * item);
+  together = parts == 1 || together > count ? count : together < 1 ? 1 : together;
+  Workspace middles, firsts, others, norms;
+  if (!middles.reserve({count, middle, item}) || !firsts.reserve({count, partial, item}) ||
+      !others.reserve({together, parts - 1, partial, item}) || !norms.reserve({count, sizeof(double)}))
     return FASTOPS_NO_MEMORY;
   const auto head_of = [&](std::size_t i, unsigned worker) {
     NystromHead head = arrays[i];
@@ -385,7 +390,8 @@ fastops_status nystrom(const NystromKernels& kernels, const NystromArrays& array
   };
   const auto middle_of = [&](std::size_t i) { return middles.get<char>() + i * middle * item; };
   const auto partial_of = [&](std::size_t i, std::size_t part) {
-    return partials.get<char>() + (i * parts + part) * partial * item;
+    if (part == 0) return firsts.get<char>() + i * partial * item;
+    return others.get<char>() + (i % together * (parts - 1) + part - 1) * partial * item;
   };
   auto* const norm = norms.get<double>();
   fastops_status status = parallel_run(
@@ -401,22 +407,26 @@ fastops_status nystrom(const NystromKernels& kernels, const NystromArrays& array
       if (norm[i] > largest) largest = norm[i];
     call.coefficient = largest > 0 ? 1 / largest : 0;
   }
-  status = parallel_run(
-      count * parts,
-      [&](std::size_t unit, unsigned worker) {
-        const std::size_t i = unit / parts, part = unit % parts;
-        if (norm[i] != 0)
-          kernels.absorb(call, head_of(i, worker), part * step, end(part), middle_of(i), partial_of(i, part),
-                         work[worker]);
-      },
-      ns / 2, poll, workers);
-  if (status != FASTOPS_OK) return status;
+  for (std::size_t from = 0; from < count; from += together) {
+    const std::size_t heads = count - from < together ? count - from : together;
+    status = parallel_run(
+        heads * parts,
+        [&](std::size_t unit, unsigned worker) {
+          const std::size_t i = from + unit / parts, part = unit % parts;
+          if (norm[i] != 0)
+            kernels.absorb(call, head_of(i, worker), part * step, end(part), middle_of(i), partial_of(i, part),
+                           work[worker]);
+        },
+        ns / 2 * static_cast<double>(heads) / static_cast<double>(count), poll, workers);
+    if (status != FASTOPS_OK) return status;
+    for (std::size_t i = from; i < from + heads; ++i)
+      for (std::size_t part = 1; part < parts && norm[i] != 0; ++part)
+        kernels.merge(call, partial_of(i, 0), partial_of(i, part));
+  }
   status = parallel_run(
       count,
       [&](std::size_t i, unsigned worker) {
-        if (norm[i] == 0) return;
-        for (std::size_t part = 1; part < parts; ++part) kernels.merge(call, partial_of(i, 0), partial_of(i, part));
-        kernels.solve(call, head_of(i, worker), middle_of(i), partial_of(i, 0), work[worker]);
+        if (norm[i] != 0) kernels.solve(call, head_of(i, worker), middle_of(i), partial_of(i, 0), work[worker]);
       },
       ns / 4, poll, workers);
   if (status != FASTOPS_OK) return status;
@@ -606,8 +616,9 @@ fastops_status fastops_nystrom_attention_forward(const fastops_nystrom_attention
   if (arrays.count() == 0 || (s.queries == 0 && info == nullptr)) return FASTOPS_OK;
   Stopper stopper(poll);
   poll = stopper.poll();
-  return stopper.status(
-      nystrom(kNystrom[active_level()][s.dtype == FASTOPS_F64], arrays, nystrom_call(s, stopper), poll));
+  NystromCall call = nystrom_call(s, stopper);
+  call.informs = info != nullptr;
+  return stopper.status(nystrom(kNystrom[active_level()][s.dtype == FASTOPS_F64], arrays, call, poll));
 }
 
 fastops_status fastops_nystrom_attention_backward(const fastops_nystrom_attention* shape, fastops_heads dy,
@@ -656,6 +667,10 @@ fastops_status fastops_nystrom_attention_backward(const fastops_nystrom_attentio
   const unsigned workers = worker_count();
   Workspaces work;
   Workspace of_samples;  // the convolution's gradient, which samples share
+  // Every step's Z is kept; the other sizes are those of arrays that there are.
+  std::size_t kept = 0;
+  if (!s.ridge_solve && !checked_product({s.iterations + 1, s.landmarks + 15, s.landmarks + 15, 16}, &kept))
+    return FASTOPS_NO_MEMORY;
   const std::size_t taps = d_conv == nullptr ? 0 : s.heads_q * s.taps;
   if (!work.reserve(workers, kernels.work_items(call, s.queries, s.keys, group), item) ||
       !of_samples.reserve({s.batch, taps, item}))

@@ -118,6 +118,7 @@ struct NystromCall {
   double ridge, scale;
   double coefficient;  // of the start, above 0 where it is the same for all matrices
   const Stop* stop;
+  bool informs = false;  // whether any head has room for information
 };
 struct NystromHead {
   Rows q, k, v, out;

@@ -20,14 +20,14 @@ inline constexpr std::size_t kSinglePrecisionSteps = 8;
 // A head's matrices between landmarks; rows padded to vectors. Where attention is exact there is nothing in it.
 template <class T> struct Middle {
   T* flags;                  // [0]: 1 where landmarks stand for the sample
-  T *q_rows, *k_rows;        // landmarks x dim
+  T *q_rows, *k_rows;        // landmarks x dim; without room of their own where they are not kept
   T *q_columns, *k_columns;  // dim x landmarks, times the scale
   T *a, *w, *u;              // landmarks x landmarks, landmarks x values, landmarks
 
-  Middle(const NystromCall& call, Parts<T>& parts)
+  Middle(const NystromCall& call, bool keeps_rows, Parts<T>& parts)
       : flags(parts.take(1)),
-        q_rows(parts.take(call.landmarks * padded<T>(call.dim))),
-        k_rows(parts.take(call.landmarks * padded<T>(call.dim))),
+        q_rows(parts.take(keeps_rows ? call.landmarks * padded<T>(call.dim) : 0)),
+        k_rows(parts.take(keeps_rows ? call.landmarks * padded<T>(call.dim) : 0)),
         q_columns(parts.take(call.dim * padded<T>(call.landmarks))),
         k_columns(parts.take(call.dim * padded<T>(call.landmarks))),
         a(parts.take(call.landmarks * padded<T>(call.landmarks))),
@@ -46,18 +46,71 @@ template <class T> struct Partial {
 
 template <class T> constexpr T kLowest = -static_cast<T>(__builtin_huge_val());
 
-// c = c diag - x on a square matrix of m rows.
-template <class T> void diagonal_minus(const T* x, T diagonal, std::size_t m, T* c) noexcept {
-  const std::size_t mp = padded<T>(m);
-  for (std::size_t i = 0; i < m * mp; i += kWidth<T>) store(c + i, -load<Vector<T>>(x + i));
-  for (std::size_t i = 0; i < m; ++i) c[i * mp + i] += diagonal;
+template <class T> void add_to_diagonal(T* x, T value, std::size_t m) noexcept {
+  for (std::size_t i = 0; i < m; ++i) x[i * padded<T>(m) + i] += value;
 }
-template <class T> void multiply(const T* a, const T* b, std::size_t m, T* c) noexcept {
+// Steps of `work` multiply-adds each until the next question whether to stop, some milliseconds, in multiples of
+// `whole`. Of the register tile it can be more at once.
+inline constexpr std::size_t kTilesWork = std::size_t{1} << 27, kMemorysWork = std::size_t{1} << 23;
+inline std::size_t steps_at_once(std::size_t most, std::size_t work, std::size_t whole) noexcept {
+  return most / (work + 1) / whole * whole + whole;
+}
+// to = factor from^T; matrices of m x m.
+template <class U> void turned(const U* from, U factor, std::size_t m, U* to) noexcept {
+  constexpr std::size_t kLine = 64 / sizeof(U);
+  const std::size_t mp = padded<U>(m);
+  for (std::size_t i = 0; i < m; i += kLine)
+    for (std::size_t j = 0; j < mp; ++j)
+      for (std::size_t r = i; r < m && r < i + kLine; ++r) to[r * mp + j] = j < m ? factor * from[j * mp + r] : U(0);
+}
+// c = [c +] a b of matrices of m x m, unless `stopped`; element (i, k) of a at a[i * a_row + k * a_step].
+template <class T, class F>
+void multiply(const T* a, std::ptrdiff_t a_row, std::ptrdiff_t a_step, const T* b, std::size_t m, T* c, bool adds,
+              F stopped) noexcept {
   const auto mp = static_cast<std::ptrdiff_t>(padded<T>(m));
-  product<T>(m, padded<T>(m), Term<T>{a, mp, 1, b, mp, m}, {c, mp});
+  const T one = 1;
+  const std::size_t rows = steps_at_once(kTilesWork, m * m, kChunk);
+  for (std::size_t i = 0; i < m; i += rows) {
+    if (m > rows && stopped()) return;
+    const auto row = static_cast<std::ptrdiff_t>(i);
+    product<T>(m - i < rows ? m - i : rows, padded<T>(m), Term<T>{a + row * a_row, a_row, a_step, b, mp, m},
+               {c + row * mp, mp, adds ? &one : nullptr, 0});
+  }
 }
-// Rows of weights from rows of logits; the columns from `m` on get none.
-template <class T> void softmax_rows(T* s, std::size_t rows, std::size_t m) noexcept {
+template <class T, class F> void multiply(const T* a, const T* b, std::size_t m, T* c, F stopped) noexcept {
+  multiply(a, static_cast<std::ptrdiff_t>(padded<T>(m)), 1, b, m, c, false, stopped);
+}
+// The same where the product is symmetric: below the tiles at the diagonal it is that above, mirrored.
+template <class T, class F>
+void symmetric_multiply(const T* a, std::ptrdiff_t a_row, std::ptrdiff_t a_step, const T* b, std::size_t m, T* c,
+                        F stopped) noexcept {
+  constexpr std::size_t kPanel = kTileVectors * kWidth<T>;
+  const std::size_t mp = padded<T>(m), columns_at_once = steps_at_once(kTilesWork, m * m, kPanel);
+  const auto step = static_cast<std::ptrdiff_t>(mp);
+  for (std::size_t j = 0; j < m; j += kPanel) {
+    if (m > columns_at_once && j % columns_at_once == 0 && stopped()) return;
+    product<T>(m - j < kPanel ? m : j + kPanel, mp - j < kPanel ? mp - j : kPanel,
+               Term<T>{a, a_row, a_step, b + j, step, m}, {c + j, step});
+    const std::size_t columns = m - j < kPanel ? m - j : kPanel, whole = columns / kWidth<T> * kWidth<T>;
+    transpose(c + j, mp, j, whole, c + j * mp, mp);
+    for (std::size_t i = whole; i < columns; ++i)
+      for (std::size_t r = 0; r < j; ++r) c[(j + i) * mp + r] = c[r * mp + j + i];
+  }
+}
+// The largest lane, in pairs as sum_lanes; nan where one is or not.
+template <class T, class V> FASTOPS_INLINE T most_of_lanes(V v) {
+  if constexpr (sizeof(V) == 2 * sizeof(T)) {
+    return v[0] > v[1] ? v[0] : v[1];
+  } else {
+    using Half = typename simd::LaneType<T, sizeof(V) / 2>::type;
+    Half half[2];
+    __builtin_memcpy(half, &v, sizeof v);
+    return most_of_lanes<T>(select(half[0] > half[1], half[0], half[1]));
+  }
+}
+// Rows of weights from rows of logits; the columns from `m` on get none. With `inverses` the weights still have to be
+// multiplied by those.
+template <class T> void softmax_rows(T* s, std::size_t rows, std::size_t m, T* inverses = nullptr) noexcept {
   using V = Vector<T>;
   const std::size_t mp = padded<T>(m);
   for (std::size_t r = 0; r < rows; ++r, s += mp) {
@@ -67,8 +120,7 @@ template <class T> void softmax_rows(T* s, std::size_t rows, std::size_t m) noex
       const V x = load<V>(s + j);
       most = select(x > most, x, most);
     }
-    T top = most[0];
-    for (std::size_t l = 1; l < kWidth<T>; ++l) top = most[l] > top ? most[l] : top;
+    const T top = most_of_lanes<T>(most);
     V sum{};
     for (std::size_t j = 0; j < mp; j += kWidth<T>) {
       const V e = exp_nonpositive(load<V>(s + j) - top);
@@ -76,6 +128,10 @@ template <class T> void softmax_rows(T* s, std::size_t rows, std::size_t m) noex
       store(s + j, e);
     }
     const T inverse = T(1) / sum_lanes<T>(sum);
+    if (inverses != nullptr) {
+      inverses[r] = inverse;
+      continue;
+    }
     for (std::size_t j = 0; j < mp; j += kWidth<T>) store(s + j, load<V>(s + j) * inverse);
   }
 }
@@ -99,21 +155,36 @@ template <class T> Norms<T> norms(const T* a, std::size_t m) noexcept {
   }
   return n;
 }
+// With more steps than this only X P is halved, see there.
+inline constexpr std::size_t kSymmetricSteps = 6;
 // The steps of Newton's method of third order from z, of which every one but the last is left in z_steps where it is
-// not null (steps + 1 matrices). x, t, u: room of a matrix each.
-template <class U>
-void newton(const U* a, U* z, std::size_t m, std::size_t steps, U* x, U* t, U* u, U* z_steps) noexcept {
+// not null (steps + 1 matrices). x, t, u: room of a matrix each. Before each it asks `stopped`.
+// X = A Z and its polynomials are symmetric, as Z begins as a multiple of A^T, and their products can be halved. But
+// rounding then no longer corrects itself: halved in all steps, the result's error is 2 to 6 times as large; in all but
+// the last two of six, and X P in all, it is the same.
+template <class U, class F>
+void newton(const U* a, U* z, std::size_t m, std::size_t steps, U* x, U* t, U* u, U* z_steps, F stopped) noexcept {
   const std::size_t items = m * padded<U>(m);
-  for (std::size_t i = 0; i < steps; ++i) {
+  const auto row = static_cast<std::ptrdiff_t>(padded<U>(m));
+  for (std::size_t i = 0; i < steps && !stopped(); ++i) {
+    const bool early = steps <= kSymmetricSteps && i + 2 < steps;
+    const auto times = [&](const U* l, const U* r, U* c) {
+      if (early)
+        symmetric_multiply(l, row, 1, r, m, c, stopped);
+      else
+        multiply(l, r, m, c, stopped);
+    };
     if (z_steps != nullptr) __builtin_memcpy(z_steps + i * items, z, items * sizeof(U));
-    multiply(a, z, m, x);
-    diagonal_minus(x, U(7), m, t);
-    multiply(x, t, m, u);
-    diagonal_minus(u, U(15), m, t);
-    multiply(x, t, m, u);
-    diagonal_minus(u, U(13), m, t);
-    multiply(z, t, m, u);
-    for (std::size_t j = 0; j < items; j += kWidth<U>) store(z + j, load<Vector<U>>(u + j) * U(0.25));
+    // -Z (13 - X (15 - X (7 - X))) = Z (X (15 + X (X - 7)) - 13)
+    times(a, z, x);
+    __builtin_memcpy(t, x, items * sizeof(U));
+    add_to_diagonal(t, U(-7), m);
+    symmetric_multiply(x, row, 1, t, m, u, stopped);
+    add_to_diagonal(u, U(15), m);
+    times(x, u, t);
+    add_to_diagonal(t, U(-13), m);
+    multiply(z, t, m, u, stopped);
+    for (std::size_t j = 0; j < items; j += kWidth<U>) store(z + j, load<Vector<U>>(u + j) * U(-0.25));
   }
 }
 template <class To, class From> void convert(const From* from, std::size_t rows, std::size_t cols, To* to) noexcept {
@@ -122,10 +193,12 @@ template <class To, class From> void convert(const From* from, std::size_t rows,
       to[i * padded<To>(cols) + j] = j < cols ? static_cast<To>(from[i * padded<From>(cols) + j]) : To(0);
 }
 
-// g = U^T U, U in its place.
-inline void factorize(double* g, std::size_t m) noexcept {
+// g = U^T U, U in its place, unless `stopped`.
+template <class F> void factorize(double* g, std::size_t m, F stopped) noexcept {
   const std::size_t mp = padded<double>(m);
+  const std::size_t steps = steps_at_once(kMemorysWork, m * m, 1);
   for (std::size_t k = 0; k < m; ++k) {
+    if (m > steps && k % steps == 0 && stopped()) return;
     double* const row = g + k * mp;
     const std::size_t first = k / kWidth<double> * kWidth<double>;
     const double root = __builtin_sqrt(row[k]);
@@ -139,19 +212,22 @@ inline void factorize(double* g, std::size_t m) noexcept {
     }
   }
 }
-// b = (U^T U)^-1 b, b of m rows of `cols` (whole vectors).
-inline void solve_factorized(const double* g, std::size_t m, double* b, std::size_t cols) noexcept {
-  const std::size_t mp = padded<double>(m);
+// b = (U^T U)^-1 b, b of m rows of `cols` (whole vectors), unless `stopped`.
+template <class F>
+void solve_factorized(const double* g, std::size_t m, double* b, std::size_t cols, F stopped) noexcept {
+  const std::size_t mp = padded<double>(m), steps = steps_at_once(kMemorysWork, m * cols, 1);
   const auto reduce = [&](std::size_t from, std::size_t to, double factor) {
     for (std::size_t j = 0; j < cols; j += kWidth<double>)
       store(b + to * cols + j, simd::fma(splat<simd::f64>(-factor), load<simd::f64>(b + from * cols + j),
                                          load<simd::f64>(b + to * cols + j)));
   };
   for (std::size_t k = 0; k < m; ++k) {
+    if (m > steps && k % steps == 0 && stopped()) return;
     scale_row(b + k * cols, cols, 1 / g[k * mp + k]);
     for (std::size_t i = k + 1; i < m; ++i) reduce(k, i, g[k * mp + i]);
   }
   for (std::size_t k = m; k-- > 0;) {
+    if (m > steps && k % steps == 0 && stopped()) return;
     scale_row(b + k * cols, cols, 1 / g[k * mp + k]);
     for (std::size_t i = 0; i < k; ++i) reduce(k, i, g[i * mp + k]);
   }
@@ -345,7 +421,7 @@ template <class T> class NystromPass {
                {logits_, at(mp_)});
   }
 
-  // The middle: W = Z B and u = Z 1.
+  // The middle: W = Z B and u = Z 1, or 0 where there is no key: the sums of no weights.
   void solve(const Middle<T>& middle, const Partial<T>& partial, Parts<T>& parts) noexcept {
     if (stopped()) return;
     T* const b = parts.take(m_ * vp_);
@@ -353,13 +429,13 @@ template <class T> class NystromPass {
     const Norms<T> n = norms(middle.a, m_);
     const double product_of_norms = static_cast<double>(n.column) * static_cast<double>(n.row);
     const double c = call_.coefficient > 0 ? call_.coefficient : 1 / product_of_norms;
-    T* const z = parts.take(m_ * mp_);
+    T* const z = parts.take(call_.ridge_solve && !call_.informs ? 0 : m_ * mp_);
     if (call_.ridge_solve) {
-      ridge(middle, b, product_of_norms, z, parts);
+      ridge(middle, b, ones_of(partial), product_of_norms, z, parts);
     } else if (sizeof(T) == 4 && call_.iterations > kSinglePrecisionSteps) {
-      many_steps(middle, b, c, z, parts);
+      many_steps(middle, b, ones_of(partial), c, z, parts);
     } else {
-      start(middle.a, static_cast<T>(c), z);
+      turned(middle.a, static_cast<T>(c), m_, z);
       T* const x = parts.take(m_ * mp_);
       T* const t = parts.take(m_ * mp_);
       T* const u = parts.take(m_ * mp_);
@@ -368,7 +444,7 @@ template <class T> class NystromPass {
       for (std::size_t i = 0; i < m_; ++i) {
         V sum{};
         for (std::size_t j = 0; j < mp_; j += W) sum += load<V>(z + i * mp_ + j);
-        middle.u[i] = sum_lanes<T>(sum);
+        middle.u[i] = ones_of(partial) * sum_lanes<T>(sum);
       }
       for (std::size_t i = m_; i < mp_; ++i) middle.u[i] = 0;
     }
@@ -377,8 +453,9 @@ template <class T> class NystromPass {
     info[1] = static_cast<T>(c);
     T* const az = parts.take(m_ * mp_);
     T* const aza = parts.take(m_ * mp_);
-    multiply(middle.a, z, m_, az);
-    multiply(az, middle.a, m_, aza);
+    const auto stops = [this] { return stopped(); };
+    multiply(middle.a, z, m_, az, stops);
+    multiply(az, middle.a, m_, aza, stops);
     double off = 0, size = 0;
     for (std::size_t i = 0; i < m_; ++i)
       for (std::size_t j = 0; j < m_; ++j) {
@@ -388,6 +465,8 @@ template <class T> class NystromPass {
       }
     info[0] = static_cast<T>(__builtin_sqrt(off / size));
   }
+  // Sums of the rows of softmax(s Qt K^T).
+  static T ones_of(const Partial<T>& partial) noexcept { return partial.sum[0] == 0 ? T(0) : T(1); }
   // B = softmax(s Qt K^T) V; zeros where there is no key.
   void sums_over_keys(const Partial<T>& partial, T* b) const noexcept {
     for (std::size_t i = 0; i < m_; ++i) {
@@ -395,19 +474,13 @@ template <class T> class NystromPass {
       for (std::size_t e = 0; e < vp_; e += W) store(b + i * vp_ + e, load<V>(partial.values + i * vp_ + e) * inverse);
     }
   }
-  // z = c a^T.
-  template <class U> void start(const U* a, U c, U* z) const noexcept {
-    const std::size_t mu = padded<U>(m_);
-    for (std::size_t i = 0; i < m_; ++i)
-      for (std::size_t j = 0; j < mu; ++j) z[i * mu + j] = j < m_ ? c * a[j * mu + i] : U(0);
-  }
-  // B and, beside it, ones, in rows of double.
-  void with_ones(const T* b, double* wide) const noexcept {
+  // B and, beside it, `ones`, in rows of double.
+  void with_ones(const T* b, T ones, double* wide) const noexcept {
     const std::size_t vd = padded<double>(call_.values + 1);
     fill<double>(wide, m_ * vd, 0);
     for (std::size_t i = 0; i < m_; ++i) {
       for (std::size_t e = 0; e < call_.values; ++e) wide[i * vd + e] = static_cast<double>(b[i * vp_ + e]);
-      wide[i * vd + call_.values] = 1;
+      wide[i * vd + call_.values] = static_cast<double>(ones);
     }
   }
   void take_apart(const double* both, const Middle<T>& middle) const noexcept {
@@ -420,61 +493,59 @@ template <class T> class NystromPass {
     for (std::size_t i = m_; i < mp_; ++i) middle.u[i] = 0;
   }
   // Newton's steps in double, up to W and u: their sums cancel.
-  void many_steps(const Middle<T>& middle, const T* b, double c, T* z, Parts<T>& parts) noexcept {
+  void many_steps(const Middle<T>& middle, const T* b, T ones, double c, T* z, Parts<T>& parts) noexcept {
     constexpr std::size_t kTwo = sizeof(T) == 8 ? 1 : 2;  // elements of T in a double
     const std::size_t md = padded<double>(m_), items = m_ * md, vd = padded<double>(call_.values + 1);
     double* const a = reinterpret_cast<double*>(parts.take(kTwo * 5 * items));
     double* const both = reinterpret_cast<double*>(parts.take(kTwo * 2 * m_ * vd));
     convert<double>(middle.a, m_, m_, a);
-    start(a, c, a + items);
+    turned(a, c, m_, a + items);
     steps<double>(a, a + items, a + 2 * items, a + 3 * items, a + 4 * items);
-    with_ones(b, both);
+    with_ones(b, ones, both);
     product<double>(m_, vd, Term<double>{a + items, at(md), 1, both, at(vd), m_}, {both + m_ * vd, at(vd)});
     take_apart(both + m_ * vd, middle);
     convert<T>(a + items, m_, m_, z);
   }
   template <class U> void steps(const U* a, U* z, U* x, U* t, U* u) noexcept {
-    constexpr std::size_t kAtOnce = 1;  // between questions whether to stop
-    for (std::size_t done = 0; done < call_.iterations && !stopped(); done += kAtOnce)
-      newton<U>(a, z, m_, call_.iterations - done < kAtOnce ? call_.iterations - done : kAtOnce, x, t, u, nullptr);
+    newton<U>(a, z, m_, call_.iterations, x, t, u, nullptr, [this] { return stopped(); });
   }
   // (A^T A + ridge c I)^-1 A^T, in double, times B and 1; all of it in z where information is asked for.
-  void ridge(const Middle<T>& middle, const T* b, double product_of_norms, T* z, Parts<T>& parts) noexcept {
+  void ridge(const Middle<T>& middle, const T* b, T ones, double product_of_norms, T* z, Parts<T>& parts) noexcept {
     constexpr std::size_t kTwo = sizeof(T) == 8 ? 1 : 2;  // elements of T in a double
     const std::size_t md = padded<double>(m_), vd = padded<double>(call_.values + 1);
     double* const a = reinterpret_cast<double*>(parts.take(kTwo * m_ * md));
     double* const g = reinterpret_cast<double*>(parts.take(kTwo * m_ * md));
     double* const wide = reinterpret_cast<double*>(parts.take(kTwo * m_ * vd));
-    double* const right = reinterpret_cast<double*>(parts.take(kTwo * m_ * (vd > md ? vd : md)));
+    double* const right = reinterpret_cast<double*>(parts.take(kTwo * m_ * (vd > md || !call_.informs ? vd : md)));
     normal_matrix(middle.a, product_of_norms, a, g);
-    with_ones(b, wide);
+    with_ones(b, ones, wide);
     product<double>(m_, vd, Term<double>{a, 1, at(md), wide, at(vd), m_}, {right, at(vd)});
-    solve_factorized(g, m_, right, vd);
+    const auto stops = [this] { return stopped(); };
+    solve_factorized(g, m_, right, vd, stops);
     take_apart(right, middle);
     if (head_.info == nullptr) return;
-    fill<double>(right, m_ * md, 0);
-    for (std::size_t i = 0; i < m_; ++i)
-      for (std::size_t j = 0; j < m_; ++j) right[i * md + j] = a[j * md + i];
-    solve_factorized(g, m_, right, md);
+    turned(a, 1.0, m_, right);
+    solve_factorized(g, m_, right, md, stops);
     convert<T>(right, m_, m_, z);
   }
   // a = A in double, g the factor of A^T A + ridge c I.
   void normal_matrix(const T* from, double product_of_norms, double* a, double* g) const noexcept {
     const std::size_t md = padded<double>(m_);
     convert<double>(from, m_, m_, a);
-    product<double>(m_, md, Term<double>{a, 1, at(md), a, at(md), m_}, {g, at(md)});
-    for (std::size_t i = 0; i < m_; ++i) g[i * md + i] += call_.ridge * product_of_norms;
-    factorize(g, m_);
+    const auto stops = [this] { return stopped(); };
+    symmetric_multiply(a, 1, at(md), a, m_, g, stops);
+    add_to_diagonal(g, call_.ridge * product_of_norms, m_);
+    factorize(g, m_, stops);
   }
 
   void emit(std::size_t first, std::size_t last, const Middle<T>& middle, void* softmax_work) noexcept {
     auto* const info = static_cast<T*>(head_.info);
     if (info != nullptr && first == 0) {
-      const bool exact = middle.flags[0] == 0;
+      const bool exact = middle.flags[0] == 0, none = exact || count(head_.queries, true) == 0;
       const T nothing = static_cast<T>(__builtin_nan(""));
       if (exact) info[0] = info[1] = nothing;
-      info[2] = exact || head_.queries == 0 ? nothing : -kLowest<T>;
-      info[3] = exact || head_.queries == 0 ? nothing : kLowest<T>;
+      info[2] = none ? nothing : -kLowest<T>;
+      info[3] = none ? nothing : kLowest<T>;
     }
     for (std::size_t i = first; i < last; i += kBlock) {
       if (stopped()) return;
@@ -493,27 +564,26 @@ template <class T> class NystromPass {
     return call_.stop != nullptr && call_.stop->asked(call_.stop->context, head_.worker);
   }
 
-  // P1 of the queries i .. i + n in logits_.
-  Block<T> query_weights(std::size_t i, std::size_t n, const Middle<T>& middle) noexcept {
+  // P1 of the queries i .. i + n in logits_, each row's still to be multiplied by that of `inverses` where there are.
+  Block<T> query_weights(std::size_t i, std::size_t n, const Middle<T>& middle, T* inverses) noexcept {
     const Block<T> q = query_block(i, n);
     product<T>(n, mp_, Term<T>{q.data, q.step, 1, middle.k_columns, at(mp_), call_.dim}, {logits_, at(mp_)});
-    softmax_rows(logits_, n, m_);
+    softmax_rows(logits_, n, m_, inverses);
     return q;
   }
   void landmark_rows(std::size_t i, std::size_t n, const Middle<T>& middle, T* info) noexcept {
-    query_weights(i, n, middle);
+    query_weights(i, n, middle, keep_);
     const std::size_t end = i + n + kBlock < head_.queries ? i + n + kBlock : head_.queries;
     fetch_rows(call_.dtype, head_.q.data, head_.q.row, i + n, end, call_.dim);
-    Target<T> target{o_, at(vp_)};
+    const Target<T> target{o_, at(vp_), nullptr, 0, keep_};
     if (call_.normalize || info != nullptr) {
       for (std::size_t r = 0; r < n; ++r) {
-        const T sum = dot(logits_ + r * mp_, middle.u, mp_);
-        keep_[r] = sum == 0 ? T(0) : T(1) / sum;
+        const T whole = dot(logits_ + r * mp_, middle.u, mp_), sum = whole * keep_[r];
+        if (call_.normalize) keep_[r] = whole == 0 ? T(0) : T(1) / whole;
         if (info == nullptr || !query_seen(i + r)) continue;
         if (info[2] == info[2] && !(info[2] <= sum)) info[2] = sum;
         if (info[3] == info[3] && !(info[3] >= sum)) info[3] = sum;
       }
-      if (call_.normalize) target.scale = keep_;
     }
     product<T>(n, vp_, Term<T>{logits_, at(mp_), 1, middle.w, at(vp_), m_}, target);
   }

@@ -54,15 +54,9 @@ template <class U> struct MiddleGradient {
         zt(parts.take(mp * (mp > columns ? mp : columns))) {}
 
   static std::ptrdiff_t step(std::size_t n) { return static_cast<std::ptrdiff_t>(n); }
-  // c [+]= f(a) f(b), f transposing where it says so; matrices of m x m.
-  void times(const U* l, bool l_transposed, const U* r, U* c, bool adds) const noexcept {
-    const U one = 1;
-    product<U>(m, mp, Term<U>{l, l_transposed ? 1 : step(mp), l_transposed ? step(mp) : 1, r, step(mp), m},
-               {c, step(mp), adds ? &one : nullptr, 0});
-  }
-  void turned(const U* from, U* to) const noexcept {
-    for (std::size_t i = 0; i < m; ++i)
-      for (std::size_t j = 0; j < mp; ++j) to[i * mp + j] = j < m ? from[j * mp + i] : U(0);
+  // c [+]= f(l) r, f transposing where it says so; matrices of m x m.
+  template <class F> void times(const U* l, bool l_transposed, const U* r, U* c, bool adds, F stopped) const noexcept {
+    multiply(l, l_transposed ? 1 : step(mp), l_transposed ? step(mp) : 1, r, m, c, adds, stopped);
   }
   // c (m x m) [+]= l r^T of rows of `columns`.
   void outer(const U* l, const U* r, U* c, bool adds) noexcept {
@@ -78,54 +72,53 @@ template <class U> struct MiddleGradient {
     for (std::size_t j = 0; j < m; ++j) da[n.row_at * mp + j] += d_row;
   }
 
-  void newton_forward(const NystromCall& call) noexcept {
+  template <class F> void newton_forward(const NystromCall& call, F stopped) noexcept {
     const Norms<U> n = norms(a, m);
     const U c = call.coefficient > 0 ? static_cast<U>(call.coefficient) : U(1) / (n.column * n.row);
-    turned(a, z);
-    for (std::size_t i = 0; i < m; ++i) scale_row(z + i * mp, mp, c);
-    newton<U>(a, z, m, call.iterations, x, t, p, steps);
+    turned(a, c, m, z);
+    newton<U>(a, z, m, call.iterations, x, t, p, steps, stopped);
     __builtin_memcpy(steps + call.iterations * m * mp, z, m * mp * sizeof(U));
     product<U>(m, columns, Term<U>{z, step(mp), 1, b, step(columns), m}, {w, step(columns)});
   }
-  void newton_backward(const NystromCall& call) noexcept {
-    const std::size_t items = m * mp;
+  void newton_values_backward() noexcept {
     product<U>(m, columns, Term<U>{z, 1, step(mp), dw, step(columns), m}, {db, step(columns)});
+  }
+  template <class F> void newton_backward(const NystromCall& call, F stopped) noexcept {
+    const std::size_t items = m * mp;
     outer(dw, b, dz, false);
     fill<U>(da, items, 0);
-    for (std::size_t i = call.iterations; i-- > 0;) {
-      // Z' = Z R / 4, R = 13 - X Q, Q = 15 - X P, P = 7 - X, X = A Z.
+    for (std::size_t i = call.iterations; i-- > 0 && !stopped();) {
       const U* const before = steps + i * items;
-      times(a, false, before, x, false);
-      diagonal_minus(x, U(7), m, p);
-      times(x, false, p, t, false);
-      diagonal_minus(t, U(15), m, q);
-      times(x, false, q, t, false);
-      diagonal_minus(t, U(13), m, t);
-      // dR = Z^T dZ' / 4; dZ = dZ' R^T / 4.
+      // Z' = Z R / 4, R = 13 - X Q, Q = 15 - X P, P = 7 - X, X = A Z. All but Z are symmetric; p, q and r have the
+      // signs -P, Q and -R.
+      symmetric_multiply(a, step(mp), 1, before, m, x, stopped);
+      __builtin_memcpy(p, x, items * sizeof(U));
+      add_to_diagonal(p, U(-7), m);
+      symmetric_multiply(x, step(mp), 1, p, m, q, stopped);
+      add_to_diagonal(q, U(15), m);
+      U* const r = zt;
+      symmetric_multiply(x, step(mp), 1, q, m, r, stopped);
+      add_to_diagonal(r, U(-13), m);
+      // dR = Z^T dZ' / 4; dZ = dZ' R / 4.
       U* const dr = at;
-      times(before, true, dz, dr, false);
+      times(before, true, dz, dr, false, stopped);
       for (std::size_t j = 0; j < m; ++j) scale_row(dr + j * mp, mp, U(0.25));
-      turned(t, zt);
-      times(dz, false, zt, t, false);
-      for (std::size_t j = 0; j < items; j += kWidth<U>) store(dz + j, load<V>(t + j) * U(0.25));
-      // dX = -dR Q^T - dQ P^T - dP, dQ = -X^T dR, dP = -X^T dQ.
-      times(x, true, dr, dq, false);
-      turned(q, zt);
-      times(dr, false, zt, dx, false);
-      turned(p, zt);
-      // dq holds -dQ.
-      times(dq, false, zt, t, false);
-      for (std::size_t j = 0; j < items; j += kWidth<U>) store(dx + j, load<V>(t + j) - load<V>(dx + j));
-      times(x, true, dq, t, false);
-      add(dx, t, U(-1));
+      times(dz, false, r, t, false, stopped);
+      for (std::size_t j = 0; j < items; j += kWidth<U>) store(dz + j, load<V>(t + j) * U(-0.25));
+      // dX = -dR Q - dQ P - dP, dQ = -X dR, dP = -X dQ. dq holds -dQ.
+      times(x, false, dr, dq, false, stopped);
+      times(dr, false, q, dx, false, stopped);
+      times(dq, false, p, dx, true, stopped);
+      times(x, false, dq, dx, true, stopped);
+      for (std::size_t j = 0; j < items; j += kWidth<U>) store(dx + j, -load<V>(dx + j));
       // dA += dX Z^T; dZ += A^T dX.
-      turned(before, zt);
-      times(dx, false, zt, da, true);
-      times(a, true, dx, dz, true);
+      turned(before, U(1), m, zt);
+      times(dx, false, zt, da, true, stopped);
+      times(a, true, dx, dz, true, stopped);
     }
     const Norms<U> n = norms(a, m);
     const U c = call.coefficient > 0 ? static_cast<U>(call.coefficient) : U(1) / (n.column * n.row);
-    turned(dz, zt);
+    turned(dz, U(1), m, zt);
     add(da, zt, c);
     if (call.coefficient > 0) return;
     const U dc = dot(zt, a, items);
@@ -133,27 +126,30 @@ template <class U> struct MiddleGradient {
   }
 
   // double alone: G = A^T A + ridge c I, W = G^-1 A^T B.
-  void ridge_forward(const NystromCall& call) noexcept {
+  template <class F> void ridge_forward(const NystromCall& call, F stopped) noexcept {
     const Norms<U> n = norms(a, m);
-    times(a, true, a, x, false);
-    for (std::size_t i = 0; i < m; ++i) x[i * mp + i] += static_cast<U>(call.ridge) * n.column * n.row;
+    symmetric_multiply(a, 1, step(mp), a, m, x, stopped);
+    add_to_diagonal(x, static_cast<U>(call.ridge) * n.column * n.row, m);
     if constexpr (sizeof(U) == 8) {
-      factorize(x, m);
+      factorize(x, m, stopped);
       product<U>(m, columns, Term<U>{a, 1, step(mp), b, step(columns), m}, {w, step(columns)});
-      solve_factorized(x, m, w, columns);
+      solve_factorized(x, m, w, columns, stopped);
     }
   }
-  void ridge_backward(const NystromCall& call) noexcept {
-    // With R = A^T B: dR = G^-1 dW, dG = -dR W^T, dB = A dR, dA = B dR^T + A (dG + dG^T) and the norms' share.
-    if constexpr (sizeof(U) == 8) solve_factorized(x, m, dw, columns);
+  // With R = A^T B: dR = G^-1 dW (in the place of dW), dG = -dR W^T, dB = A dR, dA = B dR^T + A (dG + dG^T) and the
+  // norms' share.
+  template <class F> void ridge_values_backward(F stopped) noexcept {
+    if constexpr (sizeof(U) == 8) solve_factorized(x, m, dw, columns, stopped);
     product<U>(m, columns, Term<U>{a, step(mp), 1, dw, step(columns), m}, {db, step(columns)});
+  }
+  template <class F> void ridge_backward(const NystromCall& call, F stopped) noexcept {
     outer(b, dw, da, false);
     outer(dw, w, t, false);
     U trace = 0;
     for (std::size_t i = 0; i < m; ++i) trace -= t[i * mp + i];
-    turned(t, q);
+    turned(t, U(1), m, q);
     for (std::size_t j = 0; j < m * mp; j += kWidth<U>) store(t + j, -(load<V>(t + j) + load<V>(q + j)));
-    times(a, false, t, da, true);
+    times(a, false, t, da, true, stopped);
     const Norms<U> n = norms(a, m);
     const U dc = static_cast<U>(call.ridge) * trace;
     spread(n, dc * n.row, dc * n.column);
@@ -168,13 +164,14 @@ template <class T> class GradientPass : public NystromPass<T> {
   static constexpr std::size_t W = kWidth<T>;
 
  public:
-  // dk and dv are sums over the query heads of a key head, of all keys.
+  // dk and dv are sums over the query heads of a key head, of all keys. Without room of their own where results are
+  // rows of T in whole vectors: those are added up where they go.
   struct Sums {
     T *dq, *dk, *dv;
     Sums(const NystromCall& call, std::size_t queries, std::size_t keys, Parts<T>& parts)
-        : dq(parts.take(queries * padded<T>(call.dim))),
-          dk(parts.take(keys * padded<T>(call.dim))),
-          dv(parts.take(keys * padded<T>(call.values))) {}
+        : dq(parts.take(is_plain<T>(call.dtype, call.dim) ? 0 : queries * padded<T>(call.dim))),
+          dk(parts.take(is_plain<T>(call.dtype, call.dim) ? 0 : keys * padded<T>(call.dim))),
+          dv(parts.take(is_plain<T>(call.dtype, call.values) ? 0 : keys * padded<T>(call.values))) {}
   };
 
   GradientPass(const NystromCall& call, const NystromHead& head, const Rows& dy, const Sums& sums, T* d_conv,
@@ -185,11 +182,12 @@ template <class T> class GradientPass : public NystromPass<T> {
         d_conv_(d_conv),
         d_q_landmarks_(d_q_landmarks),
         d_k_landmarks_(d_k_landmarks),
+        of_landmarks_(head.q_landmarks == nullptr || d_q_landmarks != nullptr || d_k_landmarks != nullptr),
         g_(parts.take(kBlock * vp_)),
         dl_(parts.take(kBlock * (mp_ > kBlock ? mp_ : kBlock))),
         shift_(parts.take(mp_ + kBlock)),
         qt_(parts.take(call.dim * kBlock)),
-        middle_(call, parts),
+        middle_(call, true, parts),
         partial_(call, parts),
         dw_(parts.take(m_ * vp_)),
         du_(parts.take(mp_)),
@@ -243,12 +241,13 @@ template <class T> class GradientPass : public NystromPass<T> {
     for (std::size_t i = 0; i < m_; ++i)
       for (std::size_t e = 0; e < inner.columns; ++e)
         inner.b[i * inner.columns + e] = e < call_.values    ? static_cast<U>(b_[i * vp_ + e])
-                                         : e == call_.values ? U(1)
+                                         : e == call_.values ? static_cast<U>(this->ones_of(partial_))
                                                              : U(0);
+    const auto stops = [this] { return this->stopped(); };
     if (call_.ridge_solve)
-      inner.ridge_forward(call_);
+      inner.ridge_forward(call_, stops);
     else
-      inner.newton_forward(call_);
+      inner.newton_forward(call_, stops);
     for (std::size_t i = 0; i < m_; ++i) {
       for (std::size_t e = 0; e < vp_; ++e)
         middle_.w[i * vp_ + e] = e < call_.values ? static_cast<T>(inner.w[i * inner.columns + e]) : T(0);
@@ -264,21 +263,29 @@ template <class T> class GradientPass : public NystromPass<T> {
                                           : e == call_.values ? static_cast<U>(du_[i])
                                                               : U(0);
     if (call_.ridge_solve)
-      inner.ridge_backward(call_);
+      inner.ridge_values_backward(stops);
     else
-      inner.newton_backward(call_);
+      inner.newton_values_backward();
     for (std::size_t i = 0; i < m_; ++i)
       for (std::size_t e = 0; e < vp_; ++e)
         db_[i * vp_ + e] = e < call_.values ? static_cast<T>(inner.db[i * inner.columns + e]) : T(0);
-    // A's own softmax, back to both landmarks.
+    if (of_landmarks_) matrix_gradient(inner);
+    keys();
+    if (of_landmarks_) give_landmarks();
+  }
+  // Through Z to A and through its softmax to both landmarks.
+  template <class U> void matrix_gradient(MiddleGradient<U>& inner) noexcept {
+    const auto stops = [this] { return this->stopped(); };
+    if (call_.ridge_solve)
+      inner.ridge_backward(call_, stops);
+    else
+      inner.newton_backward(call_, stops);
     T* const da = parts_a_;
     convert<T>(inner.da, m_, m_, da);
     softmax_rows_gradient(middle_.a, da, m_, mp_, static_cast<T>(call_.scale));
     const T one = 1;
     product<T>(m_, dp_, Term<T>{da, at(mp_), 1, middle_.k_rows, at(dp_), m_}, {dq_rows_, at(dp_)});
     product<T>(m_, dp_, Term<T>{da, 1, at(mp_), middle_.q_rows, at(dp_), m_}, {dk_rows_, at(dp_), &one, 0});
-    keys();
-    give_landmarks();
   }
 
   // dW, du, the queries' own gradient and the key landmarks' share of it.
@@ -291,7 +298,7 @@ template <class T> class GradientPass : public NystromPass<T> {
     for (std::size_t i = 0; i < head_.queries; i += kBlock) {
       if (this->stopped()) return;
       const std::size_t n = head_.queries - i < kBlock ? head_.queries - i : kBlock;
-      const Block<T> q = this->query_weights(i, n, middle_);
+      const Block<T> q = this->query_weights(i, n, middle_, nullptr);
       take_gradient(i, n);
       if (call_.normalize) {
         // out = num / r: dr = -(G . out) / r.
@@ -311,7 +318,7 @@ template <class T> class GradientPass : public NystromPass<T> {
       for (std::size_t r = 0; r < n; ++r)
         if (!this->query_seen(i + r)) fill<T>(dl_ + r * mp_, mp_, 0);
       product<T>(n, dp_, Term<T>{dl_, at(mp_), 1, middle_.k_rows, at(dp_), m_}, {sums_.dq + i * dp_, at(dp_)});
-      product<T>(m_, dp_, Term<T>{dl_, 1, at(mp_), q.data, q.step, n}, {dk_rows_, at(dp_), &one, 0});
+      if (of_landmarks_) product<T>(m_, dp_, Term<T>{dl_, 1, at(mp_), q.data, q.step, n}, {dk_rows_, at(dp_), &one, 0});
     }
   }
 
@@ -350,7 +357,8 @@ template <class T> class GradientPass : public NystromPass<T> {
         product<T>(together, dp_, Term<T>{dl_ + j * mp_, at(mp_), 1, middle_.q_rows, at(dp_), m_},
                    {sums_.dk + key * dp_, at(dp_), &one, 0});
       }
-      product<T>(m_, dp_, Term<T>{dl_, 1, at(mp_), keys.k.data, keys.k.step, n}, {dq_rows_, at(dp_), &one, 0});
+      if (of_landmarks_)
+        product<T>(m_, dp_, Term<T>{dl_, 1, at(mp_), keys.k.data, keys.k.step, n}, {dq_rows_, at(dp_), &one, 0});
       for (std::size_t j = 0; j < n && head_.k_landmarks == nullptr; ++j) {
         add_row(sums_.dk + this->number(first, j) * dp_, dk_rows_ + segments.segment() * dp_, dp_,
                 T(1) / static_cast<T>(segments.length()));
@@ -481,6 +489,7 @@ template <class T> class GradientPass : public NystromPass<T> {
   const Rows dy_;
   const Sums sums_;
   T *const d_conv_, *const d_q_landmarks_, *const d_k_landmarks_;
+  const bool of_landmarks_;  // given ones may be constants
   T *const g_, *const dl_, *const shift_, *const qt_;
   const Middle<T> middle_;
   const Partial<T> partial_;
@@ -501,8 +510,11 @@ template <class T> std::size_t inner_items(const NystromCall& call) noexcept {
 template <class T>
 void run(const NystromCall& call, const NystromHead& head, const NystromGradient& gradient, void* work) noexcept {
   Parts<T> all(work);
-  const typename GradientPass<T>::Sums sums(call, head.queries, head.keys, all);
+  typename GradientPass<T>::Sums sums(call, head.queries, head.keys, all);
   const std::size_t dp = padded<T>(call.dim), vp = padded<T>(call.values);
+  const bool plain = is_plain<T>(call.dtype, call.dim), plain_values = is_plain<T>(call.dtype, call.values);
+  if (plain) sums.dk = static_cast<T*>(gradient.dk);
+  if (plain_values) sums.dv = static_cast<T*>(gradient.dv);
   fill<T>(sums.dk, head.keys * dp, 0);
   fill<T>(sums.dv, head.keys * vp, 0);
   T* const a = all.take(call.landmarks * padded<T>(call.landmarks));
@@ -520,21 +532,24 @@ void run(const NystromCall& call, const NystromHead& head, const NystromGradient
     const Rows dy{row_at(call.dtype, gradient.dy.data, gradient.dy_head, r), gradient.dy.row};
     T* const d_conv = gradient.d_conv == nullptr ? nullptr : static_cast<T*>(gradient.d_conv) + r * call.taps;
     if (d_conv != nullptr) fill<T>(d_conv, call.taps, 0);
+    const char* const dq = row_at(call.dtype, gradient.dq, gradient.dq_head, r);
+    if (plain) sums.dq = reinterpret_cast<T*>(const_cast<char*>(dq));
     Parts<T> parts(rest);
     GradientPass<T> pass(call, one, dy, sums, d_conv, dqs == nullptr ? nullptr : dqs + r * landmark_items, dks, parts);
     pass.parts_a_ = a;
     pass.qt_shift_ = shift;
     pass.run(parts);
-    const char* const dq = row_at(call.dtype, gradient.dq, gradient.dq_head, r);
-    for (std::size_t i = 0; i < head.queries; ++i)
+    for (std::size_t i = 0; i < head.queries && !plain; ++i)
       write_row<T>(call.dtype, sums.dq + i * dp, call.dim,
                    const_cast<char*>(row_at(call.dtype, dq, static_cast<std::ptrdiff_t>(call.dim), i)));
   }
   for (std::size_t j = 0; j < head.keys; ++j) {
-    write_row<T>(call.dtype, sums.dk + j * dp, call.dim,
-                 const_cast<char*>(row_at(call.dtype, gradient.dk, static_cast<std::ptrdiff_t>(call.dim), j)));
-    write_row<T>(call.dtype, sums.dv + j * vp, call.values,
-                 const_cast<char*>(row_at(call.dtype, gradient.dv, static_cast<std::ptrdiff_t>(call.values), j)));
+    if (!plain)
+      write_row<T>(call.dtype, sums.dk + j * dp, call.dim,
+                   const_cast<char*>(row_at(call.dtype, gradient.dk, static_cast<std::ptrdiff_t>(call.dim), j)));
+    if (!plain_values)
+      write_row<T>(call.dtype, sums.dv + j * vp, call.values,
+                   const_cast<char*>(row_at(call.dtype, gradient.dv, static_cast<std::ptrdiff_t>(call.values), j)));
   }
 }
 template <class T>

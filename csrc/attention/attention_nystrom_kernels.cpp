@@ -18,19 +18,23 @@ template <class T> std::size_t work_items(const NystromCall& call) noexcept {
   const std::size_t pass = parts.used(), m = call.landmarks, mp = padded<T>(m);
   // The middle's matrices, in double where steps or the ridge want that; or the exact rows'.
   const std::size_t wide = sizeof(T) == 8 ? 1 : 2;  // elements of T in a double
-  const std::size_t columns =
-      padded<double>(call.values + 1) > padded<double>(m) ? padded<double>(call.values + 1) : padded<double>(m);
-  std::size_t middle = m * padded<T>(call.values) + 6 * m * mp + 8 * 16;
+  const std::size_t md = padded<double>(m), vd = padded<double>(call.values + 1);
+  // Z and, with information, two products of it.
+  const std::size_t kept = (call.ridge_solve ? 0 : 1) + (call.informs ? 3 : 0);
+  std::size_t middle = m * padded<T>(call.values) + kept * m * mp + 8 * 16;
   if (call.ridge_solve)
-    middle += wide * (2 * m * padded<double>(m) + 2 * m * columns) + 4 * 16;
+    middle += wide * (2 * m * md + m * vd + m * (vd > md || !call.informs ? vd : md)) + 4 * 16;
   else if (wide > 1 && call.iterations > kSinglePrecisionSteps)
-    middle += wide * (5 * m * padded<double>(m) + 2 * m * padded<double>(call.values + 1)) + 2 * 16;
+    middle += wide * (5 * m * md + 2 * m * vd) + 2 * 16;
+  else
+    middle += 3 * m * mp + 3 * 16;
   const std::size_t exact = kSoftmaxKernels[sizeof(T) == 8].work_items(exact_call(call));
-  return pass + (middle > exact ? middle : exact);
+  const std::size_t rows = 2 * (m * padded<T>(call.dim) + 16), others = pass + (rows > exact ? rows : exact);
+  return middle > others ? middle : others;
 }
 template <class T> std::size_t middle_items(const NystromCall& call) noexcept {
   Parts<T> parts(nullptr);
-  Middle<T>(call, parts);
+  Middle<T>(call, false, parts);
   return parts.used();
 }
 template <class T> std::size_t partial_items(const NystromCall& call) noexcept {
@@ -40,7 +44,7 @@ template <class T> std::size_t partial_items(const NystromCall& call) noexcept {
 }
 template <class T> Middle<T> middle_at(const NystromCall& call, const void* memory) noexcept {
   Parts<T> parts(const_cast<void*>(memory));
-  return Middle<T>(call, parts);
+  return Middle<T>(call, false, parts);
 }
 template <class T> Partial<T> partial_at(const NystromCall& call, const void* memory) noexcept {
   Parts<T> parts(const_cast<void*>(memory));
@@ -49,7 +53,11 @@ template <class T> Partial<T> partial_at(const NystromCall& call, const void* me
 
 template <class T> double prepare(const NystromCall& call, const NystromHead& head, void* middle, void* work) noexcept {
   Parts<T> parts(work);
-  return NystromPass<T>(call, head, parts).prepare(middle_at<T>(call, middle));
+  NystromPass<T> pass(call, head, parts);
+  Middle<T> with_rows = middle_at<T>(call, middle);
+  with_rows.q_rows = parts.take(call.landmarks * padded<T>(call.dim));
+  with_rows.k_rows = parts.take(call.landmarks * padded<T>(call.dim));
+  return pass.prepare(with_rows);
 }
 template <class T>
 void absorb(const NystromCall& call, const NystromHead& head, std::size_t first, std::size_t last, const void* middle,
@@ -75,7 +83,8 @@ template <class T>
 void solve(const NystromCall& call, const NystromHead& head, void* middle, const void* partial, void* work) noexcept {
   Parts<T> parts(work);
   NystromPass<T> pass(call, head, parts);
-  pass.solve(middle_at<T>(call, middle), partial_at<T>(call, partial), parts);
+  Parts<T> all(work);  // no rows or logits are needed any more
+  pass.solve(middle_at<T>(call, middle), partial_at<T>(call, partial), all);
 }
 template <class T>
 void emit(const NystromCall& call, const NystromHead& head, std::size_t first, std::size_t last, const void* middle,

@@ -14,12 +14,13 @@ extern void* __libc_realloc(void*, size_t);
 extern void* __libc_memalign(size_t, size_t);
 
 static atomic_int armed;
-static atomic_long seen, failing, threads_left = -1;
+static atomic_long seen, bytes, failing, threads_left = -1;
 static atomic_int sticky;
 
 /* k == 0 only counts. */
 void fail_arm(long k, int for_good) {
   seen = 0;
+  bytes = 0;
   failing = k;
   sticky = for_good;
   armed = 1;
@@ -29,24 +30,27 @@ long fail_disarm(void) {
   armed = 0;
   return seen;
 }
+/* The bytes that were asked for since fail_arm. */
+long fail_bytes(void) { return bytes; }
 /* So many more threads can be started; -1: any number. */
 void fail_threads(long left) { threads_left = left; }
 
-static int fails(void) {
+static int fails(size_t size) {
   if (!armed) return 0;
+  bytes += (long)size;
   const long now = ++seen;
   if (failing == 0 || (sticky ? now < failing : now != failing)) return 0;
   errno = ENOMEM;
   return 1;
 }
 
-void* malloc(size_t size) { return fails() ? NULL : __libc_malloc(size); }
-void* calloc(size_t count, size_t size) { return fails() ? NULL : __libc_calloc(count, size); }
-void* realloc(void* p, size_t size) { return fails() ? NULL : __libc_realloc(p, size); }
-void* memalign(size_t alignment, size_t size) { return fails() ? NULL : __libc_memalign(alignment, size); }
-void* aligned_alloc(size_t alignment, size_t size) { return fails() ? NULL : __libc_memalign(alignment, size); }
+void* malloc(size_t size) { return fails(size) ? NULL : __libc_malloc(size); }
+void* calloc(size_t count, size_t size) { return fails(count * size) ? NULL : __libc_calloc(count, size); }
+void* realloc(void* p, size_t size) { return fails(size) ? NULL : __libc_realloc(p, size); }
+void* memalign(size_t alignment, size_t size) { return fails(size) ? NULL : __libc_memalign(alignment, size); }
+void* aligned_alloc(size_t alignment, size_t size) { return fails(size) ? NULL : __libc_memalign(alignment, size); }
 int posix_memalign(void** result, size_t alignment, size_t size) {
-  if (fails()) return ENOMEM;
+  if (fails(size)) return ENOMEM;
   *result = __libc_memalign(alignment, size);
   return *result ? 0 : ENOMEM;
 }

@@ -145,7 +145,7 @@ def test_attention_stays_inside(target: str) -> None:
     code = """
     fastops.set_num_threads(2)
     MAPS = ("elu", "relu", "relu2", "identity", "exp", "softmax", "favor", "cosine")
-    guards = [Guarded(16) for _ in range(14)]
+    guards = [Guarded(16) for _ in range(18)]
     turn = 0
     for dtype in FLOATS:
         wide = np.float64 if dtype is np.float64 else np.float32
@@ -192,6 +192,23 @@ def test_attention_stays_inside(target: str) -> None:
                 fastops.softmax_attention(q, k, v, causal=causal, key_mask=options["key_mask"], logn="keys", out=y)
                 want = fastops.softmax_attention(*plain[0], causal=causal, key_mask=copies["key_mask"], logn="keys")
                 assert np.array_equal(y, want, equal_nan=True)
+                of = {"num_landmarks": 4, "pinv": ("newton", "ridge")[turn % 2], "normalize": turn % 3 == 0}
+                of["key_mask"] = options["key_mask"]
+                if turn % 4 == 0:
+                    of["landmarks"] = tuple(put((1, h, 5, d), wide) for h in (2, 1))
+                if n == m:
+                    of["conv_weight"] = put((2, 3), wide)
+                copies = {
+                    key: tuple(map(np.copy, x)) if key == "landmarks" else x.copy() if hasattr(x, "copy") else x
+                    for key, x in of.items()
+                }
+                fastops.nystrom_attention(q, k, v, **of, out=y)
+                assert np.array_equal(y, fastops.nystrom_attention(*plain[0], **copies), equal_nan=True)
+                for x, same in zip(
+                    fastops.nystrom_attention_backward(dy, q, k, v, **of),
+                    fastops.nystrom_attention_backward(dy.copy(), *plain[0], **copies),
+                ):
+                    assert np.array_equal(x, same, equal_nan=True)
     # Rows of other strides, and packed sequences.
     for n in range(1, 40):
         q, k, v = (fill(g.at_end((1, 2, 2 * n - 1, 5), np.float32))[:, :, ::2] for g in guards[:3])
@@ -200,6 +217,9 @@ def test_attention_stays_inside(target: str) -> None:
         ends[...] = 0, n // 3, n
         fastops.linear_attention(q, k, v, causal=True, cu_seqlens=ends, out=y)
         fastops.softmax_attention(q[:, ::-1], k, v, causal=True, cu_seqlens=ends, out=y)
+        for m in (1, 5):
+            fastops.nystrom_attention(q, k, v, num_landmarks=m, out=y)
+            fastops.nystrom_attention_backward(y, q, k, v, num_landmarks=m)
     """
     run(GUARDED, code, env={"FASTOPS_TARGET": target} if target != "-" else {})
 

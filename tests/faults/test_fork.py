@@ -31,7 +31,15 @@ rows = rng.standard_normal((1, 2, 1500, 32)).astype(np.float32)
 def attended():
     y, state = fastops.linear_attention(rows, rows, rows, causal=True, return_state=True)
     some = rows[:, :, :200]
-    return np.concatenate([x.ravel() for x in (y, *state, fastops.softmax_attention(some, some, some))])
+    landmarks = [
+        x
+        for pinv in ("newton", "ridge")
+        for x in (
+            fastops.nystrom_attention(rows, rows, rows, num_landmarks=32, pinv=pinv),
+            *fastops.nystrom_attention_backward(rows, rows, rows, rows, num_landmarks=32, pinv=pinv),
+        )
+    ]
+    return np.concatenate([x.ravel() for x in (y, *state, fastops.softmax_attention(some, some, some), *landmarks)])
 def answers():
     return (stepped(), fastops.mitchell_matmul(a, b), fastops.mitchell_conv2d(x, w), fastops.lut_matmul(u8, u8, table),
             fastops.mitchell_mul(long, long), fastops.Multiplier(0.03).mul(a, b), attended())

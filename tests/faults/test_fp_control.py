@@ -47,6 +47,11 @@ for feature_map in ("elu", "relu2", "exp", "softmax", "cosine"):
         rows, rows, rows, causal=m != "exp", feature_map=m)
 CALLS["linear attention, decay"] = lambda: fastops.linear_attention(rows, rows, rows, causal=True, decay=decay)
 CALLS["linear attention, backward"] = lambda: fastops.linear_attention_backward(rows, rows, rows, rows, rows, causal=True)
+for pinv in ("newton", "ridge"):
+    of = {"num_landmarks": 12, "pinv": pinv}
+    CALLS[f"nystrom attention, {pinv}"] = lambda of=of: fastops.nystrom_attention(rows, rows, rows, **of)
+    CALLS[f"nystrom attention, {pinv}, backward"] = lambda of=of: fastops.nystrom_attention_backward(
+        rows, rows, rows, rows, **of)
 CALLS["softmax attention"] = lambda: fastops.softmax_attention(rows, rows, rows, causal=True)
 for dtype in (np.float16, np.float32, np.float64):
     p, q = f(dtype, 333), f(dtype, 333)

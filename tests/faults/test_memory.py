@@ -55,6 +55,23 @@ ARRAY_LEVEL["linear attention, decay, float16"] = lambda: fastops.linear_attenti
     queries.astype(np.float16), keys.astype(np.float16), values.astype(np.float16), causal=True, decay=decay)
 ARRAY_LEVEL["linear attention, packed, strides"] = lambda: fastops.linear_attention(
     queries[..., ::-1], keys[..., ::-1], values[..., ::-1], causal=True, cu_seqlens=[0, 7, 40])
+weights = f32(4, 3)
+for pinv in ("newton", "ridge"):
+    of = {"num_landmarks": 5, "pinv": pinv, "key_mask": seen, "conv_weight": weights}
+    ARRAY_LEVEL[f"nystrom, {pinv}"] = lambda of=of: flat(fastops.nystrom_attention(
+        queries, keys, values, **of, return_info=True))
+    ARRAY_LEVEL[f"nystrom, {pinv}, backward"] = lambda of=of: fastops.nystrom_attention_backward(
+        attended, queries, keys, values, **of)
+own = queries[:, :, :6].copy(), keys[:, :, :6].copy()
+ARRAY_LEVEL["nystrom, batch"] = lambda: fastops.nystrom_attention(queries, keys, values, num_landmarks=5, init="batch")
+ARRAY_LEVEL["nystrom, batch, backward"] = lambda: fastops.nystrom_attention_backward(
+    attended, queries, keys, values, num_landmarks=5, init="batch")
+ARRAY_LEVEL["nystrom, landmarks, backward"] = lambda: flat(fastops.nystrom_attention_backward(
+    attended, queries, keys, values, landmarks=own, return_d_landmarks=True))
+ARRAY_LEVEL["nystrom, threads"] = lambda: fastops.nystrom_attention(long, long, long)
+ARRAY_LEVEL["nystrom, threads, backward"] = lambda: fastops.nystrom_attention_backward(long, long, long, long)
+ARRAY_LEVEL["nystrom, strides, float16"] = lambda: fastops.nystrom_attention(
+    *(x.astype(np.float16)[..., ::-1] for x in (queries, keys, values)), num_landmarks=5)
 ARRAY_LEVEL["softmax attention, threads"] = lambda: fastops.softmax_attention(long, long, long, causal=True)
 tokens = [x[:, :, 0] for x in (queries, keys, values)]
 def take_step(state, *arrays, **options):
@@ -332,6 +349,10 @@ def test_many_heads_share_the_memory_of_their_threads(threads: int) -> None:
             lambda x, out, causal=causal: fastops.linear_attention_backward(x, x, x, x, x, causal=causal)
         )
         calls["softmax", causal] = lambda x, out, causal=causal: fastops.softmax_attention(x, x, x, causal=causal, out=out)
+        pinv = "ridge" if causal else "newton"
+        of = {"num_landmarks": 2, "pinv": pinv}
+        calls["nystrom", pinv] = lambda x, out, of=of: fastops.nystrom_attention(x, x, x, **of, out=out)
+        calls["nystrom, backward", pinv] = lambda x, out, of=of: fastops.nystrom_attention_backward(x, x, x, x, **of)
     calls["exp", True] = lambda x, out: fastops.linear_attention(x, x, x, causal=True, feature_map="exp", out=out)
     allowed = 2**21 + int(sys.argv[1]) * 2**19
     for name, call in calls.items():
@@ -347,3 +368,39 @@ def test_many_heads_share_the_memory_of_their_threads(threads: int) -> None:
         assert extra <= allowed, (name, extra, allowed)
     """
     run(code, arguments=[str(threads)])
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 16])
+def test_nystrom_needs_no_memory_for_the_length(failing_malloc: str, heads: int) -> None:
+    """All that a call asks for beyond its results: 1 MiB a thread, 2.5 for the gradient, which keeps every step's matrix."""
+    code = """
+    import ctypes
+    shim = ctypes.CDLL(None)
+    shim.fail_arm.argtypes, shim.fail_disarm.argtypes = (ctypes.c_long, ctypes.c_int), ()
+    shim.fail_bytes.restype = ctypes.c_long
+    def extra(call):
+        call()  # the pool's threads
+        shim.fail_arm(0, 0)
+        results = call()
+        shim.fail_disarm()
+        return shim.fail_bytes() - sum(y.nbytes for y in results)
+    rng = np.random.default_rng(0)
+    for dtype in (np.float32, np.float16):
+        for threads in (1, 2, 5) if dtype is np.float32 else (2,):
+            fastops.set_num_threads(threads)
+            for m in (64, 128):
+                for pinv in ("newton", "ridge"):
+                    of = {"num_landmarks": m, "pinv": pinv}
+                    asked = []
+                    for n in (9_000, 13_000):
+                        x = rng.standard_normal((1, int(sys.argv[1]), n, 64), np.float32).astype(dtype)
+                        asked.append([extra(lambda: (fastops.nystrom_attention(x, x, x, **of),))])
+                        # Rows of gradients in half precision are added up in float32.
+                        if dtype is np.float32:
+                            asked[-1].append(extra(lambda: fastops.nystrom_attention_backward(x, x, x, x, **of)))
+                    mib = [bytes / 2**20 / threads for bytes in asked[-1]]
+                    print(dtype.__name__, threads, "threads", m, pinv, *(f"{x:.2f} MiB a thread" for x in mib))
+                    assert all(abs(x - y) < 2**12 for x, y in zip(*asked)), asked
+                    assert all(x <= most + 0.01 for x, most in zip(mib, (1, 2.5))), mib
+    """
+    run(code, arguments=[str(heads)], env={"LD_PRELOAD": failing_malloc}, timeout=120)

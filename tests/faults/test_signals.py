@@ -21,6 +21,8 @@ kernel = np.ones((128, 64, 3, 3), np.float32)
 ones = np.ones((1, 64), np.float32)
 keys, some = np.broadcast_to(ones, (2**24, 64)), np.broadcast_to(ones, (400_000, 64))
 rows = np.ones((3000, 64), np.float32)
+different = np.random.default_rng(0).standard_normal((4000, 16), np.float32)
+few = np.arange(2**24) % 2**20 < 3  # seen
 # Heads of some microseconds, by the hundred thousand.
 heads, column = (np.broadcast_to(np.ones(n, np.float32), (2**16, 8, 24, n)) for n in (64, 1))
 four, short = (np.broadcast_to(np.ones(n, np.float32), (2**17, 8, 4, n)) for n in (4, 1))
@@ -34,6 +36,21 @@ CALLS = {
     "small heads, causal": lambda: fastops.linear_attention(heads, heads, column, causal=True),
     "small heads, backward": lambda: fastops.linear_attention_backward(short, four, four, short, short, causal=True),
     "small heads, softmax": lambda: fastops.softmax_attention(heads, heads, column),
+    "nystrom": lambda: fastops.nystrom_attention(ones, keys, keys, landmarks=(rows[:64], rows[:64])),
+    "nystrom, means": lambda: fastops.nystrom_attention(keys, keys, keys, num_landmarks=4, key_mask=few),
+    "nystrom, many landmarks": lambda: fastops.nystrom_attention(different, different, different, num_landmarks=2500),
+    "nystrom, many steps": lambda: fastops.nystrom_attention(rows, rows, rows, num_landmarks=600, iterations=10**6),
+    "nystrom, ridge": lambda: fastops.nystrom_attention(
+        different, different, different, num_landmarks=3500, pinv="ridge"),
+    "nystrom, backward": lambda: fastops.nystrom_attention_backward(some, some, some, some),
+    "nystrom, many landmarks, backward": lambda: fastops.nystrom_attention_backward(
+        different, different, different, different, num_landmarks=1500),
+    "nystrom, ridge, backward": lambda: fastops.nystrom_attention_backward(
+        different, different, different, different, num_landmarks=2500, pinv="ridge"),
+    "small heads, nystrom": lambda: fastops.nystrom_attention(heads, heads, column, num_landmarks=3),
+    "small heads, nystrom, batch": lambda: fastops.nystrom_attention(heads, heads, column, num_landmarks=3, init="batch"),
+    "small heads, nystrom, backward": lambda: fastops.nystrom_attention_backward(
+        short, four, four, short, num_landmarks=2),
     "matmul": lambda: fastops.mitchell_matmul(a, a),
     "matmul, segments": lambda: fastops.mitchell_matmul(a, a, multiplier=fastops.Multiplier("min-mse", segments=4)),
     "matmul_grad": lambda: fastops.mitchell_matmul_grad(a, a, a),
@@ -66,6 +83,17 @@ def send():
         "small heads, causal",
         "small heads, backward",
         "small heads, softmax",
+        "nystrom",
+        "nystrom, means",
+        "nystrom, many landmarks",
+        "nystrom, many steps",
+        "nystrom, ridge",
+        "nystrom, backward",
+        "nystrom, many landmarks, backward",
+        "nystrom, ridge, backward",
+        "small heads, nystrom",
+        "small heads, nystrom, batch",
+        "small heads, nystrom, backward",
     ],
 )
 @unsanitized
