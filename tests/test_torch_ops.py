@@ -182,6 +182,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
         [(1, 2, 7, 3), (1, 2, 7, 3), (1, 2, 7, 2)],
     ),
     "softmax one head": (ft.softmax_attention, [(5, 3), (6, 3), (6, 2)]),
+    "nystrom landmarks": (
+        lambda q, k, v, first, second: ft.nystrom_attention(q, k, v, landmarks=(first, second)),
+        [(2, 4, 8, 3), (2, 2, 8, 3), (2, 2, 8, 2), (2, 4, 3, 3), (2, 2, 3, 3)],
+    ),
     "nystrom": (
         lambda q, k, v, w: ft.nystrom_attention(q, k, v, num_landmarks=3, conv_weight=w),
         [(1, 2, 8, 3), (1, 2, 8, 3), (1, 2, 8, 2), (2, 3)],
@@ -238,6 +242,14 @@ OPERATORS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
     "softmax": lambda: (
         ops.softmax_attention,
         (*(normal(2, 3, 4, 5, seed=i, grad=True) for i in range(3)), *(None,) * 3, True, None, True, "bnhd"),
+    ),
+    "nystrom landmarks": lambda: (
+        ops.nystrom_attention,
+        (
+            *(normal(2, 3, 14, 5, seed=i, grad=True) for i in range(3)),
+            *(None, None, normal(2, 3, 4, 5, grad=True), normal(2, 3, 4, 5, seed=1, grad=True)),
+            *(3, 6, "ridge", None, None, "matrix", False, "bhnd"),
+        ),
     ),
     "nystrom": lambda: (
         ops.nystrom_attention,

@@ -769,8 +769,6 @@ _NYSTROM_EXTRAS = "Tensor? key_mask, Tensor? conv_weight, Tensor? q_landmarks, T
 def _nystrom_options(extras: Sequence[Tensor | None], options: Sequence[Any]) -> dict[str, Any]:
     key_mask, conv_weight, q_landmarks, k_landmarks = extras
     given = dict(zip(_NYSTROM_NAMES, options, strict=True))
-    if given["ridge"] is None:
-        del given["ridge"]
     if q_landmarks is not None and k_landmarks is not None:
         given["landmarks"] = (array("landmarks[0]", q_landmarks), array("landmarks[1]", k_landmarks))
     return {
@@ -786,23 +784,26 @@ def _nystrom_kernel(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
     )
 
 
-def _nystrom_backward_kernel(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    found = attention.nystrom_attention_backward(
-        array("dy", dy), array("q", q), array("k", k), array("v", v), **_nystrom_options(more[:4], more[4:])
+def _nystrom_backward_kernel(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> tuple[Tensor, ...]:
+    _, conv_weight, first, second = more[:4]
+    dq, dk, dv, *rest = attention.nystrom_attention_backward(
+        array("dy", dy),
+        array("q", q),
+        array("k", k),
+        array("v", v),
+        **_nystrom_options(more[:4], more[4:]),
+        return_d_landmarks=first is not None,
     )
-    dq, dk, dv, *taps = (tensor(x) for x in found)
-    conv_weight = more[1]
-    return dq, dk, dv, taps[0].to(conv_weight.dtype) if taps else _nothing(q)
+    marks = [_nothing(q), _nothing(q)]
+    if first is not None:
+        marks = [tensor(x).to(like.dtype) for x, like in zip(rest.pop(), (first, second), strict=True)]
+    taps = tensor(rest[0]).to(conv_weight.dtype) if rest else _nothing(q)
+    return tensor(dq), tensor(dk), tensor(dv), taps, *marks
 
 
-def _nystrom_backward_fake(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = _gradients(more[-1], q, k, v)
-    taps = more[1]
-    return dq, dk, dv, _nothing(q) if taps is None else torch.empty(taps.shape, dtype=taps.dtype, device=taps.device)
+def _nystrom_backward_fake(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> tuple[Tensor, ...]:
+    rest = (_nothing(q) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in more[1:4])
+    return *_gradients(more[-1], q, k, v), *rest
 
 
 def _nystrom_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -811,14 +812,14 @@ def _nystrom_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _nystrom_derive(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    dq, dk, dv, taps = _nystrom_backward(dy, *ctx.saved_tensors, *ctx.options)
-    given = ctx.saved_tensors[4] is not None
-    return (dq, dk, dv, None, taps if given else None, None, None, *(None,) * len(ctx.options))
+    dq, dk, dv, *rest = _nystrom_backward(dy, *ctx.saved_tensors, *ctx.options)
+    given = (None if x is None else d for x, d in zip(ctx.saved_tensors[4:], rest, strict=True))
+    return (dq, dk, dv, None, *given, *(None,) * len(ctx.options))
 
 
 _nystrom_backward = _ops.define(
     f"nystrom_attention_backward(Tensor dy, Tensor q, Tensor k, Tensor v, {_NYSTROM_EXTRAS}, {_NYSTROM}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _nystrom_backward_kernel,
     _nystrom_backward_fake,
 )
@@ -874,7 +875,7 @@ def nystrom_attention(
     conv_weight : (H, taps) Tensor, optional
         Weights of a convolution of v; it gets a gradient.
     landmarks : tuple of two Tensors, optional
-        In place of the means of segments; they get no gradient.
+        In place of the means of segments; they get gradients.
     init : {"matrix", "batch"}
         The coefficient with which the iteration begins.
     normalize : bool
@@ -890,7 +891,7 @@ def nystrom_attention(
     Raises
     ------
     TypeError
-        As `fastops.nystrom_attention`; a tensor that is not on the CPU; `requires_grad` of landmarks.
+        As `fastops.nystrom_attention`; a tensor that is not on the CPU.
     ValueError
         As `fastops.nystrom_attention`.
     NotImplementedError
@@ -912,7 +913,6 @@ def nystrom_attention(
         if not isinstance(landmarks, (tuple, list)) or len(landmarks) != 2:
             raise _validate.wrong_type("landmarks", "a tuple of two tensors", landmarks)
         first, second = (_given(f"landmarks[{i}]", x) for i, x in enumerate(landmarks))
-        _ops.without_gradient(**{"landmarks[0]": first, "landmarks[1]": second})
     extras = (key_mask, conv_weight, first, second)
     options = (num_landmarks, iterations, pinv, ridge, scale, init, normalize, layout)
     return _nystrom(q, k, v, *extras, *options)
