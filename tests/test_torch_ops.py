@@ -153,6 +153,10 @@ def variables(*shapes: tuple[int, ...]) -> list[Any]:
     return [normal(*shape, dtype=F64, seed=i, grad=True) for i, shape in enumerate(shapes)]
 
 
+def _all(found: tuple[Any, tuple[Any, ...]]) -> tuple[Any, ...]:
+    return found[0], *found[1]
+
+
 MASK = torch.tensor([[True, False, True, True, True, False], [False] * 6])
 FUNCTIONS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
     "mul": (ft.mitchell_mul, [(3, 4), (4,)]),
@@ -163,6 +167,41 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
     "state": (
         lambda q, k, v: ft.linear_attention(q, k, v, causal=True, feature_map="softmax", return_state=True)[1][:2],
         [(1, 2, 5, 3), (1, 2, 5, 3), (1, 2, 5, 2)],
+    ),
+    "decay": (
+        lambda q, k, v, g: ft.linear_attention(q, k, v, causal=True, decay=-g.exp(), eps=0.3, key_mask=MASK),
+        [(2, 4, 5, 3), (2, 2, 6, 3), (2, 2, 6, 2), (2,)],
+    ),
+    "decay identity": (
+        lambda q, k, v, g: ft.linear_attention(q, k, v, causal=True, decay=-g.exp(), feature_map="identity"),
+        [(2, 4, 7, 3), (2, 2, 6, 3), (2, 2, 6, 2), (2, 2, 6)],
+    ),
+    "decay one head": (
+        lambda q, k, v, g: ft.linear_attention(q, k, v, causal=True, decay=-g.exp()),
+        [(5, 3), (5, 3), (5, 2), (5,)],
+    ),
+    "decay packed": (
+        lambda q, k, v, g: _all(
+            ft.linear_attention(
+                q, k, v, causal=True, decay=-g.exp(), cu_seqlens=torch.tensor([0, 3, 3, 7]), return_state=True
+            )
+        ),
+        [(1, 2, 7, 3), (1, 2, 7, 3), (1, 2, 7, 2), (1, 2, 7)],
+    ),
+    "decay and states": (
+        lambda q, k, v, g, s, z: _all(
+            ft.linear_attention(
+                q,
+                k,
+                v,
+                causal=True,
+                decay=-g.exp(),
+                initial_state=(s, z.exp()),
+                return_state=True,
+                layout="bnhd",
+            )
+        ),
+        [(2, 6, 4, 3), (2, 6, 2, 3), (2, 6, 2, 2), (2, 2, 6), (2, 2, 3, 2), (2, 2, 3)],
     ),
     "softmax": (ft.softmax_attention, [(2, 4, 5, 3), (2, 2, 6, 3), (2, 2, 6, 2)]),
     "softmax causal": (
@@ -230,6 +269,14 @@ OPERATORS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
         for layout in ("bhnd", "bnhd")
         for state in (False, True)
     },
+    "linear decay": lambda: (
+        ops.linear_attention,
+        (
+            *(normal(2, 3, 4, 5, seed=i, grad=True) for i in range(3)),
+            *(None, None, None, torch.full((2, 3, 4), -0.5).requires_grad_(), None, None, None),
+            *(True, *LINEAR[1:], "bhnd", True),
+        ),
+    ),
     "step": lambda: (
         ops.linear_attention_step_,
         (
@@ -462,7 +509,9 @@ def _wrong() -> list[tuple[Callable[[], Any], type[Exception], str]]:
         (lambda: ft.linear_attention(q, q, plain(q)), TypeError, "v must be a torch.Tensor"),
         (lambda: ft.linear_attention(q, q[..., :3], q), ValueError, "k must be of shape"),
         (
-            lambda: ft.linear_attention(q, q, q, causal=True, decay=-torch.ones(2, requires_grad=True)),
+            lambda: ft.linear_attention(
+                q, q, q, causal=True, decay=-torch.ones(2, requires_grad=True), feature_map="exp"
+            ),
             TypeError,
             "decay",
         ),

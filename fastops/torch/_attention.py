@@ -145,13 +145,15 @@ def _linear_backward_fake(
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:10], output[0])
+    # The last state is needed for the gradient of the decay alone.
+    last = output[1:3] if inputs[-1] and inputs[6] is not None else (None, None)
+    ctx.save_for_backward(*inputs[:10], output[0], *last)
     ctx.options, ctx.with_state = inputs[10:-1], inputs[-1]
     ctx.mark_non_differentiable(output[3])
 
 
 def _linear_derive(ctx: Any, dy: Tensor | None, ds: Tensor | None, dz: Tensor | None, dm: Any) -> tuple[Any, ...]:
-    q, k, v, *extras, y = ctx.saved_tensors
+    q, k, v, *extras, y, last_s, last_z = ctx.saved_tensors
     s = extras[4]
     if dy is None:
         dy = torch.zeros_like(y)
@@ -163,7 +165,78 @@ def _linear_derive(ctx: Any, dy: Tensor | None, ds: Tensor | None, dz: Tensor | 
         ds = dz = None
     dq, dk, dv, first_s, first_z = _linear_backward(dy, ds, dz, q, k, v, y, *extras, *ctx.options)
     first = (None, None) if s is None else (first_s, first_z)
-    return (dq, dk, dv, None, None, None, None, *first, None, *(None,) * (len(ctx.options) + 1))
+    d_decay = None
+    if ctx.needs_input_grad[6]:
+        states = (None, None) if ds is None else (last_s, last_z)
+        d_decay = _decay_backward(dy, ds, dz, q, k, v, y, dv, *states, *extras, *ctx.options)
+    return (dq, dk, dv, None, None, None, d_decay, *first, None, *(None,) * (len(ctx.options) + 1))
+
+
+def _decay_kernel(
+    dy: Tensor,
+    ds: Tensor | None,
+    dz: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    dv: Tensor,
+    last_s: Tensor | None,
+    last_z: Tensor | None,
+    *more: Any,
+) -> Tensor:
+    """With b the running sum of the decays, weights are exp(b_i - b_j) times what does not depend on it.
+
+    So dL/db = (sum over j of w dL/dw in row i) - (sum over i in column j), and a decay takes part in all b from its token on. A row
+    sums to dy.y, and to 0 where it is divided by its weights; a column to v.dv and what reaches it through the divisors, which is
+    the gradient of values that are 1 (Dao and Gu, "Transformers are SSMs", ICML 2024, section 6 for weights of that form).
+    """
+    extras, options = more[:7], more[7:]
+    _, name, normalize, eps, kernel_eps, scale, layout = options
+    projection, key_mask, cu_seqlens, decay, s, z, _ = extras
+    one_head, wide = q.ndim == 2, torch.float64
+    if layout == "bnhd":
+        dy, q, k, v, y, dv = (x.transpose(-3, -2) for x in (dy, q, k, v, y, dv))
+    if one_head:
+        dy, q, k, v, y, dv = (x[None] for x in (dy, q, k, v, y, dv))
+        z, dz = (x if x is None else x[None] for x in (z, dz))
+    h, n, m = k.shape[-3], q.shape[-2], k.shape[-2]
+    per_token = decay.shape == ((m,) if one_head else k.shape[:-1])
+    of_rows, of_keys = (dy.to(wide) * y.to(wide)).sum(-1), (dv.to(wide) * v.to(wide)).sum(-1)
+    if name != "identity" if normalize is None else normalize:
+        # The same weights over values that are 1, without a divisor.
+        begin = (None, None) if s is None else (z[..., None].contiguous(), z)
+        logs = decay[None] if one_head and per_token else decay
+        given = _conditions(
+            (projection, key_mask, cu_seqlens, logs, *begin, None),
+            (True, name, False, 0.0, kernel_eps, scale, "bhnd"),
+        )
+        operands = (array("q", q), array("k", k), np.ones((*k.shape[:-1], 1), array("q", q).dtype))
+        sums = torch.from_numpy(attention.linear_attention(*operands, **given)[..., 0].astype(np.float64)) + eps
+        upper = torch.where(sums == 0, 0.0, -of_rows / sums)
+        of_rows = of_rows + upper * (sums - eps)
+        into = array("dy", upper[..., None].to(q.dtype))
+        end = None if dz is None else (array("dz", dz[..., None].contiguous()), np.zeros_like(array("dz", dz)))
+        found = attention.linear_attention_backward(into, *operands, np.zeros_like(into), **given, d_state=end)
+        of_keys = of_keys + torch.from_numpy(found[2][..., 0].astype(np.float64))
+    # Row i is at key i + m - n, and rows before the first key see nothing.
+    change = -of_keys
+    change[..., max(m - n, 0) :] += of_rows.unflatten(-2, (h, -1)).sum(-2)[..., max(n - m, 0) :]
+    d_decay = torch.empty_like(change)
+    for i, (low, high) in enumerate(pairwise([0, m] if cu_seqlens is None else cu_seqlens.tolist())):
+        d_decay[..., low:high] = change[..., low:high].flip(-1).cumsum(-1).flip(-1)
+        if ds is not None and last_s is not None and last_z is not None and dz is not None:
+            end_sums = (last_s * ds).to(wide).sum((-2, -1)) + (last_z * dz.reshape(last_z.shape)).to(wide).sum(-1)
+            one = end_sums if cu_seqlens is None else end_sums[i]
+            d_decay[..., low:high] += one.reshape(change.shape[:-1])[..., None]
+    if not per_token:
+        d_decay = d_decay.sum(-1).reshape(-1, h).sum(0)
+    return d_decay.reshape(decay.shape).to(decay.dtype)
+
+
+def _decay_fake(*args: Any) -> Tensor:
+    decay = args[13]
+    return torch.empty(decay.shape, dtype=decay.dtype, device=decay.device)
 
 
 def _linear_vmap(info: Any, dims: Sequence[Any], *args: Any) -> Any:
@@ -188,6 +261,12 @@ _linear_backward = _ops.define(
     f"{_EXTRAS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_backward_kernel,
     _linear_backward_fake,
+)
+_decay_backward = _ops.define(
+    "linear_attention_decay_backward(Tensor dy, Tensor? ds, Tensor? dz, Tensor q, Tensor k, Tensor v, Tensor y, Tensor dv, "
+    f"Tensor? last_s, Tensor? last_z, {_EXTRAS}, {_OPTIONS}) -> Tensor",
+    _decay_kernel,
+    _decay_fake,
 )
 _linear = _ops.define(
     f"linear_attention(Tensor q, Tensor k, Tensor v, {_EXTRAS}, {_OPTIONS}, bool with_state) "
@@ -249,7 +328,7 @@ def linear_attention(
     cu_seqlens : (S + 1,) int Tensor, optional
         Offsets of packed sequences.
     decay : (H_kv,) or (..., H_kv, M) Tensor, optional
-        Logarithms <= 0 of the decay at each key; it gets no gradient.
+        Logarithms <= 0 of the decay at each key. It gets a gradient, but with "exp" none.
     initial_state : tuple of Tensors, optional
         The sums to begin with; S and z get gradients.
     return_state : bool
@@ -296,7 +375,7 @@ def linear_attention(
         )
     )
     state = _parts(initial_state)
-    _ops.without_gradient(projection=projection, decay=decay, m=state[2])
+    _ops.without_gradient(projection=projection, m=state[2], decay=decay if feature_map == "exp" else None)
     extras = (projection, key_mask, cu_seqlens, decay, *state)
     options = (causal, feature_map, normalize, eps, kernel_eps, scale, layout, return_state)
     y, *parts = _linear(q, k, v, *extras, *options)

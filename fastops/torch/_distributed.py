@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _attention, _validate
 from .._validate import Text
 from ._attention import _count, _triple, linear_attention
+from ._ops import without_gradient
 
 __all__ = ["distributed_linear_attention"]
 
@@ -111,7 +112,7 @@ def distributed_linear_attention(
     causal : bool
         Each row sees the keys up to its own, on this rank and those before; otherwise those of all ranks.
     decay : (H_kv,) or (..., H_kv, N) Tensor, optional
-        As in `linear_attention`, of this rank's tokens.
+        As in `linear_attention`, of this rank's tokens; it gets no gradient here.
     key_mask : bool Tensor, optional
         As in `linear_attention`, of this rank's tokens.
     return_state : bool
@@ -163,6 +164,7 @@ def distributed_linear_attention(
     if _validate.boolean("return_state", return_state) and not causal:
         raise _validate.wrong_value("return_state", "False without causal=True", return_state)
     q, k, v = _triple(q, k, v)
+    without_gradient(decay=decay)
     if q.ndim < 3:
         raise _validate.wrong_value("q", "of shape (..., H, N, D)", Text(str(tuple(q.shape))))
     _validate.choice("feature_map", feature_map, _attention.FEATURE_MAPS)
