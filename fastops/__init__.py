@@ -155,4 +155,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_SUBMODULES})
+    from ._backend import installed
+
+    # Who looks at all names, as `help` does, must not meet one that raises.
+    absent = () if installed("torch") else ("torch",)
+    return sorted({*globals(), *__all__, *_SUBMODULES}.difference(absent))
