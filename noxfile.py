@@ -64,6 +64,28 @@ def sanitize(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+@nox.parametrize("configuration", ["TINY", "COLLISIONS"])
+def wordcount(session: nox.Session, configuration: str) -> None:
+    """The tests of word counting with blocks of 64 bytes and tables of 4 slots, and with all keys in one slot."""
+    session.install(f"--config-settings=cmake.define.FASTOPS_TEST_CONFIGURATION={configuration}", ".[test]")
+    tests = [
+        "tests/test_wordcount.py",
+        "tests/test_wordcount_unicode.py",
+        "tests/test_wordcount_zh.py",
+        "tests/test_wordcounts.py",
+    ]
+    session.run(
+        "pytest", *(session.posargs or tests), env={"FASTOPS_TEST_BACKENDS": "native", "FASTOPS_BACKEND": "native"}
+    )
+
+
+@nox.session(default=False)
+def fuzz(session: nox.Session) -> None:
+    """The fuzz targets, 600 seconds each; arguments go to tools/fuzz.sh."""
+    session.run("bash", "tools/fuzz.sh", *(session.posargs or ["600"]), external=True)
+
+
+@nox.session(default=False)
 def aarch64(session: nox.Session) -> None:
     """The kernels cross-compiled for aarch64, their native tests run under qemu-user."""
     session.install("cmake>=3.25", "ninja")
@@ -98,6 +120,10 @@ def nightly(session: nox.Session) -> None:
     session.run("check-wheel-contents", *map(str, out.glob("*.whl")))
     session.notify("reproducible")
     session.notify("sanitize")
+    session.notify("wordcount(configuration='TINY')")
+    session.notify("wordcount(configuration='COLLISIONS')")
+    if shutil.which("clang++") or shutil.which("clang++-14"):
+        session.notify("fuzz")
     if os.environ.get("FASTOPS_NIGHTLY_QEMU", "1") != "0":
         session.notify("aarch64")
 

@@ -10,6 +10,8 @@
 #include "fastops/fastops.h"
 #include "mitchell/mitchell_bind.h"
 #include "optim/optim_bind.h"
+#include "wordcount/wordcount_bind.h"
+#include "wordcount/wordcount_tokenizers_bind.h"
 
 namespace py = pybind11;
 
@@ -75,4 +77,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   fastops::bind_mitchell(m);
   fastops::bind_optim(m);
   fastops::bind_attention(m);
+  fastops::bind_wordcount(m);
+  fastops::bind_tokenizers(m);
 }

@@ -3,7 +3,7 @@
 
 Mitchell arithmetic (multiplication by adding approximate logarithms) as NumPy ufuncs, with matrix products, convolutions
 and gradients; moving averages and optimizer steps over lists of tensors, in place; linear, Nystrom and
-softmax attention. `show_config()` says what is compiled in and what was chosen.
+softmax attention; word counting. `show_config()` says what is compiled in and what was chosen.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ except ImportError:
     __version__ = "0+unknown"
 
 if TYPE_CHECKING:
+    from ._counts import WordCounts
+    from ._rule import DecodeError, TokenTooLong, WorkerDied
     from ._tensors import TensorList
+    from ._workers import parallel_apply
+    from ._zh import ZhTokenizer
     from .analysis import optimal_offset
     from .attention import (
         NystromInfo,
@@ -64,15 +68,24 @@ if TYPE_CHECKING:
         lookahead_sync_,
         sgd_step_,
     )
+    from .wordcount import count_files, count_words
 
-__all__ = [
+# In plain order, as a test has it.
+__all__ = [  # noqa: RUF022
+    "DecodeError",
     "EMA",
     "Multiplier",
     "NystromInfo",
     "TensorList",
+    "TokenTooLong",
+    "WordCounts",
+    "WorkerDied",
+    "ZhTokenizer",
     "__version__",
     "adamw_step_",
     "adaptive_eg_step_",
+    "count_files",
+    "count_words",
     "eg_step_",
     "ema_update_",
     "favor_projection",
@@ -102,6 +115,7 @@ __all__ = [
     "nystrom_attention",
     "nystrom_attention_backward",
     "optimal_offset",
+    "parallel_apply",
     "posthoc_ema_weights",
     "set_num_threads",
     "sgd_step_",
@@ -110,14 +124,33 @@ __all__ = [
     "target",
 ]
 
-_SUBMODULES = ("analysis", "attention", "averaging", "bench", "native", "numba", "optim", "reference", "torch")
+_SUBMODULES = (
+    "analysis",
+    "attention",
+    "averaging",
+    "bench",
+    "distributed",
+    "native",
+    "numba",
+    "optim",
+    "reference",
+    "torch",
+    "wordcount",
+)
 # Public names that are loaded when they are first asked for, and their modules.
 _LATER = {
+    "DecodeError": "_rule",
     "EMA": "averaging",
     "NystromInfo": "attention",
     "TensorList": "_tensors",
+    "TokenTooLong": "_rule",
+    "WordCounts": "_counts",
+    "WorkerDied": "_rule",
+    "ZhTokenizer": "_zh",
     "adamw_step_": "optim",
     "adaptive_eg_step_": "optim",
+    "count_files": "wordcount",
+    "count_words": "wordcount",
     "eg_step_": "optim",
     "ema_update_": "optim",
     "favor_projection": "attention",
@@ -130,6 +163,7 @@ _LATER = {
     "nystrom_attention": "attention",
     "nystrom_attention_backward": "attention",
     "optimal_offset": "analysis",
+    "parallel_apply": "_workers",
     "posthoc_ema_weights": "averaging",
     "sgd_step_": "optim",
     "softmax_attention": "attention",

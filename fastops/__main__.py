@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The command line: `fastops bench`, `fastops config`, and where a C or CMake build finds the headers."""
+"""The command line: `fastops count`, `fastops bench`, `fastops config`, and where a C or CMake build finds the headers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 import fastops
 from fastops._backend import installed
+from fastops._rule import DOCUMENTS, ERRORS, LOWERCASE, NORMALIZE, TOKENIZERS
 from fastops._validate import MAX_THREADS
 from fastops.bench import FAMILIES
 
@@ -25,7 +26,11 @@ class UsageError(Exception):
     """One line for the user; ends the command with status 2."""
 
 
-def _positive(kind: Callable[[str], Any], text: str, wanted: str, high: int) -> Any:
+class InputError(Exception):
+    """One line for the user about what was read; ends the command with status 1."""
+
+
+def _positive(kind: Callable[[str], Any], text: str, wanted: str, high: float) -> Any:
     try:
         value = kind(text)
     except ValueError:
@@ -43,6 +48,30 @@ def _threads(text: str) -> int:
 def _seconds(text: str) -> float:
     value: float = _positive(float, text, "seconds above 0, a day at most", 86400)
     return value
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value: int = _positive(lambda digits: int(digits) - low + 1, text, f"an integer >= {low}", 2**62)
+        return value + low - 1
+
+    return number
+
+
+def _size(text: str) -> int:
+    """Bytes: a number, with K, M, G or T for powers of 1024."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    number = text.upper().removesuffix("B").removesuffix("I")
+    factor = units.get(number[-1:], 1)
+    digits = number[:-1] if factor > 1 else number
+    value: float = _positive(lambda _: float(digits), text, "bytes such as 500M or 2G", 2**62 / factor)
+    return int(value * factor)
+
+
+def _picture(text: str) -> str:
+    if not text.endswith((".png", ".svg")):
+        raise argparse.ArgumentTypeError(f"wanted a name that ends in .png or .svg, got {text!r}")
+    return _output(text)
 
 
 def _output(text: str) -> str:
@@ -79,9 +108,41 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--markdown", type=_output, metavar="FILE", help="write the ratios as a Markdown table")
     bench.add_argument("--json", type=_output, metavar="FILE", help="write JSON like pytest-benchmark's, - for stdout")
     bench.add_argument("--compare", metavar="OLD.json", help="show how the ratios changed since a --json file")
+    count = commands.add_parser(
+        "count",
+        help="count the words of files",
+        description="Counts the words of text files, compressed or not (gzip, bzip2, xz, zstd), and prints the most "
+        "frequent as lines of a word, a tab and its count. Ends with status 1 where a file could not be counted.",
+    )
+    _add_count(count)
     config = commands.add_parser("config", help="what is compiled in, what this machine runs, what was chosen")
     config.add_argument("--json", action="store_true", help="as JSON")
     return top
+
+
+def _add_count(count: argparse.ArgumentParser) -> None:
+    count.add_argument("files", nargs="+", metavar="FILE", help="a file, a quoted pattern, or - for standard input")
+    count.add_argument("--top", type=_at_least(0), metavar="N", help="how many words to print (20; 0 with --output)")
+    count.add_argument("--tokenizer", choices=TOKENIZERS, default="whitespace", help="what a word is (whitespace)")
+    count.add_argument("--lowercase", choices=LOWERCASE, help="lower the letters: A-Z alone, or all of Unicode's")
+    count.add_argument("--normalize", choices=NORMALIZE, help="Unicode normalization, before all else")
+    count.add_argument(
+        "--ngrams", type=_at_least(1), nargs=2, default=(1, 1), metavar=("LOW", "HIGH"), help="sequences of words (1 1)"
+    )
+    count.add_argument("--document", choices=DOCUMENTS, default="line", help="what n-grams do not cross (line)")
+    count.add_argument("--stop-words", metavar="FILE", help="words that are not counted, separated by white space")
+    count.add_argument("--min-count", type=_at_least(1), default=1, metavar="N", help="leave out what is rarer")
+    count.add_argument("--errors", choices=ERRORS, default="replace", help="what becomes of invalid UTF-8 (replace)")
+    count.add_argument("--field", metavar="NAME", help="count this field of JSON lines")
+    count.add_argument("--column", metavar="NAME", help="count this column of Parquet files")
+    count.add_argument("--jobs", type=_threads, metavar="N", help="threads (as many as there are CPUs)")
+    count.add_argument("--memory-limit", type=_size, metavar="SIZE", help="spill to temporary files from here, as 2G")
+    count.add_argument("--approx", type=_at_least(1), metavar="K", help="keep K words, and say how far counts are off")
+    count.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="end with an error after so long")
+    count.add_argument("--skip-errors", action="store_true", help="leave out, and name, the files that cannot be read")
+    count.add_argument("--output", type=_output, metavar="FILE", help="write all words and counts, - for stdout")
+    count.add_argument("--plot", type=_picture, metavar="FILE", help="draw counts over ranks as a PNG or SVG picture")
+    count.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _stdout() -> TextIO:
@@ -93,15 +154,15 @@ def _is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty()
 
 
-def _write(path: str, text: str) -> None:
+def _write(path: str, text: str | bytes) -> None:
     """All or nothing: a temporary name, renamed when complete."""
     import tempfile
 
     folder = os.path.dirname(os.path.abspath(path))
     handle, temporary = tempfile.mkstemp(prefix=".fastops-", dir=folder)
     try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(handle, "wb") as file:
+            file.write(text.encode() if isinstance(text, str) else text)
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)
@@ -206,6 +267,97 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 1 if run.wrong else 0
 
 
+def _count(arguments: argparse.Namespace) -> int:
+    _require(["matplotlib"] if arguments.plot else [])
+    from fastops import _zipf
+    from fastops._sources import printable
+
+    if arguments.ngrams[0] > arguments.ngrams[1]:
+        raise UsageError(f"--ngrams: the smaller number comes first, got {' '.join(map(str, arguments.ngrams))}")
+    if arguments.field is not None and arguments.column is not None:
+        raise UsageError("--field is of JSON lines and --column of Parquet files: not both")
+    stop_words = Path(arguments.stop_words).read_bytes().split() if arguments.stop_words else None
+    try:
+        counts = fastops.count_files(
+            arguments.files,
+            field=arguments.field,
+            column=arguments.column,
+            tokenizer=arguments.tokenizer,
+            lowercase=arguments.lowercase,
+            normalize=arguments.normalize,
+            ngrams=tuple(arguments.ngrams),
+            document=arguments.document,
+            min_count=arguments.min_count,
+            stop_words=stop_words,
+            errors=arguments.errors,
+            workers=arguments.jobs,
+            memory_limit=arguments.memory_limit,
+            approx=arguments.approx,
+            on_error="skip" if arguments.skip_errors else "raise",
+            timeout=arguments.timeout,
+            progress=True,
+        )
+    except ImportError as problem:
+        raise UsageError(str(problem)) from None
+    except (TimeoutError, ValueError, fastops.WorkerDied) as problem:
+        raise InputError(str(problem)) from None
+    top = arguments.top if arguments.top is not None else 0 if arguments.output else 20
+    shown = counts.most_common(top)
+    out = _stdout()
+    if arguments.json:
+        said = {
+            "words": len(counts),
+            "total": counts.total(),
+            "documents": counts.documents,
+            "error_bound": counts.error_bound,
+            "skipped": counts.skipped,
+            "counts": shown,
+        }
+        # Escapes: any locale can print them, and a byte that is no UTF-8 stays apart from text.
+        out.write(json.dumps(said, indent=1) + "\n")
+    else:
+        _write_words(out, "".join(f"{printable(word)}\t{count}\n" for word, count in shown))
+    try:
+        if arguments.output == "-":
+            _write_words(out, _tsv(counts))
+        elif arguments.output:
+            counts.to_tsv(arguments.output)
+    except ValueError as problem:
+        raise InputError(f"--output: {problem}") from None
+    if arguments.plot:
+        words = [printable(word) for word, _ in counts.most_common(1000)]
+        _write(arguments.plot, _zipf.picture(list(counts.values()), words, arguments.plot[-4:]))
+    out.flush()
+    if counts.error_bound and not arguments.json:
+        _complain(f"each count is at most {counts.error_bound} too low")
+    for name, why in counts.skipped:
+        _complain(f"skipped {name}: {why}")
+    return 1 if counts.skipped else 0
+
+
+def _tsv(counts: fastops.WordCounts) -> bytes:
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="fastops-") as folder:
+        path = Path(folder) / "counts.tsv"
+        counts.to_tsv(path)
+        return path.read_bytes()
+
+
+def _write_words(out: TextIO, text: str | bytes) -> None:
+    """UTF-8 whatever the locale: the same file from everywhere."""
+    data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+    buffer = getattr(out, "buffer", None)
+    if buffer is None:
+        out.write(data.decode("utf-8", "replace"))
+        return
+    out.flush()
+    # Under PYTHONUNBUFFERED this is a raw file, which may take a part.
+    view = memoryview(data)
+    while view:
+        view = view[buffer.write(view) :]
+
+
 def _complain(text: str) -> None:
     if sys.stderr is not None:
         print(f"fastops: {text}", file=sys.stderr)
@@ -234,6 +386,8 @@ def _run(argv: Sequence[str] | None) -> int:
         return 0
     if arguments.command == "bench":
         return _bench(arguments)
+    if arguments.command == "count":
+        return _count(arguments)
     if arguments.command == "config":
         if arguments.json:
             print(fastops.show_config("json"))
@@ -272,6 +426,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as problem:
         _complain(str(problem))
         return 2
+    except InputError as problem:
+        _complain(str(problem))
+        return 1
+    except MemoryError:
+        _complain("out of memory")
+        return 1
     except OSError as problem:
         _give_up_stdout()
         _complain(str(problem))

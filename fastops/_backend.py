@@ -54,6 +54,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "lookahead_sync",
         "sgd_step",
     ),
+    "wordcount": ("table_from_bytes", "word_counter", "word_table"),
 }
 NAMES = sorted(name for names in FAMILIES.values() for name in names)
 

@@ -111,8 +111,8 @@ def backend(request: pytest.FixtureRequest) -> ModuleType:
 
 @pytest.fixture
 def over_backend(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The public functions and `EMA` on the backend under test."""
-    for name in ("attention", "averaging", "mitchell", "optim"):
+    """The public functions, `EMA` and `WordCounts` on the backend under test."""
+    for name in ("_counting", "_counts", "attention", "averaging", "mitchell", "optim"):
         monkeypatch.setattr(importlib.import_module(f"fastops.{name}"), "_backend", backend)
 
 

@@ -17,7 +17,12 @@ from fastops import _backend, _validate
 from fastops._multiplier import OPS
 
 PACKAGE = pathlib.Path(fastops.__file__).parent
-FUNCTIONS = [name for name in fastops.__all__ if callable(getattr(fastops, name)) and name != "Multiplier"]
+ERRORS = [
+    name for name in fastops.__all__ if inspect.isclass(item := getattr(fastops, name)) and issubclass(item, Exception)
+]
+FUNCTIONS = [
+    name for name in fastops.__all__ if callable(getattr(fastops, name)) and name not in ("Multiplier", *ERRORS)
+]
 ARRAY_LEVEL = [
     "lut_matmul",
     "mitchell_conv2d",
@@ -46,6 +51,7 @@ STEPS = [
     "lookahead_sync",
     "sgd_step",
 ]
+COUNTING = ["table_from_bytes", "word_counter", "word_table"]
 
 
 def test_all_is_sorted_and_every_name_is_there():
@@ -82,14 +88,16 @@ def test_the_operations_of_the_plain_multiplier_are_the_public_functions():
 
 
 def test_backends_offer_the_same_names(backend: ModuleType):
-    wanted = sorted([*ARRAY_LEVEL, *ATTENTION, *STEPS, "lmul", "mitchell_op", *(f"mitchell_{op}" for op in OPS)])
+    wanted = sorted(
+        [*ARRAY_LEVEL, *ATTENTION, *STEPS, *COUNTING, "lmul", "mitchell_op", *(f"mitchell_{op}" for op in OPS)]
+    )
     assert wanted == _backend.NAMES
     assert sorted(set(backend.__all__) & set(wanted)) == wanted
     for op in OPS:
         assert getattr(backend, f"mitchell_{op}") is backend.mitchell_op(op, fastops.Multiplier())
 
 
-@pytest.mark.parametrize("name", ["mitchell_op", *ARRAY_LEVEL, *ATTENTION, *STEPS])
+@pytest.mark.parametrize("name", ["mitchell_op", *ARRAY_LEVEL, *ATTENTION, *STEPS, *COUNTING])
 def test_backends_share_the_signatures_of_reference(backend: ModuleType, name: str):
     def shape(function: object) -> list[tuple[str, inspect._ParameterKind]]:
         try:
@@ -145,11 +153,13 @@ def test_the_examples_of_the_elementwise_operations_run(name: str):
     [
         "fastops.mitchell",
         "fastops._config",
+        "fastops._counts",
         "fastops._multiplier",
         "fastops._tensors",
         "fastops.attention",
         "fastops.averaging",
         "fastops.optim",
+        "fastops.wordcount",
     ],
 )
 def test_the_examples_of_a_module_run(module: str):
@@ -165,6 +175,7 @@ FRONT_END = (
     "_attention",
     "_validate",
     "_config",
+    "_counts",
     "_backend",
     "_multiplier",
     "_nystrom",
@@ -184,6 +195,7 @@ FRONT_END = (
     "torch/_modules",
     "torch/_ops",
     "torch/_optim",
+    "wordcount",
 )
 
 

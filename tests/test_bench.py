@@ -23,7 +23,7 @@ import pytest
 import tolerance
 
 import fastops
-from fastops.bench import FAMILIES, attention, mitchell, nystrom, optim, report, runner, worker
+from fastops.bench import FAMILIES, attention, mitchell, nystrom, optim, report, runner, wordcount, worker
 from fastops.bench import torch as torch_cases
 from fastops.bench.case import Case, Implementation, Machine, Task, WrongResult, aligned
 
@@ -110,6 +110,47 @@ def test_every_row_of_steps_agrees_with_the_oracle(case: Case, backend: ModuleTy
         seen.add(row.recipe)
     assert "fastops" in seen
     assert "numpy" in seen or case.op == "ema stochastic"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Texts of the benchmarks in a folder of the test's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("texts")))
+        wordcount._file.cache_clear()
+        wordcount._countwords.cache_clear()
+        yield
+    wordcount._file.cache_clear()
+    wordcount._countwords.cache_clear()
+
+
+@pytest.mark.usefixtures("texts")
+@pytest.mark.parametrize("case", wordcount.cases(), ids=lambda case: case.group)
+def test_every_row_of_word_counts_agrees_with_the_oracle(case: Case, backend: ModuleType) -> None:
+    name = backend.__name__.partition(".")[2]
+    machine = dataclasses.replace(Machine.probe(threads=1), backends=(name, "reference"), targets=())
+    if name == "native":
+        machine = dataclasses.replace(machine, targets=(fastops._core.get_target(),))
+    case = dataclasses.replace(case, shape=(20_000,))
+    rows = wordcount.implementations(case, machine)
+    assert len({row.name for row in rows}) == len(rows)
+    for row in rows:
+        # Peers with pools of threads of their own are for processes of their own.
+        if row.recipe not in ("polars", "duckdb"):
+            task = wordcount.prepare(case, row)
+            assert task.check() == 0
+            assert 0 < task.work <= task.whole
+
+
+@pytest.mark.usefixtures("texts")
+def test_a_wrong_word_count_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = dataclasses.replace(wordcount.cases()[0], shape=(20_000,))
+    row = Implementation(wordcount.COUNTER, "counter")
+    genuine = wordcount._counter
+    assert wordcount.prepare(case, row).check() == 0
+    monkeypatch.setattr(wordcount, "_counter", lambda path: genuine(path) | {b"one more": 1})
+    with pytest.raises(WrongResult, match="wanted"):
+        wordcount.prepare(case, row).check()
 
 
 def short(case: Case) -> Case:

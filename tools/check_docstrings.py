@@ -23,11 +23,11 @@ def wanted_checks() -> set[str]:
 
 
 def public_objects() -> dict[str, object]:
-    """Every public callable of fastops and every public method of its classes, by dotted name."""
+    """Every public callable of fastops but the exceptions, and every public method of its classes, by dotted name."""
     found: dict[str, object] = {}
     for name in fastops.__all__:
         value = getattr(fastops, name)
-        if not callable(value):
+        if not callable(value) or (inspect.isclass(value) and issubclass(value, Exception)):
             continue
         found[name] = value
         if inspect.isclass(value):

@@ -311,6 +311,26 @@ template <class M> FASTOPS_INLINE bool any(M mask) {
 #endif
 }
 
+// Bit i: whether byte i of a comparison's result is set.
+template <class M> FASTOPS_INLINE std::uint64_t bits_of_bytes(M mask) {
+  static_assert(sizeof(mask[0]) == 1);
+#if defined(FASTOPS_AVX512)
+  return _mm512_movepi8_mask((__m512i)mask);
+#elif defined(FASTOPS_AVX2)
+  return static_cast<std::uint32_t>(_mm256_movemask_epi8((__m256i)mask));
+#elif defined(FASTOPS_SSE)
+  return static_cast<std::uint32_t>(_mm_movemask_epi8((__m128i)mask));
+#elif defined(FASTOPS_NEON)
+  const uint8x16_t place = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+  const uint8x16_t set = vandq_u8((uint8x16_t)mask, place);
+  return vaddv_u8(vget_low_u8(set)) | static_cast<std::uint64_t>(vaddv_u8(vget_high_u8(set))) << 8;
+#else
+  std::uint64_t found = 0;
+  for (std::size_t i = 0; i < kLanes<M>; ++i) found |= std::uint64_t{mask[i] != 0} << i;
+  return found;
+#endif
+}
+
 // Store past the caches; p is aligned to kBytes. stream_fence() before other threads may read.
 FASTOPS_INLINE void stream(float* p, f32 v) {
 #if defined(FASTOPS_AVX512)

@@ -15,7 +15,10 @@ import numpy.typing as npt
 from fastops._backend import installed
 
 # The optional modules whose presence adds rows.
-PEERS = ("numba", "torch", "ml_dtypes", "timm", "torch_ema", "fast_transformers", "nystrom_attention", "transformers")
+PEERS = (
+    *("numba", "torch", "ml_dtypes", "timm", "torch_ema", "fast_transformers", "nystrom_attention", "transformers"),
+    *("duckdb", "jieba", "polars", "rjieba", "sklearn"),
+)
 
 
 class WrongResult(Exception):

@@ -332,6 +332,154 @@ FASTOPS_API fastops_status fastops_nystrom_attention_backward(const fastops_nyst
                                                               const void* k_landmarks, void* d_q_landmarks,
                                                               void* d_k_landmarks, fastops_poll poll) FASTOPS_NOEXCEPT;
 
+/* Word counting. Keys are byte strings, counts 64-bit and below 2^63. */
+typedef enum fastops_word_tokenizer {
+  FASTOPS_WORDS_WHITESPACE = 0, /* runs of anything but white space */
+  FASTOPS_WORDS_WORD = 1,       /* runs of letters, digits and the underscore */
+  FASTOPS_WORDS_CHAR = 2,       /* code points */
+  FASTOPS_WORDS_UNICODE = 3,    /* UAX #29 words with a letter or digit in them; needs the break tables */
+  FASTOPS_WORDS_ZH = 4          /* needs a model */
+} fastops_word_tokenizer;
+
+typedef enum fastops_word_case {
+  FASTOPS_CASE_KEEP = 0,
+  FASTOPS_CASE_ASCII = 1,
+  FASTOPS_CASE_UNICODE = 2, /* needs the tables of classes and cases */
+  FASTOPS_CASE_FOLD = 3     /* likewise */
+} fastops_word_case;
+
+/* What becomes of bytes that are not UTF-8. */
+typedef enum fastops_word_errors {
+  FASTOPS_ERRORS_REPLACE = 0, /* one U+FFFD for each maximal subpart */
+  FASTOPS_ERRORS_STRICT = 1,  /* the count ends with FASTOPS_INVALID */
+  FASTOPS_ERRORS_IGNORE = 2,
+  FASTOPS_ERRORS_ESCAPE = 3 /* they stay: letters of no alphabet, and no white space */
+} fastops_word_errors;
+
+/* A dictionary and model of the Chinese tokenizer; shared by threads, never written. */
+typedef struct fastops_zh_model fastops_zh_model;
+
+/* A table from keys to counts. One thread at a time writes; any number reads meanwhile none writes. */
+typedef struct fastops_words fastops_words;
+
+/* What to count. Everything pointed to outlives the counter. Tables are of two stages: entry [page[code >> 8] * 256 +
+ * (code & 255)]. */
+typedef struct fastops_word_rule {
+  int tokenizer;
+  int lowercase;
+  int errors;
+  int lines;    /* each line is a document; else each text is one */
+  int doc_freq; /* also count documents */
+  unsigned ngram_low, ngram_high;
+  size_t max_token_bytes;
+  const fastops_words* stop_words; /* null: none; applied before n-grams are joined */
+  const uint16_t* class_pages;     /* null: only ASCII white space is white space, bytes from 0x80 on are letters */
+  const uint8_t* classes; /* 1 white space, 2 letter, digit or underscore, 4 cased, 8 ignorable beside a sigma */
+  const uint16_t* case_pages;
+  const int32_t* cases; /* >= 0: code ^ entry; < 0: case_several + ~entry holds the count and the code points */
+  const uint32_t* case_several;
+  const uint16_t* break_pages;
+  const uint8_t* break_classes;
+  const fastops_zh_model* zh;
+} fastops_word_rule;
+
+typedef struct fastops_words_info {
+  size_t entries, bytes;
+  uint64_t total_low, total_high; /* the sum of the counts */
+  uint64_t documents, error_bound;
+  int doc_freq;
+} fastops_words_info;
+
+FASTOPS_API fastops_words* fastops_words_create(int doc_freq) FASTOPS_NOEXCEPT; /* null: no memory */
+FASTOPS_API void fastops_words_destroy(fastops_words* words) FASTOPS_NOEXCEPT;
+/* FASTOPS_INVALID: the count would reach 2^63, or the key has 2^32 - 2 bytes or more. */
+FASTOPS_API fastops_status fastops_words_add(fastops_words* words, const char* key, size_t size, uint64_t count,
+                                             uint64_t documents) FASTOPS_NOEXCEPT;
+/* 1 where the key is there, with its counts. */
+FASTOPS_API int fastops_words_get(const fastops_words* words, const char* key, size_t size, uint64_t* count,
+                                  uint64_t* documents) FASTOPS_NOEXCEPT;
+FASTOPS_API void fastops_words_describe(const fastops_words* words, fastops_words_info* info) FASTOPS_NOEXCEPT;
+FASTOPS_API void fastops_words_annotate(fastops_words* words, uint64_t documents,
+                                        uint64_t error_bound) FASTOPS_NOEXCEPT;
+/* Adds everything of `from`; FASTOPS_INVALID, with nothing added, where a count would reach 2^63. */
+FASTOPS_API fastops_status fastops_words_merge(fastops_words* words, const fastops_words* from) FASTOPS_NOEXCEPT;
+/* The keys whose counts and documents lie in the closed ranges, and that are not in `without` (may be null). */
+FASTOPS_API fastops_status fastops_words_select(const fastops_words* words, uint64_t min_count, uint64_t max_count,
+                                                uint64_t min_documents, uint64_t max_documents,
+                                                const fastops_words* without,
+                                                fastops_words** selected) FASTOPS_NOEXCEPT;
+/* `parts` tables, by the FNV-1a hash (64 bits) of the key modulo parts; all or none are made. */
+FASTOPS_API fastops_status fastops_words_split(const fastops_words* words, size_t parts,
+                                               fastops_words** tables) FASTOPS_NOEXCEPT;
+/* The `count` entries with the largest counts, then the smallest keys as bytes, in order; key_bytes: of their keys. */
+FASTOPS_API fastops_status fastops_words_rank(const fastops_words* words, size_t count, size_t* entries,
+                                              size_t* key_bytes) FASTOPS_NOEXCEPT;
+/* Of `count` entries: keys behind one another, count + 1 offsets, counts, and documents where not null. */
+FASTOPS_API void fastops_words_read(const fastops_words* words, const size_t* entries, size_t count, char* keys,
+                                    uint64_t* offsets, uint64_t* counts, uint64_t* documents) FASTOPS_NOEXCEPT;
+/* The container's size, and the container. */
+FASTOPS_API size_t fastops_words_packed_size(const fastops_words* words) FASTOPS_NOEXCEPT;
+FASTOPS_API void fastops_words_pack(const fastops_words* words, void* to) FASTOPS_NOEXCEPT;
+/* FASTOPS_INVALID with *why (a constant text) where the bytes are not a container. */
+FASTOPS_API fastops_status fastops_words_unpack(const void* from, size_t size, fastops_words** words,
+                                                const char** why) FASTOPS_NOEXCEPT;
+
+/* Counting. A counter is used by one thread at a time and starts threads of the pool itself. */
+typedef struct fastops_word_counter fastops_word_counter;
+
+typedef enum fastops_word_failure {
+  FASTOPS_WORDS_OK = 0,
+  FASTOPS_WORDS_BAD_BYTE = 1,   /* not UTF-8, with errors "strict" */
+  FASTOPS_WORDS_ENCODING = 2,   /* begins with the byte order mark of UTF-16 or UTF-32 */
+  FASTOPS_WORDS_LONG_TOKEN = 3, /* more than max_token_bytes */
+  FASTOPS_WORDS_READ = 4,       /* error_number says why reading failed */
+  FASTOPS_WORDS_SPILL = 5       /* error_number says why the temporary file could not be written or read */
+} fastops_word_failure;
+
+/* What ended a call with FASTOPS_INVALID; offset: in the text or file, in bytes; error_number: errno, or the bad byte.
+ */
+typedef struct fastops_word_error {
+  int failure, error_number;
+  uint64_t offset;
+} fastops_word_error;
+
+/* workers: threads at most. memory_limit: bytes for tables before they go to a temporary file, 0 for none. approximate:
+   keep about this many keys, with an error bound (Misra and Gries 1982), 0 for all. Null: no memory. */
+FASTOPS_API fastops_word_counter* fastops_word_counter_create(const fastops_word_rule* rule, unsigned workers,
+                                                              size_t memory_limit, size_t approximate) FASTOPS_NOEXCEPT;
+FASTOPS_API void fastops_word_counter_destroy(fastops_word_counter* counter) FASTOPS_NOEXCEPT;
+/* The next bytes of a text; it may be cut anywhere. */
+FASTOPS_API fastops_status fastops_word_counter_feed(fastops_word_counter* counter, const void* data, size_t size,
+                                                     fastops_poll poll) FASTOPS_NOEXCEPT;
+/* The text ends. */
+FASTOPS_API fastops_status fastops_word_counter_end(fastops_word_counter* counter, fastops_poll poll) FASTOPS_NOEXCEPT;
+/* `count` texts, each whole. */
+FASTOPS_API fastops_status fastops_word_counter_texts(fastops_word_counter* counter, const void* const* data,
+                                                      const size_t* sizes, size_t count,
+                                                      fastops_poll poll) FASTOPS_NOEXCEPT;
+/* A token of a document, taken as it is; and the end of that document. */
+FASTOPS_API fastops_status fastops_word_counter_token(fastops_word_counter* counter, const char* token,
+                                                      size_t size) FASTOPS_NOEXCEPT;
+FASTOPS_API fastops_status fastops_word_counter_end_document(fastops_word_counter* counter) FASTOPS_NOEXCEPT;
+/* The lines of a file that begin in [start, stop). Where documents matter and are whole texts: all of the file. */
+FASTOPS_API fastops_status fastops_word_counter_file(fastops_word_counter* counter, int file, uint64_t start,
+                                                     uint64_t stop, fastops_poll poll) FASTOPS_NOEXCEPT;
+/* The counts so far in *words; the counter is empty again. */
+FASTOPS_API fastops_status fastops_word_counter_finish(fastops_word_counter* counter, fastops_poll poll,
+                                                       fastops_words** words) FASTOPS_NOEXCEPT;
+FASTOPS_API void fastops_word_counter_error(const fastops_word_counter* counter,
+                                            fastops_word_error* error) FASTOPS_NOEXCEPT;
+
+/* Ids of a text's tokens: the key's place in the order of fastops_words_rank; unknown keys are left out. *ids: valid
+   until the next call with this reader. */
+typedef struct fastops_word_reader fastops_word_reader;
+FASTOPS_API fastops_word_reader* fastops_word_reader_create(const fastops_word_rule* rule,
+                                                            const fastops_words* words) FASTOPS_NOEXCEPT;
+FASTOPS_API void fastops_word_reader_destroy(fastops_word_reader* reader) FASTOPS_NOEXCEPT;
+FASTOPS_API fastops_status fastops_word_reader_read(fastops_word_reader* reader, const void* text, size_t size,
+                                                    const int64_t** ids, size_t* count,
+                                                    fastops_word_error* error) FASTOPS_NOEXCEPT;
+
 #ifdef __cplusplus
 }
 #endif

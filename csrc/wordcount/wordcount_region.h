@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Zeroed memory that grows in place where the system can, from the system or from an unlinked file.
+#ifndef FASTOPS_WORDCOUNT_WORDCOUNT_REGION_H
+#define FASTOPS_WORDCOUNT_WORDCOUNT_REGION_H
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+namespace fastops {
+
+// A file without a name in the folder for temporary files; -1 with errno where there is none. wordcount_spill.cpp
+int open_anonymous_file() noexcept;
+
+class Region {
+ public:
+  Region() noexcept = default;
+  ~Region() { release(); }
+  Region(Region&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)),
+        bytes_(std::exchange(other.bytes_, 0)),
+        fd_(std::exchange(other.fd_, -1)) {}
+  Region& operator=(Region&& other) noexcept {
+    if (this != &other) {
+      release();
+      data_ = std::exchange(other.data_, nullptr);
+      bytes_ = std::exchange(other.bytes_, 0);
+      fd_ = std::exchange(other.fd_, -1);
+    }
+    return *this;
+  }
+  Region(const Region&) = delete;
+  Region& operator=(const Region&) = delete;
+
+  // Pages of a file in place of the system's memory: they can be written back when memory is short.
+  bool back_by_file() noexcept {
+    fd_ = open_anonymous_file();
+    return fd_ >= 0;
+  }
+
+  // At least `bytes` bytes, the old ones kept, new ones zero; false with the old ones kept where there is no memory.
+  bool grow(std::size_t bytes) noexcept {
+    if (bytes <= bytes_) return true;
+    if (bytes > static_cast<std::size_t>(-1) / 4) return false;
+    bytes = (bytes + kPage - 1) / kPage * kPage;
+    if (fd_ >= 0 && ftruncate(fd_, static_cast<off_t>(bytes)) != 0) return false;
+    void* memory = MAP_FAILED;
+#if defined(__linux__)
+    if (data_ != nullptr) memory = mremap(data_, bytes_, bytes, MREMAP_MAYMOVE);
+#endif
+    if (memory == MAP_FAILED) {
+      const int flags = fd_ >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
+      memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, fd_, 0);
+      if (memory == MAP_FAILED) return false;
+      if (data_ != nullptr) {
+        if (fd_ < 0) std::memcpy(memory, data_, bytes_);
+        munmap(data_, bytes_);
+      }
+    }
+#if defined(MADV_HUGEPAGE)
+    if (bytes >= kHuge && fd_ < 0) madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+    data_ = memory;
+    bytes_ = bytes;
+    return true;
+  }
+  void release() noexcept {
+    if (data_ != nullptr) munmap(data_, bytes_);
+    if (fd_ >= 0) close(fd_);
+    data_ = nullptr;
+    bytes_ = 0;
+    fd_ = -1;
+  }
+  std::size_t bytes() const noexcept { return bytes_; }
+  template <class T> T* get() const noexcept { return static_cast<T*>(data_); }
+
+ private:
+  static constexpr std::size_t kPage = 4096;
+  static constexpr std::size_t kHuge = std::size_t{4} << 20;
+
+  void* data_ = nullptr;
+  std::size_t bytes_ = 0;
+  int fd_ = -1;
+};
+
+}  // namespace fastops
+#endif

@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Word counting on a machine that fails: full disks, killed processes, Ctrl-C, forks. Nothing hangs, nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from child import once, run, unsanitized
+
+pytestmark = once
+
+# Of the functions that workers import.
+os.environ["FASTOPS_TEST_FOLDER"] = str(Path(__file__).resolve().parents[1])
+
+# Words enough for a table of some MB, and what a run may leave behind.
+MANY = """
+import errno, random, resource, signal, tempfile, threading
+from multiprocessing import active_children
+TEXT = b"".join(b"%x some words %d\\n" % (i * 2654435761 % 2**32, i) for i in range(120_000))
+WANT = fastops.count_words(TEXT, document="line")
+sys.path.insert(0, os.environ["FASTOPS_TEST_FOLDER"])
+from parallel import slow_words, split_words
+def left():
+    # Files, shared memory and descriptors: nothing of a run that is over may stay.
+    return sorted(os.listdir(tempfile.gettempdir())), sorted(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd"))
+def children():
+    # What Python itself starts once, with the first worker, stays.
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return [pid for pid in file.read().split() if b"resource_tracker" not in open(f"/proc/{pid}/cmdline", "rb").read()]
+def warm():
+    assert fastops.count_words(["a b"] * 4, tokenizer=split_words, workers=2)["a"] == 4
+def workers():
+    # The processes that count, whatever started them.
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                ours = b"FASTOPS_TEST_RUN=" + sys.argv[1].encode() in file.read()
+            if ours and int(pid) != os.getpid():
+                found.append(int(pid))
+        except OSError:
+            pass  # it has just ended, or is another's
+    return found
+"""
+
+
+def _tmpfs(folder: Path) -> None:
+    """A file system of 1 MiB."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("mount is not installed")
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+
+
+@pytest.mark.parametrize("fault", ["ENOSPC", "EFBIG"])
+def test_a_spill_that_cannot_be_written(fault: str, tmp_path: Path) -> None:
+    """A full disk, a limit on sizes: the OSError of the system, and the same call works where there is room."""
+    folder = tmp_path / "spill"
+    folder.mkdir()
+    if fault == "ENOSPC":
+        _tmpfs(folder)
+    code = """
+    small, large = sys.argv[2:]
+    path = os.path.join(large, "text")
+    with open(path, "wb") as file:
+        file.write(TEXT)
+    tempfile.tempdir = None
+    os.environ["TMPDIR"] = small
+    if sys.argv[1] == "EFBIG":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
+    before = left()
+    for count in (lambda: fastops.count_files(path, memory_limit=2**20),
+                  lambda: fastops.count_words(TEXT, memory_limit=2**20, workers=1),
+                  lambda: fastops.count_files(path, tokenizer=split_words, memory_limit=2**20, workers=1)):
+        try:
+            count()
+            raise SystemExit("no error")
+        except OSError as problem:
+            assert errno.errorcode[problem.errno] == sys.argv[1], problem
+            print(problem)
+            del problem
+        assert left() == before, (left(), before)
+    # Without spilling, and where there is room.
+    assert fastops.count_files(path) == WANT
+    os.environ["TMPDIR"] = large
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    got = fastops.count_files(path, memory_limit=2**20)
+    assert got == WANT and got.total() == WANT.total()
+    assert os.listdir(large) == ["text"]
+    """
+    (tmp_path / "large").mkdir()
+    try:
+        run(MANY, code, arguments=[fault, str(folder), str(tmp_path / "large")])
+    finally:
+        if fault == "ENOSPC":
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_no_folder_for_temporary_files(tmp_path: Path) -> None:
+    code = """
+    os.environ["TMPDIR"] = sys.argv[1]
+    for limit in (None, 2**30):
+        assert fastops.count_words(TEXT, memory_limit=limit) == WANT, "what fits needs no folder"
+    try:
+        fastops.count_words(TEXT, memory_limit=2**20)
+        raise SystemExit("no error")
+    except OSError as problem:
+        print(problem)
+        assert problem.errno == errno.ENOENT and sys.argv[1] in str(problem), problem
+    """
+    run(MANY, code, arguments=[str(tmp_path / "missing")])
+
+
+KILLS = """
+tempfile.tempdir = None
+os.environ["TMPDIR"] = folder = sys.argv[2]
+path = os.path.join(os.path.dirname(folder), "text")
+with open(path, "wb") as file:
+    file.write(TEXT[: len(TEXT) // 8])
+WANT = fastops.count_files(path)
+"""
+
+
+@pytest.mark.parametrize("rounds", [8, pytest.param(200, marks=pytest.mark.nightly)])
+def test_a_worker_killed_at_any_moment(rounds: int, tmp_path: Path) -> None:
+    """An error that names the file, in 2 s, or the right counts where the worker had done its part."""
+    (tmp_path / "temporary").mkdir()
+    code = """
+    rng = random.Random(1)
+    warm()
+    before = left()
+    ends = {}
+    for turn in range(int(sys.argv[3])):
+        killed = []
+        def kill(delay=rng.random() * 1.2):
+            time.sleep(delay)
+            found = workers()
+            if found:
+                victim = rng.choice(found)
+                try:
+                    os.kill(victim, signal.SIGKILL)
+                    killed.append(time.monotonic())
+                except ProcessLookupError:
+                    pass
+        thread = threading.Thread(target=kill)
+        thread.start()
+        try:
+            assert fastops.count_files(path, tokenizer=slow_words, workers=2, memory_limit=2**20 if turn % 2 else None) == WANT
+            how = "counted"
+        except fastops.WorkerDied as problem:
+            assert "SIGKILL" in str(problem), problem
+            # Before its first piece a worker has none to name.
+            assert path in str(problem) or "while it started" in str(problem) or str(problem).endswith("its work"), problem
+            how = "died"
+            wait = time.monotonic() - killed[0]
+            assert wait < 2 * max(1.0, os.getloadavg()[0] / 2), wait
+            del problem
+        thread.join()
+        ends[how] = ends.get(how, 0) + 1
+        assert left() == before and not active_children(), (left(), before)
+    print(ends)
+    assert ends.get("died", 0) > int(sys.argv[3]) // 4, ends
+    """
+    run(
+        MANY,
+        KILLS,
+        code,
+        arguments=[f"{os.getpid()}-{rounds}", str(tmp_path / "temporary"), str(rounds)],
+        env={"FASTOPS_TEST_RUN": f"{os.getpid()}-{rounds}"},
+        timeout=8 * rounds,
+    )
+
+
+@pytest.mark.parametrize("rounds", [4, pytest.param(100, marks=pytest.mark.nightly)])
+def test_workers_end_with_the_process_that_started_them(rounds: int, tmp_path: Path) -> None:
+    (tmp_path / "temporary").mkdir()
+    code = """
+    rng = random.Random(2)
+    before = left()[:2]
+    for turn in range(int(sys.argv[3])):
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            try:
+                fastops.count_files([path] * 4, tokenizer=slow_words, workers=2)
+            finally:
+                os._exit(0)
+        time.sleep(0.1 + rng.random() * 1.2)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        end = time.monotonic() + 2 * max(1.0, os.getloadavg()[0] / 2)
+        while workers():
+            assert time.monotonic() < end, workers()
+            time.sleep(0.01)
+        assert left()[:2] == before, (left(), before)
+    """
+    run(
+        MANY,
+        KILLS,
+        code,
+        arguments=[f"{os.getpid()}+{rounds}", str(tmp_path / "temporary"), str(rounds)],
+        env={"FASTOPS_TEST_RUN": f"{os.getpid()}+{rounds}"},
+        timeout=8 * rounds,
+    )
+
+
+INTERRUPT = """
+import gzip
+tempfile.tempdir = None
+os.environ["TMPDIR"] = folder = sys.argv[2]
+data = os.path.join(os.path.dirname(folder), "data")
+def file(name, content, repeat=1):
+    path = os.path.join(data, name)
+    with open(path, "wb") as out:
+        for _ in range(repeat):
+            out.write(content)
+    return path
+os.mkdir(data)
+CALLS = {
+    "file": (lambda p: fastops.count_files(p), lambda: file("large", TEXT, 80)),
+    "file, one thread": (lambda p: fastops.count_files(p, workers=1), lambda: file("large", TEXT, 80)),
+    "unicode": (lambda p: fastops.count_files(p, tokenizer="unicode"), lambda: file("large", TEXT * 2, 10)),
+    "normalize": (lambda p: fastops.count_files(p, normalize="NFKC"), lambda: file("large", "é words\\n".encode() * 10**6, 4)),
+    "spill": (lambda p: fastops.count_files(p, memory_limit=2**20), lambda: file("large", TEXT, 20)),
+    "gz": (lambda p: fastops.count_files(p), lambda: file("large.gz", gzip.compress(TEXT, 1), 60)),
+    "processes": (lambda p: fastops.count_files(p, tokenizer=split_words, workers=2), lambda: file("large", TEXT, 20)),
+    "tokenizer, here": (lambda p: fastops.count_files(p, tokenizer=split_words, workers=1), lambda: file("large", TEXT, 20)),
+    "bytes": (lambda t: fastops.count_words(t), lambda: TEXT * 80),
+    "texts": (lambda t: fastops.count_words(t), lambda: ["some words of a text"] * 8_000_000),
+    "texts in processes": (lambda t: fastops.count_words(t, tokenizer=split_words, workers=2), lambda: ["some words"] * 4_000_000),
+    "many files": (lambda p: fastops.count_files(p), lambda: [file(str(i), b"some words\\n") for i in range(200)] * 100),
+}
+sent = None
+def send():
+    global sent
+    sent = time.monotonic()
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "file",
+        "file, one thread",
+        "unicode",
+        "normalize",
+        "spill",
+        "gz",
+        "processes",
+        "tokenizer, here",
+        "bytes",
+        "texts",
+        "texts in processes",
+        "many files",
+    ],
+)
+@unsanitized
+def test_interrupt_ends_a_count(call: str, tmp_path: Path) -> None:
+    """KeyboardInterrupt within 100 ms on an idle machine; 300 ms are allowed, and more where others crowd the CPUs."""
+    (tmp_path / "temporary").mkdir()
+    code = """
+    count, make = CALLS[sys.argv[1]]
+    made = make()
+    warm()
+    before = left()
+    timer = threading.Timer(0.12, send)
+    timer.start()
+    try:
+        count(made)
+        seen = None
+    except KeyboardInterrupt:
+        seen = time.monotonic()
+    timer.join()
+    assert seen is not None, "the call ended by itself: too short for this test" if sent is None else "not interrupted"
+    crowd = max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+    print(f"{sys.argv[1]}: {1e3 * (seen - sent):.0f} ms, {crowd:.1f} runnable threads a CPU")
+    assert seen - sent < 0.3 * crowd, seen - sent
+    end = time.monotonic() + 5
+    while (left() != before or children() or threading.active_count() > 1) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert left() == before and not children() and threading.active_count() == 1, (left(), before, threading.enumerate())
+    assert fastops.count_words(TEXT, document="line") == WANT, "usable afterwards"
+    """
+    run(MANY, INTERRUPT, code, arguments=[call, str(tmp_path / "temporary")])
+
+
+def test_interrupts_at_any_moment_leave_nothing(tmp_path: Path) -> None:
+    """Ctrl-C from the first microsecond on, in threads and in processes."""
+    (tmp_path / "temporary").mkdir()
+    code = """
+    rng = random.Random(3)
+    path = file("text", TEXT, 4)
+    want = fastops.count_files(path)
+    fastops.count_files(path, tokenizer=split_words, workers=2)
+    before = left()
+    heard = 0
+    for turn in range(int(sys.argv[1])):
+        options = [{}, {"workers": 1}, {"memory_limit": 2**20}, {"tokenizer": split_words, "workers": 2}][turn % 4]
+        timer = threading.Timer(rng.random() * (0.5 if "tokenizer" in options else 0.1), send)
+        try:
+            timer.start()
+            assert fastops.count_files(path, **options) == want
+            timer.join()
+        except KeyboardInterrupt:
+            heard += 1
+        try:
+            timer.join()
+        except KeyboardInterrupt:
+            heard += 1
+        end = time.monotonic() + 5
+        while (left() != before or children() or threading.active_count() > 1) and time.monotonic() < end:
+            time.sleep(0.002)
+        assert left() == before and not children() and threading.active_count() == 1, (options, left(), before, children())
+    print(heard, "interrupts")
+    assert fastops.count_files(path) == want
+    """
+    run(MANY, INTERRUPT, code, arguments=["40", str(tmp_path / "temporary")], timeout=60)
+
+
+def test_fork_after_use_and_meanwhile() -> None:
+    code = """
+    text = TEXT[:1_500_000]
+    want = len(set(text.split()))
+    def right():
+        threads = fastops.count_words(text, document="line", workers=4)
+        spilled = fastops.count_words(text, document="line", memory_limit=2**20, workers=1)
+        return (threads.total(), len(threads)) == (spilled.total(), len(spilled)) == (len(text.split()), want)
+    def wait(child, seconds=20.0):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.002)
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        return "hangs"
+    assert right()
+    stop = threading.Event()
+    def go_on():
+        while not stop.is_set():
+            fastops.count_words(text, document="line", workers=4)
+    thread = threading.Thread(target=go_on)
+    ends = []
+    for turn in range(40):
+        if turn == 20:
+            thread.start()
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                code = 0 if right() else 3
+            finally:
+                os._exit(code)
+        ends.append(wait(child))
+    stop.set()
+    thread.join()
+    assert ends == [0] * 40, ends
+    """
+    run(MANY, code, timeout=60)
+
+
+def test_a_table_is_read_while_it_grows() -> None:
+    """Counts that are read in one thread and updated in another: any state between, no crash."""
+    code = """
+    counts = fastops.count_words(TEXT[:2000], document="line")
+    parts = [fastops.count_words(TEXT[i * 20_000 : (i + 1) * 20_000]) for i in range(100)]
+    stop = threading.Event()
+    problems = []
+    def read():
+        while not stop.is_set():
+            try:
+                counts.most_common(5), counts["some"], counts.total(), len(counts), counts.to_bytes()
+            except Exception as problem:
+                problems.append(problem)
+                return
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for part in parts:
+        counts.update(part)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not problems, problems
+    assert counts["some"] == fastops.count_words(TEXT[:2000])["some"] + sum(part["some"] for part in parts)
+    """
+    run(MANY, code)

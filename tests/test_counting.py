@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The driver of word counting: the same table whatever the workers, the kind of the input and how it is cut."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import itertools
+import json
+import lzma
+import os
+import random
+import threading
+import time
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from parallel import shout, split_words
+
+from fastops import _counting, _sources
+from fastops._counting import Options, count_sources, count_texts
+from fastops._rule import DecodeError, Rule, TokenTooLong
+from fastops.reference import wordcount as plain
+
+WORDS = [
+    "the",
+    "The",
+    "of",
+    "Straße",
+    "ΣΑΣ",
+    "e\u0301",
+    "é",
+    "ﬁ",
+    "Ａ",
+    "字",
+    "क़",
+    "가",
+    "ᄀ",
+    "ᅡ",
+    "ᆨ",
+    "x" * 40,
+    "\u2028",
+    "\x1c",
+]
+
+
+def text_of(seed: int, lines: int) -> bytes:
+    rng = random.Random(seed)
+    out = []
+    for _ in range(lines):
+        line = " ".join(rng.choices(WORDS, k=rng.randrange(12))).encode()
+        if rng.random() < 0.05:
+            line += rng.choice([b"\xff", b"\xe2\x82", b"\xf0\x9f\x98", b"\xed\xa0\x80", b"\x00"]) + b" z"
+        out.append(line + rng.choice([b"\n", b"\n", b"\r\n", b"\r\r\n"]))
+    return b"".join(out) + b"the last"
+
+
+RULES = [
+    Rule(),
+    Rule("word", "unicode", ngrams=(1, 2), doc_freq=True),
+    Rule("char", "casefold", "NFKC"),
+    Rule("whitespace", "ascii", "NFC", errors="ignore", lines=False),
+    Rule("word", ngrams=(2, 3), lines=False, doc_freq=True, errors="surrogateescape"),
+    Rule("word", stop_words=frozenset([b"the"]), errors="surrogateescape", normalize="NFC"),
+]
+
+
+def entries(table: Any) -> tuple[dict[bytes, tuple[int, int]], int, int]:
+    blob, offsets, _, _ = table.top()
+    bounds = [int(x) for x in offsets]
+    keys = [bytes(blob)[a:b] for a, b in itertools.pairwise(bounds)]
+    return {key: table.get(key) for key in keys}, table.documents, table.error_bound
+
+
+def wanted(rule: Rule, texts: list[bytes], tokenizer: Any = None) -> Any:
+    counter = plain.Counter(rule)
+    for text in texts:
+        if tokenizer is None:
+            counter.documents([text])
+        else:
+            for batch in _counting.str_documents("x", (text,), rule):
+                for document in batch:
+                    counter.tokens(list(tokenizer(document)))
+    return entries(counter.finish())
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cuts where they show: slices and spans of some hundred bytes."""
+    monkeypatch.setattr(_counting, "_LARGE", 1000)
+    monkeypatch.setattr(_counting, "_SLICE", 300)
+    monkeypatch.setattr(_counting, "_PYTHON_SLICE", 300)
+    monkeypatch.setattr(_counting, "PIECE", 300)
+    monkeypatch.setattr(_sources, "PIECE", 300)
+    monkeypatch.setattr(_sources, "_READ", 200)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    packers = [bytes, gzip.compress, bz2.compress, lzma.compress, bytes]
+    paths = []
+    for i, pack in enumerate(packers):
+        path = tmp_path / f"file{i}"
+        path.write_bytes(pack(text_of(i, 60)))
+        paths.append(path)
+    (tmp_path / "file5").write_bytes(b"\xef\xbb\xbfbom the\n\xef\xbb\xbfbom")
+    (tmp_path / "file6").write_bytes(b"")
+    return [*paths, tmp_path / "file5", tmp_path / "file6"]
+
+
+def plain_texts(files: list[Path]) -> list[bytes]:
+    return [text_of(i, 60) for i in range(5)] + [path.read_bytes() for path in files[5:]]
+
+
+@pytest.mark.usefixtures("over_backend", "small")
+@pytest.mark.parametrize("workers", [1, 2, 5, 16])
+@pytest.mark.parametrize("rule", RULES)
+def test_files_give_one_table_whatever_the_workers(rule: Rule, workers: int, files: list[Path]) -> None:
+    want = wanted(rule, plain_texts(files))
+    for more in ({}, {"on_error": "skip"}, {"memory_limit": 2**20}):
+        table, skipped = count_sources(files, rule, None, Options(workers=workers, **more))
+        assert entries(table) == want
+        assert skipped == []
+
+
+@pytest.mark.usefixtures("over_backend", "small")
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("rule", RULES)
+def test_texts_give_one_table_whatever_the_workers(rule: Rule, workers: int) -> None:
+    texts = [text_of(i, 7) for i in range(40)]
+    strings = [text.decode("utf-8", "surrogateescape") for text in texts]
+    for more in ({}, {"on_error": "skip"}, {"memory_limit": 2**20}):
+        options = Options(workers=workers, **more)
+        assert entries(count_texts(iter(texts), rule, None, options)[0]) == wanted(rule, texts)
+        assert entries(count_texts(strings, rule, None, options)[0]) == wanted(rule, texts)
+        one = text_of(9, 300)
+        for form in (one, one.decode("utf-8", "surrogateescape"), bytearray(one), memoryview(one)):
+            assert entries(count_texts(form, rule, None, options)[0]) == wanted(rule, [one])
+    assert entries(count_texts([], rule, None, options)[0]) == wanted(rule, [])
+    assert entries(count_texts("", rule, None, options)[0]) == wanted(rule, [b""])
+
+
+@pytest.mark.usefixtures("over_backend")
+def test_arrow_texts() -> None:
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    texts = [text_of(i, 3).decode("utf-8", "replace") for i in range(50)]
+    want = wanted(RULES[1], [text.encode() for text in texts])
+    for array in (pa.array(texts), pa.array(texts, pa.large_string()), pa.chunked_array([texts[:9], texts[9:]])):
+        for workers in (1, 2):
+            assert entries(count_texts(array, RULES[1], None, Options(workers=workers))[0]) == want
+
+
+@pytest.mark.parametrize("mark", ["\ufeff", "\udcff\udcfe", "\0"])
+def test_lines_that_begin_like_a_mark_are_no_beginnings(
+    mark: str, small: None, backend: ModuleType, over_backend: None
+) -> None:
+    text = f"first\n{mark}word\n" * 100
+    data = text.encode("utf-8", "surrogateescape")
+    for form in (text, data):
+        assert entries(count_texts(form, Rule(), None, Options(workers=2))[0]) == wanted(Rule(), [data])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("rule", [RULES[0], RULES[1], RULES[4], replace(RULES[2], tokenizer="whitespace")])
+@pytest.mark.parametrize("tokenizer", [split_words, shout])
+def test_python_tokenizers(tokenizer: Any, rule: Rule, workers: int, files: list[Path], monkeypatch: Any) -> None:
+    monkeypatch.setattr(_counting, "PIECE", 300)
+    want = wanted(rule, plain_texts(files), tokenizer)
+    for more in ({}, {"on_error": "skip"}):
+        options = Options(workers=workers, **more)
+        assert entries(count_sources(files, rule, tokenizer, options)[0]) == want
+        assert entries(count_texts(iter(plain_texts(files)), rule, tokenizer, options)[0]) == want
+    objects = [io.BytesIO(path.read_bytes()) for path in files]
+    assert entries(count_sources(objects, rule, tokenizer, options)[0]) == want
+    assert entries(count_sources(files[0], rule, tokenizer, options)[0]) == wanted(
+        rule, plain_texts(files)[:1], tokenizer
+    )
+
+
+@pytest.mark.usefixtures("over_backend")
+@pytest.mark.parametrize("tokenizer", [None, split_words])
+@pytest.mark.parametrize("lines", [True, False])
+def test_records(lines: bool, tokenizer: Any, tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    rule = Rule(lines=lines, doc_freq=True, ngrams=(1, 2))
+    texts = [text_of(i, 4).decode("utf-8", "replace") for i in range(30)] + ["", None]
+    want = wanted(rule, [(text or "").encode() for text in texts], tokenizer)
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b"".join(json.dumps({"body": text}).encode() + b"\n" for text in texts)))
+    table = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"body": texts}), table, row_group_size=7)
+    for workers in (1, 2):
+        options = Options(workers=workers)
+        assert entries(count_sources(path, rule, tokenizer, options, field="body")[0]) == want
+        assert entries(count_sources(table, rule, tokenizer, options, column="body")[0]) == want
+    with pytest.raises(ValueError, match="field and column"):
+        count_sources(path, rule, tokenizer, options, field="body", column="body")
+
+
+@pytest.mark.usefixtures("over_backend")
+@pytest.mark.parametrize("tokenizer", [None, split_words])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_skipped_file_leaves_nothing(workers: int, tokenizer: Any, files: list[Path], tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gz"
+    cut.write_bytes(gzip.compress(b"never counted\n" * 100_000)[:-3])
+    wide = tmp_path / "utf16"
+    wide.write_text("never", encoding="utf-16")
+    options = Options(workers=workers, on_error="skip")
+    table, skipped = count_sources([files[0], cut, *files[1:], wide], RULES[0], tokenizer, options)
+    assert entries(table) == wanted(RULES[0], plain_texts(files), tokenizer)
+    assert [name for name, _ in skipped] == [str(cut), str(wide)]
+    assert "end before the end mark" in skipped[0][1]
+    assert "UTF-16" in skipped[1][1]
+    with pytest.raises(_sources.DamagedFile, match=r"cut\.gz"):
+        count_sources([files[0], cut, *files[1:]], RULES[0], tokenizer, Options(workers=workers))
+
+
+@pytest.mark.usefixtures("over_backend")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_skipped_text_is_named(workers: int) -> None:
+    rule = Rule(max_token_bytes=10, errors="strict")
+    texts: list[str | bytes] = ["some words"] * 100_000
+    texts[70_001] = "a" * 11
+    texts[4] = b"\xff"
+    table, skipped = count_texts(texts, rule, None, Options(workers=workers, on_error="skip"))
+    assert table.get(b"some") == (99_998, 0)
+    assert table.documents == 99_998
+    assert [name for name, _ in skipped] == ["text 4", "text 70001"]
+    with pytest.raises(TokenTooLong, match="text 70001"):
+        count_texts(texts[5:70_001] + ["x"] * 5 + texts[70_001:], rule, None, Options(workers=workers))
+    with pytest.raises(DecodeError, match="text 4 must be UTF-8"):
+        count_texts(texts[:70_000], rule, None, Options(workers=workers))
+
+
+def test_what_is_no_text_is_a_type_error() -> None:
+    for workers in (1, 2):
+        with pytest.raises(TypeError, match=r"texts\[1\] must be str or bytes, got 3"):
+            count_texts(["a", 3], Rule(), None, Options(workers=workers))
+    with pytest.raises(TypeError, match=r"texts must be a str"):
+        count_texts(3, Rule(), None, Options())
+
+
+def test_an_error_of_the_iterable_is_raised() -> None:
+    def texts() -> Iterator[str]:
+        for _ in range(50):
+            yield "a " * 100_000
+        raise LookupError("the source is dry")
+
+    before = threading.active_count()
+    for workers in (1, 2):
+        with pytest.raises(LookupError, match="dry"):
+            count_texts(texts(), Rule(), None, Options(workers=workers))
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("tokenizer", [None, split_words])
+def test_timeout(workers: int, tokenizer: Any, tmp_path: Path) -> None:
+    def texts() -> Iterator[str]:
+        while True:
+            yield "some words and more words " * 100
+
+    before = threading.active_count()
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"timeout=0\.5 s"):
+        count_texts(texts(), Rule(), tokenizer, Options(workers=workers, timeout=0.5))
+    path = tmp_path / "large"
+    path.write_bytes(b"some words and more words\n" * 1_000_000)
+    if tokenizer is None or workers > 1:
+        with pytest.raises(TimeoutError, match=r"timeout=0\.1 s"):
+            count_sources(path, Rule("word", ngrams=(1, 3)), tokenizer, Options(workers=workers, timeout=0.1))
+    assert time.monotonic() - start < 30
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("tokenizer", [None, split_words])
+def test_progress_is_told(workers: int, tokenizer: Any, tmp_path: Path) -> None:
+    paths = []
+    for i in range(5):
+        path = tmp_path / f"{i}.gz"
+        path.write_bytes(gzip.compress(text_of(i, 3000)))
+        paths.append(path)
+    total = sum(path.stat().st_size for path in paths)
+    told: list[tuple[int, int | None]] = []
+    count_sources(paths, Rule(), tokenizer, Options(workers=workers, progress=lambda *numbers: told.append(numbers)))
+    assert told[-1] == (total, total)
+    assert all(a[0] <= b[0] for a, b in itertools.pairwise(told))
+    told.clear()
+    count_texts(
+        ["a b"] * 10, Rule(), tokenizer, Options(workers=workers, progress=lambda *numbers: told.append(numbers))
+    )
+    assert told[-1] == (30, None)
+
+
+def test_an_error_of_the_progress_function_ends_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    path.write_bytes(b"some words and more words\n" * 300_000)
+
+    def progress(done: int, total: int | None) -> None:
+        raise LookupError("no")
+
+    with pytest.raises(LookupError):
+        count_sources([path] * 3, Rule(), None, Options(workers=2, progress=progress))
+
+
+def fails(text: str) -> list[str]:
+    raise LookupError("no words")
+
+
+def string(text: str) -> str:
+    return text
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_errors_of_a_python_tokenizer(workers: int, files: list[Path]) -> None:
+    options = Options(workers=workers)
+    with pytest.raises(LookupError, match="no words") as caught:
+        count_sources(files, Rule(), fails, options)
+    notes = "\n".join(caught.value.__notes__)
+    assert "file" in notes
+    assert "document 1" in notes
+    if workers == 2:
+        assert "in fails" in str(caught.value.__cause__)
+    with pytest.raises(TypeError, match="tokenizer must be a callable that returns an iterable of str, got 'one text'"):
+        count_texts(["one text"], Rule(), string, options)
+    if workers == 2:
+        with pytest.raises(TypeError, match="tokenizer must be picklable"):
+            count_texts(["one text"], Rule(), lambda text: [text], options)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFKC"])
+@given(
+    st.lists(st.text(alphabet="aé e\u0301\u0327\u0338=ﬁＡ가각क़\u093c\u09c7\u09be\uff76\uff9eか\u3099\n\r", max_size=6)),
+    st.integers(1, 5),
+)
+def test_normalizing_in_blocks_is_normalizing_the_whole(form: str, parts: list[str], size: int) -> None:
+    data = "".join(parts).encode()
+    blocks = [data[at : at + size] for at in range(0, len(data), size)]
+    rule = Rule(normalize=form)
+    got = b"".join(_counting.normalized("x", blocks, rule))
+    assert got.decode() == unicodedata.normalize(form, data.decode())  # type: ignore[arg-type]
+
+
+@given(st.lists(st.binary(max_size=5)), st.sampled_from(["replace", "ignore", "surrogateescape"]))
+def test_normalizing_decodes_in_blocks_as_in_one(blocks: list[bytes], errors: str) -> None:
+    data = b"".join(blocks)
+    if data.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
+        return
+    want = unicodedata.normalize("NFC", data.decode("utf-8", errors)).encode("utf-8", "surrogateescape")
+    assert b"".join(_counting.normalized("x", blocks, Rule(normalize="NFC", errors=errors))) == want
+
+
+def test_normalizing_holds_little() -> None:
+    for letter in ("a", "字", "가", "é"):
+        block = letter.encode() * 100_000
+        pieces = list(_counting.normalized("x", [block] * 20, Rule(normalize="NFC")))
+        assert max(map(len, pieces)) <= 2 * len(block)
+    with pytest.raises(TokenTooLong, match="x must have no run of"):
+        list(_counting.normalized("x", ["\u0301".encode() * 100_000] * 20, Rule(normalize="NFC")))
+
+
+@given(st.text(alphabet="ab\n\r", max_size=30), st.lists(st.integers(0, 30), max_size=4))
+def test_spans_hold_each_line_once(text: str, cuts: list[int]) -> None:
+    data = text.encode()
+    bounds = sorted({0, len(data), *(min(cut, len(data)) for cut in cuts)})
+    fd = os.memfd_create("test")
+    try:
+        os.write(fd, data)
+        spans = [b"".join(_counting.span_blocks(fd, a, b)) for a, b in itertools.pairwise(bounds)]
+    finally:
+        os.close(fd)
+    assert b"".join(spans) == data
+    assert all(span.endswith(b"\n") or not span for span in spans[:-1] if span and not data.endswith(span))
