@@ -34,6 +34,14 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def torch(session: nox.Session) -> None:
+    """The tests that need torch, and timm's for those of its averages; arguments go to pytest."""
+    session.install(".[test,torch]", "timm>=1.0")
+    files = sorted(map(str, Path("tests").glob("test_*torch*.py")))
+    session.run("pytest", *(session.posargs or [*files, "tests/test_examples.py", "tests/test_tensor_memory.py"]))
+
+
+@nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """pytest-benchmark over the cases of ``fastops bench``; arguments go to pytest."""
     session.install(".[test]")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Sphinx settings. Nothing here needs the network: no inventories of other projects, no scripts from elsewhere."""
 
+import importlib.util
+
 import matplotlib as mpl
 
 import fastops
@@ -27,6 +29,8 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 autodoc_typehints = "none"
+# The reference of fastops.torch needs its names alone; torch is large.
+autodoc_mock_imports = [] if importlib.util.find_spec("torch") else ["torch"]
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
 numpydoc_xref_param_type = False

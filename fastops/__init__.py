@@ -134,6 +134,7 @@ _SUBMODULES = (
     "numba",
     "optim",
     "reference",
+    "torch",
     "wordcount",
 )
 # Public names that are loaded when they are first asked for, and their modules.
@@ -188,4 +189,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_SUBMODULES})
+    from ._backend import installed
+
+    # Who looks at all names, as `help` does, must not meet one that raises.
+    absent = () if installed("torch") else ("torch",)
+    return sorted({*globals(), *__all__, *_SUBMODULES}.difference(absent))

@@ -172,10 +172,10 @@ def _write(path: str, text: str | bytes) -> None:
         raise
 
 
-def _require(wanted: Sequence[str]) -> None:
+def _require(wanted: Sequence[str], extra: str = "bench") -> None:
     missing = [name for name in wanted if not installed(name)]
     if missing:
-        raise UsageError(f"{', '.join(missing)} not installed: pip install 'fastops[bench]'")
+        raise UsageError(f"{', '.join(missing)} not installed: pip install 'fastops[{extra}]'")
 
 
 @contextmanager
@@ -234,6 +234,8 @@ def _bench(arguments: argparse.Namespace) -> int:
                 f"--only: no group's name contains {arguments.only!r}; those there are, the nearest first:\n  "
                 + "\n  ".join(_nearest_first(arguments.only, groups))
             )
+    if arguments.family == "torch":
+        _require(["torch"], "torch")
     settings = runner.Settings.of(arguments.quick, arguments.budget)
     with _progress() as progress:
         run = runner.run(cases, Machine.probe(arguments.threads), settings, progress)

@@ -313,17 +313,20 @@ def prepared(roles: Sequence[Role], values: Sequence[object]) -> Iterator[list[l
     with in_use(*values):
         lists = [as_list(role.name, value) for role, value in zip(roles, values, strict=True)]
         yield check(roles, lists)
-        bump_versions(item for role, items in zip(roles, lists, strict=True) if role.written for item in items)
+        bump_versions(items for role, items in zip(roles, lists, strict=True) if role.written)
 
 
-def bump_versions(written: Iterable[Any]) -> None:
-    """Tells torch's autograd that tensors changed in place; without it a backward pass would use the new values silently."""
+def bump_versions(written: Iterable[Iterable[Any]]) -> None:
+    """Tells torch's autograd of lists that changed in place; without it a backward pass would use the new values silently."""
     torch = sys.modules.get("torch")
     if torch is None:
         return
-    tensors = [item for item in written if isinstance(item, torch.Tensor)]
-    if tensors:
-        torch.autograd.graph.increment_version(tensors)
+    for items in written:
+        tensors: Any = items._arrays if isinstance(items, TensorList) else tuple(items)
+        if len({*map(type, tensors)} - {torch.Tensor, torch.nn.Parameter}):
+            tensors = [item for item in tensors if isinstance(item, torch.Tensor)]
+        if tensors:
+            torch.autograd.graph.increment_version(tensors)
 
 
 def check(roles: Sequence[Role], lists: Sequence[list[Any]]) -> list[list[AnyArray]]:
@@ -436,7 +439,7 @@ def prepared_rows(params: object, grads: object, exp_avg: object, exp_avg_sq: ob
             g, index = _check_rows(gradient, p, gradients, as_list("rows", rows))
             refuse_overlap([*states, gradient], [p, m, v, g])
             yield Rows(p, g, m, v, index)
-        bump_versions(item for items in lists for item in items)
+        bump_versions(lists)
 
 
 def _check_rows(

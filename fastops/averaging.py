@@ -769,7 +769,7 @@ class EMA:
         return values
 
     def _tell(self, sources: list[Any]) -> None:
-        _tensors.bump_versions(sources[i] for i in self._kept)
+        _tensors.bump_versions([[sources[i] for i in self._kept]])
 
 
 def posthoc_ema_weights(

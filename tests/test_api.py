@@ -187,6 +187,14 @@ FRONT_END = (
     "averaging",
     "mitchell",
     "optim",
+    "torch/__init__",
+    "torch/_attention",
+    "torch/_averaging",
+    "torch/_distributed",
+    "torch/_mitchell",
+    "torch/_modules",
+    "torch/_ops",
+    "torch/_optim",
     "wordcount",
 )
 

@@ -24,6 +24,7 @@ import tolerance
 
 import fastops
 from fastops.bench import FAMILIES, attention, mitchell, nystrom, optim, report, runner, wordcount, worker
+from fastops.bench import torch as torch_cases
 from fastops.bench.case import Case, Implementation, Machine, Task, WrongResult, aligned
 
 PLAIN = Machine(("reference",), (), 1, frozenset())
@@ -668,3 +669,27 @@ def test_markdown_has_a_column_for_each_level() -> None:
 )
 def test_seconds_have_three_digits_and_a_unit(seconds: float, text: str) -> None:
     assert report.seconds_text(seconds) == text
+
+
+@pytest.mark.parametrize("case", torch_cases.cases(), ids=lambda case: case.group)
+def test_every_row_of_tensors_agrees_with_the_call_on_arrays(case: Case) -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+    machine = Machine.probe(threads=1)
+    if case.unit == "token":
+        case = dataclasses.replace(case, shape=(1, 2, min(case.shape[2], 96), 8))
+    elif "adamw" not in case.op:
+        case = dataclasses.replace(case, shape=SMALL[case.unit])
+    elif case.size == "ResNet-50":
+        pytest.skip("takes a second")
+    rows = torch_cases.implementations(case, machine)
+    assert [row.recipe for row in rows] == ["peer", "fastops", "tensors"]
+    assert rows[1].name in case.yardsticks
+    for row in rows:
+        task = torch_cases.prepare(case, row)
+        assert 0 <= task.check() < tolerance.BENCH_ROW
+        task.call(*task.args)
+        assert 0 < task.work <= task.whole
+
+
+def test_tensors_have_no_rows_without_torch() -> None:
+    assert torch_cases.implementations(torch_cases.cases()[0], PLAIN) == []

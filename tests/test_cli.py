@@ -136,6 +136,18 @@ def test_missing_extra_is_named_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_torch_is_named_where_its_benchmarks_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    genuine = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else genuine(name, *rest)
+    )
+    assert cli.main(["bench", "--family", "torch"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "fastops: torch not installed: pip install 'fastops[torch]'\n")
+
+
 @pytest.mark.usefixtures("plain")
 def test_bench_writes_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("jinja2", reason="jinja2 is not installed")

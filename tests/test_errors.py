@@ -777,8 +777,12 @@ CASES: dict[str, Wrong] = {
     "nystrom pinv": Wrong(_nystrom(pinv="svd"), ValueError, "pinv", "'newton' or 'ridge'", "'svd'", ROWS),
     "nystrom pinv type": Wrong(_nystrom(pinv=None), TypeError, "pinv", "'ridge'", "None", ROWS),
     "nystrom ridge": Wrong(_nystrom(pinv="ridge", ridge=0.0), ValueError, "ridge", "(0, inf)", "0", ROWS),
-    "nystrom ridge of newton": Wrong(_nystrom(ridge=-1e-3), ValueError, "ridge", "(0, inf)", "-0.001", ROWS),
-    "nystrom ridge nan": Wrong(_nystrom(ridge=float("nan")), ValueError, "ridge", "(0, inf)", "nan", ROWS),
+    "nystrom ridge of newton": Wrong(
+        _nystrom(ridge=-1e-3), ValueError, "ridge", "None with pinv='newton'", "-0.001", ROWS
+    ),
+    "nystrom ridge nan": Wrong(
+        _nystrom(pinv="ridge", ridge=float("nan")), ValueError, "ridge", "(0, inf)", "nan", ROWS
+    ),
     "nystrom scale": Wrong(_nystrom(scale=float("inf")), ValueError, "scale", "(-inf, inf)", "inf", ROWS),
     "nystrom init": Wrong(_nystrom(init="global"), ValueError, "init", "'matrix' or 'batch'", "'global'", ROWS),
     "nystrom init of ridge": Wrong(

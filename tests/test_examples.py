@@ -199,3 +199,64 @@ def test_nystrom_error_reads_a_file(tmp_path: Path) -> None:
     title, _, row, _ = nystrom_error(str(path), "--length", "280")
     assert title[:2] == ["q,", "k"]
     assert row[0] == "first"
+
+
+def with_torch(program: str, *arguments: str) -> list[str]:
+    """What a program that needs torch prints, on one thread."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    command = [sys.executable, "-W", "error", str(EXAMPLES / program), *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False, env=env)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
+
+
+def test_language_model_learns_and_its_average_is_better(tmp_path: Path) -> None:
+    picture = tmp_path / "curve.svg"
+    header, *rows, given, continued = with_torch("language_model.py", "--steps", "200", "--plot", str(picture))
+    assert header.split() == ["step", "raw", "average", "seconds"]
+    table = np.array([[float(x) for x in row.split()] for row in rows])
+    assert table[:, 0].tolist() == list(range(20, 201, 20))
+    raw, average = table[:, 1], table[:, 2]
+    # Bytes of text drawn one by one, from their frequencies alone, need some 4.6 bits.
+    assert raw[-1] < 3.5
+    assert (np.diff(average) < 0).all()
+    # An average begins late and ends ahead.
+    assert average[0] > raw[0]
+    assert average[-1] < raw[-1]
+    assert given.startswith("given:")
+    assert len(continued) > 50
+    assert picture.read_text(encoding="utf-8").count("<path") > 10
+
+
+def test_language_model_wants_enough_text(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+    path = tmp_path / "text"
+    path.write_bytes(b"to be or not to be")
+    command = [sys.executable, str(EXAMPLES / "language_model.py"), str(path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    assert run.returncode == 2
+    assert "text must be of at least 2560 bytes, got 18" in run.stderr
+
+
+def test_mitchell_cnn_keeps_its_accuracy_and_learns_again(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    picture = tmp_path / "retraining.svg"
+    arguments = ("--epochs", "8", "--retrain", "2", "--plot", str(picture))
+    exact, header, *rows = with_torch("mitchell_cnn.py", *arguments)
+    accuracy = float(exact.split()[3])
+    # Chance is 10 %; a network that did not learn would agree with anything.
+    assert accuracy > 93
+    assert header.split() == ["multiplier", "converted", "loss", "retrained", "loss"]
+    found = {row[:26].strip(): [float(x) for x in row[26:].split()] for row in rows}
+    assert list(found) == ["Mitchell", "Mitchell, min-mse", "Mitchell, 2-bit mantissas", "Mitchell, 1-bit mantissas"]
+    for name in ("Mitchell", "Mitchell, min-mse"):
+        converted, _, retrained, _ = found[name]
+        assert abs(converted - accuracy) <= tolerance.ACCURACY_POINTS
+        assert abs(retrained - accuracy) <= tolerance.ACCURACY_POINTS
+    # The coarsest loses most, and wins most of it back.
+    losses = [row[1] for row in found.values()]
+    assert losses[3] == max(losses)
+    assert found["Mitchell, 1-bit mantissas"][3] < 0.8 * losses[3]
+    assert picture.read_text(encoding="utf-8").count("<path") > 10

@@ -209,3 +209,12 @@ def test_numba_asked_for_and_absent_says_what_to_install(tmp_path: pathlib.Path)
     ran = run("-S", "-c", code, cwd=tmp_path, PYTHONPATH=path, FASTOPS_BACKEND="numba")
     assert ran.returncode == 1
     assert ran.stderr.splitlines()[-1] == "ImportError: FASTOPS_BACKEND=numba needs numba: pip install 'fastops[numba]'"
+
+
+def test_torch_asked_for_and_absent_says_what_to_install():
+    ran = run("-W", "error", "-c", "import sys; sys.modules['torch'] = None\nimport fastops.torch")
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines()[-1] == "ImportError: fastops.torch needs torch: pip install 'fastops[torch]'"
+    code = "import sys; sys.modules['torch'] = None\nimport fastops; print('torch' in dir(fastops))"
+    ran = run("-c", code)
+    assert (ran.returncode, ran.stdout) == (0, "False\n"), ran.stderr

@@ -32,7 +32,7 @@ def _run(
     """What follows a first call that answered `done`, 0 or 2; `again` calls with lists that were checked."""
     if done == 2:
         names = zip(roles(), values, strict=True)
-        _tensors.bump_versions(item for role, value in names if role.written for item in value)
+        _tensors.bump_versions(value for role, value in names if role.written)
         return
     with _tensors.prepared(roles(), values) as lists:
         if not again(lists):

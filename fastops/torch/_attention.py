@@ -1,0 +1,997 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Linear, Nystrom and softmax attention as differentiable operators of torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _attention, _validate, attention
+from .._backend import backend as _backend
+from . import _ops
+from ._ops import array, direct, tensor
+
+__all__ = ["linear_attention", "linear_attention_step_", "nystrom_attention", "softmax_attention"]
+
+_WIDE = {torch.float64: torch.float64}
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype of features, sums and states."""
+    return _WIDE.get(x.dtype, torch.float32)
+
+
+def _optional(name: str, x: Tensor | None) -> Any:
+    return None if x is None else array(name, x)
+
+
+def _given(name: str, value: Any) -> Tensor | None:
+    """An argument that may be an array of NumPy's too."""
+    if value is None or isinstance(value, Tensor):
+        return value
+    return torch.as_tensor(np.array(_validate.array(name, value)))
+
+
+def _triple(q: Any, k: Any, v: Any) -> list[Tensor]:
+    if (
+        isinstance(q, Tensor)
+        and isinstance(k, Tensor)
+        and isinstance(v, Tensor)
+        and q.dtype is k.dtype is v.dtype
+        and q.dtype in _ops.FLOATS
+    ):
+        return [q, k, v]
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise _validate.wrong_type(name, "a torch.Tensor", x)
+    return _ops.floats(q=q, k=k, v=v)
+
+
+def _gradients(layout: str, *tensors: Tensor) -> list[Tensor]:
+    """New tensors for the gradients of q, k and v, in their memory order: backends write heads first."""
+    if layout == "bhnd":
+        return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
+    shapes = [(*x.shape[:-3], x.shape[-2], x.shape[-3], x.shape[-1]) for x in tensors]
+    return [
+        torch.empty(shape, dtype=x.dtype, device=x.device).transpose(-3, -2)
+        for x, shape in zip(tensors, shapes, strict=True)
+    ]
+
+
+def _result(q: Tensor, v: Tensor) -> Tensor:
+    return torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
+
+
+def _nothing(x: Tensor) -> Tensor:
+    return torch.empty((0,), dtype=_wide(x), device=x.device)
+
+
+# --- linear attention --------------------------------------------------------------------------------------------------------------
+
+_OPTIONS = "bool causal, str feature_map, bool? normalize, float eps, float? kernel_eps, float? scale, str layout"
+_NAMES = ("causal", "feature_map", "normalize", "eps", "kernel_eps", "scale", "layout")
+_EXTRAS = "Tensor? projection, Tensor? key_mask, Tensor? cu_seqlens, Tensor? decay, Tensor? s, Tensor? z, Tensor? m"
+
+
+def _state(*parts: Tensor | None) -> tuple[Tensor, ...] | None:
+    return tuple(x for x in parts if x is not None) or None
+
+
+def _conditions(extras: Sequence[Tensor | None], options: Sequence[Any]) -> dict[str, Any]:
+    projection, key_mask, cu_seqlens, decay, *parts = extras
+    state = _state(*parts)
+    return {
+        "projection": _optional("projection", projection),
+        "key_mask": _optional("key_mask", key_mask),
+        "cu_seqlens": _optional("cu_seqlens", cu_seqlens),
+        "decay": _optional("decay", decay),
+        "initial_state": None if state is None else tuple(array(f"initial_state[{i}]", x) for i, x in enumerate(state)),
+        **dict(zip(_NAMES, options, strict=True)),
+    }
+
+
+def _linear_kernel(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    extras, (*options, with_state) = more[:7], more[7:]
+    found = attention.linear_attention(
+        array("q", q), array("k", k), array("v", v), **_conditions(extras, options), return_state=with_state
+    )
+    if not with_state:
+        return tensor(found), _nothing(q), _nothing(q), _nothing(q)
+    y, state = found
+    parts = [tensor(x) for x in state]
+    return (tensor(y), *parts, *(_nothing(q) for _ in range(3 - len(parts))))
+
+
+def _linear_fake(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    projection, _, cu_seqlens, *_ = more
+    feature_map, layout, with_state = more[8], more[13], more[14]
+    y = _result(q, v)
+    if not with_state:
+        return y, _nothing(q), _nothing(q), _nothing(q)
+    lead = list(q.shape[:-3]) if cu_seqlens is None else [cu_seqlens.shape[0] - 1]
+    if q.ndim > 2:
+        lead.append(k.shape[-2] if layout == "bnhd" else k.shape[-3])
+    f = q.shape[-1] + (feature_map == "cosine") if projection is None else projection.shape[0]
+    options = {"dtype": _wide(q), "device": q.device}
+    s, z = torch.empty([*lead, f, v.shape[-1]], **options), torch.empty([*lead, f], **options)
+    return y, s, z, torch.empty([*lead, f] if feature_map in _attention.EXPONENTIAL else [0], **options)
+
+
+def _linear_backward_kernel(
+    dy: Tensor, ds: Tensor | None, dz: Tensor | None, q: Tensor, k: Tensor, v: Tensor, y: Tensor, *more: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    extras, options = more[:7], more[7:]
+    d_state = None if ds is None or dz is None else (array("d_state[0]", ds), array("d_state[1]", dz))
+    operands = (array(name, x) for name, x in (("dy", dy), ("q", q), ("k", k), ("v", v), ("y", y)))
+    found = attention.linear_attention_backward(*operands, **_conditions(extras, options), d_state=d_state)
+    gradients = [tensor(x) for x in found[:3]]
+    first = [tensor(x) for x in found[3]] if len(found) > 3 else [_nothing(q), _nothing(q)]
+    return (*gradients, *first)
+
+
+def _linear_backward_fake(
+    dy: Tensor, ds: Tensor | None, dz: Tensor | None, q: Tensor, k: Tensor, v: Tensor, y: Tensor, *more: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    s, z = more[4:6]
+    first = [_nothing(q) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (s, z)]
+    return (*_gradients(more[-1], q, k, v), *first)
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    # The last state is needed for the gradient of the decay alone.
+    last = output[1:3] if inputs[-1] and inputs[6] is not None else (None, None)
+    ctx.save_for_backward(*inputs[:10], output[0], *last)
+    ctx.options, ctx.with_state = inputs[10:-1], inputs[-1]
+    ctx.mark_non_differentiable(output[3])
+
+
+def _linear_derive(ctx: Any, dy: Tensor | None, ds: Tensor | None, dz: Tensor | None, dm: Any) -> tuple[Any, ...]:
+    q, k, v, *extras, y, last_s, last_z = ctx.saved_tensors
+    s = extras[4]
+    if dy is None:
+        dy = torch.zeros_like(y)
+    if ctx.with_state and (ds is not None or dz is not None):
+        # A state has the shapes of the initial one where there is one, else those of its own gradient.
+        ds = dz.new_zeros((*dz.shape, v.shape[-1])) if ds is None and dz is not None else ds
+        dz = ds.new_zeros(ds.shape[:-1]) if dz is None and ds is not None else dz
+    else:
+        ds = dz = None
+    dq, dk, dv, first_s, first_z = _linear_backward(dy, ds, dz, q, k, v, y, *extras, *ctx.options)
+    first = (None, None) if s is None else (first_s, first_z)
+    d_decay = None
+    if ctx.needs_input_grad[6]:
+        states = (None, None) if ds is None else (last_s, last_z)
+        d_decay = _decay_backward(dy, ds, dz, q, k, v, y, dv, *states, *extras, *ctx.options)
+    return (dq, dk, dv, None, None, None, d_decay, *first, None, *(None,) * (len(ctx.options) + 1))
+
+
+def _decay_kernel(
+    dy: Tensor,
+    ds: Tensor | None,
+    dz: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    dv: Tensor,
+    last_s: Tensor | None,
+    last_z: Tensor | None,
+    *more: Any,
+) -> Tensor:
+    """With b the running sum of the decays, weights are exp(b_i - b_j) times what does not depend on it.
+
+    So dL/db = (sum over j of w dL/dw in row i) - (sum over i in column j), and a decay takes part in all b from its token on. A row
+    sums to dy.y, and to 0 where it is divided by its weights; a column to v.dv and what reaches it through the divisors, which is
+    the gradient of values that are 1 (Dao and Gu, "Transformers are SSMs", ICML 2024, section 6 for weights of that form).
+    """
+    extras, options = more[:7], more[7:]
+    _, name, normalize, eps, kernel_eps, scale, layout = options
+    projection, key_mask, cu_seqlens, decay, s, z, _ = extras
+    one_head, wide = q.ndim == 2, torch.float64
+    if layout == "bnhd":
+        dy, q, k, v, y, dv = (x.transpose(-3, -2) for x in (dy, q, k, v, y, dv))
+    if one_head:
+        dy, q, k, v, y, dv = (x[None] for x in (dy, q, k, v, y, dv))
+        z, dz = (x if x is None else x[None] for x in (z, dz))
+    h, n, m = k.shape[-3], q.shape[-2], k.shape[-2]
+    per_token = decay.shape == ((m,) if one_head else k.shape[:-1])
+    of_rows, of_keys = (dy.to(wide) * y.to(wide)).sum(-1), (dv.to(wide) * v.to(wide)).sum(-1)
+    if name != "identity" if normalize is None else normalize:
+        # The same weights over values that are 1, without a divisor.
+        begin = (None, None) if s is None else (z[..., None].contiguous(), z)
+        logs = decay[None] if one_head and per_token else decay
+        given = _conditions(
+            (projection, key_mask, cu_seqlens, logs, *begin, None),
+            (True, name, False, 0.0, kernel_eps, scale, "bhnd"),
+        )
+        operands = (array("q", q), array("k", k), np.ones((*k.shape[:-1], 1), array("q", q).dtype))
+        sums = torch.from_numpy(attention.linear_attention(*operands, **given)[..., 0].astype(np.float64)) + eps
+        upper = torch.where(sums == 0, 0.0, -of_rows / sums)
+        of_rows = of_rows + upper * (sums - eps)
+        into = array("dy", upper[..., None].to(q.dtype))
+        end = None if dz is None else (array("dz", dz[..., None].contiguous()), np.zeros_like(array("dz", dz)))
+        found = attention.linear_attention_backward(into, *operands, np.zeros_like(into), **given, d_state=end)
+        of_keys = of_keys + torch.from_numpy(found[2][..., 0].astype(np.float64))
+    # Row i is at key i + m - n, and rows before the first key see nothing.
+    change = -of_keys
+    change[..., max(m - n, 0) :] += of_rows.unflatten(-2, (h, -1)).sum(-2)[..., max(n - m, 0) :]
+    d_decay = torch.empty_like(change)
+    for i, (low, high) in enumerate(pairwise([0, m] if cu_seqlens is None else cu_seqlens.tolist())):
+        d_decay[..., low:high] = change[..., low:high].flip(-1).cumsum(-1).flip(-1)
+        if ds is not None and last_s is not None and last_z is not None and dz is not None:
+            end_sums = (last_s * ds).to(wide).sum((-2, -1)) + (last_z * dz.reshape(last_z.shape)).to(wide).sum(-1)
+            one = end_sums if cu_seqlens is None else end_sums[i]
+            d_decay[..., low:high] += one.reshape(change.shape[:-1])[..., None]
+    if not per_token:
+        d_decay = d_decay.sum(-1).reshape(-1, h).sum(0)
+    return d_decay.reshape(decay.shape).to(decay.dtype)
+
+
+def _decay_fake(*args: Any) -> Tensor:
+    decay = args[13]
+    return torch.empty(decay.shape, dtype=decay.dtype, device=decay.device)
+
+
+def _linear_vmap(info: Any, dims: Sequence[Any], *args: Any) -> Any:
+    q, *_, projection, key_mask, cu_seqlens, decay, s = args[:8]
+    plain = projection is None and cu_seqlens is None and decay is None and s is None
+    if not plain or q.ndim - (dims[0] is not None) < 3 or args[-1]:
+        return _ops.loop(_linear, info, dims, args)
+    found = _linear(*_leading(info.batch_size, dims, args, 3, (key_mask, 4)), *args[5:])
+    return found, (0, *(None,) * 3)
+
+
+def _leading(n: int, dims: Sequence[Any], args: Sequence[Any], count: int, mask: tuple[Any, int]) -> list[Any]:
+    """The first operands with their batch in front, and the arguments up to the mask."""
+    operands = [_ops.batched(x, d, n, 0) for x, d in zip(args[:count], dims, strict=False)]
+    key_mask, place = mask
+    masked = None if key_mask is None else _ops.batched(key_mask, dims[place], n, 0)
+    return [*operands, *args[count:place], masked]
+
+
+_linear_backward = _ops.define(
+    "linear_attention_backward(Tensor dy, Tensor? ds, Tensor? dz, Tensor q, Tensor k, Tensor v, Tensor y, "
+    f"{_EXTRAS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _linear_backward_kernel,
+    _linear_backward_fake,
+)
+_decay_backward = _ops.define(
+    "linear_attention_decay_backward(Tensor dy, Tensor? ds, Tensor? dz, Tensor q, Tensor k, Tensor v, Tensor y, Tensor dv, "
+    f"Tensor? last_s, Tensor? last_z, {_EXTRAS}, {_OPTIONS}) -> Tensor",
+    _decay_kernel,
+    _decay_fake,
+)
+_linear = _ops.define(
+    f"linear_attention(Tensor q, Tensor k, Tensor v, {_EXTRAS}, {_OPTIONS}, bool with_state) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _linear_kernel,
+    _linear_fake,
+    setup=_linear_setup,
+    backward=_linear_derive,
+    vmap=_linear_vmap,
+    casts=(0, 1, 2),
+)
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    feature_map: str = "elu",
+    normalize: bool | None = None,
+    eps: float = 0.0,
+    kernel_eps: float | None = None,
+    scale: float | None = None,
+    projection: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    decay: Tensor | None = None,
+    initial_state: Sequence[Tensor] | None = None,
+    return_state: bool = False,
+    layout: str = "bhnd",
+) -> Any:
+    """Attend with weights f(q).f(k), at a cost that grows linearly with the length: for tensors, with gradients.
+
+    Parameters
+    ----------
+    q : (..., H, N, D) or (N, D) Tensor of float16, bfloat16, float32 or float64
+        Queries, on the CPU; read in place.
+    k : (..., H_kv, M, D) or (M, D) Tensor
+        Keys.
+    v : (..., H_kv, M, E) or (M, E) Tensor
+        Values.
+    causal : bool
+        As in `fastops.linear_attention`, as are all options.
+    feature_map : {"elu", "relu", "relu2", "identity", "exp", "softmax", "favor", "cosine"}
+        What turns rows into features.
+    normalize : bool, optional
+        Divide by the sum of the weights.
+    eps : float
+        Added to that sum.
+    kernel_eps : float, optional
+        Added to the features of "relu" and "relu2".
+    scale : float, optional
+        Within the exponent or of the weights.
+    projection : (m, D) Tensor, optional
+        The directions of "favor"; it gets no gradient.
+    key_mask : (..., M) or (..., H_kv, M) bool Tensor, optional
+        True where a key counts.
+    cu_seqlens : (S + 1,) int Tensor, optional
+        Offsets of packed sequences.
+    decay : (H_kv,) or (..., H_kv, M) Tensor, optional
+        Logarithms <= 0 of the decay at each key. It gets a gradient, but with "exp" none.
+    initial_state : tuple of Tensors, optional
+        The sums to begin with; S and z get gradients.
+    return_state : bool
+        Return the sums over all keys too.
+    layout : {"bhnd", "bnhd"}
+        The order of heads and tokens.
+
+    Returns
+    -------
+    y : (..., H, N, E) Tensor
+        Of the common dtype; under autocast of its dtype.
+    state : tuple of Tensors
+        With `return_state`: S, z, and m for "exp", "softmax" and "favor", float32 (float64 for float64). m is not differentiable:
+        it is where the gradients of S and z are taken.
+
+    Raises
+    ------
+    TypeError
+        As `fastops.linear_attention`; a tensor that is not on the CPU; `requires_grad` of what gets no gradient.
+    ValueError
+        As `fastops.linear_attention`.
+    NotImplementedError
+        A second derivative.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fastops.torch import linear_attention
+    >>> q = k = torch.zeros(1, 1, 3, 2)
+    >>> v = torch.tensor([3.0, 5.0, 1.0]).reshape(1, 1, 3, 1).requires_grad_()
+    >>> y = linear_attention(q, k, v, causal=True)
+    >>> y.sum().backward()
+    >>> y.detach().flatten(), v.grad.flatten()
+    (tensor([3., 4., 3.]), tensor([1.8333, 0.8333, 0.3333]))
+    """
+    q, k, v = _triple(q, k, v)
+    projection, key_mask, cu_seqlens, decay = (
+        _given(name, x)
+        for name, x in (
+            ("projection", projection),
+            ("key_mask", key_mask),
+            ("cu_seqlens", cu_seqlens),
+            ("decay", decay),
+        )
+    )
+    state = _parts(initial_state)
+    _ops.without_gradient(projection=projection, m=state[2], decay=decay if feature_map == "exp" else None)
+    extras = (projection, key_mask, cu_seqlens, decay, *state)
+    options = (causal, feature_map, normalize, eps, kernel_eps, scale, layout, return_state)
+    y, *parts = _linear(q, k, v, *extras, *options)
+    return (y, tuple(parts[: _count(feature_map)])) if return_state else y
+
+
+def _count(feature_map: str) -> int:
+    return 3 if feature_map in _attention.EXPONENTIAL else 2
+
+
+def _parts(state: Sequence[Tensor] | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """S, z and m of a state, as an operator takes them."""
+    if state is None:
+        return None, None, None
+    if not isinstance(state, (tuple, list)) or len(state) not in (2, 3):
+        raise _validate.wrong_type("initial_state", "a tuple of 2 or 3 tensors (S, z, m)", state)
+    for i, x in enumerate(state):
+        if not isinstance(x, Tensor):
+            raise _validate.wrong_type(f"initial_state[{i}]", "a torch.Tensor", x)
+    s, z, *rest = state
+    return s, z, rest[0] if rest else None
+
+
+# --- a step ------------------------------------------------------------------------------------------------------------------------
+
+
+def _step_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Tensor,
+    z: Tensor,
+    m: Tensor | None,
+    projection: Tensor | None,
+    decay: Tensor | None,
+    feature_map: str,
+    normalize: bool | None,
+    eps: float,
+    kernel_eps: float | None,
+    scale: float | None,
+) -> Tensor:
+    return tensor(
+        attention.linear_attention_step_(
+            array("q", q),
+            array("k", k),
+            array("v", v),
+            (array("state[0]", s), array("state[1]", z))
+            if m is None
+            else (array("state[0]", s), array("state[1]", z), array("state[2]", m)),
+            feature_map=feature_map,
+            normalize=normalize,
+            eps=eps,
+            kernel_eps=kernel_eps,
+            scale=scale,
+            projection=_optional("projection", projection),
+            decay=_optional("decay", decay),
+        )
+    )
+
+
+def _apart(written: Sequence[Tensor], read: Sequence[Tensor]) -> bool:
+    """Whether tensors that are written share no memory with each other or with others; all are contiguous."""
+    spans = [(start := x.data_ptr(), start + x.nbytes) for x in (*written, *read)]
+    for i in range(len(written)):
+        low, high = spans[i]
+        for start, stop in spans[i + 1 :]:
+            if start < high and low < stop:
+                return False
+    return True
+
+
+def _quick_step(q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], options: tuple[Any, ...]) -> Tensor | None:
+    """A step on tensors as decoding has them, (B, H, D) and contiguous, past the checks of arrays of any form; None of others."""
+    checked = attention._quick_options(q.shape[-1], _QUICK[q.dtype], *options)
+    s, z = state[:2]
+    if checked is None or len(state) != checked.parts or q.ndim != 3:
+        return None
+    b, h, d = q.shape
+    heads, e, f = k.shape[1] if k.ndim == 3 else 0, v.shape[-1], checked.features(d)
+    if not (
+        q.is_contiguous()
+        and k.is_contiguous()
+        and v.is_contiguous()
+        and s.is_contiguous()
+        and z.is_contiguous()
+        and b
+        and h
+        and heads
+        and not h % heads
+        and e
+        and k.shape == (b, heads, d)
+        and v.shape == (b, heads, e)
+        and s.shape == (b, heads, f, e)
+        and z.shape == (b, heads, f)
+        and all(x.dtype is q.dtype for x in state)
+        and all(x.shape == z.shape and x.is_contiguous() for x in state[2:])
+        and _apart(state, (q, k, v))
+    ):
+        return None
+    y = torch.empty((b, h, e), dtype=q.dtype)
+    written = tuple(x.detach().numpy() if x.requires_grad else x.numpy() for x in state)
+    _backend.linear_attention_step(
+        q.detach().numpy(), k.detach().numpy(), v.detach().numpy(), y.numpy(), checked, None, written
+    )
+    return y
+
+
+_QUICK = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+
+_step = torch.library.custom_op(
+    "fastops::linear_attention_step_",
+    _step_kernel,
+    mutates_args=("s", "z", "m"),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor(a!) s, Tensor(b!) z, Tensor(c!)? m, Tensor? projection, Tensor? decay, "
+    "str feature_map, bool? normalize, float eps, float? kernel_eps, float? scale) -> Tensor",
+)
+
+
+@_step.register_fake
+def _step_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return _result(q, v)
+
+
+_step_op = torch.ops.fastops.linear_attention_step_.default
+_bump = torch.autograd.graph.increment_version
+
+
+def linear_attention_step_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Sequence[Tensor],
+    *,
+    feature_map: str = "elu",
+    normalize: bool | None = None,
+    eps: float = 0.0,
+    kernel_eps: float | None = None,
+    scale: float | None = None,
+    projection: Tensor | None = None,
+    decay: Tensor | None = None,
+) -> Tensor:
+    """Take the next token of causal linear attention: update the state in place and return the token's row.
+
+    Parameters
+    ----------
+    q : (..., H, D) or (D,) Tensor of float16, bfloat16, float32 or float64
+        The token's queries, on the CPU.
+    k : (..., H_kv, D) or (D,) Tensor
+        Its keys.
+    v : (..., H_kv, E) or (E,) Tensor
+        Its values.
+    state : tuple of Tensors
+        As `linear_attention` with ``return_state=True`` gives it; changed in place, and autograd is told.
+    feature_map : str
+        As in `linear_attention`, as are the other options.
+    normalize : bool, optional
+        Divide by the sum of the weights.
+    eps : float
+        Added to that sum.
+    kernel_eps : float, optional
+        Added to the features of "relu" and "relu2".
+    scale : float, optional
+        Within the exponent or of the weights.
+    projection : (m, D) Tensor, optional
+        The directions of "favor".
+    decay : (H_kv,) or (..., H_kv) Tensor, optional
+        Logarithms <= 0 of the token's decay.
+
+    Returns
+    -------
+    (..., H, E) Tensor
+        The row of the token.
+
+    Raises
+    ------
+    TypeError
+        As `fastops.linear_attention_step_`; a tensor with `requires_grad` where gradients are recorded: a step has none.
+    ValueError
+        As `fastops.linear_attention_step_`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fastops.torch import linear_attention, linear_attention_step_
+    >>> nothing = torch.zeros(1, 2, 0, 4)
+    >>> _, state = linear_attention(nothing, nothing, nothing, causal=True, return_state=True)
+    >>> x = torch.ones(1, 2, 4)
+    >>> linear_attention_step_(x, x, x, state)[0, 0], state[0]._version
+    (tensor([1., 1., 1., 1.]), 1)
+    """
+    if not (
+        type(q) is Tensor
+        and type(k) is Tensor
+        and type(v) is Tensor
+        and q.dtype is k.dtype is v.dtype
+        and q.dtype in _ops.FLOATS
+    ):
+        q, k, v = _triple(q, k, v)
+    projection, decay = _given("projection", projection), _given("decay", decay)
+    s, z, m = _parts(state)
+    assert s is not None
+    assert z is not None
+    tensors = [x for x in (q, k, v, s, z, m, projection, decay) if x is not None]
+    args = (q, k, v, s, z, m, projection, decay, feature_map, normalize, eps, kernel_eps, scale)
+    if direct(*tensors):
+        y = None
+        if decay is None and projection is None and q.dtype in _QUICK:
+            y = _quick_step(q, k, v, state, (feature_map, normalize, eps, kernel_eps, scale))
+        if y is None:
+            y = _step_kernel(*args)
+        _bump(tuple(state))
+        return y
+    _ops.without_tangent(tensors)
+    names = ("q", "k", "v", "state[0]", "state[1]", "state[2]", "projection", "decay")
+    _ops.without_gradient(**dict(zip(names, (q, k, v, s, z, m, projection, decay), strict=True)))
+    return _step_op(*args)
+
+
+# --- softmax attention -------------------------------------------------------------------------------------------------------------
+
+_SOFTMAX = "bool causal, float? scale, bool by_keys, str layout"
+_SOFTMAX_EXTRAS = "Tensor? key_mask, Tensor? cu_seqlens, Tensor? logn"
+# Numbers that the gradient of softmax attention holds at once, of each of its arrays of rows and keys.
+_BLOCK = 1 << 21
+
+
+def _softmax_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    logn: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    by_keys: bool,
+    layout: str,
+) -> Tensor:
+    return tensor(
+        attention.softmax_attention(
+            array("q", q),
+            array("k", k),
+            array("v", v),
+            causal=causal,
+            key_mask=_optional("key_mask", key_mask),
+            cu_seqlens=_optional("cu_seqlens", cu_seqlens),
+            scale=scale,
+            logn="keys" if by_keys else _optional("logn", logn),
+            layout=layout,
+        )
+    )
+
+
+def _softmax_backward_kernel(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    logn: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    by_keys: bool,
+    layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With P the weights and d = sum(dy y) of a row: dS = P (dy V^T - d), dQ = dS K, dK = dS^T Q, dV = P^T dy, by blocks of rows.
+
+    Dao et al., "FlashAttention", NeurIPS 2022, appendix B.4.
+    """
+    p = _attention.Problem(layout, array("q", q), array("k", k), array("v", v))
+    mask = p.key_mask(_optional("key_mask", key_mask))
+    offsets = p.offsets(_optional("cu_seqlens", cu_seqlens))
+    factors = None
+    if by_keys:
+        counts = _attention.visible_keys(p, causal, mask, offsets)
+        factors = _attention.row_factors(p, np.asarray(attention.logn_scale(counts)))
+    elif logn is not None:
+        factors = _attention.given_factors(p, array("logn", logn))
+    wide, groups = _wide(q), p.hq // p.hkv if p.hkv else 1
+    if layout == "bnhd":
+        dy, q, k, v, y = (x.transpose(-3, -2) for x in (dy, q, k, v, y))
+    # (B, H_kv, G, N, ...), one group of query heads for each of the keys' heads.
+    first = [x.reshape(p.b, p.hkv, groups, p.nq, x.shape[-1]).to(wide) for x in (dy, q, y)]
+    second = [x.reshape(p.b, p.hkv, p.nk, x.shape[-1]).to(wide) for x in (k, v)]
+    factor = p.d**-0.5 if scale is None else scale
+    rows = torch.full((p.b, p.hkv, groups, p.nq), factor, dtype=wide)
+    if factors is not None:
+        rows *= torch.from_numpy(np.array(factors)).reshape(rows.shape)
+    visible = None if mask is None else torch.from_numpy(np.array(mask))
+    found = [torch.zeros_like(x) for x in (first[1], *second)]
+    edges = [(0, p.nq, 0, p.nk)] if offsets is None else [(a, b, a, b) for a, b in pairwise(offsets)]
+    for start, stop, low, high in edges:
+        _softmax_rows(first, second, rows, visible, causal, (int(start), int(stop)), (int(low), int(high)), found)
+    dq, dk, dv = (
+        x.reshape((*q.shape[:-1], p.d) if i == 0 else (*k.shape[:-1], x.shape[-1])).to(q.dtype)
+        for i, x in enumerate(found)
+    )
+    return (dq, dk, dv) if layout == "bhnd" else (dq.transpose(-3, -2), dk.transpose(-3, -2), dv.transpose(-3, -2))
+
+
+def _softmax_rows(
+    first: list[Tensor],
+    second: list[Tensor],
+    factors: Tensor,
+    visible: Tensor | None,
+    causal: bool,
+    rows: tuple[int, int],
+    keys: tuple[int, int],
+    found: list[Tensor],
+) -> None:
+    dy, q, y = first
+    k, v = (x[:, :, None, keys[0] : keys[1]] for x in second)
+    dq, dk, dv = found
+    count = k.shape[-2]
+    if not count or not q.numel():
+        return
+    step = max(1, _BLOCK // (count * math.prod(q.shape[:3])))
+    for start in range(rows[0], rows[1], step):
+        block = slice(start, min(start + step, rows[1]))
+        f = factors[..., block, None]
+        scaled = q[..., block, :] * f
+        logits = scaled @ k.mT
+        hidden = None
+        if causal:
+            last = torch.arange(block.start, block.stop) - rows[0] + count - (rows[1] - rows[0])
+            hidden = torch.arange(count) > last[:, None]
+        if visible is not None:
+            masked = ~visible[:, :, None, None, keys[0] : keys[1]]
+            hidden = masked if hidden is None else hidden | masked
+        if hidden is not None:
+            logits = logits.masked_fill(hidden, -torch.inf)
+        weights = torch.softmax(logits, -1)
+        if hidden is not None:
+            # A row without keys is 0, not nan.
+            weights = weights.masked_fill(hidden, 0.0)
+        d = dy[..., block, :]
+        dv[:, :, keys[0] : keys[1]] += (weights.mT @ d).sum(2)
+        inner = (d * y[..., block, :]).sum(-1, keepdim=True)
+        ds = weights * (d @ v.mT - inner)
+        dq[..., block, :] = (ds @ k) * f
+        dk[:, :, keys[0] : keys[1]] += (ds.mT @ scaled).sum(2)
+
+
+def _three_fake(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = _gradients(more[-1], q, k, v)
+    return dq, dk, dv
+
+
+def _softmax_fake(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
+    return _result(q, v)
+
+
+def _softmax_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3], output, *inputs[3:6])
+    ctx.options = inputs[6:]
+
+
+def _softmax_derive(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    return (*_softmax_backward(dy, *ctx.saved_tensors, *ctx.options), *(None,) * (3 + len(ctx.options)))
+
+
+def _softmax_vmap(info: Any, dims: Sequence[Any], *args: Any) -> Any:
+    if args[4] is not None or args[5] is not None or args[0].ndim - (dims[0] is not None) < 3:
+        return _ops.loop(_softmax, info, dims, args)
+    return _softmax(*_leading(info.batch_size, dims, args, 3, (args[3], 3)), *args[4:]), 0
+
+
+_softmax_backward = _ops.define(
+    f"softmax_attention_backward(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, {_SOFTMAX_EXTRAS}, {_SOFTMAX}) "
+    "-> (Tensor, Tensor, Tensor)",
+    _softmax_backward_kernel,
+    _three_fake,
+)
+_softmax = _ops.define(
+    f"softmax_attention(Tensor q, Tensor k, Tensor v, {_SOFTMAX_EXTRAS}, {_SOFTMAX}) -> Tensor",
+    _softmax_kernel,
+    _softmax_fake,
+    setup=_softmax_setup,
+    backward=_softmax_derive,
+    vmap=_softmax_vmap,
+    casts=(0, 1, 2),
+)
+
+
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    logn: str | Tensor | None = None,
+    layout: str = "bhnd",
+) -> Tensor:
+    """Attend with softmax weights, exactly: `fastops.softmax_attention` for tensors, with gradients.
+
+    Parameters
+    ----------
+    q : (..., H, N, D) or (N, D) Tensor of float16, bfloat16, float32 or float64
+        Queries, on the CPU; read in place.
+    k : (..., H_kv, M, D) or (M, D) Tensor
+        Keys.
+    v : (..., H_kv, M, E) or (M, E) Tensor
+        Values.
+    causal : bool
+        Row i sees the keys j <= i + M - N (torch's ``is_causal`` aligns the first row instead).
+    key_mask : (..., M) or (..., H_kv, M) bool Tensor, optional
+        True where a key counts.
+    cu_seqlens : (S + 1,) int Tensor, optional
+        Offsets of packed sequences.
+    scale : float, optional
+        Factor of q.k, D**-0.5 by default.
+    logn : "keys" or Tensor that broadcasts to (..., H, N), optional
+        A further factor of each row's logits; it gets no gradient.
+    layout : {"bhnd", "bnhd"}
+        The order of heads and tokens.
+
+    Returns
+    -------
+    (..., H, N, E) Tensor
+        Of the common dtype; under autocast of its dtype.
+
+    Raises
+    ------
+    TypeError
+        As `fastops.softmax_attention`; a tensor that is not on the CPU.
+    ValueError
+        As `fastops.softmax_attention`.
+    NotImplementedError
+        A second derivative.
+
+    Notes
+    -----
+    The gradient computes the weights anew, in blocks of rows, with torch's own products: no array of N x M is kept or made.
+
+    Examples
+    --------
+    >>> import math, torch
+    >>> from fastops.torch import softmax_attention
+    >>> x = torch.eye(2)
+    >>> softmax_attention(x, x, x, scale=math.log(3))
+    tensor([[0.7500, 0.2500],
+            [0.2500, 0.7500]])
+    """
+    q, k, v = _triple(q, k, v)
+    key_mask, cu_seqlens = _given("key_mask", key_mask), _given("cu_seqlens", cu_seqlens)
+    by_keys = isinstance(logn, str)
+    if isinstance(logn, str):
+        _validate.choice("logn", logn, ("keys",))
+        factors = None
+    else:
+        factors = _given("logn", logn)
+    _ops.without_gradient(logn=factors)
+    return _softmax(q, k, v, key_mask, cu_seqlens, factors, causal, scale, by_keys, layout)
+
+
+# --- Nystrom attention -------------------------------------------------------------------------------------------------------------
+
+_NYSTROM = (
+    "int num_landmarks, int iterations, str pinv, float? ridge, float? scale, str init, bool normalize, str layout"
+)
+_NYSTROM_NAMES = ("num_landmarks", "iterations", "pinv", "ridge", "scale", "init", "normalize", "layout")
+_NYSTROM_EXTRAS = "Tensor? key_mask, Tensor? conv_weight, Tensor? q_landmarks, Tensor? k_landmarks"
+
+
+def _nystrom_options(extras: Sequence[Tensor | None], options: Sequence[Any]) -> dict[str, Any]:
+    key_mask, conv_weight, q_landmarks, k_landmarks = extras
+    given = dict(zip(_NYSTROM_NAMES, options, strict=True))
+    if q_landmarks is not None and k_landmarks is not None:
+        given["landmarks"] = (array("landmarks[0]", q_landmarks), array("landmarks[1]", k_landmarks))
+    return {
+        "key_mask": _optional("key_mask", key_mask),
+        "conv_weight": _optional("conv_weight", conv_weight),
+        **given,
+    }
+
+
+def _nystrom_kernel(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
+    return tensor(
+        attention.nystrom_attention(array("q", q), array("k", k), array("v", v), **_nystrom_options(more[:4], more[4:]))
+    )
+
+
+def _nystrom_backward_kernel(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> tuple[Tensor, ...]:
+    _, conv_weight, first, second = more[:4]
+    dq, dk, dv, *rest = attention.nystrom_attention_backward(
+        array("dy", dy),
+        array("q", q),
+        array("k", k),
+        array("v", v),
+        **_nystrom_options(more[:4], more[4:]),
+        return_d_landmarks=first is not None,
+    )
+    marks = [_nothing(q), _nothing(q)]
+    if first is not None:
+        marks = [tensor(x).to(like.dtype) for x, like in zip(rest.pop(), (first, second), strict=True)]
+    taps = tensor(rest[0]).to(conv_weight.dtype) if rest else _nothing(q)
+    return tensor(dq), tensor(dk), tensor(dv), taps, *marks
+
+
+def _nystrom_backward_fake(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> tuple[Tensor, ...]:
+    rest = (_nothing(q) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in more[1:4])
+    return *_gradients(more[-1], q, k, v), *rest
+
+
+def _nystrom_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.options = inputs[7:]
+
+
+def _nystrom_derive(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    dq, dk, dv, *rest = _nystrom_backward(dy, *ctx.saved_tensors, *ctx.options)
+    given = (None if x is None else d for x, d in zip(ctx.saved_tensors[4:], rest, strict=True))
+    return (dq, dk, dv, None, *given, *(None,) * len(ctx.options))
+
+
+_nystrom_backward = _ops.define(
+    f"nystrom_attention_backward(Tensor dy, Tensor q, Tensor k, Tensor v, {_NYSTROM_EXTRAS}, {_NYSTROM}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _nystrom_backward_kernel,
+    _nystrom_backward_fake,
+)
+_nystrom = _ops.define(
+    f"nystrom_attention(Tensor q, Tensor k, Tensor v, {_NYSTROM_EXTRAS}, {_NYSTROM}) -> Tensor",
+    _nystrom_kernel,
+    _softmax_fake,
+    setup=_nystrom_setup,
+    backward=_nystrom_derive,
+    casts=(0, 1, 2),
+)
+
+
+def nystrom_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    num_landmarks: int = 64,
+    iterations: int = 6,
+    pinv: str = "newton",
+    ridge: float | None = None,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    conv_weight: Tensor | None = None,
+    landmarks: Sequence[Tensor] | None = None,
+    init: str = "matrix",
+    normalize: bool = False,
+    layout: str = "bhnd",
+) -> Tensor:
+    """Approximate softmax attention through landmarks: `fastops.nystrom_attention` for tensors, with gradients.
+
+    Parameters
+    ----------
+    q : (..., H, N, D) or (N, D) Tensor of float16, bfloat16, float32 or float64
+        Queries, on the CPU; read in place.
+    k : (..., H_kv, M, D) or (M, D) Tensor
+        Keys.
+    v : (..., H_kv, M, E) or (M, E) Tensor
+        Values.
+    num_landmarks : int
+        As in `fastops.nystrom_attention`, as are all options.
+    iterations : int
+        Steps towards the inverse.
+    pinv : {"newton", "ridge"}
+        How it is found.
+    ridge : float, optional
+        Of pinv="ridge".
+    scale : float, optional
+        Factor of q.k.
+    key_mask : (..., M) bool Tensor, optional
+        True where a key counts.
+    conv_weight : (H, taps) Tensor, optional
+        Weights of a convolution of v; it gets a gradient.
+    landmarks : tuple of two Tensors, optional
+        In place of the means of segments; they get gradients.
+    init : {"matrix", "batch"}
+        The coefficient with which the iteration begins.
+    normalize : bool
+        Divide each row by the sum of its weights.
+    layout : {"bhnd", "bnhd"}
+        The order of heads and tokens.
+
+    Returns
+    -------
+    (..., H, N, E) Tensor
+        Of the common dtype; under autocast of its dtype.
+
+    Raises
+    ------
+    TypeError
+        As `fastops.nystrom_attention`; a tensor that is not on the CPU.
+    ValueError
+        As `fastops.nystrom_attention`.
+    NotImplementedError
+        A second derivative.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fastops.torch import nystrom_attention, softmax_attention
+    >>> t = torch.linspace(0, 3, 1000)
+    >>> q = 3 * torch.stack([t.cos(), t.sin()], 1)
+    >>> (nystrom_attention(q, q, q, num_landmarks=16) - softmax_attention(q, q, q)).abs().max() < 0.1
+    tensor(True)
+    """
+    q, k, v = _triple(q, k, v)
+    key_mask, conv_weight = _given("key_mask", key_mask), _given("conv_weight", conv_weight)
+    first = second = None
+    if landmarks is not None:
+        if not isinstance(landmarks, (tuple, list)) or len(landmarks) != 2:
+            raise _validate.wrong_type("landmarks", "a tuple of two tensors", landmarks)
+        first, second = (_given(f"landmarks[{i}]", x) for i, x in enumerate(landmarks))
+    extras = (key_mask, conv_weight, first, second)
+    options = (num_landmarks, iterations, pinv, ridge, scale, init, normalize, layout)
+    return _nystrom(q, k, v, *extras, *options)

@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Moving averages of the weights of a torch module."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _schedules, _validate, optim
+from .._backend import backend as _backend
+from .._tensors import TensorList
+from .._validate import Text
+
+__all__ = ["EMA"]
+
+_COUNTER = "n_averaged"
+
+
+def local(x: Any) -> Any:
+    """The part of a tensor that is on this rank: of a DTensor its shard, else the tensor."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+class Slots:
+    """The places of a module's parameters and buffers, from which those of the moment are read without a walk over the module."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.params: list[tuple[dict[str, Any], str]] = []
+        self.buffers: list[tuple[dict[str, Any], str]] = []
+        seen: set[int] = set()
+        for part in module.modules():
+            for places, tensors in ((self.params, part._parameters), (self.buffers, part._buffers)):
+                for name, x in tensors.items():
+                    if x is not None and id(x) not in seen:
+                        seen.add(id(x))
+                        places.append((tensors, name))
+
+
+def _read(places: Sequence[tuple[dict[str, Any], str]]) -> list[Any]:
+    return [tensors[name] for tensors, name in places]
+
+
+class Kept:
+    """A list that calls use again and again, made anew where one of its tensors is another object."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Any] = []
+        self._list = TensorList([])
+
+    def of(self, tensors: list[Any]) -> TensorList | list[Any]:
+        """`tensors` as a `TensorList`, or as they are where they stand for shards."""
+        if any(hasattr(x, "to_local") for x in tensors):
+            return [local(x) for x in tensors]
+        if len(tensors) != len(self._tensors) or any(x is not y for x, y in zip(tensors, self._tensors, strict=True)):
+            self._list, self._tensors = TensorList(tensors), tensors
+        return self._list
+
+
+class EMA(torch.nn.Module):
+    """A moving average of a module's weights, as a module: ``AveragedModel`` and timm's ``ModelEmaV3`` in one pass over the memory.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        On the CPU. `module` starts as a copy of it; give `update` the model that is trained, or let it be this one.
+    decay : float in [0, 1] or "equal"
+        The average moves by s += (1 - decay) (p - s). "equal" is the plain mean of the weights at all updates (SWA).
+    warmup : {"none", "timm", "tf"}
+        As in `fastops.EMA`, as are the next three.
+    inv_gamma : float
+        Of "timm".
+    power : float
+        Of "timm".
+    min_decay : float
+        Of "timm" and "tf".
+    update_after_step : int, optional
+        Up to this update the average is a copy: 1 by default, so that the first update copies as ``AveragedModel`` does, and 0
+        with a warmup or "equal", whose first decay is 0 anyway.
+    buffers : {"copy", "average"}
+        What becomes of floating-point buffers such as running statistics. Integer ones are copied.
+    nonfinite : {"propagate", "skip"}
+        "skip" leaves out an update where a parameter holds an inf or nan.
+    dtype : torch.dtype, optional
+        Of the averages, such as torch.float32 for a model in half precision. By default that of the model: bfloat16 averages
+        round stochastically, without which small updates were lost; float16 needs a `dtype`.
+    seed : int
+        Of the stochastic rounding.
+    layout : {"torch", "timm"}
+        Whose state dict `state_dict` gives: that of ``AveragedModel``, which counts the updates in ``n_averaged``, or that of
+        ``ModelEmaV3``, which does not. Both are loaded.
+    module : torch.nn.Module, optional
+        What holds the averages in place of a copy, such as a model that is sharded as `model` is; its weights are the start.
+
+    Attributes
+    ----------
+    module : torch.nn.Module
+        The averaged model, in evaluation mode.
+    n_averaged : Tensor
+        Updates so far.
+
+    Raises
+    ------
+    TypeError
+        A `model` that is no module, an option of the wrong type.
+    ValueError
+        A number out of range, a float16 model without `dtype`.
+
+    Notes
+    -----
+    Parameters that are DTensors (FSDP2's ``fully_shard``) are averaged shard by shard, without communication. A sharded module
+    cannot be copied: make the EMA before ``fully_shard(model); fully_shard(ema.module)``.
+    Does not support other devices than the CPU.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fastops.torch import EMA
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> ema = EMA(model, decay=0.75)
+    >>> for value in (0.0, 1.0):
+    ...     _ = torch.nn.init.constant_(model.weight, value)
+    ...     _ = ema.update()
+    >>> ema.module.weight.item()
+    0.25
+    >>> with ema.average_parameters():
+    ...     model.weight.item()
+    0.25
+    >>> model.weight.item()
+    1.0
+    """
+
+    n_averaged: Tensor
+    module: torch.nn.Module
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        decay: float | str = 0.999,
+        *,
+        warmup: str = "none",
+        inv_gamma: float = 1.0,
+        power: float = 2 / 3,
+        min_decay: float = 0.0,
+        update_after_step: int | None = None,
+        buffers: str = "copy",
+        nonfinite: str = "propagate",
+        dtype: Any = None,
+        seed: int = 0,
+        layout: str = "torch",
+        module: torch.nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, torch.nn.Module):
+            raise _validate.wrong_type("model", "a torch.nn.Module", model)
+        _validate.choice("warmup", warmup, ("none", "timm", "tf"))
+        decays, _, several = _schedules.profiles(decay, warmup, None)
+        if several:
+            raise _validate.wrong_type("decay", "a number or 'equal' (fastops.EMA keeps several averages)", decay)
+        copies = warmup == "none" and decays[0] is not None
+        after = int(copies) if update_after_step is None else update_after_step
+        self._schedule = _schedules.Schedule(
+            warmup,
+            decays,
+            (),
+            _validate.number("inv_gamma", inv_gamma, 0.0, open_low=True),
+            _validate.number("power", power, 0.0, open_low=True),
+            _validate.number("min_decay", min_decay, 0.0, 1.0 if decays[0] is None else decays[0]),
+            1,
+            _validate.integer("update_after_step", after, 0),
+        )
+        self._averages_buffers = _validate.choice("buffers", buffers, ("copy", "average")) == "average"
+        self._skips = _validate.choice("nonfinite", nonfinite, ("propagate", "skip")) == "skip"
+        self._seed = _validate.integer("seed", seed, 0, 2**64 - 1)
+        saved = _validate.choice("layout", layout, ("torch", "timm")) == "torch"
+        if dtype is not None and dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            raise _validate.wrong_value("dtype", "torch.float32, float64, bfloat16 or None", Text(str(dtype)))
+        made = deepcopy(model) if module is None else module
+        if dtype is not None:
+            made = made.to(dtype=dtype)
+        for x in made.parameters():
+            if x.dtype is torch.float16:
+                raise _validate.wrong_value("dtype", "torch.float32 for a model with float16 weights", dtype)
+        self.module = made.eval()
+        self.register_buffer(_COUNTER, torch.zeros((), dtype=torch.long), persistent=saved)
+        self.register_load_state_dict_pre_hook(_read_counter)
+        # Not a submodule: neither its weights nor its devices are this module's.
+        self._source = [model]
+        self._swapped = False
+        self._make_lists()
+
+    def _make_lists(self) -> None:
+        """What follows from the other fields and does not pickle."""
+        self._live, self._averages = Kept(), Kept()
+        self._slots: dict[int, tuple[torch.nn.Module, Slots]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: x for key, x in vars(self).items() if key not in ("_live", "_averages", "_slots")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._make_lists()
+
+    def _places(self, module: torch.nn.Module) -> Slots:
+        found = self._slots.get(id(module))
+        if found is None:
+            if len(self._slots) > 2:
+                self._slots.clear()
+            found = self._slots[id(module)] = (module, Slots(module))
+        return found[1]
+
+    def _tensors(self, model: torch.nn.Module | None) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+        """Live and averaged tensors that are averaged, and those that are copied."""
+        source, own = self._places(self._model(model)), self._places(self.module)
+        if len(source.params) != len(own.params) or len(source.buffers) != len(own.buffers):
+            wanted = f"a module of {len(own.params)} parameters and {len(own.buffers)} buffers"
+            got = Text(f"one of {len(source.params)} and {len(source.buffers)}")
+            raise _validate.wrong_value("model", wanted, got)
+        live, averages = _read(source.params), _read(own.params)
+        copies: tuple[list[Any], list[Any]] = ([], [])
+        for x, s in zip(_read(source.buffers), _read(own.buffers), strict=True):
+            averaged = self._averages_buffers and s.is_floating_point()
+            (live if averaged else copies[0]).append(x)
+            (averages if averaged else copies[1]).append(s)
+        return live, averages, *copies
+
+    def _model(self, model: torch.nn.Module | None) -> torch.nn.Module:
+        return self._source[0] if model is None else model
+
+    def get_decay(self, step: int | None = None) -> float:
+        """The decay of an update.
+
+        Parameters
+        ----------
+        step : int, optional
+            The number of the update, from 1; by default the next one.
+
+        Returns
+        -------
+        float
+            0 where the average becomes a copy.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `step` is no such number.
+        """
+        n = int(self.n_averaged)
+        step = n + 1 if step is None else _validate.integer("step", step, 0)
+        return self._schedule.decay(0, step, step - 1, max(step - self._schedule.after - 1, 0))
+
+    @torch.no_grad()
+    def update(self, model: torch.nn.Module | None = None, step: int | None = None) -> bool:
+        """Count an update and move the averages towards the weights.
+
+        Parameters
+        ----------
+        model : torch.nn.Module, optional
+            Whose weights; by default the model that this was made of.
+        step : int, optional
+            The number of the update, from 1, where it is counted elsewhere.
+
+        Returns
+        -------
+        bool
+            Whether the averages moved: False where ``nonfinite="skip"`` found an inf or nan.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Weights of other shapes or dtypes, or not on the CPU. Nothing was written.
+        RuntimeError
+            Averages are swapped in.
+        """
+        if self._swapped:
+            raise _validate.wrong_moment("update", "called outside average_parameters()", "a call within")
+        live, averages, sources, targets = self._tensors(model)
+        shadows, params = self._averages.of(averages), self._live.of(live)
+        if self._skips and not _backend.all_finite(params):
+            return False
+        count = int(self.n_averaged) + 1 if step is None else step
+        decay = self.get_decay(count)
+        if any(x.dtype is torch.bfloat16 for x in averages):
+            # Fibonacci's multiplier, so that the streams of neighbouring seeds do not meet after a few steps.
+            seed = (self._seed * 0x9E3779B97F4A7C15 + count) % 2**64
+            optim.ema_update_(shadows, params, decay, rounding="stochastic", seed=seed)
+        else:
+            optim.ema_update_(shadows, params, decay)
+        for x, s in zip(sources, targets, strict=True):
+            s.copy_(x)
+        self.n_averaged.fill_(count)
+        return True
+
+    def update_parameters(self, model: torch.nn.Module) -> None:
+        """Update from `model`: the name that ``AveragedModel`` has for it.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+            Whose weights.
+        """
+        self.update(model)
+
+    @torch.no_grad()
+    def set(self, model: torch.nn.Module | None = None) -> None:
+        """Make the averages a copy of the weights.
+
+        Parameters
+        ----------
+        model : torch.nn.Module, optional
+            Whose weights; by default the model that this was made of.
+        """
+        live, averages, sources, targets = self._tensors(model)
+        for x, s in zip(live + sources, averages + targets, strict=True):
+            s.copy_(x)
+
+    @torch.no_grad()
+    def copy_to_(self, model: torch.nn.Module | None = None) -> None:
+        """Write the averages into a model for good.
+
+        Parameters
+        ----------
+        model : torch.nn.Module, optional
+            By default the model that this was made of.
+        """
+        live, averages, sources, targets = self._tensors(model)
+        for x, s in zip(live + sources, averages + targets, strict=True):
+            x.copy_(s)
+
+    @contextlib.contextmanager
+    def average_parameters(self, model: torch.nn.Module | None = None) -> Iterator[torch.nn.Module]:
+        """Evaluate a model with the averages as its weights: within ``with``, and with its own again afterwards.
+
+        Parameters
+        ----------
+        model : torch.nn.Module, optional
+            By default the model that this was made of.
+
+        Yields
+        ------
+        torch.nn.Module
+            The model.
+
+        Raises
+        ------
+        RuntimeError
+            They are swapped in already.
+
+        Notes
+        -----
+        Keeps a copy of the weights meanwhile. `module` can be evaluated without one.
+        """
+        if self._swapped:
+            raise _validate.wrong_moment("average_parameters", "left before it is entered again", "a call within")
+        live, averages, sources, targets = self._tensors(model)
+        tensors, means = live + sources, averages + targets
+        with torch.no_grad():
+            own = [x.detach().clone() for x in tensors]
+        self._swapped = True
+        try:
+            _write(tensors, means)
+            _forget_gathered(self._model(model))
+            yield self._model(model)
+        finally:
+            _forget_gathered(self._model(model))
+            _write(tensors, own)
+            self._swapped = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the averaged model gives.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            Those of the model.
+
+        Returns
+        -------
+        object
+            Its result.
+        """
+        return self.module(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """The decay, for `repr`."""
+        decay = self._schedule.decays[0]
+        return f"decay={'equal' if decay is None else f'{decay:g}'}, warmup={self._schedule.warmup!r}"
+
+
+@torch.no_grad()
+def _write(targets: list[Any], values: list[Any]) -> None:
+    for x, value in zip(targets, values, strict=True):
+        x.copy_(value)
+
+
+def _forget_gathered(model: torch.nn.Module) -> None:
+    """FSDP2 keeps the whole parameters of a root module after a forward pass, and would go on with those."""
+    for part in model.modules():
+        if hasattr(part, "reshard"):
+            part.reshard()
+
+
+def _read_counter(ema: EMA, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A state without a counter is one of an average that has begun, and a counter that is not kept is read all the same."""
+    key = prefix + _COUNTER
+    kept = _COUNTER not in ema._non_persistent_buffers_set
+    count = state.get(key)
+    if count is None:
+        count = torch.tensor(max(int(ema.n_averaged), ema._schedule.after))
+    if kept:
+        state[key] = count
+    else:
+        state.pop(key, None)
+        ema.n_averaged.copy_(count)

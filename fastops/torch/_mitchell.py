@@ -1,0 +1,525 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Mitchell arithmetic as differentiable operators of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _validate, mitchell
+from .._backend import backend as _backend
+from .._multiplier import Multiplier
+from . import _ops
+from ._ops import array, like, silent, tensor
+
+__all__ = ["mitchell_conv2d", "mitchell_div", "mitchell_matmul", "mitchell_mul", "token"]
+
+_PLAIN = Multiplier()._token()
+
+# Compilers then take a multiplier as a constant that they may look into.
+torch.utils._pytree.register_constant(Multiplier)
+
+
+def token(multiplier: Multiplier | None, op: str = "mul") -> str:
+    """The text that stands for a multiplier in the schema of an operator."""
+    if multiplier is None:
+        return _PLAIN
+    return _token(multiplier, op)
+
+
+def _token(multiplier: Multiplier, op: str) -> str:
+    return mitchell._multiplier(multiplier, op)._token()
+
+
+@lru_cache(maxsize=256)
+def described(text: str) -> Multiplier:
+    """The multiplier that a text stands for."""
+    return Multiplier._from_token(text)
+
+
+@lru_cache(maxsize=256)
+def _ufunc(op: str, text: str) -> Any:
+    return _backend.mitchell_op(op, described(text))
+
+
+# Of ufuncs; functions of the other backends give what they give.
+_ORDER: dict[str, Any] = {"order": "C"} if isinstance(_backend.mitchell_mul, np.ufunc) else {}
+
+
+@lru_cache(maxsize=256)
+def _chosen(op: str, multiplier: Multiplier | None) -> Any:
+    return _ufunc(op, token(multiplier, op))
+
+
+def _quick(function: Any, a: Tensor, b: Tensor) -> Tensor:
+    """The call for what `direct_pair` says."""
+    try:
+        x = silent.call(function, a.numpy(), b.numpy(), **_ORDER)
+    except RuntimeError:
+        x = silent.call(function, array("a", a), array("b", b), **_ORDER)
+    return torch.from_numpy(x) if type(x) is np.ndarray and _ORDER else like(x, np.asarray(x))
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in _validate.GRADIENT_MODES:
+        _validate.choice("mode", mode, _validate.GRADIENT_MODES)
+
+
+# --- element by element ------------------------------------------------------------------------------------------------------------
+
+
+def _elementwise(op: str, gradient: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator mitchell_`op`."""
+
+    def kernel(a: Tensor, b: Tensor, multiplier: str, mode: str) -> Tensor:
+        x = array("a", a)
+        return like(silent.call(_ufunc(op, multiplier), x, array("b", b)), x)
+
+    def fake(a: Tensor, b: Tensor, multiplier: str, mode: str) -> Tensor:
+        return torch.empty(torch.broadcast_shapes(a.shape, b.shape), dtype=a.dtype, device=a.device)
+
+    def kernel_backward(dy: Tensor, a: Tensor, b: Tensor, multiplier: str, mode: str) -> tuple[Tensor, Tensor]:
+        chosen = described(multiplier)
+        x, y, d = array("a", a), array("b", b), array("dy", dy)
+        da, db = silent.call(lambda: gradient(x, y, d, multiplier=chosen, mode=mode))
+        return like(da, x), like(db, y)
+
+    def fake_backward(dy: Tensor, a: Tensor, b: Tensor, multiplier: str, mode: str) -> tuple[Tensor, Tensor]:
+        return _new(a), _new(b)
+
+    def vmap(info: Any, dims: Sequence[Any], a: Tensor, b: Tensor, multiplier: str, mode: str) -> tuple[Tensor, int]:
+        rank = max(a.ndim - (dims[0] is not None), b.ndim - (dims[1] is not None))
+        x, y = (_ops.batched(t, d, info.batch_size, rank) for t, d in zip((a, b), dims, strict=False))
+        return forward(x, y, multiplier, mode), 0
+
+    def vmap_backward(
+        info: Any, dims: Sequence[Any], dy: Tensor, a: Tensor, b: Tensor, multiplier: str, mode: str
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        n = info.batch_size
+        rank = dy.ndim - (dims[0] is not None)
+        x, y, z = (_ops.batched(t, d, n, rank) for t, d in zip((dy, a, b), dims, strict=False))
+        da, db = backward(x, y, z, multiplier, mode)
+        shapes = (_ops.batched(t, d, n, 0).shape for t, d in zip((a, b), dims[1:], strict=False))
+        first, second = (g.reshape(shape) for g, shape in zip((da, db), shapes, strict=True))
+        return (first, second), (0, 0)
+
+    options = "str multiplier, str mode"
+    backward = _ops.define(
+        f"mitchell_{op}_backward(Tensor dy, Tensor a, Tensor b, {options}) -> (Tensor, Tensor)",
+        kernel_backward,
+        fake_backward,
+        vmap=vmap_backward,
+    )
+    forward = _ops.define(
+        f"mitchell_{op}(Tensor a, Tensor b, {options}) -> Tensor",
+        kernel,
+        fake,
+        setup=_keep,
+        backward=_derive(backward),
+        vmap=vmap,
+    )
+    return forward
+
+
+def _new(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    a, b, *ctx.options = inputs
+    ctx.save_for_backward(a, b)
+
+
+def _derive(op: Any) -> Callable[..., Any]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return (*op(dy, *ctx.saved_tensors, *ctx.options), *(None for _ in ctx.options))
+
+    return backward
+
+
+_mul = _elementwise("mul", mitchell.mitchell_mul_grad)
+_div = _elementwise("div", mitchell.mitchell_div_grad)
+
+
+def mitchell_mul(
+    a: Tensor | float, b: Tensor | float, *, multiplier: Multiplier | None = None, mode: str = "exact"
+) -> Tensor:
+    """Multiply approximately, element by element: `fastops.mitchell_mul` for tensors, with a gradient.
+
+    Parameters
+    ----------
+    a : Tensor of float16, bfloat16, float32 or float64, or number
+        On the CPU, of any strides; read in place.
+    b : Tensor or number
+        Its shape broadcasts with that of `a`, and dtypes are promoted as in ``a * b``.
+    multiplier : fastops.Multiplier, optional
+        Mitchell's multiplier by default.
+    mode : {"exact", "ste", "mimic"}
+        The gradient, as in `fastops.mitchell_mul_grad`: of the approximation, of the exact product ("straight through"), or that
+        formula with the approximate multiplier.
+
+    Returns
+    -------
+    Tensor
+        Contiguous, of the common dtype.
+
+    Raises
+    ------
+    TypeError
+        A tensor that is not of a floating-point dtype, dense and on the CPU; no tensor at all.
+    ValueError
+        Shapes that do not broadcast, an unknown `mode`.
+    NotImplementedError
+        A second derivative.
+
+    Notes
+    -----
+    Values and gradients are those of `fastops.mitchell_mul` and `fastops.mitchell_mul_grad`, bit by bit.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fastops.torch import mitchell_mul
+    >>> x = torch.tensor([1.5, 1.25], requires_grad=True)
+    >>> y = mitchell_mul(x, 3.0)
+    >>> y.sum().backward()
+    >>> y.detach(), x.grad
+    (tensor([4.0000, 3.5000]), tensor([4., 2.]))
+    """
+    if _ops.direct_pair(a, b) and mode in _validate.GRADIENT_MODES:
+        return _quick(_chosen("mul", multiplier), a, b)
+    text = _PLAIN if multiplier is None else _token(multiplier, "mul")
+    _check_mode(mode)
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype is b.dtype and a.dtype in _ops.FLOATS):
+        a, b = _ops.floats(a=a, b=b)
+    return _mul(a, b, text, mode)
+
+
+def mitchell_div(
+    a: Tensor | float, b: Tensor | float, *, multiplier: Multiplier | None = None, mode: str = "exact"
+) -> Tensor:
+    """Divide approximately, element by element: `fastops.mitchell_div` for tensors, with a gradient.
+
+    Parameters
+    ----------
+    a : Tensor of float16, bfloat16, float32 or float64, or number
+        The numerator, on the CPU.
+    b : Tensor or number
+        The denominator.
+    multiplier : fastops.Multiplier, optional
+        One that defines `div`.
+    mode : {"exact", "ste", "mimic"}
+        The gradient, as in `fastops.mitchell_div_grad`.
+
+    Returns
+    -------
+    Tensor
+        Contiguous, of the common dtype.
+
+    Raises
+    ------
+    TypeError
+        As `mitchell_mul`.
+    ValueError
+        As `mitchell_mul`; a multiplier without `div`.
+    NotImplementedError
+        A second derivative.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fastops.torch import mitchell_div
+    >>> mitchell_div(torch.tensor(3.0), 2.5)
+    tensor(1.2500)
+    """
+    if _ops.direct_pair(a, b) and mode in _validate.GRADIENT_MODES:
+        return _quick(_chosen("div", multiplier), a, b)
+    text = _PLAIN if multiplier is None else _token(multiplier, "div")
+    _check_mode(mode)
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype is b.dtype and a.dtype in _ops.FLOATS):
+        a, b = _ops.floats(a=a, b=b)
+    return _div(a, b, text, mode)
+
+
+# --- matrix products ---------------------------------------------------------------------------------------------------------------
+
+
+def _product_shape(a: Tensor, b: Tensor) -> list[int]:
+    return [*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]]
+
+
+def _matmul_kernel(a: Tensor, b: Tensor, multiplier: str, mode: str) -> Tensor:
+    return tensor(mitchell.mitchell_matmul(array("a", a), array("b", b), multiplier=described(multiplier)))
+
+
+def _matmul_fake(a: Tensor, b: Tensor, multiplier: str, mode: str) -> Tensor:
+    return torch.empty(_product_shape(a, b), dtype=a.dtype, device=a.device)
+
+
+def _matmul_backward_kernel(dy: Tensor, a: Tensor, b: Tensor, multiplier: str, mode: str) -> tuple[Tensor, Tensor]:
+    x, y, d = array("a", a), array("b", b), array("dy", dy)
+    da, db = mitchell.mitchell_matmul_grad(x, y, d, multiplier=described(multiplier), mode=mode)
+    return like(da, x), like(db, y)
+
+
+def _matmul_backward_fake(dy: Tensor, a: Tensor, b: Tensor, multiplier: str, mode: str) -> tuple[Tensor, Tensor]:
+    return _new(a), _new(b)
+
+
+def _matmul_vmap(
+    info: Any, dims: Sequence[Any], a: Tensor, b: Tensor, multiplier: str, mode: str
+) -> tuple[Tensor, int]:
+    rank = max(a.ndim - (dims[0] is not None), b.ndim - (dims[1] is not None))
+    x, y = (_ops.batched(t, d, info.batch_size, rank) for t, d in zip((a, b), dims, strict=False))
+    return _matmul(x, y, multiplier, mode), 0
+
+
+def _matmul_backward_vmap(
+    info: Any, dims: Sequence[Any], dy: Tensor, a: Tensor, b: Tensor, multiplier: str, mode: str
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    n, rank = info.batch_size, dy.ndim - (dims[0] is not None)
+    x, y, z = (_ops.batched(t, d, n, rank) for t, d in zip((dy, a, b), dims, strict=False))
+    da, db = _matmul_backward(x, y, z, multiplier, mode)
+    shapes = (_ops.batched(t, d, n, 0).shape for t, d in zip((a, b), dims[1:], strict=False))
+    first, second = (g.reshape(shape) for g, shape in zip((da, db), shapes, strict=True))
+    return (first, second), (0, 0)
+
+
+_matmul_backward = _ops.define(
+    "mitchell_matmul_backward(Tensor dy, Tensor a, Tensor b, str multiplier, str mode) -> (Tensor, Tensor)",
+    _matmul_backward_kernel,
+    _matmul_backward_fake,
+    vmap=_matmul_backward_vmap,
+)
+_matmul = _ops.define(
+    "mitchell_matmul(Tensor a, Tensor b, str multiplier, str mode) -> Tensor",
+    _matmul_kernel,
+    _matmul_fake,
+    setup=_keep,
+    backward=_derive(_matmul_backward),
+    vmap=_matmul_vmap,
+    casts=(0, 1),
+)
+
+
+def mitchell_matmul(a: Tensor, b: Tensor, *, multiplier: Multiplier | None = None, mode: str = "exact") -> Tensor:
+    """Multiply matrices approximately: `fastops.mitchell_matmul` for tensors, with a gradient.
+
+    Parameters
+    ----------
+    a : (..., M, K) or (K,) Tensor of float16, bfloat16, float32 or float64
+        On the CPU, of any strides; read in place.
+    b : (..., K, N) or (K,) Tensor
+        Leading dimensions broadcast as in `torch.matmul`.
+    multiplier : fastops.Multiplier, optional
+        Mitchell's multiplier by default.
+    mode : {"exact", "ste", "mimic"}
+        The gradient, as in `fastops.mitchell_matmul_grad`.
+
+    Returns
+    -------
+    (..., M, N) Tensor
+        Of the common dtype; under autocast of its dtype.
+
+    Raises
+    ------
+    TypeError
+        As `mitchell_mul`.
+    ValueError
+        Shapes that do not multiply, an unknown `mode`.
+    NotImplementedError
+        A second derivative.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fastops.torch import mitchell_matmul
+    >>> x = torch.full((2, 2), 3.0)
+    >>> mitchell_matmul(x, x)
+    tensor([[16., 16.],
+            [16., 16.]])
+    """
+    text = _PLAIN if multiplier is None else _token(multiplier, "mul")
+    _check_mode(mode)
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype is b.dtype and a.dtype in _ops.FLOATS):
+        a, b = _ops.floats(a=a, b=b)
+    if a.ndim < 2 or b.ndim < 2:
+        return _vectors(a, b, text, mode)
+    return _product(a, b, text, mode)
+
+
+def _product(a: Tensor, b: Tensor, text: str, mode: str) -> Tensor:
+    _check_shapes(a, b)
+    return _matmul(a, b, text, mode)
+
+
+def _check_shapes(a: Tensor, b: Tensor) -> None:
+    """Errors of the shapes before an operator is entered, which would wrap them."""
+    if a.shape[-1] != b.shape[-2]:
+        got = _validate.Text(_validate.clip(str(tuple(b.shape))))
+        raise _validate.wrong_value("b", f"of shape (..., {a.shape[-1]}, N) to follow a", got)
+
+
+def _vectors(a: Tensor, b: Tensor, text: str, mode: str) -> Tensor:
+    for name, x in (("a", a), ("b", b)):
+        if not x.ndim:
+            raise _validate.wrong_value(name, "a tensor of at least 1 dimension", _validate.Text("a 0-d tensor"))
+    y = _product(a.unsqueeze(0) if a.ndim < 2 else a, b.unsqueeze(1) if b.ndim < 2 else b, text, mode)
+    y = y.squeeze(-1) if b.ndim < 2 else y
+    return y.squeeze(-1 if b.ndim < 2 else -2) if a.ndim < 2 else y
+
+
+# --- convolutions ------------------------------------------------------------------------------------------------------------------
+
+
+def _conv_kernel(
+    x: Tensor,
+    w: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    multiplier: str,
+    mode: str,
+) -> Tensor:
+    return tensor(
+        mitchell.mitchell_conv2d(
+            array("x", x), array("w", w), **_steps(stride, padding, dilation, groups), multiplier=described(multiplier)
+        )
+    )
+
+
+def _steps(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> dict[str, Any]:
+    return {"stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation), "groups": groups}
+
+
+def _conv_fake(
+    x: Tensor,
+    w: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    multiplier: str,
+    mode: str,
+) -> Tensor:
+    size = [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (w.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+    return torch.empty([x.shape[0], w.shape[0], *size], dtype=x.dtype, device=x.device)
+
+
+def _conv_backward_kernel(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    multiplier: str,
+    mode: str,
+) -> tuple[Tensor, Tensor]:
+    dx, dw = mitchell.mitchell_conv2d_grad(
+        array("x", x),
+        array("w", w),
+        array("dy", dy),
+        **_steps(stride, padding, dilation, groups),
+        multiplier=described(multiplier),
+        mode=mode,
+    )
+    return tensor(dx), tensor(dw)
+
+
+def _conv_backward_fake(dy: Tensor, x: Tensor, w: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return _new(x), _new(w)
+
+
+def _conv_vmap(info: Any, dims: Sequence[Any], x: Tensor, w: Tensor, *options: Any) -> tuple[Tensor, int]:
+    if dims[1] is not None:
+        found: tuple[Tensor, int] = _ops.loop(_conv, info, dims, (x, w, *options))
+        return found
+    x = x.movedim(dims[0], 0)
+    y = _conv(x.flatten(0, 1), w, *options)
+    return y.unflatten(0, x.shape[:2]), 0
+
+
+_STEPS = "int[2] stride, int[2] padding, int[2] dilation, int groups, str multiplier, str mode"
+_conv_backward = _ops.define(
+    f"mitchell_conv2d_backward(Tensor dy, Tensor x, Tensor w, {_STEPS}) -> (Tensor, Tensor)",
+    _conv_backward_kernel,
+    _conv_backward_fake,
+)
+_conv = _ops.define(
+    f"mitchell_conv2d(Tensor x, Tensor w, {_STEPS}) -> Tensor",
+    _conv_kernel,
+    _conv_fake,
+    setup=_keep,
+    backward=_derive(_conv_backward),
+    vmap=_conv_vmap,
+    casts=(0, 1),
+)
+
+
+def mitchell_conv2d(
+    x: Tensor,
+    w: Tensor,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    multiplier: Multiplier | None = None,
+    mode: str = "exact",
+) -> Tensor:
+    """Convolve images approximately: `fastops.mitchell_conv2d` for tensors, with a gradient.
+
+    Parameters
+    ----------
+    x : (N, C, H, W) Tensor of float16, bfloat16, float32 or float64
+        Images, on the CPU.
+    w : (O, C / groups, KH, KW) Tensor
+        Kernels.
+    stride, padding, dilation : int or (int, int)
+        In pixels.
+    groups : int
+        Number of groups of channels that do not mix.
+    multiplier : fastops.Multiplier, optional
+        Mitchell's multiplier by default.
+    mode : {"exact", "ste", "mimic"}
+        The gradient, as in `fastops.mitchell_conv2d_grad`.
+
+    Returns
+    -------
+    (N, O, OH, OW) Tensor
+        Contiguous, of the common dtype; under autocast of its dtype.
+
+    Raises
+    ------
+    TypeError
+        As `mitchell_mul`.
+    ValueError
+        Shapes that do not fit, sizes out of range, an unknown `mode`.
+    NotImplementedError
+        A second derivative.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fastops.torch import mitchell_conv2d
+    >>> x = torch.full((1, 1, 3, 3), 3.0)
+    >>> mitchell_conv2d(x, x[:, :, :2, :2])
+    tensor([[[[32., 32.],
+              [32., 32.]]]])
+    """
+    text = _PLAIN if multiplier is None else _token(multiplier, "mul")
+    _check_mode(mode)
+    if not (isinstance(x, Tensor) and isinstance(w, Tensor) and x.dtype is w.dtype and x.dtype in _ops.FLOATS):
+        x, w = _ops.floats(x=x, w=w)
+    steps = mitchell._conv_settings(stride, padding, dilation, groups)
+    _validate.conv2d_shape(x, w, **steps)
+    given = (list(steps["stride"]), list(steps["padding"]), list(steps["dilation"]), steps["groups"])
+    return _conv(x, w, *given, text, mode)

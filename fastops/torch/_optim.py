@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""AdamW with a moving average of the weights in the same pass, as an optimizer of torch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _validate, optim
+from .._tensors import TensorList
+from .._validate import Text
+from ._averaging import local
+
+__all__ = ["AdamW"]
+
+# What torch's own has beside these, and what a state for it must say.
+_FIXED: dict[str, Any] = {
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+}
+_REFUSED = ("amsgrad", "maximize", "differentiable")
+
+
+class _Bucket(NamedTuple):
+    """Parameters of a group that have taken as many steps: one call."""
+
+    params: list[Tensor]
+    step: Tensor
+    lists: tuple[Any, ...]
+    """params, exp_avg, exp_avg_sq and the averages or None, as calls take them."""
+
+
+def _kept(tensors: list[Any]) -> Any:
+    return [local(x) for x in tensors] if any(hasattr(x, "to_local") for x in tensors) else TensorList(tensors)
+
+
+class AdamW(torch.optim.Optimizer):
+    """``torch.optim.AdamW`` for parameters on the CPU, with a moving average of them in the same pass.
+
+    Parameters
+    ----------
+    params : iterable of parameters or of groups
+        Of float32 or float64, on the CPU; gradients of the same dtype, or in half precision beside float32. Shards of DTensors
+        (FSDP2) are stepped in place.
+    lr : float or Tensor
+        Step size.
+    betas : (float, float)
+        Decays of the moments.
+    eps : float
+        Added to the root.
+    weight_decay : float
+        As in torch, 0.01 by default.
+    ema_decay : float in [0, 1], optional
+        Keep an average of the parameters that moves by (1 - ema_decay) of the way after each step, starting as a copy; see
+        `average_parameters`. An option of each group, as the others are.
+    decoupled_weight_decay : bool
+        False adds the weight decay to the gradient (Adam with an L2 penalty).
+
+    Raises
+    ------
+    TypeError, ValueError
+        An option out of range.
+
+    Notes
+    -----
+    `step` raises before it writes anything of a group where a parameter or gradient is of another dtype or not on the CPU.
+    The state dict is that of ``torch.optim.AdamW``, which can be exchanged; averages are an entry ``ema`` beside the moments.
+    ``amsgrad``, ``maximize`` and ``differentiable`` are refused.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fastops.torch import AdamW
+    >>> w = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = AdamW([w], lr=0.1, weight_decay=0.0, ema_decay=0.75)
+    >>> w.square().sum().backward()
+    >>> optimizer.step()
+    >>> with optimizer.average_parameters():
+    ...     round(w.item(), 4)
+    0.975
+    >>> round(w.item(), 4)
+    0.9
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        ema_decay: float | None = None,
+        decoupled_weight_decay: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            **_FIXED,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "ema_decay": ema_decay,
+        }
+        self._buckets: dict[int, list[_Bucket]] = {}
+        self._swapped = False
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters.
+
+        Parameters
+        ----------
+        param_group : dict
+            As in torch.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An option out of range.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._check(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        self._buckets.clear()
+
+    def _check(self, group: dict[str, Any]) -> None:
+        for name in _REFUSED:
+            if group[name]:
+                raise _validate.wrong_value(name, "False", group[name])
+        optim._adam_step(
+            1, float(group["lr"]), group["betas"], group["eps"], group["weight_decay"], group["decoupled_weight_decay"]
+        )
+        if group["ema_decay"] is not None:
+            _validate.number("ema_decay", group["ema_decay"], 0.0, 1.0)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._buckets = {}
+        self._swapped = False
+        for group in self.param_groups:
+            for name, value in {**_FIXED, "decoupled_weight_decay": True}.items():
+                group.setdefault(name, value)
+            group.setdefault("ema_decay", self.defaults.get("ema_decay"))
+            self._check(group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        # Steps are shared here by the parameters of a group; torch counts each parameter's own.
+        for own in state["state"].values():
+            if "step" in own:
+                own["step"] = own["step"].clone()
+        self._buckets = {}
+        return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as ``torch.optim.AdamW`` has it.
+
+        Returns
+        -------
+        dict
+            "state" and "param_groups".
+        """
+        state: dict[str, Any] = super().state_dict()
+        state["state"] = {
+            key: {**own, "step": own["step"].clone()} if isinstance(own, dict) and "step" in own else own
+            for key, own in state["state"].items()
+        }
+        return state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step, and move the averages.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Computes the loss and its gradients anew.
+
+        Returns
+        -------
+        object
+            What the closure gave.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A parameter or gradient of another dtype, layout or device. Nothing of its group was written.
+        RuntimeError
+            Averages are swapped in.
+        """
+        if self._swapped:
+            raise _validate.wrong_moment("step", "called outside average_parameters()", "a call within")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for i, group in enumerate(self.param_groups):
+            self._step_group(i, group)
+        return loss
+
+    def _step_group(self, i: int, group: dict[str, Any]) -> None:
+        params: list[Tensor] = group["params"]
+        averages = group["ema_decay"] is not None
+        grads = [p.grad for p in params]
+        idle: list[Tensor] = []
+        if any(g is None for g in grads):
+            # Averages follow parameters that stand still, too.
+            idle = [
+                p
+                for p, g in zip(params, grads, strict=True)
+                if g is None and averages and "ema" in self.state.get(p, ())
+            ]
+            params = [p for p, g in zip(params, grads, strict=True) if g is not None]
+        buckets = self._buckets.get(i)
+        if buckets is None or not _holds(buckets, params, averages):
+            buckets = self._buckets[i] = self._sort(params, averages)
+        for bucket in buckets:
+            p, m, v, shadows = bucket.lists
+            given = grads if len(bucket.params) == len(grads) else [x.grad for x in bucket.params]
+            optim.adamw_step_(
+                p,
+                [local(g) for g in given] if type(p) is list else given,
+                m,
+                v,
+                step=int(bucket.step) + 1,
+                lr=float(group["lr"]),
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                decoupled=group["decoupled_weight_decay"],
+                ema=shadows,
+                ema_decay=group["ema_decay"],
+            )
+            bucket.step.add_(1)
+        if idle:
+            shadows = [local(self.state[p]["ema"]) for p in idle]
+            optim.ema_update_(shadows, [local(p) for p in idle], group["ema_decay"])
+
+    def _sort(self, params: list[Tensor], averages: bool) -> list[_Bucket]:
+        """One list for each number of steps taken."""
+        found: dict[int, list[Tensor]] = {}
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            if averages and "ema" not in state:
+                state["ema"] = p.detach().clone(memory_format=torch.preserve_format)
+            found.setdefault(int(state["step"]), []).append(p)
+        buckets = []
+        for step, members in found.items():
+            # One counter for all, but not for those that have taken part in it and do not now.
+            shared = torch.tensor(float(step))
+            states = [self.state[p] for p in members]
+            for state in states:
+                state["step"] = shared
+            moments = (_kept([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq"))
+            shadows = _kept([state["ema"] for state in states]) if averages else None
+            buckets.append(_Bucket(members, shared, (_kept(members), *moments, shadows)))
+        return buckets
+
+    @contextlib.contextmanager
+    def average_parameters(self) -> Iterator[None]:
+        """Evaluate with the averages as the parameters: within ``with``, and with their own values again afterwards.
+
+        Yields
+        ------
+        None
+            Parameters that have no average yet keep their values.
+
+        Raises
+        ------
+        RuntimeError
+            They are swapped in already.
+        ValueError
+            No group has an `ema_decay`.
+
+        Notes
+        -----
+        Of a model under ``fully_shard``, call ``model.reshard()`` before leaving: it keeps whole parameters after a forward pass.
+        """
+        if self._swapped:
+            raise _validate.wrong_moment("average_parameters", "left before it is entered again", "a call within")
+        if all(group["ema_decay"] is None for group in self.param_groups):
+            raise _validate.wrong_value("ema_decay", "given, for averages to be there", Text("None"))
+        pairs = [
+            (p, self.state[p]["ema"])
+            for group in self.param_groups
+            for p in group["params"]
+            if p in self.state and "ema" in self.state[p]
+        ]
+        own = [p.detach().clone() for p, _ in pairs]
+        self._swapped = True
+        try:
+            with torch.no_grad():
+                for p, average in pairs:
+                    p.copy_(average)
+            yield
+        finally:
+            with torch.no_grad():
+                for (p, _), value in zip(pairs, own, strict=True):
+                    p.copy_(value)
+            self._swapped = False
+
+
+def _holds(buckets: list[_Bucket], params: list[Tensor], averages: bool) -> bool:
+    """Whether the lists are of these parameters."""
+    if len(buckets) == 1:
+        members = buckets[0].params
+        same = len(members) == len(params) and all(x is y for x, y in zip(members, params, strict=True))
+    else:
+        same = sum(len(bucket.params) for bucket in buckets) == len(params) and {
+            id(p) for bucket in buckets for p in bucket.params
+        } == set(map(id, params))
+    return same and all((bucket.lists[3] is not None) == averages for bucket in buckets)
