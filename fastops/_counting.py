@@ -575,6 +575,9 @@ def count_parts(job: _FileJob, parts: list[tuple[int, Source, int, int | None]])
                 batches = str_documents(source.name, span_blocks(stream.fd, start, stop), job.rule, start=start)
                 _PythonCounter(counter, job.tokenizer).count(source.name, batches, _nothing)
             elif job.rule.normalize is not None:
+                if start:
+                    # One is taken for that of the beginning, which this is not.
+                    counter.feed(_BOM)
                 for piece in normalized(source.name, span_blocks(stream.fd, start, stop), job.rule, start=start):
                     counter.feed(piece)
                 counter.end()
@@ -629,7 +632,7 @@ def _is_plain(source: Source, job: _FileJob) -> bool:
     try:
         with source.open() as stream:
             return stream.plain and job._slices(stream)
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
@@ -676,7 +679,9 @@ def _file_loop(numbered: Iterator[tuple[int, Source]], job: _FileJob, run: _Run,
 def count_texts(texts: object, rule: Rule, tokenizer: Tokenizer | None, options: Options) -> tuple[Table, Skipped]:
     """Counts texts in memory; `tokenizer` where there is one takes the place of the rule's."""
     job = _FileJob(rule, options, None, None, tokenizer)
-    total, batches = _batches(texts, rule, options)
+    total, batches = _batches(texts, job)
+    if options.max_output_bytes is not None:
+        batches = _bounded(batches, options.max_output_bytes)
     with _Run(options, total) as run:
         if tokenizer is not None and options.count > 1 and options.approx is None:
             table = _texts_in_processes(batches, job, run)
@@ -691,14 +696,16 @@ def count_texts(texts: object, rule: Rule, tokenizer: Tokenizer | None, options:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Texts of the input from number `first` on; `part` is a run of whole lines out of one text, not its beginning."""
+    """Texts of the input from number `first` on; with `start` the lines of one text from that byte (of a str: character) on."""
 
     first: int
     texts: list[bytes]
-    part: bool = False
+    start: int = 0
 
     @property
     def name(self) -> str:
+        if self.start:
+            return f"text {self.first}, from {self.start} on,"
         last = self.first + len(self.texts) - 1
         return f"text {self.first}" if last <= self.first else f"texts {self.first} to {last}"
 
@@ -707,10 +714,12 @@ class _Batch:
         return sum(map(len, self.texts))
 
 
-def _batches(texts: object, rule: Rule, options: Options) -> tuple[int | None, Iterator[_Batch]]:
+def _batches(texts: object, job: _FileJob) -> tuple[int | None, Iterator[_Batch]]:
     """The size of the texts where it is known, and the texts in batches of about 1 MiB."""
     if isinstance(texts, (str, bytes, bytearray, memoryview)):
-        return len(texts), _pieces(texts, rule)
+        # A tokenizer gets whole documents, and a text that fails is left out as a whole.
+        by_lines = job.rule.lines or not (job.rule.documents_matter or job.tokenizer is not None)
+        return len(texts), _pieces(texts, by_lines and not job.options.skip)
     if type(texts).__module__.partition(".")[0] in ("pyarrow", "polars") and not isinstance(texts, Iterator):
         array = _arrow(texts)
         if array is not None:
@@ -759,11 +768,10 @@ def _iterable_batches(texts: Iterable[object]) -> Iterator[_Batch]:
         yield _Batch(first, batch)
 
 
-def _pieces(text: str | bytes | bytearray | memoryview, rule: Rule) -> Iterator[_Batch]:
-    """One text in runs of lines, where lines can be counted by themselves; else whole."""
+def _pieces(text: str | bytes | bytearray | memoryview, apart: bool) -> Iterator[_Batch]:
+    """One text, in runs of lines where these can be counted `apart`."""
     if isinstance(text, memoryview):
         text = bytes(text)
-    apart = rule.lines or not rule.documents_matter
     newline = "\n" if isinstance(text, str) else b"\n"
     # What a text must not begin with, because it would be taken for a mark of the encoding.
     marks = ("\ufeff", "\udcff", "\udcfe", "\0") if isinstance(text, str) else (b"\xef", b"\xff", b"\xfe", b"\0")
@@ -778,10 +786,19 @@ def _pieces(text: str | bytes | bytearray | memoryview, rule: Rule) -> Iterator[
                     break
             stop = stop or len(text)
         piece = text[start:stop]
-        yield _Batch(0, [encoded(piece) if isinstance(piece, str) else bytes(piece)], part=start > 0)
+        yield _Batch(0, [encoded(piece) if isinstance(piece, str) else bytes(piece)], start=start)
         start = stop
         if not len(text):
             return
+
+
+def _bounded(batches: Iterator[_Batch], most: int) -> Iterator[_Batch]:
+    size = 0
+    for batch in batches:
+        size += batch.size
+        if size > most:
+            raise ValueError(f"texts must have at most {most} bytes (max_output_bytes), got more")
+        yield batch
 
 
 def _watched(batches: Iterator[_Batch], run: _Run) -> Iterator[_Batch]:
@@ -816,7 +833,7 @@ def _text_loop(batches: Iterator[_Batch], job: _FileJob, run: _Run, share: int) 
 def _count_batch(counter: Counter, batch: _Batch, job: _FileJob, run: _Run) -> None:
     if job.tokenizer is not None:
         documents = (part for text in batch.texts for part in str_documents(batch.name, (text,), job.rule))
-        _PythonCounter(counter, job.tokenizer).count(batch.name, documents, _nothing)
+        _PythonCounter(counter, job.tokenizer).count(batch.name, documents, run.check)
     elif len(batch.texts) == 1 and len(batch.texts[0]) > 4 * PIECE:
         # In pieces, between which Ctrl-C and the clock are heard.
         counter.name = batch.name
@@ -848,7 +865,7 @@ def _halved(batch: _Batch, job: _FileJob, run: _Run, whole: Table | None) -> Non
     else:
         middle = len(batch.texts) // 2
         parts = [
-            _Batch(batch.first, batch.texts[:middle], batch.part),
+            _Batch(batch.first, batch.texts[:middle]),
             _Batch(batch.first + middle, batch.texts[middle:]),
         ]
     for part in parts:
@@ -951,12 +968,12 @@ class _CountJob:
         if isinstance(item, _Batch):
             if job.options.skip:
                 for number, text in enumerate(item.texts, item.first):
+                    single = _Batch(number, [text])
                     self._apart(
                         run,
                         number,
-                        lambda text=text, n=number: _count_batch(  # type: ignore[misc]
-                            self._counter, _Batch(n, [text], item.part), job, run
-                        ),
+                        single.name,
+                        lambda single=single: _count_batch(self._counter, single, job, run),  # type: ignore[misc]
                     )
             else:
                 _count_batch(self._counter, item, job, run)
@@ -969,19 +986,19 @@ class _CountJob:
             _PythonCounter(self._counter, job.tokenizer).count(item.name, documents, _nothing)
         elif job.options.skip:
             order, source = item
-            self._apart(run, order, lambda: job.count(self._counter, source, run))
+            self._apart(run, order, source.name, lambda: job.count(self._counter, source, run))
         else:
             job.count(self._counter, item[1], run)
         return pickle.dumps((run.done, run.completed, run.skipped))
 
-    def _apart(self, run: _Run, order: int, count: Callable[[], None]) -> None:
+    def _apart(self, run: _Run, order: int, name: str, count: Callable[[], None]) -> None:
         try:
             count()
             self._whole.merge(self._counter.finish())
         except Exception as problem:
             if not _may_skip(problem):
                 raise
-            run.skip(order, self._counter.name, problem)
+            run.skip(order, name, problem)
             self._counter = self._new()
 
     def finish(self) -> bytes:

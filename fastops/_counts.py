@@ -111,11 +111,13 @@ def _replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
         with contextlib.suppress(OSError):
             os.unlink(unfinished)
         raise
-    folder = os.open(os.path.dirname(target) or ".", os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    # The new file is in place; a folder that cannot be synchronised does not undo it.
+    with contextlib.suppress(OSError):
+        folder = os.open(os.path.dirname(target) or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _path(path: object) -> str:

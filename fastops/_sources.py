@@ -33,7 +33,8 @@ MAX_WINDOW = 2**27
 _READ = 2**18
 _MAGIC = {
     "gzip": (b"\x1f\x8b",),
-    "bzip2": (b"BZh",),
+    # The size of its blocks, and the begin of the first one or of the end.
+    "bzip2": tuple(b"BZh%d" % size + rest for size in range(1, 10) for rest in (b"1A", b"\x17r")),
     "xz": (b"\xfd7zXZ\x00",),
     "zstd": (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + i]) + b"\x2a\x4d\x18" for i in range(16))),
 }

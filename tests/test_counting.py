@@ -381,3 +381,40 @@ def test_spans_hold_each_line_once(text: str, cuts: list[int]) -> None:
         os.close(fd)
     assert b"".join(spans) == data
     assert all(span.endswith(b"\n") or not span for span in spans[:-1] if span and not data.endswith(span))
+
+
+def test_a_tokenizer_gets_whole_documents_and_a_text_is_skipped_whole() -> None:
+    text = "some words\n" * 300_000
+    seen: list[int] = []
+
+    def tokenizer(document: str) -> list[str]:
+        seen.append(len(document))
+        return document.split()
+
+    count_texts(text, Rule(lines=False), tokenizer, Options(workers=1))
+    assert seen == [len(text)]
+    for workers in (1, 2):
+        options = Options(workers=workers, on_error="skip")
+        table, skipped = count_texts(text + "a" * 11, Rule(lines=False, max_token_bytes=10), None, options)
+        assert len(table) == 0
+        assert [name for name, _ in skipped] == ["text 0"]
+        with pytest.raises(TokenTooLong, match=r"text 0, from \d+ on, must have no token"):
+            count_texts(text + "a" * 11, Rule(max_token_bytes=10), None, Options(workers=workers))
+
+
+def test_what_is_skipped_by_workers_is_named(tmp_path: Path) -> None:
+    good, gone = tmp_path / "good", tmp_path / "gone"
+    good.write_bytes(b"some words\n")
+    cut = tmp_path / "cut.gz"
+    cut.write_bytes(gzip.compress(b"words")[:5])
+    gone.symlink_to(tmp_path / "nowhere")
+    options = Options(workers=2, on_error="skip")
+    table, skipped = count_sources([good, cut, gone, good], Rule(), split_words, options)
+    assert table.get(b"some") == (2, 0)
+    assert [name for name, _ in skipped] == [str(cut), str(gone)]
+
+
+def test_texts_have_a_largest_size() -> None:
+    assert count_texts(["a" * 50] * 4, Rule(), None, Options(max_output_bytes=200))[0].get(b"a" * 50) == (4, 0)
+    with pytest.raises(ValueError, match=r"texts must have at most 199 bytes \(max_output_bytes\), got more"):
+        count_texts(["a" * 50] * 4, Rule(), None, Options(max_output_bytes=199))

@@ -598,3 +598,17 @@ def test_wrong_call(name: str, tmp_path: pathlib.Path, monkeypatch: pytest.Monke
     assert len(str(caught.value)) < 200
     assert counts.to_dict() == {"a": 2, "b": 1}
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.usefixtures("over_backend")
+def test_encode_leaves_stop_words_out() -> None:
+    counts = WordCounts({"the": 3, "cat": 1})
+    np.testing.assert_array_equal(counts.encode("the cat the", stop_words=["the"])[0], [1])
+
+
+@pytest.mark.usefixtures("over_backend")
+def test_stop_words_take_no_place_of_approximate_counts() -> None:
+    text = " ".join(["the"] * 1000 + ["of"] * 900 + ["cat"] * 8 + ["dog"])
+    counts = fastops.count_words(text, stop_words=["the", "of"], approx=2)
+    assert counts.to_dict() == {"cat": 8, "dog": 1}
+    assert counts.error_bound == 0

@@ -4,6 +4,7 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <memory>
@@ -84,8 +85,10 @@ class WordTable {
   py::tuple find(const py::bytes& key) const {
     std::uint64_t count = 0, documents = 0;
     const Span span = bytes_span(key);
-    const auto hold = reading();
-    fastops_words_get(words_.get(), span.data, span.size, &count, &documents);
+    {
+      const auto hold = reading();
+      fastops_words_get(words_.get(), span.data, span.size, &count, &documents);
+    }
     return py::make_tuple(count, documents);
   }
   void add(const py::bytes& key, const py::int_& count, const py::int_& docs) {
@@ -98,8 +101,9 @@ class WordTable {
     fastops_status status = FASTOPS_OK;
     {
       const std::unique_lock<std::shared_mutex> hold(*lock_);
+      status = own();
       ++version_;
-      status = fastops_words_add(words_.get(), span.data, span.size, number, documents);
+      if (status == FASTOPS_OK) status = fastops_words_add(words_.get(), span.data, span.size, number, documents);
     }
     raise_overflow(status);
   }
@@ -117,8 +121,9 @@ class WordTable {
         mine_held.lock();
       else
         std::lock(mine_held, theirs_held);
+      status = own();
       ++version_;
-      status = fastops_words_merge(words_.get(), other.get());
+      if (status == FASTOPS_OK) status = fastops_words_merge(words_.get(), other.get());
     }
     raise_overflow(status);
   }
@@ -174,10 +179,14 @@ class WordTable {
       const py::bytes keys = room(key_bytes);
       py::array_t<std::uint64_t> offsets(static_cast<py::ssize_t>(n + 1)), counts(static_cast<py::ssize_t>(n)),
           docs(static_cast<py::ssize_t>(found.doc_freq != 0 ? n : 0));
-      const auto hold = reading();
-      if (version != version_) continue;  // written meanwhile
-      fastops_words_read(words_.get(), entries.data(), n, PyBytes_AS_STRING(keys.ptr()), offsets.mutable_data(),
-                         counts.mutable_data(), found.doc_freq != 0 ? docs.mutable_data() : nullptr);
+      char* const key_room = PyBytes_AS_STRING(keys.ptr());
+      std::uint64_t *const offset_room = offsets.mutable_data(), *const count_room = counts.mutable_data(),
+                           *const docs_room = found.doc_freq != 0 ? docs.mutable_data() : nullptr;
+      {
+        const auto hold = reading();
+        if (version != version_) continue;  // written meanwhile
+        fastops_words_read(words_.get(), entries.data(), n, key_room, offset_room, count_room, docs_room);
+      }
       return py::make_tuple(keys, offsets, counts, found.doc_freq != 0 ? py::object(docs) : py::none());
     }
   }
@@ -208,6 +217,16 @@ class WordTable {
     fastops_words_describe(words_.get(), &found);
     return found;
   }
+  // Memory of this process alone: pages of a file are shared with the process that forked this one.
+  fastops_status own() noexcept {
+    if (born_ == getpid()) return FASTOPS_OK;
+    fastops_words* copy = nullptr;
+    const fastops_status status = fastops_words_select(words_.get(), 1, kEndOfCounts, 0, kEndOfCounts, nullptr, &copy);
+    if (status != FASTOPS_OK) return status;
+    words_.reset(copy);
+    born_ = getpid();
+    return FASTOPS_OK;
+  }
   // Bytes to be written.
   static py::bytes room(std::size_t size) {
     auto bytes = py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(size)));
@@ -227,6 +246,7 @@ class WordTable {
   // A pointer, for tables are moved.
   std::unique_ptr<std::shared_mutex> lock_ = std::make_unique<std::shared_mutex>();
   std::uint64_t version_ = 0;
+  pid_t born_ = getpid();
 };
 
 WordTable table_from_bytes(const py::object& buffer) {
@@ -317,13 +337,13 @@ std::string hexadecimal(int byte) {
                                       " bytes, got one that begins at byte " + place);
     case FASTOPS_WORDS_READ:
     case FASTOPS_WORDS_SPILL: {
-      errno = error.error_number;
       py::object file = name;
       if (error.failure == FASTOPS_WORDS_SPILL) {
         const py::object folder = py::module_::import("os").attr("environ").attr("get")("TMPDIR");
         file = py::str("a temporary file in ") +
                (folder.is_none() || py::len(folder) == 0 ? py::str("/tmp") : py::str(folder));
       }
+      errno = error.error_number;
       PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, file.ptr());
       throw py::error_already_set();
     }

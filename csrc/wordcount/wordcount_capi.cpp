@@ -83,6 +83,7 @@ fastops_status fastops_words_add(fastops_words* words, const char* key, size_t s
   if (size >= fastops::kMaxKey || documents > count) return FASTOPS_INVALID;
   if (count == 0) return FASTOPS_OK;
   const Added added = words->table.add(fastops::make_key(bytes_of(key), size), count, documents);
+  if (added == Added::kDone && words->total_known) words->set_total(words->total() + count);
   return added == Added::kDone ? FASTOPS_OK : added == Added::kNoMemory ? FASTOPS_NO_MEMORY : FASTOPS_INVALID;
 }
 
@@ -99,8 +100,7 @@ int fastops_words_get(const fastops_words* words, const char* key, size_t size, 
 
 void fastops_words_describe(const fastops_words* words, fastops_words_info* info) noexcept {
   const Table& table = words->table;
-  unsigned __int128 total = 0;
-  for (std::size_t i = 0; i < table.capacity(); ++i) total += table.slots()[i].count;
+  const unsigned __int128 total = words->total();
   info->entries = table.size();
   info->bytes = table.bytes();
   info->total_low = static_cast<std::uint64_t>(total);
@@ -123,8 +123,12 @@ fastops_status fastops_words_merge(fastops_words* words, const fastops_words* fr
     copy.error_bound = from->error_bound;
     return fastops_words_merge(words, &copy);
   }
+  const bool known = words->total_known && from->total_known;
+  const unsigned __int128 sum = known ? words->total() + from->total() : 0;
+  words->total_known = false;
   const Added added = words->table.add(from->table);
   if (added != Added::kDone) return added == Added::kNoMemory ? FASTOPS_NO_MEMORY : FASTOPS_INVALID;
+  if (known) words->set_total(sum);
   words->documents += from->documents;
   words->error_bound += from->error_bound;
   return FASTOPS_OK;

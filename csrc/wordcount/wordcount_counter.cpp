@@ -125,7 +125,7 @@ fastops_status WordCounter::memory(const std::uint8_t* data, std::size_t size, s
         1,
         [&](std::size_t, unsigned) noexcept {
           std::size_t done = 0;
-          while (done < size && all_[0].stream.ok() && !interrupted(poll)) {
+          while (done < size && all_[0].stream.ok() && !asked_to_stop(poll)) {
             std::size_t n = size - done < kBlock ? size - done : kBlock;
             const std::uint8_t* const line = line_end(data + done + n - 1, end);
             n = line == nullptr ? size - done : static_cast<std::size_t>(line + 1 - data) - done;
@@ -134,7 +134,7 @@ fastops_status WordCounter::memory(const std::uint8_t* data, std::size_t size, s
           }
         },
         0, poll, 1);
-    return take_errors(status);
+    return take_errors(stopped_ ? FASTOPS_INTERRUPTED : status);
   }
   const std::size_t blocks = (size + kBlock - 1) / kBlock;
   const fastops_status status = parallel_run(
@@ -143,12 +143,12 @@ fastops_status WordCounter::memory(const std::uint8_t* data, std::size_t size, s
         if (failed_.load(std::memory_order_relaxed)) return;
         // The lines that begin in the block.
         const std::uint8_t* first = data;
+        const std::uint8_t* const stop = block + 1 < blocks ? data + (block + 1) * kBlock : end;
         if (block > 0) {
-          const std::uint8_t* const before = line_end(data + block * kBlock - 1, end);
+          const std::uint8_t* const before = line_end(data + block * kBlock - 1, stop);
           if (before == nullptr) return;
           first = before + 1;
         }
-        const std::uint8_t* const stop = block + 1 < blocks ? data + (block + 1) * kBlock : end;
         if (first >= stop) return;
         const std::uint8_t* const last = line_end(stop - 1, end);
         const std::uint8_t* const after = last == nullptr ? end : last + 1;
@@ -318,7 +318,8 @@ void WordCounter::lines_of_file(Worker& worker, int fd, std::uint64_t start, std
   std::size_t held = 0;
   bool last = false;
   first = at;
-  while (!last && stream.ok() && !failed_.load(std::memory_order_relaxed) && !interrupted(poll)) {
+  while (!last && stream.ok() && !failed_.load(std::memory_order_relaxed) &&
+         !(poll.function != nullptr && asked_to_stop(poll))) {
     if (!worker.buffer.grow(held + kRead)) {
       stream.no_memory();
       return;
@@ -376,7 +377,7 @@ fastops_status WordCounter::file(int fd, std::uint64_t start, std::uint64_t stop
   if (serial()) {
     const fastops_status status = parallel_run(
         1, [&](std::size_t, unsigned) noexcept { lines_of_file(all_[0], fd, start, stop, poll); }, 0, poll, 1);
-    return take_errors(status);
+    return take_errors(stopped_ ? FASTOPS_INTERRUPTED : status);
   }
   const std::uint64_t size = stop - start;
   const auto spans = static_cast<std::size_t>((size + kSpan - 1) / kSpan);

@@ -3,6 +3,7 @@
 #ifndef FASTOPS_WORDCOUNT_WORDCOUNT_COUNTER_H
 #define FASTOPS_WORDCOUNT_WORDCOUNT_COUNTER_H
 
+#include "core/parallel.h"
 #include "core/checked.h"
 #include "wordcount/wordcount_stream.h"
 #include "wordcount/wordcount_words.h"
@@ -43,6 +44,8 @@ class WordCounter {
   void some_texts(Worker& worker, const void* const* data, const std::size_t* sizes, std::size_t count) noexcept;
   void lines_of_file(Worker& worker, int fd, std::uint64_t start, std::uint64_t stop, fastops_poll poll) noexcept;
   fastops_status take_errors(fastops_status status) noexcept;
+  // Asks the poll of a run in one thread, from its body. It says so once, to whoever asks.
+  bool asked_to_stop(fastops_poll poll) noexcept { return stopped_ = stopped_ || interrupted(poll); }
   const Table* stop_words() const noexcept { return rule_.stop_words == nullptr ? nullptr : &rule_.stop_words->table; }
   fastops_status gather(fastops_poll poll, fastops_words* words) noexcept;
 
@@ -65,6 +68,7 @@ class WordCounter {
 
   fastops_word_error error_{};
   std::atomic<bool> failed_{false};
+  bool stopped_ = false;
 };
 
 }  // namespace fastops

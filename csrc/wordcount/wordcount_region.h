@@ -3,9 +3,11 @@
 #ifndef FASTOPS_WORDCOUNT_WORDCOUNT_REGION_H
 #define FASTOPS_WORDCOUNT_WORDCOUNT_REGION_H
 
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -47,7 +49,13 @@ class Region {
     if (bytes <= bytes_) return true;
     if (bytes > static_cast<std::size_t>(-1) / 4) return false;
     bytes = (bytes + kPage - 1) / kPage * kPage;
-    if (fd_ >= 0 && ftruncate(fd_, static_cast<off_t>(bytes)) != 0) return false;
+    // With blocks on the disk: a page without one would end the process when it is written to. errno says why not.
+    if (fd_ >= 0) {
+      int error = EINTR;
+      while (error == EINTR) error = posix_fallocate(fd_, 0, static_cast<off_t>(bytes));
+      errno = error;
+      if (error != 0) return false;
+    }
     void* memory = MAP_FAILED;
 #if defined(__linux__)
     if (data_ != nullptr) memory = mremap(data_, bytes_, bytes, MREMAP_MAYMOVE);

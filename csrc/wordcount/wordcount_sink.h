@@ -47,6 +47,8 @@ class Tally {
     ++code_points_.get<std::uint64_t>()[code];
     return true;
   }
+  // Whether stop words may stay until the end; kept for nothing, they would take the place of others.
+  bool stop_words_later() const noexcept { return approximate_ == 0; }
   // The array's counts go to the table.
   void settle() noexcept;
   void end_document() noexcept { ++document_; }
@@ -123,6 +125,7 @@ class Lookup {
     ids_.get<std::int64_t>()[count_++] = ranks_[slot - table_.slots()];
   }
   static bool code_point(std::uint32_t) noexcept { return false; }
+  static bool stop_words_later() noexcept { return false; }
   void end_document() noexcept {}
   void flush() noexcept {}
   void clear() noexcept {
@@ -150,8 +153,8 @@ template <class Keys> class Grams {
         low_(rule.ngram_low),
         high_(rule.ngram_high),
         spaced_(rule.tokenizer != FASTOPS_WORDS_CHAR) {
-    // Stop words of single tokens are cheaper to take out of the table at the end; whoever looks up finds none there.
-    plain_ = high_ == 1;
+    // Stop words of single tokens are cheaper to take out of the table at the end, where there is one.
+    plain_ = high_ == 1 && (stop_words == nullptr || keys.stop_words_later());
   }
   void token(const std::uint8_t* data, std::size_t size) noexcept {
     if (plain_)

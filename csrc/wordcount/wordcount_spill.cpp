@@ -86,11 +86,13 @@ void Spill::reset() noexcept {
   fd_ = -1;
   end_ = 0;
   chunks_ = 0;
+  tables_ = 0;
   list_.release();
   error_ = 0;
 }
 
-bool Spill::append(unsigned part, const std::uint8_t* data, std::size_t bytes, std::size_t records) noexcept {
+bool Spill::append(unsigned part, const std::uint8_t* data, std::size_t bytes, std::size_t records,
+                   std::uint32_t table) noexcept {
   if (bytes == 0) return true;
   std::uint64_t offset = 0;
   {
@@ -100,7 +102,7 @@ bool Spill::append(unsigned part, const std::uint8_t* data, std::size_t bytes, s
     offset = end_;
     end_ += bytes;
     list_.get<Chunk>()[chunks_++] = {offset, static_cast<std::uint32_t>(bytes), part,
-                                     static_cast<std::uint32_t>(records)};
+                                     static_cast<std::uint32_t>(records), table};
   }
   return write_all(fd_, data, bytes, offset) || fail(errno);
 }
@@ -109,6 +111,11 @@ bool Spill::write(const Table& table) noexcept {
   Region buffer;
   if (!buffer.grow(kChunk)) return fail(0);
   std::size_t used = 0, records = 0;
+  std::uint32_t number = 0;
+  {
+    const std::lock_guard<std::mutex> guard(lock_);
+    number = tables_++;
+  }
   unsigned part = 0;
   // Slots lie in order of their hashes, so that a part's entries come together, but for the few that were pushed on.
   for (std::size_t i = 0; i < table.capacity(); ++i) {
@@ -117,7 +124,7 @@ bool Spill::write(const Table& table) noexcept {
     const std::size_t size = slot.size1 - 1;
     const std::size_t bytes = sizeof(Record) + size;
     if (part_of(slot.hash) != part || used + bytes > kChunk) {
-      if (!append(part, buffer.get<std::uint8_t>(), used, records)) return false;
+      if (!append(part, buffer.get<std::uint8_t>(), used, records, number)) return false;
       part = part_of(slot.hash);
       used = records = 0;
     }
@@ -128,20 +135,19 @@ bool Spill::write(const Table& table) noexcept {
     used += bytes;
     ++records;
   }
-  return append(part, buffer.get<std::uint8_t>(), used, records);
+  return append(part, buffer.get<std::uint8_t>(), used, records, number);
 }
 
 bool Spill::read(unsigned part, Table* table) noexcept {
-  // First into a table of this part alone: its hashes all begin alike, so that they are turned by what they share; they
-  // come in order, which is why a table must have room before. A part was written at once as often as it was written.
+  // First into a table of this part alone: its hashes all begin alike, so that they are turned by what they share.
+  // Those of one table come in order, which is why there must be room for as many before.
   Table alone(table->with_documents());
-  std::size_t most = 0, together = 0;
+  Region held;
+  if (!held.grow((tables_ + 1) * sizeof(std::size_t))) return fail(0);
+  std::size_t most = 0;
   for (std::size_t i = 0; i < chunks_; ++i) {
     const Chunk& chunk = list_.get<Chunk>()[i];
-    if (chunk.part == part)
-      most = std::max(most, together += chunk.records);
-    else
-      together = 0;
+    if (chunk.part == part) most = std::max(most, held.get<std::size_t>()[chunk.table] += chunk.records);
   }
   if (most == 0) return true;
   if (!alone.reserve(most, 0)) return fail(0);
@@ -163,17 +169,18 @@ bool Spill::read(unsigned part, Table* table) noexcept {
     }
   }
   // The parts to come are as large as those that came.
+  errno = 0;  // memory of the system leaves it as it is, a file of the table says what it lacks
   const std::size_t now = table->size() + alone.size();
   if (!table->has_room(alone.size(), 0) &&
       !table->reserve(static_cast<std::size_t>(static_cast<double>(now) * kParts / (part + 1)) - table->size(), 0))
-    return fail(0);
+    return fail(errno);
   const Table& whole = alone;
   for (std::size_t i = 0; i < whole.capacity(); ++i) {
     const Table::Slot& slot = whole.slots()[i];
     if (slot.size1 == 0) continue;
     Key key = whole.key_at(slot);
     key.hash = turned_back(key.hash);
-    if (table->add(key, slot.count, whole.documents_of(slot)) != Added::kDone) return fail(0);
+    if (table->add(key, slot.count, whole.documents_of(slot)) != Added::kDone) return fail(errno);
   }
   return true;
 }

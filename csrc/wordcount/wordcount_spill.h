@@ -4,6 +4,7 @@
 #define FASTOPS_WORDCOUNT_WORDCOUNT_SPILL_H
 
 #include <atomic>
+#include <cerrno>
 #include <mutex>
 
 #include "wordcount/wordcount_table.h"
@@ -28,11 +29,12 @@ class Spill {
  private:
   struct Chunk {
     std::uint64_t offset;
-    std::uint32_t bytes, part, records;
+    std::uint32_t bytes, part, records, table;
   };
-  bool append(unsigned part, const std::uint8_t* data, std::size_t bytes, std::size_t records) noexcept;
+  bool append(unsigned part, const std::uint8_t* data, std::size_t bytes, std::size_t records,
+              std::uint32_t table) noexcept;
   bool fail(int error) noexcept {
-    error_ = error;
+    error_ = error == ENOMEM ? 0 : error;
     return false;
   }
 
@@ -40,6 +42,7 @@ class Spill {
   int fd_ = -1;
   std::uint64_t end_ = 0;
   std::size_t chunks_ = 0;
+  std::uint32_t tables_ = 0;
   Region list_;
   std::atomic<int> error_{0};
 };

@@ -33,8 +33,11 @@ std::uint8_t class_after(const fastops_word_rule& rule, const std::uint8_t* p, c
     std::uint32_t code = 0;
     unsigned subpart = 1;
     const unsigned length = decode(p, end, &code, &subpart);
-    if (length == 0)
-      return rule.errors == FASTOPS_ERRORS_IGNORE ? class_after(rule, p + subpart, end) : std::uint8_t{0};
+    if (length == 0) {
+      if (rule.errors != FASTOPS_ERRORS_IGNORE) return 0;
+      p += subpart;
+      continue;
+    }
     const std::uint8_t found = char_class(rule, code);
     if ((found & kCharIgnorable) == 0) return found;
     p += length;

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "core/checked.h"
@@ -213,7 +214,7 @@ static void cut_han(const ZhHmm& hmm, const unsigned char* p, const unsigned cha
     const unsigned char* const word = p + 3 * first;
     const std::size_t length = 3 * (t + 1 - first);
     if (!hmm.split.empty() && std::binary_search(hmm.split.begin(), hmm.split.end(),
-                                                 std::string(reinterpret_cast<const char*>(word), length)))
+                                                 std::string_view(reinterpret_cast<const char*>(word), length)))
       emit_characters(word, word + length, emit);
     else
       emit(word, length);

@@ -47,9 +47,9 @@ def workers():
 """
 
 
-def _tmpfs(folder: Path) -> None:
-    """A file system of 1 MiB."""
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+def _tmpfs(folder: Path, size: str) -> None:
+    """A small file system."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -58,13 +58,14 @@ def _tmpfs(folder: Path) -> None:
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
 
 
-@pytest.mark.parametrize("fault", ["ENOSPC", "EFBIG"])
-def test_a_spill_that_cannot_be_written(fault: str, tmp_path: Path) -> None:
-    """A full disk, a limit on sizes: the OSError of the system, and the same call works where there is room."""
+@pytest.mark.parametrize(("fault", "size"), [("ENOSPC", "1m"), ("ENOSPC", "14m"), ("EFBIG", "1m")])
+def test_a_spill_that_cannot_be_written(fault: str, size: str, tmp_path: Path) -> None:
+    """A full disk, for the spilled tables or only for the result; a limit on sizes: the OSError of the system, and the same
+    call works where there is room."""
     folder = tmp_path / "spill"
     folder.mkdir()
     if fault == "ENOSPC":
-        _tmpfs(folder)
+        _tmpfs(folder, size)
     code = """
     small, large = sys.argv[2:]
     path = os.path.join(large, "text")
@@ -227,6 +228,8 @@ CALLS = {
     "file, one thread": (lambda p: fastops.count_files(p, workers=1), lambda: file("large", TEXT, 80)),
     "unicode": (lambda p: fastops.count_files(p, tokenizer="unicode"), lambda: file("large", TEXT * 2, 10)),
     "normalize": (lambda p: fastops.count_files(p, normalize="NFKC"), lambda: file("large", "é words\\n".encode() * 10**6, 4)),
+    "n-grams, bytes": (lambda t: fastops.count_words(t, ngrams=(1, 2), document="file"), lambda: TEXT * 15),
+    "n-grams, file": (lambda p: fastops.count_files(p, ngrams=(1, 2), document="file"), lambda: file("large", TEXT, 15)),
     "spill": (lambda p: fastops.count_files(p, memory_limit=2**20), lambda: file("large", TEXT, 20)),
     "gz": (lambda p: fastops.count_files(p), lambda: file("large.gz", gzip.compress(TEXT, 1), 60)),
     "processes": (lambda p: fastops.count_files(p, tokenizer=split_words, workers=2), lambda: file("large", TEXT, 20)),
@@ -251,6 +254,8 @@ def send():
         "file, one thread",
         "unicode",
         "normalize",
+        "n-grams, bytes",
+        "n-grams, file",
         "spill",
         "gz",
         "processes",
