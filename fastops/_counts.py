@@ -546,6 +546,8 @@ class WordCounts(_Numbers):
         if max_docs_share is not None:
             share = _validate.number("max_docs_share", max_docs_share, 0.0, 1.0)
             most = int(share * self.documents)
+            # The product may have been rounded down: 0.29 of 100 are 29.
+            most += self.documents > most and (most + 1) / self.documents <= share
             bounds["max_docs"] = most if bounds["max_docs"] is None else min(most, bounds["max_docs"])
         for name, value in (("min_docs", min_docs), ("max_docs", max_docs), ("max_docs_share", max_docs_share)):
             if value is not None and not (name == "min_docs" and value == 0):

@@ -216,7 +216,8 @@ def count_words(
     -----
     The order of the steps is fixed: decode, `normalize`, `lowercase`, cut into documents, `tokenizer`, `stop_words`, `ngrams`. A
     UTF-8 byte order mark at the beginning of a text is left out.
-    All of Unicode is as in the Python that runs: what is white space, a word character, upper case.
+    All of Unicode is as in the Python that runs: what is white space, a word character, upper case; but for the words of
+    ``tokenizer="unicode"``, which are those of Unicode 15.0.
     Counts are exact up to 2**63. Memory: 16 to 40 bytes a distinct word beside the word itself, a few MB a thread.
 
     Examples
