@@ -156,20 +156,10 @@ def _is_terminal(stream: TextIO | None) -> bool:
 
 def _write(path: str, text: str | bytes) -> None:
     """All or nothing: a temporary name, renamed when complete."""
-    import tempfile
+    from ._counts import _replacing
 
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(prefix=".fastops-", dir=folder)
-    try:
-        with open(handle, "wb") as file:
-            file.write(text.encode() if isinstance(text, str) else text)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with _replacing(path) as file:
+        file.write(text.encode() if isinstance(text, str) else text)
 
 
 def _require(wanted: Sequence[str], extra: str = "bench") -> None:

@@ -724,7 +724,8 @@ def _batches(texts: object, job: _FileJob) -> tuple[int | None, Iterator[_Batch]
         array = _arrow(texts)
         if array is not None:
             return array.nbytes, _arrow_batches(array)
-    if not isinstance(texts, Iterable):
+    # Of a table the names of its columns would be counted.
+    if not isinstance(texts, Iterable) or hasattr(texts, "columns"):
         raise wrong_type("texts", "a str, bytes, an iterable of these or an Arrow array of strings", texts)
     return None, _iterable_batches(texts)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
 from collections.abc import ItemsView as _ItemsView
 from itertools import pairwise
@@ -96,13 +97,25 @@ def _word(key: bytes) -> str:
 
 @contextlib.contextmanager
 def _replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """A file that takes the place of `path` when all of it has reached the disk, and leaves nothing behind otherwise."""
-    target = os.fspath(path)
+    """A file that takes the place of `path` when all of it has reached the disk, and leaves nothing behind otherwise.
+
+    Symbolic links are followed and a file keeps its mode; what is no regular file, a pipe say, is written to.
+    """
+    target = os.path.realpath(os.fspath(path)) if os.fspath(path) else ""
+    mode = None
+    with contextlib.suppress(OSError):
+        mode = os.stat(target).st_mode
+    if mode is not None and not stat.S_ISREG(mode):
+        with open(target, "wb") as file:
+            yield file
+        return
     # Beside the target, since a rename does not cross file systems; opened with the rights that a new file gets.
     unfinished = f"{target}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
     descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), stat.S_IMODE(mode))
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -293,7 +306,8 @@ class WordCounts(_Numbers):
     -----
     Words are `str`; ``bytes`` are accepted where a word is looked up. A word that holds bytes which are no UTF-8 (``errors=
     "surrogateescape"``) has a lone surrogate for each, as Python's file names have.
-    Any number of threads may read at once. `update` and ``+=`` change the object and need it alone. Everything else that makes
+    Any number of threads may read at once. `update` and ``+=`` may go on meanwhile with the native
+    backend, but not while texts are encoded. Everything else that makes
     counts makes new ones. Pickles hold the bytes of `to_bytes`, the options of counting and `skipped`, but no callable tokenizer.
 
     Examples
@@ -753,7 +767,7 @@ class WordCounts(_Numbers):
         if options:
             from .wordcount import rule_of
 
-            rule, tokenizer = rule_of(**options)
+            rule, tokenizer = rule_of(**{**self._options(), **options})
         if rule is None:
             wanted = "given, since counts from a file or of several rules know none"
             raise _validate.wrong_value("tokenizer", wanted, Text("nothing"))
@@ -769,6 +783,22 @@ class WordCounts(_Numbers):
         if csr:
             return _document_term(ids, offsets)
         return np.split(ids, offsets[1:-1]) if len(data) else []
+
+    def _options(self) -> dict[str, Any]:
+        """Those that these words were counted with, as `rule_of` takes them; none where they are not known."""
+        rule = self._rule
+        if rule is None:
+            return {}
+        return {
+            "tokenizer": self._tokenizer or rule.zh or rule.tokenizer,
+            "lowercase": rule.lowercase,
+            "normalize": rule.normalize,
+            "ngrams": rule.ngrams,
+            "document": "line" if rule.lines else "file",
+            "stop_words": rule.stop_words,
+            "errors": rule.errors,
+            "max_token_bytes": rule.max_token_bytes,
+        }
 
     def _encode_by(
         self, tokenizer: Tokenizer, rule: Rule, data: list[bytes]

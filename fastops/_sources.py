@@ -142,9 +142,17 @@ def _add(found: list[Source], item: object, argument: str, skip: bool) -> None:
             found.append(Source(printable(path), path=path))
             return
         matches = sorted(match for match in _matches(path) if not os.path.isdir(match))
-        if not matches:
+        if not matches and not skip:
             raise FileNotFoundError(errno.ENOENT, "No file matches", path) from None
-        found.extend(map(_of_path, matches))
+        if not matches:
+            found.append(Source(printable(path), path=path))
+        for match in matches:
+            try:
+                found.append(_of_path(match))
+            except OSError:
+                if not skip:
+                    raise
+                found.append(Source(printable(match), path=match))
 
 
 def _matches(path: str | bytes) -> list[str] | list[bytes]:

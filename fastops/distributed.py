@@ -21,7 +21,7 @@ from . import _counting, _sources, _validate
 from ._backend import backend as _backend
 from ._rule import Rule, WorkerDied
 from ._validate import Text
-from .wordcount import Progress, _column, _files, _options, _result, rule_of
+from .wordcount import Progress, _files, _of_records, _options, _result, rule_of
 
 if TYPE_CHECKING:
     from ._counts import Tokenizer, WordCounts
@@ -160,8 +160,7 @@ def count_files(
     least = _validate.integer("min_count", min_count, 1)
     options = _options(None, doc_freq, max_output_bytes, memory_limit, on_error, progress, timeout, workers)
     span = _validate.integer("span_bytes", span_bytes, 1)
-    if _column("field", field) is not None and _column("column", column) is not None:
-        raise _validate.wrong_value("column", "None with field", column)
+    rule = _of_records(rule, field, column)
     found = _sources.sources(_files(files), skip=options.skip)
     sent = _counting.Options(
         workers=options.count,

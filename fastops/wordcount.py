@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from . import _validate
@@ -126,6 +127,13 @@ def _column(name: str, value: object) -> str | None:
     if value is None or isinstance(value, str):
         return value
     raise _validate.wrong_type(name, "a str or None", value)
+
+
+def _of_records(rule: Rule, field: object, column: object) -> Rule:
+    """The rule for files or, where one of these is given, for the records in them, which are documents by themselves."""
+    if _column("field", field) is not None and _column("column", column) is not None:
+        raise _validate.wrong_value("column", "None with field", column)
+    return rule if field is None and column is None else replace(rule, lines=False)
 
 
 def count_words(
@@ -372,8 +380,7 @@ def count_files(
     least = _validate.integer("min_count", min_count, 1)
     options = _options(approx, doc_freq, max_output_bytes, memory_limit, on_error, progress, timeout, workers)
     sources = _files(files)
-    if _column("field", field) is not None and _column("column", column) is not None:
-        raise _validate.wrong_value("column", "None with field", column)
+    rule = _of_records(rule, field, column)
     from ._counting import count_sources
 
     table, skipped = count_sources(sources, rule, function, options, field, _column("column", column))

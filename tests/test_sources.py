@@ -393,3 +393,13 @@ def test_parquet(tmp_path: Path) -> None:
     (source,) = sources(packed(tmp_path, path.read_bytes()[:-1]))
     with pytest.raises(DamagedFile, match="file: parquet data are damaged"):
         list(_sources.parquet(source, "text"))
+
+
+def test_a_pattern_with_skipping(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"a")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "nowhere")
+    pattern = str(tmp_path / "*.txt")
+    with pytest.raises(FileNotFoundError):
+        _sources.sources(pattern)
+    assert [source.name for source in _sources.sources(pattern, skip=True)] == sorted(map(str, tmp_path.iterdir()))
+    assert [source.name for source in _sources.sources(f"{pattern}x", skip=True)] == [f"{pattern}x"]

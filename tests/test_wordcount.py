@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import pathlib
@@ -865,3 +866,18 @@ def test_temporary_files_are_not_left() -> None:
     before = set(os.listdir(tempfile.gettempdir()))
     fastops.count_words(" ".join(map(str, range(20_000))), memory_limit=2**20)
     assert {name for name in set(os.listdir(tempfile.gettempdir())) - before if "fastops" in name.lower()} == set()
+
+
+@pytest.mark.usefixtures("over_backend")
+def test_records_are_documents() -> None:
+    data = b'{"t": "x\\nx"}\n{"t": "a"}\n{"t": ""}\n'
+    counts = fastops.count_files(io.BytesIO(data), field="t", doc_freq=True, ngrams=(1, 2))
+    assert (counts.documents, counts.doc_freq["x"], counts["x x"]) == (3, 1, 1)
+
+
+def test_a_table_is_no_iterable_of_texts() -> None:
+    class Table(dict[str, list[str]]):
+        columns = ("a",)
+
+    with pytest.raises(TypeError, match="texts must be a str"):
+        fastops.count_words(Table(a=["x y"]))

@@ -612,3 +612,29 @@ def test_stop_words_take_no_place_of_approximate_counts() -> None:
     counts = fastops.count_words(text, stop_words=["the", "of"], approx=2)
     assert counts.to_dict() == {"cat": 8, "dog": 1}
     assert counts.error_bound == 0
+
+
+@pytest.mark.usefixtures("over_backend")
+def test_encode_with_an_option_keeps_the_others() -> None:
+    counts = fastops.count_words("A b,c a", tokenizer="word", lowercase="ascii")
+    for options in ({}, {"errors": "strict"}, {"stop_words": ["z"]}):
+        np.testing.assert_array_equal(counts.encode("A b,c", **options)[0], [0, 1, 2])
+    np.testing.assert_array_equal(counts.encode("A b,c", lowercase=None)[0], [1, 2])
+
+
+def test_saving_keeps_modes_links_and_devices(tmp_path: pathlib.Path) -> None:
+    counts = fastops.count_words("to be or not to be")
+    target, link, pipe = tmp_path / "counts", tmp_path / "link", tmp_path / "pipe"
+    target.touch(mode=0o600)
+    link.symlink_to(target)
+    counts.save(link)
+    assert link.is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o600
+    assert WordCounts.load(target) == counts
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    counts.to_tsv(pipe)
+    assert os.read(reader, 100) == b"be\t2\nto\t2\nnot\t1\nor\t1\n"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert sorted(tmp_path.iterdir()) == [target, link, pipe]
