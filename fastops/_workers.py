@@ -354,6 +354,8 @@ class Crew:
                 raise self._died(worker)
         now = time.monotonic()
         if self._deadline is not None and now >= self._deadline:
+            if self._tick is not None:
+                self._tick()  # whose clock it is, in its own words
             raise TimeoutError("the run took longer than its timeout")
         for worker in self._workers:
             if worker.items and now >= self._due(worker):
