@@ -27,15 +27,20 @@ import os, sys, time
 import numpy as np
 import fastops
 assert fastops.show_config("dict")["backend"] == "native"
-def pool_threads():
-    found = 0
-    for task in os.listdir("/proc/self/task"):
-        try:
-            with open(f"/proc/self/task/{task}/comm") as file:
-                found += file.read().strip() == "fastops"
-        except OSError:
-            pass  # it has just ended
-    return found
+def pool_threads(at_least=0):
+    # A thread names itself when it first runs, on a crowded machine after the call that started it has ended.
+    deadline = time.monotonic() + 10
+    while True:
+        found = 0
+        for task in os.listdir("/proc/self/task"):
+            try:
+                with open(f"/proc/self/task/{task}/comm") as file:
+                    found += file.read().strip() == "fastops"
+            except OSError:
+                pass  # it has just ended
+        if found >= at_least or time.monotonic() > deadline:
+            return found
+        time.sleep(0.01)
 """
 
 

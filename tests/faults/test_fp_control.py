@@ -150,7 +150,7 @@ def test_elementwise_results_of_any_length_do_not_depend_on_the_register(fp_cont
                 assert after == usual | bits, (name, hex(bits), hex(after))
                 assert same(long, want), (name, hex(bits), threads)
                 assert same(np.concatenate(parts), want), (name, hex(bits), "short")
-    assert pool_threads() == 2
+    assert pool_threads(2) == 2
     """
     run(CALLS, code, arguments=[fp_control], env=_env(target), timeout=120)
 
