@@ -43,6 +43,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "mitchell_rsqrt",
         "mitchell_sqrt",
         "mitchell_square",
+        "ufunc_of_tensors",
     ),
     "optim": (
         "adamw_step",

@@ -7,6 +7,7 @@ The native backend reads well-formed lists by itself and comes here with all oth
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -284,9 +285,20 @@ def _within_storage(tensor: Any) -> bool:
 
 def are_plain(tensors: Iterable[Any]) -> bool:
     """Whether the memory of torch's tensors is theirs and holds their values: what DLPack's C interface does not tell."""
+    torch = sys.modules["torch"]
+    kind = torch.Tensor
+    listed = list(tensors)
     # A subclass may forbid to look.
     with contextlib.suppress(Exception):
-        return all(not tensor.is_neg() and _within_storage(tensor) for tensor in tensors)
+        if any(map(kind.is_neg, listed)):
+            return False
+        held = map(torch.UntypedStorage.nbytes, map(kind.untyped_storage, listed))
+        reach = map(operator.add, map(kind.storage_offset, listed), map(kind.numel, listed))
+        needed = map(operator.mul, reach, map(kind.element_size, listed))
+        return all(
+            (dense and want <= have) or _within_storage(tensor)
+            for tensor, dense, want, have in zip(listed, map(kind.is_contiguous, listed), needed, held, strict=True)
+        )
     return False
 
 

@@ -31,6 +31,7 @@ ARRAY_LEVEL = [
     "mitchell_matmul",
     "mitchell_matmul_grad",
     "mitchell_mul_grad",
+    "ufunc_of_tensors",
 ]
 ATTENTION = [
     "linear_attention",

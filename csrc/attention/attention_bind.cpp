@@ -7,6 +7,7 @@
 
 #include "core/numpy_arrays.h"
 #include "core/python_call.h"
+#include "core/tensor_exchange.h"
 #include "fastops/fastops.h"
 
 namespace fastops {
@@ -185,86 +186,116 @@ struct Numpy {
   }
 };
 
-// An exact ndarray of the dtype, C-contiguous and aligned; with `own`, writable memory that no other array owns.
-const py::detail::PyArray_Proxy* plain_array(PyObject* object, int ndim, PyObject* descr, bool own) {
-  constexpr int kContiguous = 0x0001, kAligned = 0x0100, kWriteable = 0x0400;
-  if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != Numpy::get().array) return nullptr;
-  const auto* const a = py::detail::array_proxy(object);
-  const int wanted = kContiguous | kAligned | (own ? kWriteable : 0);
-  const bool fits = a->nd == ndim && (a->flags & wanted) == wanted && a->descr == descr;
-  return fits && !(own && a->base != nullptr) ? a : nullptr;
+// An array or a tensor of another library, dense and of more than one element, as decoding has them.
+struct Plain {
+  char* data = nullptr;
+  const std::int64_t* shape = nullptr;
+  int ndim = 0;
+  fastops_dtype dtype{};
+  bool writable = false;
+
+  std::size_t size(int axis) const { return static_cast<std::size_t>(shape[axis]); }
+  std::size_t bytes() const {
+    std::size_t n = dtype == FASTOPS_F64 ? 8 : 4;
+    for (int axis = 0; axis < ndim; ++axis) n *= size(axis);
+    return n;
+  }
+  bool touches(const Plain& other) const { return data < other.data + other.bytes() && other.data < data + bytes(); }
+};
+// False for what is neither an exact ndarray nor a tensor with `functions`, or not of float32 or float64.
+bool read_plain(PyObject* object, const DlExchange* functions, PyTypeObject* type, Plain* plain) {
+  if (Py_TYPE(object) != type) return false;
+  if (functions != nullptr) {
+    DlTensor t;
+    if (!dense_view(*functions, object, &t, &plain->dtype)) return false;
+    plain->data = static_cast<char*>(t.data);
+    plain->shape = t.shape;
+    plain->ndim = t.ndim;
+    plain->writable = true;
+  } else {
+    static_assert(sizeof(py::ssize_t) == sizeof(std::int64_t));
+    constexpr int kContiguous = 0x0001, kAligned = 0x0100, kWriteable = 0x0400;
+    const auto* const a = py::detail::array_proxy(object);
+    if ((a->flags & (kContiguous | kAligned)) != (kContiguous | kAligned)) return false;
+    if (a->descr != Numpy::get().float32 && a->descr != Numpy::get().float64) return false;
+    plain->dtype = a->descr == Numpy::get().float64 ? FASTOPS_F64 : FASTOPS_F32;
+    plain->data = a->data;
+    plain->shape = reinterpret_cast<const std::int64_t*>(a->dimensions);
+    plain->ndim = a->nd;
+    plain->writable = (a->flags & kWriteable) != 0;
+  }
+  return plain->dtype == FASTOPS_F32 || plain->dtype == FASTOPS_F64;
 }
 
-// A step on arrays as decoding has them, without the cost of views. None where something is otherwise than plain_array
-// wants it, or the sizes do not fit: the full check says what, or makes it fit.
+// A step on what decoding has, without the cost of views: arrays, or tensors all of one type, which is that of the
+// result. None where something is otherwise than read_plain wants it, or the sizes do not fit: the full check says
+// what, or makes it fit.
 py::object plain_step(const py::object& q, const py::object& k, const py::object& v, const py::object& state,
                       const py::object& out, const py::tuple& options) {
-  const Numpy& numpy = Numpy::get();
-  const auto is_array = [&](const py::object& x) {
-    return reinterpret_cast<PyObject*>(Py_TYPE(x.ptr())) == numpy.array;
-  };
-  if (!is_array(q) || !PyTuple_CheckExact(state.ptr())) return py::none();
-  PyObject* const descr = py::detail::array_proxy(q.ptr())->descr;
-  if (descr != numpy.float32 && descr != numpy.float64) return py::none();
-  const auto* const aq = plain_array(q.ptr(), 3, descr, false);
-  const auto* const ak = plain_array(k.ptr(), 3, descr, false);
-  const auto* const av = plain_array(v.ptr(), 3, descr, false);
-  if (aq == nullptr || ak == nullptr || av == nullptr) return py::none();
-  const auto size = [](const py::detail::PyArray_Proxy* a, int axis) {
-    return static_cast<std::size_t>(a->dimensions[axis]);
-  };
+  PyTypeObject* const type = Py_TYPE(q.ptr());
+  const bool arrays = reinterpret_cast<PyObject*>(type) == Numpy::get().array;
+  const Exchange exchange = arrays ? Exchange{nullptr, true} : exchange_of(type);
+  if ((!arrays && (exchange.functions == nullptr || !exchange.writable)) || !PyTuple_CheckExact(state.ptr()))
+    return py::none();
+  const auto read = [&](PyObject* x, Plain* plain) { return read_plain(x, exchange.functions, type, plain); };
+  Plain pq, pk, pv;
+  if (!read(q.ptr(), &pq) || !read(k.ptr(), &pk) || !read(v.ptr(), &pv)) return py::none();
+  if (pq.ndim != 3 || pk.ndim != 3 || pv.ndim != 3 || pk.dtype != pq.dtype || pv.dtype != pq.dtype) return py::none();
   fastops_linear_attention s{};
   py::object projection;
   set_options(options, &s, &projection);
-  s.dtype = descr == numpy.float64 ? FASTOPS_F64 : FASTOPS_F32;
-  s.batch = size(aq, 0);
-  s.heads_q = size(aq, 1);
-  s.heads_kv = size(ak, 1);
+  s.dtype = pq.dtype;
+  s.batch = pq.size(0);
+  s.heads_q = pq.size(1);
+  s.heads_kv = pk.size(1);
   s.queries = s.keys = 1;
-  s.dim = size(aq, 2);
-  s.values = size(av, 2);
+  s.dim = pq.size(2);
+  s.values = pv.size(2);
   s.features = s.dim + (s.feature_map == FASTOPS_MAP_COSINE ? 1 : 0);
-  if (!projection.is_none() || size(ak, 0) != s.batch || size(av, 0) != s.batch || size(av, 1) != s.heads_kv ||
-      size(ak, 2) != s.dim || s.dim == 0 || s.values == 0 || s.heads_kv == 0 || s.heads_q == 0 ||
+  if (!projection.is_none() || pk.size(0) != s.batch || pv.size(0) != s.batch || pv.size(1) != s.heads_kv ||
+      pk.size(2) != s.dim || s.dim == 0 || s.values == 0 || s.heads_kv == 0 || s.heads_q == 0 ||
       s.heads_q % s.heads_kv != 0)
     return py::none();
 
   const int parts = s.feature_map >= FASTOPS_MAP_EXP ? 3 : 2;
   if (PyTuple_GET_SIZE(state.ptr()) != parts) return py::none();
-  const auto apart = [&](PyObject* x) {
-    for (const auto* a : {aq, ak, av})
-      if (a->base == x) return false;
-    return x != q.ptr() && x != k.ptr() && x != v.ptr();
+  Plain written[4];
+  const auto apart = [&](const Plain& x, int before) {
+    for (int i = 0; i < before; ++i)
+      if (x.touches(written[i])) return false;
+    return !x.touches(pq) && !x.touches(pk) && !x.touches(pv);
   };
-  void* data[3] = {};
   for (int i = 0; i < parts; ++i) {
-    PyObject* const x = PyTuple_GET_ITEM(state.ptr(), i);
-    const auto* const a = plain_array(x, i == 0 ? 4 : 3, descr, true);
-    if (a == nullptr || !apart(x) || size(a, 0) != s.batch || size(a, 1) != s.heads_kv || size(a, 2) != s.features ||
-        (i == 0 && size(a, 3) != s.values))
+    Plain& part = written[i];
+    if (!read(PyTuple_GET_ITEM(state.ptr(), i), &part) || !part.writable || part.dtype != s.dtype ||
+        part.ndim != (i == 0 ? 4 : 3) || part.size(0) != s.batch || part.size(1) != s.heads_kv ||
+        part.size(2) != s.features || (i == 0 && part.size(3) != s.values) || !apart(part, i))
       return py::none();
-    for (int j = 0; j < i; ++j)
-      if (x == PyTuple_GET_ITEM(state.ptr(), j)) return py::none();
-    data[i] = a->data;
   }
   py::object y = out;
   if (out.is_none()) {
-    const std::vector<py::ssize_t> shape = {aq->dimensions[0], aq->dimensions[1], av->dimensions[2]};
-    y = py::array(py::reinterpret_borrow<py::dtype>(descr), shape);
+    std::int64_t shape[3] = {pq.shape[0], pq.shape[1], pv.shape[2]};
+    if (arrays) {
+      y = py::array(py::reinterpret_borrow<py::dtype>(py::detail::array_proxy(q.ptr())->descr),
+                    std::vector<py::ssize_t>(shape, shape + 3));
+    } else {
+      const std::uint8_t bits = s.dtype == FASTOPS_F64 ? 64 : 32;
+      void* data = nullptr;
+      y = new_tensor(*exchange.functions, {nullptr, kDlCpu, 0, 3, kDlFloat, bits, 1, shape, nullptr, 0}, &data);
+    }
   }
-  const auto* const ay = plain_array(y.ptr(), 3, descr, true);
-  if (ay == nullptr || !apart(y.ptr()) || size(ay, 0) != s.batch || size(ay, 1) != s.heads_q || size(ay, 2) != s.values)
+  Plain& result = written[3];
+  if (!read(y.ptr(), &result) || !result.writable || result.dtype != s.dtype || result.ndim != 3 ||
+      result.size(0) != s.batch || result.size(1) != s.heads_q || result.size(2) != s.values || !apart(result, parts))
     return py::none();
-  for (int i = 0; i < parts; ++i)
-    if (y.ptr() == PyTuple_GET_ITEM(state.ptr(), i)) return py::none();
 
-  const auto heads = [](const py::detail::PyArray_Proxy* a) {
-    const auto columns = static_cast<std::ptrdiff_t>(a->dimensions[2]);
-    return fastops_heads{a->data, static_cast<std::ptrdiff_t>(a->dimensions[1]) * columns, columns, 0};
+  const auto heads = [](const Plain& x) {
+    const auto columns = static_cast<std::ptrdiff_t>(x.shape[2]);
+    return fastops_heads{x.data, static_cast<std::ptrdiff_t>(x.shape[1]) * columns, columns, 0};
   };
   fastops_linear_options o{};
-  o.final_state = {data[0], data[1], data[2]};
-  call_briefly([&] { return fastops_linear_attention_step(&s, heads(aq), heads(ak), heads(av), heads(ay), &o); });
+  o.final_state = {written[0].data, written[1].data, parts == 3 ? written[2].data : nullptr};
+  call_briefly([&] { return fastops_linear_attention_step(&s, heads(pq), heads(pk), heads(pv), heads(result), &o); });
   return y;
 }
 

@@ -12,6 +12,7 @@
 
 #include "core/numpy_arrays.h"
 #include "core/python_call.h"
+#include "core/tensor_exchange.h"
 #include "fastops/fastops.h"
 #include "mitchell/mitchell_ufuncs.h"
 
@@ -295,6 +296,28 @@ void elementwise_grad(fastops_mitchell_op op, const py::object& a, const py::obj
   });
 }
 
+// ufunc(a, b) of two dense tensors of one type, shape and dtype, as a tensor of that type. None where something is
+// otherwise: NumPy's arrays are the way of all others.
+py::object ufunc_of_tensors(const py::object& ufunc, const py::object& a, const py::object& b) {
+  PyTypeObject* const type = Py_TYPE(a.ptr());
+  if (Py_TYPE(b.ptr()) != type) return py::none();
+  const Exchange exchange = exchange_of(type);
+  if (exchange.functions == nullptr) return py::none();
+  DlTensor x, y;
+  fastops_dtype dtype{}, other{};
+  if (!dense_view(*exchange.functions, a.ptr(), &x, &dtype) || !dense_view(*exchange.functions, b.ptr(), &y, &other))
+    return py::none();
+  if (dtype != other || x.ndim != y.ndim) return py::none();
+  std::size_t n = 1;
+  for (std::int32_t axis = 0; axis < x.ndim; ++axis) {
+    if (x.shape[axis] != y.shape[axis]) return py::none();
+    n *= static_cast<std::size_t>(x.shape[axis]);
+  }
+  void* data = nullptr;
+  py::object result = new_tensor(*exchange.functions, x, &data);
+  return apply_ufunc(ufunc.ptr(), dtype, x.data, y.data, data, n) ? result : py::none();
+}
+
 }  // namespace
 
 void bind_mitchell(py::module_& m) {
@@ -313,6 +336,7 @@ void bind_mitchell(py::module_& m) {
         return py::reinterpret_steal<py::object>(ufunc);
       },
       arg("op"), arg("name"), arg("doc"), arg("spec"));
+  m.def("ufunc_of_tensors", &ufunc_of_tensors, arg("ufunc"), arg("a"), arg("b"));
   m.def("matmul", &matmul, arg("a"), arg("b"), arg("spec"), arg("out"));
   m.def("exact_matmul", &exact_matmul, arg("a"), arg("b"), arg("out"));
   m.def("matmul_grad", &matmul_grad, arg("a"), arg("b"), arg("dy"), arg("spec"), arg("mode"), arg("da"), arg("db"));

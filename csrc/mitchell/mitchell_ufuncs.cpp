@@ -189,6 +189,36 @@ PyObject* make_ufunc(const char* op_name, const char* name, const char* doc, PyO
   return u->ufunc;
 }
 
+bool apply_ufunc(PyObject* ufunc, fastops_dtype dtype, const void* a, const void* b, void* out, std::size_t n) {
+  if (!import_numpy()) {
+    PyErr_Clear();
+    return false;
+  }
+  if (!PyObject_TypeCheck(ufunc, &PyUFunc_Type)) return false;
+  const auto* const u = reinterpret_cast<PyUFuncObject*>(ufunc);
+  if (u->ntypes == 0 || u->functions[0] != binary_loop) return false;
+  const LoopData* const loops = static_cast<const UfuncData*>(u->data[0])->loops;
+  const LoopData* found = dtype == FASTOPS_BF16 ? loops + kLoopCount : nullptr;
+  for (int i = 0; i < u->ntypes; ++i)
+    if (loops[i].dtype == dtype) found = loops + i;
+  if (found == nullptr) return false;
+  fastops_mitchell_op op = found->op;
+  const auto item = static_cast<std::ptrdiff_t>(dtype == FASTOPS_F64 ? 8 : dtype == FASTOPS_F32 ? 4 : 2);
+  const auto apply = [&] {
+    fastops_mitchell_apply(found->m, op, dtype, static_cast<const char*>(a), item, static_cast<const char*>(b), item,
+                           static_cast<char*>(out), item, n);
+  };
+  constexpr std::size_t kBrief = 10000;
+  if (n < kBrief) {
+    apply();
+  } else {
+    Py_BEGIN_ALLOW_THREADS;
+    apply();
+    Py_END_ALLOW_THREADS;
+  }
+  return true;
+}
+
 PyObject* register_bfloat16(PyObject* type) {
   if (!import_numpy()) return nullptr;
   PyArray_Descr* descr = nullptr;

@@ -5,6 +5,8 @@
 
 #include <Python.h>
 
+#include <cstddef>
+
 #include "fastops/fastops.h"
 
 namespace fastops {
@@ -15,6 +17,9 @@ PyObject* make_ufunc(const char* op, const char* name, const char* doc, PyObject
 // From now on ufuncs have a loop for this NumPy scalar type, and those made before get theirs. Returns None, or
 // null.
 PyObject* register_bfloat16(PyObject* type);
+// out = ufunc(a, b) of n elements of a floating-point dtype behind one another, without NumPy's search for a loop and
+// its floating-point warnings; false where the ufunc was not made here or has no such loop.
+bool apply_ufunc(PyObject* ufunc, fastops_dtype dtype, const void* a, const void* b, void* out, std::size_t n);
 // `spec` as plain data; -1 with an error set where it is not one.
 int parse_spec(PyObject* spec, fastops_mitchell_params* params);
 

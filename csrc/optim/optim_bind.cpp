@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "core/python_call.h"
+#include "core/tensor_exchange.h"
 #include "fastops/fastops.h"
 
 namespace py = pybind11;
@@ -28,66 +29,6 @@ namespace {
 constexpr std::size_t kItemSize[] = {2, 2, 4, 8};
 constexpr std::uint8_t kNoDtype = 255;
 constexpr int kMaxDimensions = 64;  // of fastops_layout, and of NumPy
-
-// DLPack's C interface, as of version 1.2: what is read of it.
-
-struct DlTensor {
-  void* data;
-  std::int32_t device_type, device_id, ndim;
-  std::uint8_t code, bits;
-  std::uint16_t lanes;
-  std::int64_t *shape, *strides;
-  std::uint64_t byte_offset;
-};
-struct DlExchange {
-  std::uint32_t major, minor;
-  void* previous;
-  void* owners[3];  // functions that hand over ownership
-  int (*view)(void* object, DlTensor* tensor);
-};
-constexpr std::int32_t kDlCpu = 1;
-constexpr std::uint32_t kDlMajor = 1;
-
-struct Exchange {
-  const DlExchange* functions;  // null where the type has none
-  bool writable;
-};
-
-// The interface does not say whether memory may be written: torch's may, others' arrays may be immutable.
-bool is_torch(PyTypeObject* type) {
-  for (const py::handle base : py::reinterpret_borrow<py::tuple>(type->tp_mro)) {
-    const auto module = py::str(py::getattr(base, "__module__", py::str())).cast<std::string>();
-    if (module == "torch" || module.rfind("torch.", 0) == 0) return true;
-  }
-  return false;
-}
-
-// The few types met are kept, for good.
-Exchange exchange_of(PyTypeObject* type) {
-  struct Known {
-    PyTypeObject* type;
-    Exchange exchange;
-  };
-  static thread_local std::vector<Known> known;
-  for (const Known& entry : known)
-    if (entry.type == type) return entry.exchange;
-  const DlExchange* exchange = nullptr;
-  for (const char* name : {"__dlpack_c_exchange_api__", "__c_dlpack_exchange_api__"}) {
-    const py::object capsule = py::getattr(reinterpret_cast<PyObject*>(type), name, py::none());
-    if (!PyCapsule_CheckExact(capsule.ptr())) continue;
-    exchange = static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule.ptr(), PyCapsule_GetName(capsule.ptr())));
-    if (exchange == nullptr) throw py::error_already_set();
-    if (exchange->major != kDlMajor) exchange = nullptr;
-    break;
-  }
-  const Exchange found{exchange, exchange != nullptr && is_torch(type)};
-  constexpr std::size_t kMost = 64;
-  if (known.size() < kMost) {
-    known.push_back({type, found});
-    Py_INCREF(type);
-  }
-  return found;
-}
 
 // One array.
 
@@ -158,12 +99,8 @@ bool view_tensor(PyObject* object, View* v) {
     return false;
   }
   if (t.device_type != kDlCpu || t.lanes != 1 || t.ndim > kMaxDimensions) return false;
-  constexpr std::uint8_t kFloat = 2, kBfloat = 4;
-  v->dtype = kNoDtype;
-  if (t.code == kFloat && t.bits == 16) v->dtype = FASTOPS_F16;
-  if (t.code == kFloat && t.bits == 32) v->dtype = FASTOPS_F32;
-  if (t.code == kFloat && t.bits == 64) v->dtype = FASTOPS_F64;
-  if (t.code == kBfloat && t.bits == 16) v->dtype = FASTOPS_BF16;
+  fastops_dtype dtype{};
+  v->dtype = float_dtype(t, &dtype) ? static_cast<std::uint8_t>(dtype) : kNoDtype;
   static_assert(sizeof(py::ssize_t) == sizeof(std::int64_t));
   v->data = static_cast<char*>(t.data) + t.byte_offset;
   v->ndim = t.ndim;
@@ -174,9 +111,8 @@ bool view_tensor(PyObject* object, View* v) {
   for (int axis = 0; axis < v->ndim; ++axis) v->size *= static_cast<std::size_t>(v->shape[axis]);
   v->unit = v->dtype == kNoDtype ? 0 : static_cast<py::ssize_t>(kItemSize[v->dtype]);
   v->contiguous = v->strides == nullptr || is_contiguous(v->shape, v->strides, v->ndim, 1);
-  // Parts of complex tensors have strides, or one element; only programs loaded at low addresses have memory there.
-  constexpr std::uintptr_t kLow = std::uintptr_t{1} << 36;
-  const bool doubtful = !v->contiguous || v->size == 1 || reinterpret_cast<std::uintptr_t>(v->data) < kLow;
+  // Parts of complex tensors have strides, or one element.
+  const bool doubtful = !v->contiguous || v->size == 1 || is_low(v->data);
   return v->size == 0 || !doubtful || is_what_it_shows(object);
 }
 
@@ -414,6 +350,9 @@ class Lists {
           list_ = {count, roles, s.size.data(), s.data.data(), s.dtype.data(), nullptr};
           return true;
         }
+    } else {
+      for (std::size_t r = 0; r < roles; ++r)
+        if (items_[r].plan() != nullptr && !items_[r].look()) return false;
     }
     m.data.resize(count * roles);
     m.dtype.resize(count * roles);
@@ -537,7 +476,8 @@ class Lists {
         view_array(elements_[r][i], latest_[r], &v);
       } else {
         if (!view_tensor(elements_[r][i], &v)) return false;
-        if (v.writable) m.tensors.emplace_back(elements_[r][i], v.size);
+        // Those of a TensorList have been asked.
+        if (v.writable && items_[r].plan() == nullptr) m.tensors.emplace_back(elements_[r][i], v.size);
         torch = true;
       }
       if (v.dtype == kNoDtype || ((written >> r & 1) && !v.writable) || v.ndim != views[0].ndim) return false;

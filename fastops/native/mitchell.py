@@ -48,6 +48,8 @@ def mitchell_op(op: str, multiplier: Multiplier) -> np.ufunc:
     return found
 
 
+ufunc_of_tensors = _core.ufunc_of_tensors
+
 mitchell_mul = mitchell_op("mul", Multiplier())
 mitchell_div = mitchell_op("div", Multiplier())
 mitchell_square = mitchell_op("square", Multiplier())

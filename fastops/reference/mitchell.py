@@ -287,6 +287,10 @@ def _apply(op: str, name: str, spec: OpSpec, args: Sequence[Any], out: Any, wher
     return out
 
 
+def ufunc_of_tensors(ufunc: Any, a: Any, b: Any) -> None:
+    """No shorter way for tensors here: None sends them through arrays."""
+
+
 @cache
 def mitchell_op(op: str, multiplier: Multiplier) -> Callable[..., Any]:
     """The element-wise operation `op` of a multiplier: f(a[, b], /, out=None, *, where=True, dtype=None)."""

@@ -436,54 +436,22 @@ def _step_kernel(
     )
 
 
-def _apart(written: Sequence[Tensor], read: Sequence[Tensor]) -> bool:
-    """Whether tensors that are written share no memory with each other or with others; all are contiguous."""
-    spans = [(start := x.data_ptr(), start + x.nbytes) for x in (*written, *read)]
-    for i in range(len(written)):
-        low, high = spans[i]
-        for start, stop in spans[i + 1 :]:
-            if start < high and low < stop:
-                return False
-    return True
+_QUICK = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 
 
-def _quick_step(q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], options: tuple[Any, ...]) -> Tensor | None:
-    """A step on tensors as decoding has them, (B, H, D) and contiguous, past the checks of arrays of any form; None of others."""
-    checked = attention._quick_options(q.shape[-1], _QUICK[q.dtype], *options)
-    s, z = state[:2]
-    if checked is None or len(state) != checked.parts or q.ndim != 3:
+def _quick_step(q: Tensor, k: Tensor, v: Tensor, state: tuple[Tensor, ...], options: tuple[Any, ...]) -> Tensor | None:
+    """A step on tensors as decoding has them, which the native backend reads by itself; None of others."""
+    if type(q) is not Tensor or (dtype := _QUICK.get(q.dtype)) is None or not q.ndim:
         return None
-    b, h, d = q.shape
-    heads, e, f = k.shape[1] if k.ndim == 3 else 0, v.shape[-1], checked.features(d)
-    if not (
-        q.is_contiguous()
-        and k.is_contiguous()
-        and v.is_contiguous()
-        and s.is_contiguous()
-        and z.is_contiguous()
-        and b
-        and h
-        and heads
-        and not h % heads
-        and e
-        and k.shape == (b, heads, d)
-        and v.shape == (b, heads, e)
-        and s.shape == (b, heads, f, e)
-        and z.shape == (b, heads, f)
-        and all(x.dtype is q.dtype for x in state)
-        and all(x.shape == z.shape and x.is_contiguous() for x in state[2:])
-        and _apart(state, (q, k, v))
-    ):
+    tensors = (q, k, v, *state)
+    if not direct(*tensors) or any(map(Tensor.is_neg, tensors)):
         return None
-    y = torch.empty((b, h, e), dtype=q.dtype)
-    written = tuple(x.detach().numpy() if x.requires_grad else x.numpy() for x in state)
-    _backend.linear_attention_step(
-        q.detach().numpy(), k.detach().numpy(), v.detach().numpy(), y.numpy(), checked, None, written
-    )
+    checked = attention._quick_options(q.size(-1), dtype, *options)
+    y: Tensor | None = None if checked is None else _backend.plain_step(q, k, v, state, None, checked)
+    if y is not None:
+        _bump(state)
     return y
 
-
-_QUICK = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 
 _step = torch.library.custom_op(
     "fastops::linear_attention_step_",
@@ -566,6 +534,11 @@ def linear_attention_step_(
     >>> linear_attention_step_(x, x, x, state)[0, 0], state[0]._version
     (tensor([1., 1., 1., 1.]), 1)
     """
+    if projection is None and decay is None and isinstance(state, (tuple, list)):
+        options = (feature_map, normalize, eps, kernel_eps, scale)
+        quick = _quick_step(q, k, v, tuple(state), options)
+        if quick is not None:
+            return quick
     if not (
         type(q) is Tensor
         and type(k) is Tensor
@@ -581,11 +554,7 @@ def linear_attention_step_(
     tensors = [x for x in (q, k, v, s, z, m, projection, decay) if x is not None]
     args = (q, k, v, s, z, m, projection, decay, feature_map, normalize, eps, kernel_eps, scale)
     if direct(*tensors):
-        y = None
-        if decay is None and projection is None and q.dtype in _QUICK:
-            y = _quick_step(q, k, v, state, (feature_map, normalize, eps, kernel_eps, scale))
-        if y is None:
-            y = _step_kernel(*args)
+        y = _step_kernel(*args)
         _bump(tuple(state))
         return y
     _ops.without_tangent(tensors)

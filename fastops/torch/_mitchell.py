@@ -51,6 +51,10 @@ def _ufunc(op: str, text: str) -> Any:
 _ORDER: dict[str, Any] = {"order": "C"} if isinstance(_backend.mitchell_mul, np.ufunc) else {}
 
 
+# The native backend reads tensors by itself where they are alike and dense.
+_of_tensors = _backend.ufunc_of_tensors
+
+
 @lru_cache(maxsize=256)
 def _chosen(op: str, multiplier: Multiplier | None) -> Any:
     return _ufunc(op, token(multiplier, op))
@@ -58,6 +62,9 @@ def _chosen(op: str, multiplier: Multiplier | None) -> Any:
 
 def _quick(function: Any, a: Tensor, b: Tensor) -> Tensor:
     """The call for what `direct_pair` says."""
+    y: Tensor | None = _of_tensors(function, a, b)
+    if y is not None:
+        return y
     try:
         x = silent.call(function, a.numpy(), b.numpy(), **_ORDER)
     except RuntimeError:

@@ -145,7 +145,9 @@ def direct_pair(a: Any, b: Any) -> bool:
         and dtype in _SHARED
         and a.is_cpu
         and b.is_cpu
-        and not (a.requires_grad or b.requires_grad or _modes() or _transforms() or _tracing())
+        and not (
+            a.requires_grad or b.requires_grad or a.is_neg() or b.is_neg() or _modes() or _transforms() or _tracing()
+        )
         and forward_ad._current_level < 0
     )
 
