@@ -135,6 +135,15 @@ def _add_count(count: argparse.ArgumentParser) -> None:
     count.add_argument("--errors", choices=ERRORS, default="replace", help="what becomes of invalid UTF-8 (replace)")
     count.add_argument("--field", metavar="NAME", help="count this field of JSON lines")
     count.add_argument("--column", metavar="NAME", help="count this column of Parquet files")
+    count.add_argument(
+        "--doc-freq", action="store_true", help="also count the documents that a word is in, a third column"
+    )
+    count.add_argument(
+        "--max-token-bytes", type=_size, default=2**20, metavar="SIZE", help="a longer word is an error (1M)"
+    )
+    count.add_argument(
+        "--max-output-bytes", type=_size, metavar="SIZE", help="what a compressed file may become, as 2G"
+    )
     count.add_argument("--jobs", type=_threads, metavar="N", help="threads (as many as there are CPUs)")
     count.add_argument("--memory-limit", type=_size, metavar="SIZE", help="spill to temporary files from here, as 2G")
     count.add_argument("--approx", type=_at_least(1), metavar="K", help="keep K words, and say how far counts are off")
@@ -266,6 +275,8 @@ def _count(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--ngrams: the smaller number comes first, got {' '.join(map(str, arguments.ngrams))}")
     if arguments.field is not None and arguments.column is not None:
         raise UsageError("--field is of JSON lines and --column of Parquet files: not both")
+    if arguments.output == "-" and (arguments.json or arguments.top):
+        raise UsageError("--output - takes all of stdout: without --json and --top")
     stop_words = Path(arguments.stop_words).read_bytes().split() if arguments.stop_words else None
     try:
         counts = fastops.count_files(
@@ -283,6 +294,9 @@ def _count(arguments: argparse.Namespace) -> int:
             workers=arguments.jobs,
             memory_limit=arguments.memory_limit,
             approx=arguments.approx,
+            doc_freq=arguments.doc_freq,
+            max_token_bytes=arguments.max_token_bytes,
+            max_output_bytes=arguments.max_output_bytes,
             on_error="skip" if arguments.skip_errors else "raise",
             timeout=arguments.timeout,
             progress=True,
@@ -292,7 +306,9 @@ def _count(arguments: argparse.Namespace) -> int:
     except (TimeoutError, ValueError, fastops.WorkerDied) as problem:
         raise InputError(str(problem)) from None
     top = arguments.top if arguments.top is not None else 0 if arguments.output else 20
-    shown = counts.most_common(top)
+    shown: list[tuple[Any, ...]] = list(counts.most_common(top))
+    if arguments.doc_freq:
+        shown = [(word, count, counts.doc_freq[word]) for word, count in shown]
     out = _stdout()
     if arguments.json:
         said = {
@@ -301,12 +317,12 @@ def _count(arguments: argparse.Namespace) -> int:
             "documents": counts.documents,
             "error_bound": counts.error_bound,
             "skipped": counts.skipped,
-            "counts": shown,
+            "counts": [[word, *numbers] for word, *numbers in shown],
         }
         # Escapes: any locale can print them, and a byte that is no UTF-8 stays apart from text.
         out.write(json.dumps(said, indent=1) + "\n")
     else:
-        _write_words(out, "".join(f"{printable(word)}\t{count}\n" for word, count in shown))
+        _write_words(out, "".join("\t".join((printable(word), *map(str, numbers))) + "\n" for word, *numbers in shown))
     try:
         if arguments.output == "-":
             _write_words(out, _tsv(counts))

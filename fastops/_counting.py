@@ -529,6 +529,7 @@ class _FileJob:
                     counter.feed(piece)
                     progress()
                 counter.end()
+            stream.check_whole()
             stream.consumed = max(stream.consumed, source.size)
             progress()
         run.complete()
@@ -583,6 +584,7 @@ def count_parts(job: _FileJob, parts: list[tuple[int, Source, int, int | None]])
                 counter.end()
             else:
                 counter.file(stream.fd, start, stop)
+            _sources.check_size(source.name, stream.fd, stop)
         # The file's first span stands for the file.
         run.completed += start == 0
     tables.append(counter.finish())
@@ -1030,6 +1032,7 @@ class _Block:
         fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             yield from span_blocks(fd, self.start, self.stop)
+            _sources.check_size(self.name, fd, self.stop)
         finally:
             os.close(fd)
 

@@ -351,6 +351,12 @@ class WordCounts(_Numbers):
     def _with(self, table: Any) -> Self:
         return self._of(table, self._rule, self._tokenizer, self.skipped)
 
+    def __copy__(self) -> Self:
+        return self.copy()
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self.copy()
+
     def __reduce__(self) -> tuple[Callable[..., WordCounts], tuple[Any, ...]]:
         # A callable tokenizer need not be picklable; the rule without it would mean another one.
         rule = None if self._tokenizer is not None else self._rule

@@ -44,7 +44,7 @@ _GLOB = frozenset("*?[")
 
 
 class DamagedFile(ValueError):
-    """Compressed data that is cut, altered or followed by something else; names the file."""
+    """Data that is cut, altered or followed by something else; names the file."""
 
     def __init__(self, name: str, kind: str, problem: str) -> None:
         super().__init__(f"{name}: {kind} data {problem}")
@@ -178,6 +178,13 @@ def _of_object(item: Any, argument: str) -> Source:
     return Source("<stdin>" if item is sys.stdin else named, object=item)
 
 
+def check_size(name: str, fd: int, size: int) -> None:
+    """Refuses an open file of less than `size` bytes, which it had before."""
+    left = os.fstat(fd).st_size
+    if left < size:
+        raise DamagedFile(name, "file", f"became shorter while they were read: {left} of {size} bytes are left")
+
+
 class Stopped(Exception):
     """The run was ended by another thread."""
 
@@ -208,6 +215,7 @@ class Stream:
         self._poll: select.poll | None = None
         self._label = source.path if source.path is not None else source.name
         self._head = b""
+        self._regular = False
         try:
             regular = False
             if fd is not None:
@@ -219,7 +227,7 @@ class Stream:
                     self._poll = select.poll()
                     self._poll.register(fd, select.POLLIN)
             # A file that starts at its first byte; the size of those in /proc is said to be 0.
-            regular = regular and owned and self.size > 0
+            regular = self._regular = regular and owned and self.size > 0
             while len(self._head) < _MAGIC_BYTES:
                 piece = self._get(_MAGIC_BYTES if regular and self.size > _READ and not _said(self.name) else _READ)
                 if not piece:
@@ -242,6 +250,11 @@ class Stream:
         if self._fd is not None and self._owned:
             os.close(self._fd)
         self._fd = None
+
+    def check_whole(self) -> None:
+        """Refuses a regular file that became shorter than it was when it was opened: a part of it was not counted."""
+        if self._regular and self._fd is not None:
+            check_size(self.name, self._fd, self.size)
 
     @property
     def fd(self) -> int:
@@ -638,7 +651,10 @@ def parquet(source: Source, column: str) -> Iterator[tuple[str, list[bytes], int
     try:
         # Not mapped into memory: a file cut meanwhile would end the process.
         file = pq.ParquetFile(place, memory_map=False, pre_buffer=False, page_checksum_verification=True)
-    except (pa.ArrowException, ValueError) as problem:
+    except (pa.ArrowException, ValueError, OSError) as problem:
+        # Arrow's own OSErrors have no number.
+        if isinstance(problem, OSError) and problem.errno is not None:
+            raise
         raise DamagedFile(source.name, "parquet", f"are damaged ({_first_line(problem)})") from None
     with file:
         schema = file.schema_arrow

@@ -185,6 +185,8 @@ def count_words(
         How many threads (with a callable: processes) count; as many as there are CPUs by default. The result is the same.
     memory_limit : int, optional
         About how many bytes of memory the table may take, at least 2**20: more words go to temporary files, and counts stay exact.
+        What ``on_error="skip"`` and `min_count` keep is held in memory all the same, and so is all by the backends without native
+        code.
     approx : int, optional
         Keep this many words only: each count is too low by `WordCounts.error_bound` at most, which is at most the number of
         words counted over ``approx + 1``.
@@ -289,7 +291,8 @@ def count_files(
     Parameters
     ----------
     files : str, path, file object, or list of these
-        Names, globs, ``"-"`` for the standard input, or objects open for reading bytes. gzip, bzip2, xz and (with the extra "zst")
+        Names, globs, ``"-"`` for the standard input (from its descriptor: what was read from ``sys.stdin`` before, and what that
+        read ahead, is not counted), or objects open for reading bytes. gzip, bzip2, xz and (with the extra "zst")
         Zstandard are known by their first bytes, whatever the name.
     field : str, optional
         The files are JSON lines: count this field of each, a document by itself.
@@ -315,6 +318,8 @@ def count_files(
         How many threads (with a callable: processes) count; as many as there are CPUs by default. The result is the same.
     memory_limit : int, optional
         About how many bytes of memory the table may take, at least 2**20: more words go to temporary files, and counts stay exact.
+        What ``on_error="skip"`` and `min_count` keep is held in memory all the same, and so is all by the backends without native
+        code.
     approx : int, optional
         Keep this many words only; see `count_words`.
     doc_freq : bool, optional
@@ -347,7 +352,8 @@ def count_files(
         An argument of the wrong type, named; a callable that does not give str, or that cannot be pickled where ``workers`` is
         not 1.
     ValueError
-        An argument out of its range or choices, named, before any work is done; a compressed file that is damaged or cut.
+        An argument out of its range or choices, named, before any work is done; a compressed file that is damaged or cut; a file
+        that became shorter while it was read.
     WorkerDied
         A worker process was killed; names the part of the input. A RuntimeError.
 

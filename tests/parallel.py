@@ -128,3 +128,16 @@ def killed_at_death(text: str) -> list[str]:
 def slow_words(text: str) -> list[str]:
     time.sleep(0.0001)
     return text.split()
+
+
+class Shorten:
+    """A tokenizer that cuts the file it is counting."""
+
+    def __init__(self, path: str, size: int) -> None:
+        self.path = path
+        self.size = size
+
+    def __call__(self, text: str) -> list[str]:
+        if os.path.getsize(self.path) > self.size:
+            os.truncate(self.path, self.size)
+        return text.split()

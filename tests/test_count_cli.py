@@ -76,6 +76,28 @@ def test_options_are_those_of_count_files(
     assert (said["error_bound"], said["skipped"]) == (0, [])
 
 
+def test_documents_are_a_third_column(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert count(capsys, text, "--top", 1, "--doc-freq") == (0, "be\t2\t1\n", "")
+    status, out, _ = count(capsys, text, "--top", 1, "--doc-freq", "--json")
+    assert (status, json.loads(out)["counts"]) == (0, [["be", 2, 1]])
+
+
+@pytest.mark.parametrize("more", [["--json"], ["--top", "3"]])
+def test_words_on_stdout_are_alone_there(more: list[str], text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = count(capsys, text, "--output", "-", *more)
+    assert (status, out) == (2, "")
+    assert "--output - takes all of stdout" in err
+
+
+def test_sizes_that_are_too_large_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "words.gz"
+    path.write_bytes(gzip.compress(b"a" * 3000 + b"\n"))
+    for option, size in (("--max-token-bytes", "2K"), ("--max-output-bytes", "1K")):
+        status, out, err = count(capsys, path, option, size)
+        assert (status, out) == (1, "")
+        assert "words.gz" in err
+
+
 def test_stop_words_and_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"body": "a b c a"}\n{"body": "a"}\n')

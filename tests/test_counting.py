@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from parallel import shout, split_words
+from parallel import Shorten, shout, split_words
 
 from fastops import _counting, _sources
 from fastops._counting import Options, count_sources, count_texts
@@ -222,6 +222,43 @@ def test_a_skipped_file_leaves_nothing(workers: int, tokenizer: Any, files: list
     assert "UTF-16" in skipped[1][1]
     with pytest.raises(_sources.DamagedFile, match=r"cut\.gz"):
         count_sources([files[0], cut, *files[1:]], RULES[0], tokenizer, Options(workers=workers))
+
+
+@pytest.mark.usefixtures("over_backend")
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("tokenizer", [None, Shorten])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_that_becomes_shorter_is_no_result(
+    workers: int, tokenizer: Any, skip: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(b"some words\n" * 300_000)
+    monkeypatch.setattr(_counting, "_LARGE", 1000)
+    slices = _counting._FileJob._slices
+    opened: list[Any] = []
+
+    def shorten(job: Any, stream: Any) -> bool:
+        found = slices(job, stream)
+        opened.append(stream)
+        # With several workers it is asked once before: that is another opening of the file.
+        if len(opened) == workers:
+            os.truncate(path, 11 * 200_000)
+        return found
+
+    if tokenizer is None:
+        # After it was opened, before it is counted.
+        monkeypatch.setattr(_counting._FileJob, "_slices", shorten)
+    else:
+        tokenizer = Shorten(str(path), 11 * 200_000)
+    options = Options(workers=workers, on_error="skip" if skip else "raise")
+    if skip:
+        table, skipped = count_sources(path, Rule(lines=True), tokenizer, options)
+        assert entries(table)[0] == {}
+        assert [name for name, _ in skipped] == [str(path)]
+        assert "became shorter" in skipped[0][1]
+        return
+    with pytest.raises(_sources.DamagedFile, match="became shorter while they were read: 2200000 of"):
+        count_sources(path, Rule(lines=True), tokenizer, options)
 
 
 @pytest.mark.usefixtures("over_backend")

@@ -309,13 +309,27 @@ def test_words_become_ids() -> None:
     assert filtered.encode("c b a")[0].tolist() == [0, 1]
 
 
+def test_ids_follow_the_counts() -> None:
+    """What one call of encode prepared serves the next one, unless the counts or the rule have changed."""
+    counts = fastops.count_words("b a b")
+    assert [counts.encode("a B b")[0].tolist() for _ in range(2)] == [[1, 0]] * 2
+    counts.update({"a": 5})
+    assert counts.encode("a B b")[0].tolist() == [0, 1]
+    assert counts.encode("a B b", lowercase="ascii")[0].tolist() == [0, 1, 1]
+    assert counts.encode("a B b")[0].tolist() == [0, 1]
+    with pytest.raises(ValueError, match="UTF-8"):
+        counts.encode([b"a", b"\xff"], errors="strict")
+    assert counts.encode("b a")[0].tolist() == [1, 0]
+
+
 def test_ids_by_a_callable() -> None:
     def commas(text: str) -> list[str]:
         return text.split(",")
 
     counts = fastops.count_words(["x,y,x", "Y"], tokenizer=commas, lowercase="ascii", workers=1, ngrams=(1, 2))
     assert counts.to_dict() == {"x": 2, "y": 2, "x y": 1, "y x": 1}
-    assert [row.tolist() for row in counts.encode(["X,Y", b"z,x"])] == [[0, 1, 2], [0]]
+    for again in (counts, copy.copy(counts), copy.deepcopy(counts)):
+        assert [row.tolist() for row in again.encode(["X,Y", b"z,x"])] == [[0, 1, 2], [0]]
 
 
 def test_ids_of_counts_from_a_file_need_the_options() -> None:

@@ -61,6 +61,16 @@ Span bytes_span(const py::bytes& key) {
   return {PyBytes_AS_STRING(key.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(key.ptr()))};
 }
 
+class WordRule;
+class WordTable;
+
+// Looks tokens up in a table; made of all its words in their order, which takes a while.
+struct Lookups {
+  std::shared_ptr<WordRule> rule;
+  ReaderPtr reader;
+  std::uint64_t version = 0;
+};
+
 // A table that several threads may read and write. Who holds its lock never waits for the GIL, so that one may wait for
 // the lock with the GIL held.
 class WordTable {
@@ -72,6 +82,13 @@ class WordTable {
   std::shared_lock<std::shared_mutex> reading() const { return std::shared_lock<std::shared_mutex>(*lock_); }
 
   std::uint64_t version() const { return version_; }
+
+  // The lookups of the call before, for the next one with the same rule; under the GIL.
+  std::unique_ptr<Lookups> take_lookups(const std::shared_ptr<WordRule>& rule) const {
+    std::unique_ptr<Lookups> kept = std::move(lookups_);
+    return kept != nullptr && kept->rule == rule ? std::move(kept) : nullptr;
+  }
+  void keep_lookups(std::unique_ptr<Lookups> lookups) const { lookups_ = std::move(lookups); }
 
   fastops_words_info info() const {
     const auto hold = reading();
@@ -247,6 +264,8 @@ class WordTable {
   std::unique_ptr<std::shared_mutex> lock_ = std::make_unique<std::shared_mutex>();
   std::uint64_t version_ = 0;
   pid_t born_ = getpid();
+  // Changes nothing that can be seen.
+  mutable std::unique_ptr<Lookups> lookups_;
 };
 
 WordTable table_from_bytes(const py::object& buffer) {
@@ -460,16 +479,16 @@ py::tuple encode(const WordTable& table, const py::object& said, const std::vect
   // `said` is a Rule of fastops/_rule.py.
   const auto rule =
       py::module_::import("fastops.native.wordcount").attr("native_rule")(said).cast<std::shared_ptr<WordRule>>();
-  ReaderPtr reader;
-  std::uint64_t version = 0;
+  std::unique_ptr<Lookups> lookups = table.take_lookups(rule);
   bool changed = false;
   {
     py::gil_scoped_release released;
     const auto hold = table.reading();
-    version = table.version();
-    reader.reset(fastops_word_reader_create(&rule->get(), table.get()));
+    if (lookups == nullptr || lookups->version != table.version())
+      lookups = std::make_unique<Lookups>(
+          Lookups{rule, ReaderPtr(fastops_word_reader_create(&rule->get(), table.get())), table.version()});
   }
-  or_no_memory(reader.get());
+  or_no_memory(lookups->reader.get());
   std::vector<std::int64_t> all;
   py::array_t<std::int64_t> offsets(static_cast<py::ssize_t>(documents.size() + 1));
   offsets.mutable_data()[0] = 0;
@@ -480,9 +499,9 @@ py::tuple encode(const WordTable& table, const py::object& said, const std::vect
     const Span text = bytes_span(documents[i]);
     const fastops_status status = unlocked([&](fastops_poll) {
       const auto hold = table.reading();
-      changed = table.version() != version;
+      changed = table.version() != lookups->version;
       if (changed) return FASTOPS_OK;
-      return fastops_word_reader_read(reader.get(), text.data, text.size, &ids, &count, &error);
+      return fastops_word_reader_read(lookups->reader.get(), text.data, text.size, &ids, &count, &error);
     });
     if (changed) throw std::runtime_error("counts were changed while texts were encoded with them");
     if (status == FASTOPS_INVALID) raise_error(error, py::str("<text " + std::to_string(i) + ">"), rule->get());
@@ -491,6 +510,7 @@ py::tuple encode(const WordTable& table, const py::object& said, const std::vect
     offsets.mutable_data()[i + 1] = static_cast<std::int64_t>(all.size());
     if (i % 4096 == 4095 && PyErr_CheckSignals() != 0) throw py::error_already_set();
   }
+  table.keep_lookups(std::move(lookups));
   return py::make_tuple(py::array_t<std::int64_t>(static_cast<py::ssize_t>(all.size()), all.data()), offsets);
 }
 

@@ -50,6 +50,22 @@ bool rank(const Table& table, std::size_t count, std::size_t* entries) noexcept 
   return true;
 }
 
+// Whether a rule says what it means and has the tables that it needs.
+bool sensible(const fastops_word_rule& rule) noexcept {
+  const auto within = [](int value, int last) { return value >= 0 && value <= last; };
+  if (!within(rule.tokenizer, FASTOPS_WORDS_ZH) || !within(rule.lowercase, FASTOPS_CASE_FOLD) ||
+      !within(rule.errors, FASTOPS_ERRORS_ESCAPE))
+    return false;
+  if (rule.ngram_low < 1 || rule.ngram_high < rule.ngram_low || rule.max_token_bytes < 1) return false;
+  if ((rule.class_pages == nullptr) != (rule.classes == nullptr)) return false;
+  if (rule.lowercase >= FASTOPS_CASE_UNICODE && (rule.class_pages == nullptr || rule.case_pages == nullptr ||
+                                                 rule.cases == nullptr || rule.case_several == nullptr))
+    return false;
+  if (rule.tokenizer == FASTOPS_WORDS_UNICODE && (rule.break_pages == nullptr || rule.break_classes == nullptr))
+    return false;
+  return rule.tokenizer != FASTOPS_WORDS_ZH || rule.zh != nullptr;
+}
+
 }  // namespace
 }  // namespace fastops
 
@@ -171,6 +187,7 @@ fastops_status fastops_words_select(const fastops_words* words, uint64_t min_cou
 }
 
 fastops_status fastops_words_split(const fastops_words* words, size_t parts, fastops_words** tables) noexcept {
+  if (parts == 0) return FASTOPS_INVALID;
   const Table& table = words->table;
   bool made = true;
   for (std::size_t i = 0; i < parts; ++i) {
@@ -240,6 +257,7 @@ fastops_status fastops_words_unpack(const void* from, size_t size, fastops_words
 
 fastops_word_counter* fastops_word_counter_create(const fastops_word_rule* rule, unsigned workers, size_t memory_limit,
                                                   size_t approximate) noexcept {
+  if (!fastops::sensible(*rule)) return nullptr;
   auto* const counter = new (std::nothrow) fastops_word_counter(*rule, workers, memory_limit, approximate);
   if (counter == nullptr || counter->prepare()) return counter;
   delete counter;
@@ -285,6 +303,7 @@ void fastops_word_counter_error(const fastops_word_counter* counter, fastops_wor
 }
 
 fastops_word_reader* fastops_word_reader_create(const fastops_word_rule* rule, const fastops_words* words) noexcept {
+  if (!fastops::sensible(*rule)) return nullptr;
   const Table& table = words->table;
   fastops::Region order, ranks;
   if (!order.grow(table.size() * sizeof(std::size_t)) || !ranks.grow(table.capacity() * sizeof(std::int64_t)) ||

@@ -222,6 +222,7 @@ template <class Keys> class Stream {
     }
   }
 
+  // Behind the last byte there is no word: one at the end ends there.
   template <bool Lines> void words(const std::uint8_t* out, std::size_t n) noexcept {
     const auto* const marks = words_.get<std::uint64_t>();
     const std::uint8_t *start = out, *gap = out;
@@ -242,10 +243,6 @@ template <class Keys> class Stream {
         }
         inside ^= 1;
       }
-    }
-    if (inside != 0) {
-      if (!emit(start, static_cast<std::size_t>(out + n - start))) return;
-      gap = out + n;
     }
     if constexpr (Lines) line_ends(gap, out + n);
     grams_.flush();

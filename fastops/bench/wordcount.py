@@ -200,7 +200,7 @@ def _file(text: str, size: int) -> Path:
     """A text of about `size` bytes that ends with a line; made where it is not there yet."""
     folder = Path(tempfile.gettempdir()) / f"fastops-bench-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
+    if folder.lstat().st_uid != os.getuid():  # no link of somebody else's either
         raise PermissionError(f"{folder} belongs to somebody else")
     origin = "" if (source := _source(text)) is None else f"{source}{source.stat().st_mtime_ns}"
     name = hashlib.sha256(f"{_VERSION} {text} {size} {origin}".encode()).hexdigest()[:16]

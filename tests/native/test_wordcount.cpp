@@ -908,6 +908,41 @@ void nothing() {
   }
 }
 
+// Rules that cannot be meant are refused before anything reads through them.
+void senseless_rules() {
+  const auto refused = [](const char* what, auto change) {
+    fastops_word_rule rule = model::rule(FASTOPS_WORDS_WHITESPACE, FASTOPS_CASE_KEEP, FASTOPS_ERRORS_REPLACE, 0);
+    const Words words = own(fastops_words_create(0));
+    CHECK(counter(rule).get() != nullptr, "%s: the rule before", what);
+    change(rule);
+    CHECK(counter(rule).get() == nullptr, "%s: a counter", what);
+    fastops_word_reader* const reader = fastops_word_reader_create(&rule, words.get());
+    CHECK(reader == nullptr, "%s: a reader", what);
+    fastops_word_reader_destroy(reader);
+  };
+  refused("tokenizer", [](fastops_word_rule& r) { r.tokenizer = 5; });
+  refused("case", [](fastops_word_rule& r) { r.lowercase = -1; });
+  refused("errors", [](fastops_word_rule& r) { r.errors = 4; });
+  refused("no n-grams", [](fastops_word_rule& r) { r.ngram_low = 0; });
+  refused("n-grams", [](fastops_word_rule& r) { r.ngram_low = r.ngram_high + 1; });
+  refused("token bytes", [](fastops_word_rule& r) { r.max_token_bytes = 0; });
+  refused("case tables", [](fastops_word_rule& r) {
+    r.lowercase = FASTOPS_CASE_UNICODE;
+    r.cases = nullptr;
+  });
+  refused("break tables", [](fastops_word_rule& r) {
+    r.tokenizer = FASTOPS_WORDS_UNICODE;
+    r.break_pages = nullptr;
+  });
+  refused("no model", [](fastops_word_rule& r) {
+    r.tokenizer = FASTOPS_WORDS_ZH;
+    r.zh = nullptr;
+  });
+  const Words words = own(fastops_words_create(0));
+  fastops_words* parts[1] = {};
+  CHECK(fastops_words_split(words.get(), 0, parts) == FASTOPS_INVALID, "no parts");
+}
+
 }  // namespace
 
 int main() {
@@ -928,6 +963,7 @@ int main() {
   no_chosen_collisions();
   containers();
   failures();
+  senseless_rules();
   nothing();
   whole_texts();
   spills();

@@ -362,8 +362,8 @@ typedef struct fastops_zh_model fastops_zh_model;
 /* A table from keys to counts. One thread at a time writes; any number reads meanwhile none writes. */
 typedef struct fastops_words fastops_words;
 
-/* What to count. Everything pointed to outlives the counter. Tables are of two stages: entry [page[code >> 8] * 256 +
- * (code & 255)]. */
+/* What to count. Everything pointed to outlives the counter. Tables are of two stages, for codes up to 0x10ffff: entry
+ * [page[code >> 8] * 256 + (code & 255)]. 1 <= ngram_low <= ngram_high, 1 <= max_token_bytes. */
 typedef struct fastops_word_rule {
   int tokenizer;
   int lowercase;
@@ -408,7 +408,8 @@ FASTOPS_API fastops_status fastops_words_select(const fastops_words* words, uint
                                                 uint64_t min_documents, uint64_t max_documents,
                                                 const fastops_words* without,
                                                 fastops_words** selected) FASTOPS_NOEXCEPT;
-/* `parts` tables, by the FNV-1a hash (64 bits) of the key modulo parts; all or none are made. */
+/* `parts` tables, by the FNV-1a hash (64 bits) of the key modulo parts; all or none are made. FASTOPS_INVALID: no
+ * parts. */
 FASTOPS_API fastops_status fastops_words_split(const fastops_words* words, size_t parts,
                                                fastops_words** tables) FASTOPS_NOEXCEPT;
 /* The `count` entries with the largest counts, then the smallest keys as bytes, in order; key_bytes: of their keys. */
@@ -444,7 +445,8 @@ typedef struct fastops_word_error {
 } fastops_word_error;
 
 /* workers: threads at most. memory_limit: bytes for tables before they go to a temporary file, 0 for none. approximate:
-   keep about this many keys, with an error bound (Misra and Gries 1982), 0 for all. Null: no memory. */
+   keep about this many keys, with an error bound (Misra and Gries 1982), 0 for all. Null: no memory, or a rule out of
+   its ranges or without a table that it needs; so with readers. */
 FASTOPS_API fastops_word_counter* fastops_word_counter_create(const fastops_word_rule* rule, unsigned workers,
                                                               size_t memory_limit, size_t approximate) FASTOPS_NOEXCEPT;
 FASTOPS_API void fastops_word_counter_destroy(fastops_word_counter* counter) FASTOPS_NOEXCEPT;
