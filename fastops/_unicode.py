@@ -21,6 +21,8 @@ _PAGE = 256
 _SIGMA, _FINAL = "Σ", "ς"
 # Planes beyond hold ideographs, private characters and nothing, but for the tags.
 _LETTERED, _TAGS = range(0x20000), range(0xE0000, 0xE1000)
+# Beyond these nothing is a letter or white space.
+_ASSIGNED = (range(0x40000), _TAGS)
 # Code points of other categories (most of them ideographs) have no case and are not ignored.
 _CASE_CATEGORIES = (
     "Lu",
@@ -50,9 +52,9 @@ def _two_stages(values: NDArray[Any]) -> tuple[NDArray[np.uint16], NDArray[Any]]
     return np.array(which, np.uint16), np.frombuffer(b"".join(places), values.dtype)
 
 
-def _code_points() -> str:
-    """Every code point in order; surrogates are places without meaning."""
-    return np.arange(sys.maxunicode + 1, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
+def _code_points(codes: range = range(sys.maxunicode + 1)) -> str:
+    """Code points in order; surrogates are places without meaning."""
+    return np.arange(codes.start, codes.stop, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
 
 
 def _beside_sigma(cased_or_not: list[str]) -> tuple[list[int], list[int]]:
@@ -70,14 +72,15 @@ def _beside_sigma(cased_or_not: list[str]) -> tuple[list[int], list[int]]:
 @lru_cache(maxsize=2)
 def classes(case: bool) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
     """White space and letters of every code point, and with `case` what stands beside a sigma."""
-    every = _code_points()
-    values = np.zeros(len(every), np.uint8)
-    for pattern, bit in ((r"\s+", SPACE), (r"\w+", WORD)):
-        for match in re.finditer(pattern, every):
-            values[match.start() : match.end()] |= bit
+    values = np.zeros(sys.maxunicode + 1, np.uint8)
+    for codes in _ASSIGNED:
+        characters = _code_points(codes)
+        for pattern, bit in ((r"\s+", SPACE), (r"\w+", WORD)):
+            for match in re.finditer(pattern, characters):
+                values[codes.start + match.start() : codes.start + match.end()] |= bit
     if case:
         category = unicodedata.category
-        lettered = every[: _LETTERED.stop] + every[_TAGS.start : _TAGS.stop]
+        lettered = _code_points(_LETTERED) + _code_points(_TAGS)
         cased, ignored = _beside_sigma([char for char in lettered if category(char) in _CASE_CATEGORIES])
         # No letter of another category has a case but the ordinal indicators.
         others, _ = _beside_sigma(["ª", "º"])
