@@ -588,7 +588,11 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "matmul": (lambda: fj.mitchell_matmul(X, X), ValueError, r"^b must be of shape \(\.\.\., 4, N\) to follow a"),
     "matmul 0-d": (lambda: fj.mitchell_matmul(jnp.float32(1), X), ValueError, r"^a must be an array of at least 1"),
     "conv": (lambda: fj.mitchell_conv2d(X, X), ValueError, r"^x must be of shape \(N, C, H, W\), got \(2, 3, 4\)$"),
-    "stride": (lambda: fj.mitchell_conv2d(X[None], X[None], stride=0), ValueError, r"^stride must be an integer in \[1, "),
+    "stride": (
+        lambda: fj.mitchell_conv2d(X[None], X[None], stride=0),
+        ValueError,
+        r"^stride must be an integer in \[1, ",
+    ),
     "k": (
         lambda: fj.linear_attention(X, X[..., :3], X),
         ValueError,

@@ -161,7 +161,8 @@ def _check_nystrom(
     *before, init, normalize, layout = options
     p = _problem(layout, q, k, v)
     marks = None if landmarks is None else tuple(stand_in(x) for x in landmarks)
-    _nystrom.prepare(p, *before, stand_in(key_mask), stand_in(conv_weight), marks, init, normalize, False)
+    rest = (stand_in(key_mask), stand_in(conv_weight), marks, init, normalize, False)
+    _nystrom.prepare(p, *before, *rest)
 
 
 def _check_step(
@@ -169,9 +170,8 @@ def _check_step(
 ) -> None:
     # Memory that is never touched.
     parts = tuple(np.empty(*x) for x in state if x is not None)
-    _attention.prepare_step(
-        *(stand_in(x) for x in (q, k, v)), None, stand_in(decay), parts, (*options, stand_in(projection))
-    )
+    rows = [stand_in(x) for x in (q, k, v)]
+    _attention.prepare_step(*rows, *(None, stand_in(decay)), *(parts, (*options, stand_in(projection))))
 
 
 def _once(check: Any) -> Any:
@@ -237,6 +237,21 @@ def _attributes(options: Options, q: Any, more: Arrays) -> dict[str, Any]:
 MAPS = ("elu", "relu", "relu2", "identity", "cosine", "exp", "favor", "softmax")
 
 
+def _for_handlers(options: Options, k: Any, more: Arrays) -> Arrays:
+    """The arrays beyond q, k and v as handlers read them."""
+    if options.route == "callback":
+        return more
+    decay = more.decay
+    if decay is not None:
+        decay = jnp.broadcast_to(decay, (k.shape[0], *decay.shape[1:]))
+    return more._replace(decay=decay, cu_seqlens=_plain_offsets(more.cu_seqlens))
+
+
+def _plain_offsets(x: Any) -> Any:
+    """Offsets of a dtype that handlers read."""
+    return x if x is None or x.dtype in (np.int32, np.int64) else x.astype(np.int32)
+
+
 def _conditions(options: Options, k: AnyArray, more: Arrays) -> dict[str, Any]:
     """The arguments of the functions for arrays, of arrays with any leading axes."""
     mask, decay, axis = more.key_mask, more.decay, _axis(options.layout)
@@ -274,73 +289,74 @@ def _state_shapes(options: Options, q: Any, k: Any, v: Any, more: Arrays) -> lis
 
 
 def _linear_forward(q: Any, k: Any, v: Any, more: Arrays, options: Options) -> list[Any]:
-    def one(q: AnyArray, k: AnyArray, v: AnyArray, rest: Arrays) -> list[AnyArray]:
-        given = _conditions(options, k, rest)
+    def one(q: AnyArray, k: AnyArray, v: AnyArray, *rest: Any) -> list[AnyArray]:
+        given = _conditions(options, k, Arrays(*rest))
         found = attention.linear_attention(q, k, v, **given, return_state=options.with_state)
         return [found[0], *found[1]] if options.with_state else [found]
 
     def many(axes: tuple[int, ...], *arrays: Any) -> list[AnyArray] | None:
         full = _samples(axes, arrays[:3], (4, 4, 4), arrays[3:])
-        return None if full is None else one(*full[0], full[1])
+        return None if full is None else one(*full[0], *full[1])
 
     results = [Shape((*q.shape[:-1], v.shape[-1]), q.dtype)]
     if options.with_state:
         results += _state_shapes(options, q, k, v, more)
-    host = lambda *arrays: one(*arrays[:3], Arrays(*arrays[3:]))
     attributes = _attributes(options, q, more)
-    return _ops.call(options.route, "fastops_linear_attention", attributes, host, results, q, k, v, *more, many=many)
+    operands = (q, k, v, *_for_handlers(options, k, more))
+    target = "fastops_linear_attention"
+    return _ops.call(options.route, target, attributes, one, results, *operands, many=many, spread_out=True)
 
 
 @_ops.refuse_twice("linear_attention")
 def _linear_backward(options: Options, *operands: Any) -> list[Any]:
     """dq, dk, dv, and dS and dz where there is an initial state."""
 
-    def one(dy: Any, ds: Any, dz: Any, q: Any, k: Any, v: Any, y: Any, rest: Arrays) -> list[AnyArray]:
+    def one(dy: Any, ds: Any, dz: Any, q: Any, k: Any, v: Any, y: Any, *rest: Any) -> list[AnyArray]:
+        given = _conditions(options, k, Arrays(*rest))
         d_state = None if ds is None else (ds, dz)
-        found = attention.linear_attention_backward(dy, q, k, v, y, **_conditions(options, k, rest), d_state=d_state)
+        found = attention.linear_attention_backward(dy, q, k, v, y, **given, d_state=d_state)
         return [*found[:3], *(found[3] if len(found) > 3 else ())]
 
     def many(axes: tuple[int, ...], *arrays: Any) -> list[AnyArray] | None:
         full = _samples(axes, arrays[:7], (4, 4, 3, 4, 4, 4, 4), arrays[7:])
-        return None if full is None else one(*full[0], full[1])
+        return None if full is None else one(*full[0], *full[1])
 
     q, k, v, more = *operands[3:6], Arrays(*operands[7:])
-    results = [Shape(x.shape, x.dtype) for x in (q, k, v, *(x for x in (more.s, more.z) if x is not None))]
-    host = lambda *arrays: one(*arrays[:7], Arrays(*arrays[7:]))
+    first = [Shape(x.shape, x.dtype) for x in (more.s, more.z) if x is not None]
     attributes = _attributes(options, q, more)
-    return _ops.call(
-        options.route, "fastops_linear_attention_backward", attributes, host, results, *operands, many=many
+    operands = (*operands[:7], *_for_handlers(options, k, more))
+    return _by_heads(
+        options, "fastops_linear_attention_backward", attributes, one, (q, k, v), first, *operands, many=many
     )
+
+
+def _by_heads(
+    options: Any, target: str, attributes: Any, one: Any, like: Any, more: Any, *operands: Any, many: Any
+) -> Any:
+    """The gradients of q, k and v, which handlers write with heads first, and others after them."""
+    turn = options.route == "ffi" and options.layout == "bnhd"
+    shapes = [(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) if turn else x.shape for x in like]
+    results = [*(Shape(shape, x.dtype) for shape, x in zip(shapes, like, strict=True)), *more]
+    found = _ops.call(options.route, target, attributes, one, results, *operands, many=many, spread_out=True)
+    return [x.swapaxes(1, 2) if turn and i < len(like) else x for i, x in enumerate(found)]
 
 
 @_ops.refuse_twice("linear_attention")
 def _decay_backward(options: Options, *operands: Any) -> Any:
     """The gradient of the decay, of its shape; by the callback on every route."""
     decay = operands[13]
-    host = lambda *arrays: [_decay_gradient(options, *arrays[:10], Arrays(*arrays[10:]))]
+    host = lambda *arrays: [_decay_gradient(options, arrays[:10], Arrays(*arrays[10:]))]
     return _ops.call(options.route, "", None, host, [Shape(decay.shape, decay.dtype)], *operands)[0]
 
 
-def _decay_gradient(
-    options: Options,
-    dy: AnyArray,
-    ds: AnyArray | None,
-    dz: AnyArray | None,
-    q: AnyArray,
-    k: AnyArray,
-    v: AnyArray,
-    y: AnyArray,
-    dv: AnyArray,
-    last_s: AnyArray | None,
-    last_z: AnyArray | None,
-    more: Arrays,
-) -> AnyArray:
+def _decay_gradient(options: Options, operands: Sequence[Any], more: Arrays) -> AnyArray:
     """With b the running sum of the decays, weights are exp(b_i - b_j) times what does not depend on it.
 
     So dL/db = (sum over j of w dL/dw in row i) - (sum over i in column j), and a decay takes part in all b from its token on. A row
     sums to dy.y, and to 0 where it is divided by its weights; a column to v.dv and what reaches it through the divisors, which is
     the gradient of values that are 1 (Dao and Gu, "Transformers are SSMs", ICML 2024, section 6 for weights of that form).
     """
+    dy, ds, dz, q, k, v, y, dv, last_s, last_z = operands
     if options.layout == "bnhd":
         dy, q, k, v, y, dv = (x.swapaxes(1, 2) for x in (dy, q, k, v, y, dv))
     wide = np.float64
@@ -411,8 +427,8 @@ def _linear_fwd(q: Any, k: Any, v: Any, more: Arrays, options: Options) -> Any:
 
 
 def _linear_bwd(options: Options, kept: Any, cotangents: Any) -> Any:
-    *arrays, last, of_decay = kept
-    return _linear_gradients(options, *arrays, last, cotangents, of_decay is not None)
+    q, k, v, more, y, last, of_decay = kept
+    return _linear_gradients(options, q, k, v, more, y, last, cotangents, of_decay is not None)
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd, symbolic_zeros=True)
@@ -543,18 +559,10 @@ def linear_attention(
     Array([1.8333, 0.8333, 0.3333], dtype=float32)
     """
     q, k, v = _triple(q, k, v)
-    more = Arrays(
-        *(
-            given(name, x)
-            for name, x in (
-                ("projection", projection),
-                ("key_mask", key_mask),
-                ("cu_seqlens", cu_seqlens),
-                ("decay", decay),
-            )
-        ),
-        *_state_in(initial_state),
-    )
+    named = {"projection": projection, "key_mask": key_mask, "cu_seqlens": cu_seqlens, "decay": decay}
+    more = Arrays(*(given(name, x) for name, x in named.items()))
+    s, z, m = _state_in(initial_state)
+    more = more._replace(s=s, z=z, m=m)
     state = None if initial_state is None else tuple(spec(x) for x in initial_state)
     options = (causal, feature_map, normalize, eps, kernel_eps, scale, layout)
     _linear_fits(*map(spec, (q, k, v, *more[:4])), state, *options, return_state)
@@ -584,24 +592,21 @@ def _step(q: Any, k: Any, v: Any, more: Arrays, options: Options) -> list[Any]:
         if not _ops.is_shared(rest.projection, 2):
             return None
         ranks = (3, 3, 3, 2, 3, 1, 2, 4, 3, 3)
-        full = [None if x is None else _ops.spread(x, axes, rank) for x, rank in zip(arrays, ranks, strict=True)]
+        full: list[Any] = [
+            None if x is None else _ops.spread(x, axes, rank) for x, rank in zip(arrays, ranks, strict=True)
+        ]
         full[3] = _ops.alone(rest.projection, 2)
         return one(*full)
 
     states = [x for x in more[4:] if x is not None]
     results = [Shape((*q.shape[:-1], v.shape[-1]), q.dtype), *(Shape(x.shape, x.dtype) for x in states)]
+    attributes = _attributes(options, q, more)
+    operands = (q, k, v, *_for_handlers(options, k, more))
+    # XLA may let the state after the token have the memory of the one before it.
+    aliases = {7 + i: 1 + i for i in range(len(states))}
+    target = "fastops_linear_attention_step"
     return _ops.call(
-        options.route,
-        "fastops_linear_attention_step",
-        _attributes(options, q, more),
-        one,
-        results,
-        q,
-        k,
-        v,
-        *more,
-        many=many,
-        aliases={7 + i: 1 + i for i in range(len(states))},
+        options.route, target, attributes, one, results, *operands, many=many, spread_out=True, aliases=aliases
     )
 
 
@@ -635,7 +640,7 @@ _step.defvjp(_step_fwd, _step_bwd, symbolic_zeros=True)
 def _step_call(q: Any, k: Any, v: Any, more: Arrays, options: Options) -> Any:
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     rows = [x.reshape((math.prod(x.shape[:-2]), x.shape[-2] if x.ndim > 1 else 1, x.shape[-1])) for x in (q, k, v)]
-    b, h, dtype = *rows[1].shape[:2], _wide(q.dtype)
+    (b, h), dtype = rows[1].shape[:2], _wide(q.dtype)
     w, _, _, decay, *state = (None if x is None else jnp.asarray(x) for x in more)
     lead = (*q.shape[:-2], *k.shape[-2:-1])
     state = [None if x is None else x.reshape((b, h, *x.shape[len(lead) :])) for x in state]
@@ -764,14 +769,17 @@ def _softmax(q: Any, k: Any, v: Any, key_mask: Any, cu_seqlens: Any, factors: An
     def one(q: AnyArray, k: AnyArray, v: AnyArray, key_mask: Any, cu_seqlens: Any, factors: Any) -> list[AnyArray]:
         if key_mask is not None and key_mask.shape[-2] == 1:
             key_mask = key_mask[..., 0, :]
-        named = {"causal": options.causal, "scale": options.scale, "layout": options.layout}
+        named: dict[str, Any] = {"causal": options.causal, "scale": options.scale, "layout": options.layout}
         return [attention.softmax_attention(q, k, v, key_mask=key_mask, cu_seqlens=cu_seqlens, logn=factors, **named)]
 
     def many(axes: tuple[int, ...], *arrays: Any) -> list[AnyArray] | None:
         if arrays[4] is not None:
             return None
         ranks = (4, 4, 4, 3, 1, 3)
-        return one(*(None if x is None else _ops.spread(x, axes, rank) for x, rank in zip(arrays, ranks, strict=True)))
+        full: list[Any] = [
+            None if x is None else _ops.spread(x, axes, rank) for x, rank in zip(arrays, ranks, strict=True)
+        ]
+        return one(*full)
 
     scale = q.shape[-1] ** -0.5 if options.scale is None else options.scale
     attributes = {
@@ -780,8 +788,9 @@ def _softmax(q: Any, k: Any, v: Any, key_mask: Any, cu_seqlens: Any, factors: An
         "scale": np.float64(scale),
     }
     results = [Shape((*q.shape[:-1], v.shape[-1]), q.dtype)]
-    operands = (q, k, v, key_mask, cu_seqlens, factors)
-    return _ops.call(options.route, "fastops_softmax_attention", attributes, one, results, *operands, many=many)[0]
+    offsets = _plain_offsets(cu_seqlens) if options.route == "ffi" else cu_seqlens
+    operands, target = (q, k, v, key_mask, offsets, factors), "fastops_softmax_attention"
+    return _ops.call(options.route, target, attributes, one, results, *operands, many=many, spread_out=True)[0]
 
 
 def _softmax_fwd(*args: Any) -> Any:
@@ -1040,8 +1049,8 @@ def _nystrom_op(
 
     results = [Shape((*q.shape[:-1], v.shape[-1]), q.dtype)]
     operands = (q, k, v, key_mask, taps, q_landmarks, k_landmarks)
-    attributes = _nystrom_attributes(options, q, q_landmarks)
-    return _ops.call(options.route, "fastops_nystrom_attention", attributes, one, results, *operands, many=many)[0]
+    attributes, target = _nystrom_attributes(options, q, q_landmarks), "fastops_nystrom_attention"
+    return _ops.call(options.route, target, attributes, one, results, *operands, many=many, spread_out=True)[0]
 
 
 @_ops.refuse_twice("nystrom_attention")
@@ -1060,11 +1069,10 @@ def _nystrom_backward(options: NystromOptions, *operands: Any) -> list[Any]:
         full = _nystrom_samples(options, axes, arrays, (4, *_NYSTROM_RANKS))
         return None if full is None else one(*full)
 
-    results = [Shape(x.shape, x.dtype) for x in (*operands[1:4], *operands[5:]) if x is not None]
+    more = [Shape(x.shape, x.dtype) for x in operands[5:] if x is not None]
     attributes = _nystrom_attributes(options, operands[1], operands[6])
-    return _ops.call(
-        options.route, "fastops_nystrom_attention_backward", attributes, one, results, *operands, many=many
-    )
+    target = "fastops_nystrom_attention_backward"
+    return _by_heads(options, target, attributes, one, operands[1:4], more, *operands, many=many)
 
 
 def _nystrom_fwd(*args: Any) -> Any:

@@ -39,10 +39,8 @@ def _options(multiplier: Multiplier | None, op: str, mode: str) -> Options:
 def _attributes(multiplier: Multiplier, op: str) -> dict[str, Any]:
     """A multiplier as handlers take it."""
     s = multiplier.spec(op)
-    numbers = {
-        name: np.int32(getattr(s, name)) for name in ("form", "flush", "corrections", "mantissa_bits", "segments")
-    }
-    return {**numbers, "c": np.float64(s.c), "table": np.asarray(s.table, np.float64)}
+    numbers = [s.form, s.flush, s.corrections, s.mantissa_bits, s.segments, s.c, *s.table]
+    return {"multiplier": np.asarray(numbers, np.float64)}
 
 
 def _of_one_rank(a: Any, b: Any) -> tuple[Any, Any]:
@@ -83,7 +81,8 @@ def _elementwise(op: str, gradient: Callable[..., Any]) -> Callable[..., Any]:
         attributes = None
         if a.shape == b.shape:
             mode = np.int32(_validate.GRADIENT_MODES.index(options.mode))
-            attributes = {"op": np.int32(op == "div"), "mode": mode, **_attributes(options.multiplier, op)}
+            fixed = {"op": np.int32(op == "div"), "mode": mode, "rank": np.int32(a.ndim)}
+            attributes = {**fixed, **_attributes(options.multiplier, op)}
         results = [Shape(a.shape, a.dtype), Shape(b.shape, b.dtype)]
         return _ops.call(options.route, "fastops_mitchell_grad", attributes, host, results, dy, a, b, many=many)
 

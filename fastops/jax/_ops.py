@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
@@ -31,8 +32,13 @@ def _module() -> Any:
         module = import_module("fastops._jax")
     except ModuleNotFoundError:
         return None
-    for name, handler in module.handlers().items():
-        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    try:
+        for name, handler in module.handlers().items():
+            jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    except (RuntimeError, TypeError, ValueError) as error:
+        text = _validate.clip(str(error), 100)
+        warnings.warn(f"fastops._jax was built for another jaxlib, jax.pure_callback is used: {text}", stacklevel=2)
+        return None
     return module
 
 
@@ -127,6 +133,7 @@ class Shape(NamedTuple):
 
 
 Host = Callable[..., Sequence[Any]]
+Many = Callable[..., Sequence[Any] | None]
 
 
 def call(
@@ -136,19 +143,21 @@ def call(
     host: Host,
     results: Sequence[Shape],
     *operands: Any,
-    many: Host | None = None,
+    many: Many | None = None,
+    spread_out: bool = False,
     aliases: dict[int, int] | None = None,
 ) -> list[Any]:
     """The results of a handler, or of `host` on NumPy's arrays where the route or the lack of `attributes` says so.
 
-    Samples of `vmap` are leading axes of all operands, of length 1 where an operand has none. Handlers get them so, and so does
-    `many` after the axes in full; it may answer None, and where there is no `many`, `host` gets one sample after the other.
-    Operands that are None reach `host` as None, and handlers as an array of no axes and type bool.
+    Samples of `vmap` are leading axes of all operands, of length 1 where an operand has none. Handlers get them so (in full with
+    `spread_out`), and so does `many` after the axes in full; it may answer None, and where there is no `many`, `host` gets one sample
+    after the other. Operands that are None reach `host` as None, and handlers as an array of no axes and type bool.
     """
     shapes = [jax.ShapeDtypeStruct(*x) for x in results]
     if route == "ffi" and attributes is not None:
         given = [_ABSENT if x is None else x for x in operands]
-        function = jax.ffi.ffi_call(target, shapes, vmap_method="expand_dims", input_output_aliases=aliases)
+        method = "broadcast_all" if spread_out else "expand_dims"
+        function = jax.ffi.ffi_call(target, shapes, vmap_method=method, input_output_aliases=aliases)
         return list(function(*given, **attributes))
     ranks = [0 if x is None else x.ndim for x in operands]
 
