@@ -706,6 +706,72 @@ def test_a_route_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -
         fj.set_route("ffi")
 
 
+@pytest.mark.parametrize("name", ["mul", "decay and states", "step", "softmax causal masked", "nystrom"])
+def test_values_are_the_same_by_pure_callback(name: str, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if route != "callback":
+        pytest.skip("the other route")
+    function, shapes = FUNCTIONS[name]
+    args = variables(*shapes)
+    calls = [function, jax.grad(lambda *x: sum((y**2).sum() for y in jax.tree.leaves(function(*x))))]
+    calls.append(lambda x, *rest: jax.vmap(lambda x: function(x, *rest))(jnp.stack([x, x + 1])))
+    want = [jax.tree.leaves(call(*args)) for call in calls]
+    monkeypatch.setattr("fastops.jax._ops._DIRECT", None)
+    jax.clear_caches()
+    for call, wanted in zip(calls, want, strict=True):
+        for x, y in zip(jax.tree.leaves(call(*args)), wanted, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13)
+    jax.clear_caches()
+
+
+def test_operations_run_without_compilation() -> None:
+    function, shapes = FUNCTIONS["decay and states"]
+    args = variables(*shapes)
+    want = function(*args)
+    with jax.disable_jit():
+        got = function(*args)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13)
+
+
+DEVICES = """
+import os
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+import jax, numpy as np
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+import fastops, fastops.jax as fj
+fj.set_route({route!r})
+mesh = jax.make_mesh((2,), ("x",))
+x = np.linspace(1, 2, 64, dtype=np.float32).reshape(4, 2, 8)
+a = jax.device_put(x, NamedSharding(mesh, P("x")))
+assert len(a.sharding.device_set) == 2
+want = fastops.mitchell_mul(x, x)
+attended = fastops.linear_attention(x, x, x, causal=True)
+assert (np.asarray(jax.jit(fj.mitchell_mul)(a, a)) == want).all()
+assert (np.asarray(fj.mitchell_mul(a, a)) == want).all()
+attend = lambda x: fj.linear_attention(x, x, x, causal=True)
+assert (np.asarray(jax.jit(attend)(a)) == attended).all()
+part = jax.shard_map(attend, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=False)
+assert (np.asarray(jax.jit(part)(a)) == attended).all()
+g = jax.jit(jax.grad(lambda x: attend(x).sum()))(a)
+assert g.shape == x.shape
+print("done")
+"""
+
+
+@pytest.mark.parametrize("text", ["DEVICES", "CROWD"])
+def test_large_arrays_many_threads_and_devices_do_not_wait_for_each_other(route: str, text: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", globals()[text].format(route=route)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "done\n"
+
+
 CROWD = """
 import threading
 import jax, numpy as np
@@ -735,14 +801,6 @@ y = fj.mitchell_mul(a, a)
 assert (np.asarray(y) == fastops.mitchell_mul(x, x)).all()
 print("done")
 """
-
-
-def test_large_arrays_and_many_threads_do_not_wait_for_each_other(route: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", CROWD.format(route=route)], capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "done\n"
 
 
 def test_large_arrays_are_those_of_numpy() -> None:

@@ -3,6 +3,10 @@
 #ifndef FASTOPS_JAX_CALL_H
 #define FASTOPS_JAX_CALL_H
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -50,6 +54,21 @@ inline int compute_dtype(int dtype) { return dtype == FASTOPS_F64 ? FASTOPS_F64 
 inline std::size_t rank_of(const AnyBuffer& x) { return x.dimensions().size(); }
 inline std::size_t length(const AnyBuffer& x, std::size_t axis) {
   return static_cast<std::size_t>(x.dimensions()[axis]);
+}
+
+// XLA maps memory of this size anew for every call, which costs a fault a page: asks for large pages, as NumPy does for
+// its arrays. Without it 10^7 products took four times as long.
+inline void want_large_pages(const AnyBuffer& x) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t kFrom = std::uintptr_t{4} << 20, kPage = 4096;
+  const std::size_t size = x.size_bytes();
+  if (size < kFrom) return;
+  const auto address = reinterpret_cast<std::uintptr_t>(x.untyped_data());
+  const std::uintptr_t first = (address + kPage - 1) / kPage * kPage, last = (address + size) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  static_cast<void>(x);
+#endif
 }
 
 // The product of the axes from `first` on.

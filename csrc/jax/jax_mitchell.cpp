@@ -73,6 +73,7 @@ ffi::Error elementwise(AnyBuffer a, AnyBuffer b, Result out, std::int32_t op, Nu
   if (m == nullptr) return no_multiplier();
   if (out->element_count() == 0) return ffi::Error::Success();
 
+  want_large_pages(*out);
   const auto size = static_cast<std::ptrdiff_t>(item_size(dtype));
   std::vector<Axis> axes;  // the last one first
   std::ptrdiff_t step_a = size, step_b = size;
@@ -134,6 +135,8 @@ ffi::Error elementwise_grad(AnyBuffer dy, AnyBuffer a, AnyBuffer b, Result da, R
       db->element_count() != da->element_count() || count_from(dy.dimensions(), samples) != n ||
       count_from(a.dimensions(), samples) != n || count_from(b.dimensions(), samples) != n)
     return no_fit();
+  want_large_pages(*da);
+  want_large_pages(*db);
   const std::size_t size = item_size(dtype);
   const auto at = [size](const AnyBuffer& x, std::size_t start) {
     return static_cast<char*>(x.untyped_data()) + start * size;

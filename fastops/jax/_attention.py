@@ -161,8 +161,9 @@ def _check_nystrom(
     *before, init, normalize, layout = options
     p = _problem(layout, q, k, v)
     marks = None if landmarks is None else tuple(stand_in(x) for x in landmarks)
-    rest = (stand_in(key_mask), stand_in(conv_weight), marks, init, normalize, False)
-    _nystrom.prepare(p, *before, *rest)
+    count, iterations, pinv, ridge, scale = before
+    mask, taps = stand_in(key_mask), stand_in(conv_weight)
+    _nystrom.prepare(p, count, iterations, pinv, ridge, scale, mask, taps, marks, init, normalize, False)
 
 
 def _check_step(
@@ -170,8 +171,8 @@ def _check_step(
 ) -> None:
     # Memory that is never touched.
     parts = tuple(np.empty(*x) for x in state if x is not None)
-    rows = [stand_in(x) for x in (q, k, v)]
-    _attention.prepare_step(*rows, *(None, stand_in(decay)), *(parts, (*options, stand_in(projection))))
+    given = (*options, stand_in(projection))
+    _attention.prepare_step(stand_in(q), stand_in(k), stand_in(v), None, stand_in(decay), parts, given)
 
 
 def _once(check: Any) -> Any:
