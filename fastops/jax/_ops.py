@@ -177,6 +177,7 @@ def call(
 _ABSENT = np.zeros((), np.bool_)
 
 
+@lru_cache(maxsize=1)
 def _direct() -> Any:
     """A primitive that calls back with NumPy's arrays; None where this jax has not what it is made of.
 
@@ -218,12 +219,10 @@ def _direct() -> Any:
     return primitive
 
 
-_DIRECT = _direct()
-
-
 def _callback(function: Callable[..., Any], shapes: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
     """The results of a function of NumPy's arrays; some operands may be None."""
-    if _DIRECT is None:
+    primitive = _direct()
+    if primitive is None:
         return list(jax.pure_callback(function, shapes, *operands, vmap_method="expand_dims"))
     given = [x is not None for x in operands]
 
@@ -232,7 +231,7 @@ def _callback(function: Callable[..., Any], shapes: Sequence[Any], operands: Seq
         return function(*(next(rest) if there else None for there in given))
 
     results = tuple(Shape(x.shape, x.dtype) for x in shapes)
-    return list(_DIRECT.bind(*(x for x in operands if x is not None), function=fill, results=results))
+    return list(primitive.bind(*(x for x in operands if x is not None), function=fill, results=results))
 
 
 def refuse_twice(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
