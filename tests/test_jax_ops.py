@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tolerance
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import mutually_broadcastable_shapes
 
 import fastops
 from fastops import Multiplier, _backend, _validate
@@ -24,10 +27,12 @@ DTYPES = [np.dtype(t) for t in (np.float16, jnp.bfloat16, np.float32, np.float64
 ROUTES = ["callback"] + (["ffi"] if fj._ops.MODULE is not None else [])
 
 
-@pytest.fixture(autouse=True, params=ROUTES)
+@pytest.fixture(autouse=True, scope="module", params=ROUTES)
 def route(request: pytest.FixtureRequest) -> Iterator[str]:
     before, wide = fj.get_route(), jax.config.jax_enable_x64
     fj.set_route(request.param)
+    # What jax has traced would keep the other route.
+    jax.clear_caches()
     # Not the context manager, which the threads of callbacks do not see.
     jax.config.update("jax_enable_x64", True)
     yield request.param
@@ -700,6 +705,18 @@ def test_the_route_is_the_one_asked_for(route: str) -> None:
     assert ("python_cpu_callback" in text) == (route == "callback")
 
 
+def test_a_module_of_another_jaxlib_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("version mismatch")
+
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
+    if fj._ops.MODULE is None:
+        assert fj._ops._module() is None
+        return
+    with pytest.warns(UserWarning, match=r"^fastops._jax was built for another jaxlib.*: version mismatch$"):
+        assert fj._ops._module() is None
+
+
 def test_a_route_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastops.jax._ops.MODULE", None)
     with pytest.raises(ValueError, match=r"^name must be 'callback': this build has no module of handlers"):
@@ -801,6 +818,18 @@ y = fj.mitchell_mul(a, a)
 assert (np.asarray(y) == fastops.mitchell_mul(x, x)).all()
 print("done")
 """
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shapes=mutually_broadcastable_shapes(num_shapes=2, max_dims=5, max_side=4, min_side=0), seed=st.integers(0, 99))
+def test_every_shape_that_broadcasts(shapes: Any, seed: int) -> None:
+    a, b = (np.asarray(normal(*s, seed=seed + i)) for i, s in enumerate(shapes.input_shapes))
+    want = np.asarray(fastops.mitchell_mul(a, b))
+    same(fj.mitchell_mul(jnp.asarray(a), jnp.asarray(b)), want)
+    _, da, db = gradients(fj.mitchell_mul, jnp.asarray(a), jnp.asarray(b), dy=jnp.asarray(want))
+    first, second = fastops.mitchell_mul_grad(a, b, want)
+    same(da, first)
+    same(db, second)
 
 
 def test_large_arrays_are_those_of_numpy() -> None:

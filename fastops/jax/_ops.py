@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import warnings
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -165,7 +167,7 @@ def call(
         # What comes are jax's arrays; nothing of jax may be called with them here: it could wait for this very thread.
         given = [None if x is None else np.asarray(x) for x in arrays]
         axes = _lead(given, ranks)
-        with np.errstate(all="ignore"):
+        with _default_control(), np.errstate(all="ignore"):
             found = host(*given) if not axes else None if many is None else many(axes, *given)
             if found is None:
                 found = _each(host, axes, given, ranks, results)
@@ -175,6 +177,42 @@ def call(
 
 
 _ABSENT = np.zeros((), np.bool_)
+# Of glibc's and musl's <fenv.h>; more than the largest environment that they store.
+_DEFAULT_ENVIRONMENT, _ENVIRONMENT_BYTES = -1, 256
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Any:
+    """C's functions of the floating-point environment, where they are known."""
+    if not sys.platform.startswith("linux"):
+        return None
+    import ctypes
+
+    for name in ("libm.so.6", None):
+        try:
+            library = ctypes.PyDLL(name)
+            library.fesetenv.argtypes = library.fegetenv.argtypes = (ctypes.c_void_p,)
+        except (AttributeError, OSError):
+            continue
+        return library, partial(ctypes.create_string_buffer, _ENVIRONMENT_BYTES)
+    return None
+
+
+@contextlib.contextmanager
+def _default_control() -> Iterator[None]:
+    """Lets subnormal numbers be: XLA's threads take them for 0, and so would what NumPy computes there."""
+    found = _environment()
+    if found is None:
+        yield
+        return
+    library, buffer = found
+    before = buffer()
+    library.fegetenv(before)
+    library.fesetenv(_DEFAULT_ENVIRONMENT)
+    try:
+        yield
+    finally:
+        library.fesetenv(before)
 
 
 @lru_cache(maxsize=1)
