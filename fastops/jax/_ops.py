@@ -39,7 +39,7 @@ def _module() -> Any:
             jax.ffi.register_ffi_target(name, handler, platform="cpu")
     except (RuntimeError, TypeError, ValueError) as error:
         text = _validate.clip(str(error), 100)
-        warnings.warn(f"fastops._jax was built for another jaxlib, jax.pure_callback is used: {text}", stacklevel=2)
+        warnings.warn(f"fastops._jax was built for another jaxlib, callbacks are used: {text}", stacklevel=2)
         return None
     return module
 
@@ -68,8 +68,8 @@ def get_route() -> str:
     Returns
     -------
     str
-        "ffi": handlers that XLA calls itself, in the module that is built where jaxlib is there at build time. "callback": through
-        `jax.pure_callback`, which gives the same values and costs some 50 us more a call and copies of operands and results.
+        "ffi": handlers that XLA calls itself, in the module that is built where jaxlib is there at build time. "callback": XLA calls
+        back into Python, which gives the same values and costs some 60 us more a call and a copy of the results.
 
     Examples
     --------
@@ -164,7 +164,7 @@ def call(
     ranks = [0 if x is None else x.ndim for x in operands]
 
     def silent(*arrays: Any) -> list[AnyArray]:
-        # What comes are jax's arrays; nothing of jax may be called with them here: it could wait for this very thread.
+        # Nothing of jax may be called from here on: it could wait for this very thread.
         given = [None if x is None else np.asarray(x) for x in arrays]
         axes = _lead(given, ranks)
         with _default_control(), np.errstate(all="ignore"):
