@@ -42,6 +42,15 @@ def torch(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def jax(session: nox.Session) -> None:
+    """The tests that need jax, by handlers and by callback; arguments go to pytest."""
+    session.install("jax>=0.8")
+    headers = session.run("python", "-c", "import jax; print(jax.ffi.include_dir())", silent=True)
+    session.install(".[test,jax]", env={"FASTOPS_JAX": str(headers).strip()})
+    session.run("pytest", *(session.posargs or sorted(map(str, Path("tests").glob("test_jax*.py")))))
+
+
+@nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """pytest-benchmark over the cases of ``fastops bench``; arguments go to pytest."""
     session.install(".[test]")

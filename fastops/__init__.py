@@ -130,6 +130,7 @@ _SUBMODULES = (
     "averaging",
     "bench",
     "distributed",
+    "jax",
     "native",
     "numba",
     "optim",
@@ -192,5 +193,5 @@ def __dir__() -> list[str]:
     from ._backend import installed
 
     # Who looks at all names, as `help` does, must not meet one that raises.
-    absent = () if installed("torch") else ("torch",)
+    absent = [name for name in ("jax", "torch") if not installed(name)]
     return sorted({*globals(), *__all__, *_SUBMODULES}.difference(absent))

@@ -233,8 +233,8 @@ def _bench(arguments: argparse.Namespace) -> int:
                 f"--only: no group's name contains {arguments.only!r}; those there are, the nearest first:\n  "
                 + "\n  ".join(_nearest_first(arguments.only, groups))
             )
-    if arguments.family == "torch":
-        _require(["torch"], "torch")
+    if arguments.family in ("jax", "torch"):
+        _require([arguments.family], arguments.family)
     settings = runner.Settings.of(arguments.quick, arguments.budget)
     with _progress() as progress:
         run = runner.run(cases, Machine.probe(arguments.threads), settings, progress)

@@ -291,6 +291,8 @@ def _settings() -> dict[str, Any]:
         "threads": get_num_threads(),
         "threads_reason": f"{_threads_reason} (affinity {affinity()}, cgroup quota {granted})",
         "cuda": "not built",
+        "jax": _import_version("jax"),
+        "jax_handlers": "built" if _core is not None and _backend.installed(f"{__package__}._jax") else "not built",
         "ml_dtypes": _import_version("ml_dtypes"),
         "numba": _import_version("numba"),
     }

@@ -24,6 +24,7 @@ import tolerance
 
 import fastops
 from fastops.bench import FAMILIES, attention, mitchell, nystrom, optim, report, runner, wordcount, worker
+from fastops.bench import jax as jax_cases
 from fastops.bench import torch as torch_cases
 from fastops.bench.case import Case, Implementation, Machine, Task, WrongResult, aligned
 
@@ -693,3 +694,28 @@ def test_every_row_of_tensors_agrees_with_the_call_on_arrays(case: Case) -> None
 
 def test_tensors_have_no_rows_without_torch() -> None:
     assert torch_cases.implementations(torch_cases.cases()[0], PLAIN) == []
+
+
+@pytest.mark.parametrize("case", jax_cases.cases(), ids=lambda case: case.group)
+def test_every_row_of_jax_agrees_with_the_call_on_arrays(case: Case) -> None:
+    pytest.importorskip("jax", reason="jax is not installed")
+    machine = Machine.probe(threads=1)
+    small = (1, 2, min(case.shape[2], 96), 8) if case.unit == "token" else SMALL[case.unit]
+    case = dataclasses.replace(case, shape=small)
+    rows = jax_cases.implementations(case, machine)
+    from fastops.jax import get_route, set_route
+
+    before = get_route()
+    routes = ["ffi", "callback"] if before == "ffi" else ["callback"]
+    assert [row.recipe for row in rows] == ["peer", "fastops", *routes]
+    assert rows[1].name in case.yardsticks
+    for row in rows:
+        task = jax_cases.prepare(case, row)
+        assert 0 <= task.check() < tolerance.BENCH_ROW
+        task.call(*task.args)
+        assert 0 < task.work <= task.whole
+    set_route(before)
+
+
+def test_jax_has_no_rows_without_jax() -> None:
+    assert jax_cases.implementations(jax_cases.cases()[0], PLAIN) == []

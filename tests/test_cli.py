@@ -136,16 +136,17 @@ def test_missing_extra_is_named_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_torch_is_named_where_its_benchmarks_are_asked_for(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("family", ["jax", "torch"])
+def test_a_framework_is_named_where_its_benchmarks_are_asked_for(
+    family: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     genuine = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else genuine(name, *rest)
+        importlib.util, "find_spec", lambda name, *rest: None if name == family else genuine(name, *rest)
     )
-    assert cli.main(["bench", "--family", "torch"]) == 2
+    assert cli.main(["bench", "--family", family]) == 2
     out, err = capsys.readouterr()
-    assert (out, err) == ("", "fastops: torch not installed: pip install 'fastops[torch]'\n")
+    assert (out, err) == ("", f"fastops: {family} not installed: pip install 'fastops[{family}]'\n")
 
 
 @pytest.mark.usefixtures("plain")

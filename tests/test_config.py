@@ -31,7 +31,8 @@ def test_show_config_says_everything(capsys: pytest.CaptureFixture[str]):
     settings = fastops.show_config("dict")
     wanted = {
         "fastops", "python", "numpy", "platform", "cpu", "backend", "backend_reason", "targets_compiled", "targets_runnable",
-        "target", "target_reason", "threads", "threads_reason", "cuda", "ml_dtypes", "numba",
+        "target", "target_reason", "threads", "threads_reason", "cuda", "jax", "jax_handlers",
+        "ml_dtypes", "numba",
     }  # fmt: skip
     assert wanted <= set(settings)
     for key, value in settings.items():
@@ -43,6 +44,7 @@ def test_show_config_says_everything(capsys: pytest.CaptureFixture[str]):
     assert settings["numpy"] == np.__version__
     assert settings["backend"] == _backend.name
     assert settings["cuda"] == "not built"
+    assert settings["jax_handlers"] in ("built", "not built")
     assert (settings["numba"] == "not installed") == (importlib.util.find_spec("numba") is None)
 
 

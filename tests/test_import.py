@@ -211,10 +211,11 @@ def test_numba_asked_for_and_absent_says_what_to_install(tmp_path: pathlib.Path)
     assert ran.stderr.splitlines()[-1] == "ImportError: FASTOPS_BACKEND=numba needs numba: pip install 'fastops[numba]'"
 
 
-def test_torch_asked_for_and_absent_says_what_to_install():
-    ran = run("-W", "error", "-c", "import sys; sys.modules['torch'] = None\nimport fastops.torch")
+@pytest.mark.parametrize("name", ["jax", "torch"])
+def test_a_framework_asked_for_and_absent_says_what_to_install(name: str):
+    ran = run("-W", "error", "-c", f"import sys; sys.modules['{name}'] = None\nimport fastops.{name}")
     assert ran.returncode == 1
-    assert ran.stderr.splitlines()[-1] == "ImportError: fastops.torch needs torch: pip install 'fastops[torch]'"
-    code = "import sys; sys.modules['torch'] = None\nimport fastops; print('torch' in dir(fastops))"
+    assert ran.stderr.splitlines()[-1] == f"ImportError: fastops.{name} needs {name}: pip install 'fastops[{name}]'"
+    code = f"import sys; sys.modules['{name}'] = None\nimport fastops; print('{name}' in dir(fastops))"
     ran = run("-c", code)
     assert (ran.returncode, ran.stdout) == (0, "False\n"), ran.stderr

@@ -25,8 +25,9 @@ PYTHON = [
 @pytest.mark.parametrize("text", PYTHON)
 def test_python_of_the_pages_runs(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A line with a trailing `# array(...)` comment must give that array."""
-    if re.search(r"^(import|from) (fastops\.)?torch", text, re.MULTILINE):
-        pytest.importorskip("torch", reason="torch is not installed")
+    for name in ("jax", "torch"):
+        if re.search(rf"^(import|from) (fastops\.)?{name}", text, re.MULTILINE):
+            pytest.importorskip(name, reason=f"{name} is not installed")
     native_only = [name for name in ("fastops.target(", ".reduce(") if name in text]
     if native_only and fastops.show_config("dict")["backend"] != "native":
         pytest.skip(f"the text shows what native alone has: {', '.join(native_only)}")

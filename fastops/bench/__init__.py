@@ -4,4 +4,4 @@
 from __future__ import annotations
 
 # Modules of this package that hold cases.
-FAMILIES = ("mitchell", "optim", "attention", "wordcount", "torch")
+FAMILIES = ("mitchell", "optim", "attention", "wordcount", "torch", "jax")

@@ -16,7 +16,17 @@ from fastops._backend import installed
 
 # The optional modules whose presence adds rows.
 PEERS = (
-    *("numba", "torch", "ml_dtypes", "timm", "torch_ema", "fast_transformers", "nystrom_attention", "transformers"),
+    *(
+        "numba",
+        "torch",
+        "jax",
+        "ml_dtypes",
+        "timm",
+        "torch_ema",
+        "fast_transformers",
+        "nystrom_attention",
+        "transformers",
+    ),
     *("duckdb", "jieba", "polars", "rjieba", "sklearn"),
 )
 

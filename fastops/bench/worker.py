@@ -72,7 +72,7 @@ def _status(name: str) -> float:
 def _libraries(recipe: str) -> dict[str, str]:
     """Versions of what this process loaded, the BLAS with the kernel that it picked among them."""
     found: dict[str, str] = {}
-    for name in ("numpy", "numba", "torch"):
+    for name in ("numpy", "numba", "torch", "jax"):
         if name in sys.modules:
             found[name] = sys.modules[name].__version__
     if recipe == "exact":

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The handlers that XLA calls, by the names under which jax knows them.
+#ifndef FASTOPS_JAX_HANDLERS_H
+#define FASTOPS_JAX_HANDLERS_H
+
+#include "jax/jax_call.h"
+
+XLA_FFI_DECLARE_HANDLER_SYMBOL(fastops_jax_elementwise);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(fastops_jax_elementwise_grad);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(fastops_jax_matmul);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(fastops_jax_matmul_grad);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(fastops_jax_conv2d);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(fastops_jax_conv2d_grad);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(fastops_jax_linear_attention);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(fastops_jax_linear_attention_backward);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(fastops_jax_linear_attention_step);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(fastops_jax_softmax_attention);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(fastops_jax_nystrom_attention);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(fastops_jax_nystrom_attention_backward);
+
+#endif
