@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from . import _validate
 from ._backend import backend as _backend
+from ._container import packed
 from ._rule import Rule
 from ._validate import Text
 
@@ -920,7 +921,8 @@ class WordCounts(_Numbers):
         Returns
         -------
         bytes
-            Words, counts and documents with a checksum; without the options of counting and `skipped`.
+            Words, counts and documents with a checksum; without the options of counting and `skipped`. Equal counts give equal
+            bytes, however they were counted.
 
         Examples
         --------
@@ -929,7 +931,7 @@ class WordCounts(_Numbers):
         >>> data[:4], len(data)
         (b'FOWC', 90)
         """
-        return bytes(self._table.to_bytes())
+        return packed(self._table)
 
     @classmethod
     def from_bytes(cls, data: Buffer) -> Self:
@@ -991,7 +993,7 @@ class WordCounts(_Numbers):
         2
         """
         name = _path(path)
-        data = self._table.to_bytes()
+        data = packed(self._table)
         with _replacing(name) as file:
             file.write(data)
 

@@ -496,6 +496,19 @@ def container(
     return start + struct.pack("<II", zlib.crc32(start + body), fields["other_zero"]) + body
 
 
+def test_equal_counts_are_equal_bytes(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "text"
+    lines = [f"{i % 1000} {i % 7} word{i % 313}\n" for i in range(100_000)]
+    path.write_text("".join(lines))
+    data = fastops.count_files(path, doc_freq=True, workers=1).to_bytes()
+    assert fastops.count_files(path, doc_freq=True, workers=3).to_bytes() == data
+    turned = fastops.count_words(reversed(lines), doc_freq=True)
+    assert turned.to_bytes() == data
+    turned.save(tmp_path / "saved")
+    assert (tmp_path / "saved").read_bytes() == data
+    assert WordCounts.from_bytes(data).to_bytes() == data
+
+
 def test_the_container_is_what_is_written_down() -> None:
     counts = WordCounts.from_bytes(container([2, 1], [b"be", b"or"]))
     assert counts.to_dict() == {"be": 2, "or": 1}

@@ -14,18 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._container import CHECK, HAS_DOCS, HEAD, HEADER_BYTES, MAGIC, VERSION, packed
 from .._rule import DecodeError, Rule, TokenTooLong
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-MAGIC = b"FOWC\r\n\x1a\n"
-VERSION = 1
-HAS_DOCS = 1
-# Magic, version, flags, entries, bytes of keys, error bound, documents, 0; then the checksum of these and of the rest, and 0.
-_HEAD = struct.Struct("<8sIIQQQQQ")
-_CHECK = struct.Struct("<II")
-HEADER_BYTES = _HEAD.size + _CHECK.size
 
 MAX_COUNT = 2**63 - 1
 _MASK = 2**64 - 1
@@ -205,14 +198,7 @@ class Table:
 
     def to_bytes(self) -> bytes:
         """The table as a container, which `table_from_bytes` reads; the order of its entries is not part of the format."""
-        n, keys = len(self), b"".join(self._counts)
-        numbers = list(self._counts.values()) + (
-            [] if self._docs is None else [self._docs[key] for key in self._counts]
-        )
-        body = struct.pack(f"<{len(numbers)}Q{n}I", *numbers, *map(len, self._counts)) + keys
-        flags = HAS_DOCS if self.has_docs else 0
-        head = _HEAD.pack(MAGIC, VERSION, flags, n, len(keys), self.error_bound, self.documents, 0)
-        return head + _CHECK.pack(zlib.crc32(body, zlib.crc32(head)), 0) + body
+        return packed(self)
 
     def encode(self, rule: Rule, documents: Iterable[bytes]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The ranks in `top` of each text's keys, in their order and without those that are absent; and where each text's end."""
@@ -243,8 +229,8 @@ def table_from_bytes(buffer: Buffer) -> Table:
 
         if size < HEADER_BYTES:
             raise refuse(f"a header of {HEADER_BYTES} bytes", f"{size} bytes")
-        magic, version, flags, n, key_bytes, error_bound, documents, zero = _HEAD.unpack_from(data)
-        crc, other_zero = _CHECK.unpack_from(data, _HEAD.size)
+        magic, version, flags, n, key_bytes, error_bound, documents, zero = HEAD.unpack_from(data)
+        crc, other_zero = CHECK.unpack_from(data, HEAD.size)
         if magic != MAGIC:
             raise refuse(f"the magic bytes {MAGIC!r}", repr(magic))
         if version != VERSION:
@@ -257,7 +243,7 @@ def table_from_bytes(buffer: Buffer) -> Table:
         wanted = HEADER_BYTES + 8 * wide + 4 * n + key_bytes
         if size != wanted:
             raise refuse(f"{wanted} bytes, as its header says", f"{size} bytes")
-        if crc != zlib.crc32(data[HEADER_BYTES:], zlib.crc32(data[: _HEAD.size])):
+        if crc != zlib.crc32(data[HEADER_BYTES:], zlib.crc32(data[: HEAD.size])):
             raise refuse("the checksum of its contents", "another")
         numbers = struct.unpack_from(f"<{wide}Q", data, HEADER_BYTES)
         lengths = struct.unpack_from(f"<{n}I", data, HEADER_BYTES + 8 * wide)
