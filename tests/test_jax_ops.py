@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -705,6 +706,19 @@ def test_the_route_is_the_one_asked_for(route: str) -> None:
     assert ("python_cpu_callback" in text) == (route == "callback")
 
 
+def test_handlers_follow_the_target_and_the_number_of_threads() -> None:
+    if _backend.name != "native":
+        pytest.skip("native alone has targets")
+    a, b = normal(70, 90), normal(90, 50, seed=1)
+    for name in fastops.show_config("dict")["targets_runnable"]:
+        with fastops.target(name):
+            same(fj.mitchell_matmul(a, b), fastops.mitchell_matmul(plain(a), plain(b)))
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        # Two copies of the library would be two dispatch states.
+        assert len({line.split()[-1] for line in maps.read_text().splitlines() if "libfastops" in line}) == 1
+
+
 def test_a_module_of_another_jaxlib_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("version mismatch")
@@ -818,6 +832,17 @@ y = fj.mitchell_mul(a, a)
 assert (np.asarray(y) == fastops.mitchell_mul(x, x)).all()
 print("done")
 """
+
+
+@pytest.mark.parametrize(
+    "shapes", [((2, 1, 3, 1, 2), (1, 5, 1, 2, 1)), ((4, 1, 3), (2, 1)), ((3, 1, 1, 2), (1, 4, 2, 2))]
+)
+def test_axes_that_alternate_broadcast(shapes: Any) -> None:
+    a, b = (normal(*s, seed=i) for i, s in enumerate(shapes))
+    for x, y in ((a, b), (b, a)):
+        same(fj.mitchell_mul(x, y), fastops.mitchell_mul(plain(x), plain(y)))
+        product = fj.mitchell_matmul(x[..., None], y[..., None, :])
+        same(product, fastops.mitchell_matmul(plain(x)[..., None], plain(y)[..., None, :]))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
