@@ -11,27 +11,33 @@ import ctypes
 import struct
 from typing import Any, Final
 
+import numba
 import numpy as np
 from llvmlite import binding, ir
-from numba import types
-from numba.core import cgutils
-from numba.core.errors import TypingError
-from numba.core.imputils import lower_constant
-from numba.extending import (
-    NativeValue,
-    intrinsic,
-    models,
-    overload,
-    overload_method,
-    register_jitable,
-    register_model,
-    typeof_impl,
-    unbox,
-)
-from numba.np.numpy_support import as_dtype, from_dtype
+from numba import extending
+from numba.core import cgutils as _cgutils
+from numba.core import errors, imputils
+from numba.np import numpy_support
 
 from . import _backend
 from ._multiplier import OPS, Multiplier
+
+# Of no type to the checker, whatever this version of Numba declares.
+types: Any = numba.types
+cgutils: Any = _cgutils
+TypingError: Any = errors.TypingError
+lower_constant: Any = imputils.lower_constant
+as_dtype: Any = numpy_support.as_dtype
+from_dtype: Any = numpy_support.from_dtype
+NativeValue: Any = extending.NativeValue
+intrinsic: Any = extending.intrinsic
+models: Any = extending.models
+overload: Any = extending.overload
+overload_method: Any = extending.overload_method
+register_jitable: Any = extending.register_jitable
+register_model: Any = extending.register_model
+typeof_impl: Any = extending.typeof_impl
+unbox: Any = extending.unbox
 
 _BINARY: Final = ("mul", "div")
 # Operand, result and the C interface's number of the type, in NumPy's order, which is that of the search for a loop.
@@ -319,7 +325,7 @@ def _on_arrays(
         _is_none(out) or out.layout == "C"
     )
 
-    @register_jitable  # type: ignore[untyped-decorator]
+    @register_jitable
     def rows(a, b, to):  # type: ignore[no-untyped-def]
         shape = to.shape
         if dense and a.shape == shape and b.shape == shape:
@@ -329,12 +335,12 @@ def _on_arrays(
 
     if ndim == 1:
 
-        @register_jitable  # type: ignore[untyped-decorator]
+        @register_jitable
         def strided(a, b, to):  # type: ignore[no-untyped-def]
             return row(a, 0, a.strides[0], b, 0, b.strides[0], to, 0, to.strides[0], to.size)
     else:
 
-        @register_jitable  # type: ignore[untyped-decorator]
+        @register_jitable
         def strided(a, b, to):  # type: ignore[no-untyped-def]
             status = 0
             if to.size == 0:
@@ -353,7 +359,7 @@ def _on_arrays(
 
     new = _is_none(out)
 
-    @register_jitable  # type: ignore[untyped-decorator]
+    @register_jitable
     def into(a, b, shape, out):  # type: ignore[no-untyped-def]
         if new:
             to = np.empty(shape, result)
@@ -495,35 +501,33 @@ def _matmul(a: Any, b: Any, multiplier: Multiplier, out: Any) -> Any:
 
     if plain:
 
-        @register_jitable  # type: ignore[untyped-decorator]
+        @register_jitable
         def lead(x, y):  # type: ignore[no-untyped-def]
             return ()
 
-        @register_jitable  # type: ignore[untyped-decorator]
+        @register_jitable
         def offsets(x, shape):  # type: ignore[no-untyped-def]
             return np.zeros(1, np.intp)
 
     else:
 
-        @register_jitable  # type: ignore[untyped-decorator]
+        @register_jitable
         def lead(x, y):  # type: ignore[no-untyped-def]
             return np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
 
-        @register_jitable  # type: ignore[untyped-decorator]
+        @register_jitable
         def offsets(x, shape):  # type: ignore[no-untyped-def]
             wide = np.broadcast_to(x, shape + x.shape[-2:])
             count = 1
             for length in shape:
                 count *= length
             result = np.zeros(count, np.intp)
-            i = 0
-            for index in np.ndindex(shape):
+            for i, index in enumerate(np.ndindex(shape)):
                 for axis in range(len(shape)):
                     result[i] += index[axis] * wide.strides[axis]
-                i += 1
             return result
 
-    @register_jitable  # type: ignore[untyped-decorator]
+    @register_jitable
     def multiply(x, y, out):  # type: ignore[no-untyped-def]
         rows, inner, columns = x.shape[-2], x.shape[-1], y.shape[-1]
         if y.shape[-2] != inner:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The functions of cyfastops.pxd, which Cython modules cimport; there is nothing here for Python but their addresses."""
+# The functions of cyfastops.pxd, which Cython modules cimport; there is nothing here for Python but their addresses.
 
 from typing import Any
 

@@ -158,7 +158,7 @@ def test_read_only_producers_are_read(name: str) -> None:
 @pytest.mark.parametrize("name", READ)
 def test_producers_on_a_device_are_refused_by_name(name: str) -> None:
     argument, call = READ[name]
-    with pytest.raises(TypeError, match=f"^{argument} must be .*in host memory.*, got an array on a GPU$"):
+    with pytest.raises(TypeError, match=rf"^{argument} must be .*in host memory.*, got an array on a GPU$"):
         call(OnGpu)
 
 
@@ -194,7 +194,7 @@ def test_in_place_functions_refuse_read_only_memory(name: str, wrap: str) -> Non
 def test_in_place_functions_refuse_devices(name: str) -> None:
     make, _, call = WRITTEN[name]
     arrays = make()
-    with pytest.raises(TypeError, match="must be .*in host memory.*got an array on a GPU"):
+    with pytest.raises(TypeError, match=r"must be .*in host memory.*got an array on a GPU"):
         call(OnGpu(arrays[0]), *arrays[1:])
 
 
@@ -272,7 +272,9 @@ def test_a_producer_that_fails_is_named() -> None:
         def __dlpack__(self, **options: Any) -> Any:
             raise RuntimeError("no")
 
-    with pytest.raises(TypeError, match=r"^b must be an array that NumPy can read by DLPack, got an object of type Broken"):
+    with pytest.raises(
+        TypeError, match=r"^b must be an array that NumPy can read by DLPack, got an object of type Broken"
+    ):
         fastops.mitchell_matmul(A, Broken(B))
     with pytest.raises(TypeError, match=r"^params\[0\] must be an array that NumPy can read by DLPack"):
         fastops.ema_update_([A.copy()], [Broken(A)], 0.5)

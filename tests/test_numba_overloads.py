@@ -254,7 +254,9 @@ def test_many_threads_make_a_multiplier_once_needed(native: ModuleType) -> None:
 def test_import_of_fastops_needs_no_numba(chosen: str) -> None:
     code = "import sys, fastops; fastops.mitchell_mul(1.5, 2.5); assert 'numba' not in sys.modules"
     env = {**os.environ, "FASTOPS_BACKEND": chosen}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=60
+    )
     assert done.returncode == 0, done.stderr
 
 

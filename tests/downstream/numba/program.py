@@ -3,9 +3,10 @@
 
 import json
 
-import fastops
 import numba
 import numpy as np
+
+import fastops
 
 cheap = fastops.Multiplier("min-mse", mantissa_bits=7)
 
