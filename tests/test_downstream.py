@@ -196,6 +196,30 @@ assert len(libraries) == 1, libraries
     in_child(code, cython_build)
 
 
+def test_one_state_for_python_and_cython_as_installed() -> None:
+    """The same without a compiler: the functions that cyfastops offers to other modules, by their addresses."""
+    code = """
+import ctypes, fastops
+from fastops import _core, cyfastops
+name, pointer = ctypes.pythonapi.PyCapsule_GetName, ctypes.pythonapi.PyCapsule_GetPointer
+name.restype, name.argtypes = ctypes.c_char_p, [ctypes.py_object]
+pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+def function(which, *types):
+    capsule = cyfastops.__pyx_capi__[which]
+    return ctypes.CFUNCTYPE(*types)(pointer(capsule, name(capsule)))
+get, put = function("get_target", ctypes.c_char_p), function("set_target", ctypes.c_int, ctypes.c_char_p)
+for level in _core.targets():
+    with fastops.target(level):
+        assert get().decode() == level
+    assert put(level.encode()) == 0
+    assert _core.get_target() == fastops.show_config("dict")["target"] == level
+with open("/proc/self/maps") as maps:
+    libraries = {line.split()[-1] for line in maps if "libfastops" in line}
+assert len(libraries) == 1, libraries
+"""
+    in_child(code)
+
+
 def test_numba_functions_are_found_cached_and_right(tmp_path: Path) -> None:
     pytest.importorskip("numba", reason="numba is not installed")
     if not any(
