@@ -55,7 +55,7 @@ def from_dlpack(name: str, value: Any) -> AnyArray:
 
 def _refused(name: str, value: object) -> TypeError:
     got = Text(f"an object of type {_validate.clip(type(value).__name__, 30)} that does not export it")
-    return _validate.wrong_type(name, "an array that NumPy can read by DLPack", got)
+    return _validate.wrong_type(name, "an array in host memory that NumPy can read by DLPack", got)
 
 
 class _Memory:

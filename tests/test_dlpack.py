@@ -273,8 +273,9 @@ def test_a_producer_that_fails_is_named() -> None:
             raise RuntimeError("no")
 
     with pytest.raises(
-        TypeError, match=r"^b must be an array that NumPy can read by DLPack, got an object of type Broken"
+        TypeError,
+        match=r"^b must be an array in host memory that NumPy can read by DLPack, got an object of type Broken",
     ):
         fastops.mitchell_matmul(A, Broken(B))
-    with pytest.raises(TypeError, match=r"^params\[0\] must be an array that NumPy can read by DLPack"):
+    with pytest.raises(TypeError, match=r"^params\[0\] must be an array in host memory that NumPy can read by DLPack"):
         fastops.ema_update_([A.copy()], [Broken(A)], 0.5)
