@@ -51,6 +51,19 @@ def jax(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def interop(session: nox.Session) -> None:
+    """The tests that need other projects' arrays, and those that build other projects; arguments go to pytest."""
+    session.install(".[test]", "dask[array]", "pandas", "xarray")
+    tests = [
+        "tests/test_containers.py",
+        "tests/test_dlpack.py",
+        "tests/test_downstream.py",
+        "tests/test_numba_overloads.py",
+    ]
+    session.run("pytest", *(session.posargs or tests))
+
+
+@nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """pytest-benchmark over the cases of ``fastops bench``; arguments go to pytest."""
     session.install(".[test]")

@@ -87,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="fastops", description="Native-accelerated numeric operations.")
     top.add_argument("--version", action="version", version=f"fastops {fastops.__version__}")
     top.add_argument("--include-dir", action="store_true", help="print the folder of the C headers")
+    top.add_argument("--lib-dir", action="store_true", help="print the folder of libfastops")
     top.add_argument("--cmake-dir", action="store_true", help="print the folder of the CMake package")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
     bench = commands.add_parser(
@@ -384,11 +385,15 @@ def _folder(name: str, what: str) -> str:
 def _run(argv: Sequence[str] | None) -> int:
     grammar = parser()
     arguments = grammar.parse_args(argv)
-    if arguments.include_dir or arguments.cmake_dir:
-        if arguments.include_dir:
-            print(_folder("include", "C headers"))
-        if arguments.cmake_dir:
-            print(_folder("share/cmake/fastops", "CMake package"))
+    folders = [
+        (arguments.include_dir, "include", "C headers"),
+        (arguments.lib_dir, "lib", "C library"),
+        (arguments.cmake_dir, "share/cmake/fastops", "CMake package"),
+    ]
+    for asked, name, what in folders:
+        if asked:
+            print(_folder(name, what))
+    if any(asked for asked, _, _ in folders):
         return 0
     if arguments.command == "bench":
         return _bench(arguments)

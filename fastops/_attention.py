@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _validate
+from . import _dlpack, _validate
 from ._validate import AnyArray, Text
 
 FEATURE_MAPS = ("elu", "relu", "relu2", "identity", "exp", "softmax", "favor", "cosine")
@@ -433,7 +433,7 @@ def prepare_step(
     arrays = state_arrays("state", state, shapes, p.wide)
     for i, x in enumerate(arrays):
         name = f"state[{i}]"
-        if not isinstance(state[i], np.ndarray):  # type: ignore[index]
+        if not _dlpack.is_own_memory(state[i]):  # type: ignore[index]
             raise _validate.wrong_type(name, "an ndarray, since it is changed in place", state[i])  # type: ignore[index]
         _validate.writable(name, x)
         if not (x.flags.c_contiguous and x.flags.aligned):

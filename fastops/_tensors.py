@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _validate
+from . import _dlpack, _validate
 from ._validate import AnyArray, Text
 
 WIDE_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
@@ -216,7 +216,11 @@ def as_list(name: str, value: object) -> list[Any]:
 
 
 def _is_array(value: object) -> bool:
-    return isinstance(value, (np.ndarray, memoryview, bytearray)) or hasattr(value, "__dlpack__")
+    return (
+        isinstance(value, (np.ndarray, memoryview, bytearray))
+        or hasattr(value, "__dlpack__")
+        or (hasattr(value, "__array_interface__") and not isinstance(value, np.generic))
+    )
 
 
 def as_ndarray(name: str, value: Any) -> AnyArray:
@@ -235,9 +239,15 @@ def as_ndarray(name: str, value: Any) -> AnyArray:
         raise _validate.wrong_type(name, _HOST_ARRAY, value)
     with contextlib.suppress(TypeError, ValueError):
         return np.asarray(memoryview(value))
+    if hasattr(value, "__array_interface__"):
+        with contextlib.suppress(TypeError, ValueError):
+            return np.asarray(value)
     if hasattr(value, "__dlpack__"):
-        with contextlib.suppress(Exception):
-            return np.from_dlpack(value)
+        try:
+            return _dlpack.from_dlpack(name, value)
+        except TypeError:
+            if not hasattr(value, "__array__"):
+                raise
     if hasattr(value, "__array__"):
         # Its own conversion may copy, so nothing is written there.
         with contextlib.suppress(Exception):

@@ -179,6 +179,11 @@ def array(name: str, value: object) -> AnyArray:
         raise wrong_type(name, "an array without a mask (fill it first)", Text("a masked array"))
     if hasattr(value, "__cuda_array_interface__"):
         raise wrong_type(name, "an array in host memory", Text("an array on a GPU"))
+    if hasattr(value, "__dlpack__"):
+        from . import _dlpack
+
+        if _dlpack.is_bare(value):
+            return _dlpack.from_dlpack(name, value)
     try:
         result = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:

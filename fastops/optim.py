@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from . import _validate
+from . import _dlpack, _validate
 from ._backend import backend as _backend
 from ._tensors import AdamStep, EgStep, SgdStep, TensorList, as_list
 from ._validate import AnyArray, Text
@@ -589,6 +589,8 @@ def _pair(name: str, value: object) -> tuple[object, object]:
 def _scales(value: object, count: int) -> AnyArray:
     if hasattr(value, "mask"):
         raise _validate.wrong_type("scales", "an array without a mask", Text("a masked array"))
+    if _dlpack.is_own_memory(value):
+        value = _validate.array("scales", value)
     if not isinstance(value, np.ndarray) or value.dtype != np.float64 or not value.dtype.isnative:
         raise _validate.wrong_type("scales", "a float64 array", value)
     if value.shape != (count,):

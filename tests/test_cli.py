@@ -88,6 +88,19 @@ def test_include_dir_has_the_header() -> None:
 
 
 @pytest.mark.parametrize(
+    ("option", "file", "what"),
+    [("--lib-dir", "libfastops.so", "C library"), ("--cmake-dir", "fastopsConfig.cmake", "CMake package")],
+)
+def test_folders_have_what_is_linked_to(option: str, file: str, what: str) -> None:
+    done = run(option)
+    if done.returncode == 2:
+        assert done.stderr == f"fastops: this installation has no {what}\n"
+        return
+    assert done.returncode == 0, done.stderr
+    assert (Path(done.stdout.strip()) / file).is_file()
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["bench", "--family", "mitchel"], ["--family", "'mitchel'", *FAMILIES]),

@@ -159,6 +159,16 @@ __attribute__((noinline)) fastops_status apply_controlled(const fastops_mitchell
 }
 
 }  // namespace
+
+void set_constants(fastops_mitchell& m, const fastops_mitchell_params& params) noexcept {
+  m.params = params;
+  const DefaultControl control;  // constants are rounded to nearest
+  fill<std::int32_t>(m.single[FASTOPS_F16], params, 10, 23, -14, 127);
+  fill<std::int32_t>(m.single[FASTOPS_BF16], params, 7, 23, -126, 127);
+  fill<std::int32_t>(m.single[FASTOPS_F32], params, 23, 23, -126, 127);
+  fill<std::int64_t>(m.wide, params, 52, 52, -1022, 1023);
+}
+
 }  // namespace fastops
 
 using namespace fastops;
@@ -167,12 +177,7 @@ fastops_status fastops_mitchell_create(const fastops_mitchell_params* params, fa
   if (params == nullptr || result == nullptr || !is_valid(*params)) return FASTOPS_INVALID;
   auto* m = new (std::nothrow) fastops_mitchell();
   if (m == nullptr) return FASTOPS_NO_MEMORY;
-  m->params = *params;
-  const DefaultControl control;  // constants are rounded to nearest
-  fill<std::int32_t>(m->single[FASTOPS_F16], *params, 10, 23, -14, 127);
-  fill<std::int32_t>(m->single[FASTOPS_BF16], *params, 7, 23, -126, 127);
-  fill<std::int32_t>(m->single[FASTOPS_F32], *params, 23, 23, -126, 127);
-  fill<std::int64_t>(m->wide, *params, 52, 52, -1022, 1023);
+  set_constants(*m, *params);
   *result = m;
   return FASTOPS_OK;
 }

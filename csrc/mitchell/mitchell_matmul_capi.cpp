@@ -795,6 +795,14 @@ fastops_status fastops_mitchell_matmul(const fastops_mitchell* m, fastops_dtype 
       dtype, [&](auto t) { return matmul<decltype(t)>(m, dtype, batch, pointers, shape_a, shape_b, shape_out, poll); });
 }
 
+fastops_status fastops_mitchell_matmul_flat(const fastops_mitchell* m, fastops_dtype dtype, size_t batch,
+                                            const void* const* a, const fastops_matrix* shape_a, const void* const* b,
+                                            const fastops_matrix* shape_b, void* const* out,
+                                            const fastops_matrix* shape_out) noexcept {
+  if (shape_a == nullptr || shape_b == nullptr || shape_out == nullptr) return FASTOPS_INVALID;
+  return fastops_mitchell_matmul(m, dtype, batch, a, *shape_a, b, *shape_b, out, *shape_out, {nullptr, nullptr});
+}
+
 fastops_status fastops_mitchell_matmul_grad_a(const fastops_mitchell* m, fastops_gradient mode, fastops_dtype dtype,
                                               size_t batch, const void* const* a, fastops_matrix shape_a,
                                               const void* const* b, fastops_matrix shape_b, const void* const* dy,

@@ -29,4 +29,11 @@ struct fastops_mitchell {
   fastops::MitchellConstants<std::int64_t> wide;       // FASTOPS_F64
 };
 
+namespace fastops {
+
+// Rounds the constants of valid parameters.
+void set_constants(fastops_mitchell& m, const fastops_mitchell_params& params) noexcept;
+
+}  // namespace fastops
+
 #endif

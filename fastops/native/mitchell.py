@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from _thread import allocate_lock
 from typing import Any
 
@@ -45,6 +46,10 @@ def mitchell_op(op: str, multiplier: Multiplier) -> np.ufunc:
             with contextlib.suppress(AttributeError):
                 found.__module__ = "fastops"
             _ufuncs[key] = found
+            # Loaded where Numba has been asked for it.
+            overloads = sys.modules.get("fastops._numba_overloads")
+            if overloads is not None:
+                overloads.add(op, multiplier, found)
     return found
 
 

@@ -101,9 +101,87 @@ static void matmul(void) {
   memset(out, 0, sizeof out);
   CHECK(fastops_mitchell_matmul(NULL, FASTOPS_F32, 1, &pa, sa, &pb, sb, &pc, sc, no_poll) == FASTOPS_OK, "exact");
   for (i = 0; i < M * N; ++i) CHECK(out[i] == exact[i], "element %d: %g, wanted %g", i, out[i], exact[i]);
+  memset(out, 0, sizeof out);
+  CHECK(fastops_mitchell_matmul_flat(m, FASTOPS_F32, 1, &pa, &sa, &pb, &sb, &pc, &sc) == FASTOPS_OK, "flat");
+  for (i = 0; i < M * N; ++i) CHECK(out[i] == exact[i], "element %d: %g, wanted %g", i, out[i], exact[i]);
+  CHECK(fastops_mitchell_matmul_flat(m, FASTOPS_F32, 1, &pa, &sa, &pb, NULL, &pc, &sc) == FASTOPS_INVALID, "no shape");
   CHECK(fastops_mitchell_matmul(m, FASTOPS_F32, 1, &pa, sa, &pb, sa, &pc, sc, no_poll) == FASTOPS_INVALID, "shapes");
   CHECK(fastops_mitchell_matmul(m, FASTOPS_I8, 1, &pa, sa, &pb, sb, &pc, sc, no_poll) == FASTOPS_INVALID, "dtype");
   fastops_mitchell_destroy(m);
+}
+
+/* The functions of one element have the bits of the kernels, whatever the operands. */
+typedef float (*binary_f32)(float, float);
+typedef double (*binary_f64)(double, double);
+typedef float (*unary_f32)(float);
+typedef double (*unary_f64)(double);
+
+static uint64_t next_word(void) {
+  static uint64_t state = 1;
+  state = state * 6364136223846793005u + 1442695040888963407u;
+  return state ^ (state >> 29);
+}
+
+static void one_element(void) {
+  static const binary_f32 two_f32[3] = {fastops_mitchell_mul_f32, fastops_mitchell_div_f32, fastops_lmul_f32};
+  static const binary_f64 two_f64[3] = {fastops_mitchell_mul_f64, fastops_mitchell_div_f64, fastops_lmul_f64};
+  static const unary_f32 one_f32[6] = {fastops_mitchell_square_f32, fastops_mitchell_reciprocal_f32,
+                                       fastops_mitchell_sqrt_f32,   fastops_mitchell_rsqrt_f32,
+                                       fastops_mitchell_log2_f32,   fastops_mitchell_exp2_f32};
+  static const unary_f64 one_f64[6] = {fastops_mitchell_square_f64, fastops_mitchell_reciprocal_f64,
+                                       fastops_mitchell_sqrt_f64,   fastops_mitchell_rsqrt_f64,
+                                       fastops_mitchell_log2_f64,   fastops_mitchell_exp2_f64};
+  /* Zeros, the ends of the subnormal and normal numbers, infinity, a nan; then every pattern alike. */
+  static const uint32_t edges32[8] = {0, 1, 0x007fffff, 0x00800000, 0x3f800000, 0x7f7fffff, 0x7f800000, 0x7fc00000};
+  static const uint64_t edges64[8] = {0,
+                                      1,
+                                      0x000fffffffffffffu,
+                                      0x0010000000000000u,
+                                      0x3ff0000000000000u,
+                                      0x7fefffffffffffffu,
+                                      0x7ff0000000000000u,
+                                      0x7ff8000000000000u};
+  fastops_mitchell *plain = make(0.0), *lmul = make(0.0625);
+  long i;
+  int k;
+  if (plain == NULL || lmul == NULL) return;
+  for (i = 0; i < 200000; ++i) {
+    uint32_t p32[2];
+    uint64_t p64[2];
+    float a32, b32, got32, want32;
+    double a64, b64, got64, want64;
+    for (k = 0; k < 2; ++k) {
+      const uint64_t word = next_word();
+      const int edge = (int)(k == 0 ? i % 8 : i / 8 % 8);
+      p32[k] = i < 256 ? edges32[edge] | (uint32_t)((i >> (6 + k) & 1) << 31) : (uint32_t)word;
+      p64[k] = i < 256 ? edges64[edge] | (uint64_t)(i >> (6 + k) & 1) << 63 : next_word();
+    }
+    memcpy(&a32, &p32[0], 4);
+    memcpy(&b32, &p32[1], 4);
+    memcpy(&a64, &p64[0], 8);
+    memcpy(&b64, &p64[1], 8);
+    for (k = 0; k < 3; ++k) {
+      const fastops_mitchell* m = k == 2 ? lmul : plain;
+      const fastops_mitchell_op op = k == 1 ? FASTOPS_DIV : FASTOPS_MUL;
+      fastops_mitchell_apply(m, op, FASTOPS_F32, &a32, 4, &b32, 4, &want32, 4, 1);
+      fastops_mitchell_apply(m, op, FASTOPS_F64, &a64, 8, &b64, 8, &want64, 8, 1);
+      got32 = two_f32[k](a32, b32);
+      got64 = two_f64[k](a64, b64);
+      CHECK(memcmp(&got32, &want32, 4) == 0, "%d(%a, %a) = %a, not %a", k, a32, b32, got32, want32);
+      CHECK(memcmp(&got64, &want64, 8) == 0, "%d(%a, %a) = %a, not %a", k, a64, b64, got64, want64);
+    }
+    for (k = 0; k < 6; ++k) {
+      const fastops_mitchell_op op = (fastops_mitchell_op)(FASTOPS_SQUARE + k);
+      fastops_mitchell_apply(plain, op, FASTOPS_F32, &a32, 4, &a32, 4, &want32, 4, 1);
+      fastops_mitchell_apply(plain, op, FASTOPS_F64, &a64, 8, &a64, 8, &want64, 8, 1);
+      got32 = one_f32[k](a32);
+      got64 = one_f64[k](a64);
+      CHECK(memcmp(&got32, &want32, 4) == 0, "op %d(%a) = %a, not %a", op, a32, got32, want32);
+      CHECK(memcmp(&got64, &want64, 8) == 0, "op %d(%a) = %a, not %a", op, a64, got64, want64);
+    }
+  }
+  fastops_mitchell_destroy(plain);
+  fastops_mitchell_destroy(lmul);
 }
 
 int main(void) {
@@ -111,5 +189,6 @@ int main(void) {
   elements();
   bad_params();
   matmul();
+  one_element();
   return check_result("test_capi");
 }

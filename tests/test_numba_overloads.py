@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""fastops within functions that Numba compiles: the bits of the ufuncs and the matrix product, or an error in words."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastops
+
+numba = pytest.importorskip("numba", reason="numba is not installed")
+pytestmark = pytest.mark.skipif(
+    fastops.show_config("dict")["backend"] != "native", reason="compiled code calls the native backend"
+)
+
+CHEAP = fastops.Multiplier("min-mse", mantissa_bits=7)
+SEGMENTS = fastops.Multiplier(segments=4)
+cheap_mul = CHEAP.mul
+SPECIAL = (1.7, -2.9, 0.0, -0.0, np.inf, -np.inf, np.nan, 5e-324, 1e-310, 1.2e-38, 1e308, 3e38)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> None:
+    """Where fastops is installed, its entry point has done it already."""
+    from fastops import _numba_overloads
+
+    _numba_overloads.register()
+
+
+@numba.njit
+def binary_scalars(x, y):  # type: ignore[no-untyped-def]
+    return (
+        fastops.mitchell_mul(x, y),
+        fastops.mitchell_div(x, y),
+        fastops.lmul(x, y),
+        cheap_mul(x, y),
+        SEGMENTS.div(x, y),
+    )
+
+
+@numba.njit
+def unary_scalars(x):  # type: ignore[no-untyped-def]
+    return (
+        fastops.mitchell_square(x),
+        fastops.mitchell_reciprocal(x),
+        fastops.mitchell_sqrt(x),
+        fastops.mitchell_rsqrt(x),
+        fastops.mitchell_log2(x),
+        fastops.mitchell_exp2(x),
+    )
+
+
+@numba.njit
+def mul(x, y):  # type: ignore[no-untyped-def]
+    return fastops.mitchell_mul(x, y)
+
+
+@numba.njit
+def matmul(a, b):  # type: ignore[no-untyped-def]
+    return fastops.mitchell_matmul(a, b)
+
+
+def words(value: Any) -> bytes:
+    """The bits, with every nan the same."""
+    value = np.asarray(value)
+    return np.where(np.isnan(value), value.dtype.type(np.nan), value).tobytes()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scalars_have_the_bits_of_the_ufuncs(dtype: type, native: ModuleType) -> None:
+    for x in map(dtype, SPECIAL):
+        wanted = [f(x) for f in (fastops.mitchell_square, fastops.mitchell_reciprocal, fastops.mitchell_sqrt)]
+        wanted += [f(x) for f in (fastops.mitchell_rsqrt, fastops.mitchell_log2, fastops.mitchell_exp2)]
+        assert [words(dtype(r)) for r in unary_scalars(x)] == [words(w) for w in wanted], x
+        for y in map(dtype, SPECIAL):
+            operations = (fastops.mitchell_mul, fastops.mitchell_div, fastops.lmul, cheap_mul, SEGMENTS.div)
+            got = binary_scalars(x, y)
+            assert [words(dtype(r)) for r in got] == [words(f(x, y)) for f in operations], (x, y)
+
+
+def test_scalars_promote_as_numpy(native: ModuleType) -> None:
+    assert mul(3, 5) == fastops.mitchell_mul(3, 5)
+    assert mul(np.int8(100), np.int8(100)) == fastops.mitchell_mul(np.int8(100), np.int8(100))
+    assert mul(np.float32(0.1), 3) == fastops.mitchell_mul(np.float64(np.float32(0.1)), 3)
+
+
+OPERANDS: dict[str, Callable[[np.ndarray], Any]] = {
+    "same": lambda a: a,
+    "row": lambda a: a[:1],
+    "column": lambda a: a[:, :1],
+    "vector": lambda a: a[0],
+    "reversed": lambda a: a[::-1, ::-1],
+    "Fortran": np.asfortranarray,
+    "scalar": lambda a: np.float32(1.7),
+    "0-d": lambda a: np.array(1.7, np.float32),
+}
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+def test_arrays_broadcast_as_the_ufunc(name: str, native: ModuleType) -> None:
+    a = np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32)
+    b = OPERANDS[name](a)
+    got, wanted = mul(a, b), fastops.mitchell_mul(a, b)
+    assert got.dtype == wanted.dtype
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_arrays_of_two_dtypes_promote_as_numpy(native: ModuleType) -> None:
+    a = np.random.default_rng(0).standard_normal(9).astype(np.float32)
+    for b in (a.astype(np.float64), np.arange(9, dtype=np.int16), np.arange(9) > 4):
+        got, wanted = mul(a, b), fastops.mitchell_mul(a, b)
+        assert got.dtype == wanted.dtype
+        np.testing.assert_array_equal(got, wanted)
+    i = np.arange(-4, 5, dtype=np.int16)
+    assert mul(i, i).dtype == np.int32
+    np.testing.assert_array_equal(mul(i, i), fastops.mitchell_mul(i, i))
+
+
+def test_arrays_without_elements(native: ModuleType) -> None:
+    assert mul(np.empty((0, 3)), np.empty((0, 3))).shape == (0, 3)
+    assert mul(np.empty((2, 0)), np.empty((2, 1))).shape == (2, 0)
+
+
+def test_arrays_go_to_out(native: ModuleType) -> None:
+    @numba.njit
+    def into(x, y, out):  # type: ignore[no-untyped-def]
+        fastops.mitchell_mul(x, y, out=out)
+        return fastops.mitchell_square(out, out)
+
+    x = np.random.default_rng(0).standard_normal((4, 6))
+    out = np.empty((6, 4)).T
+    assert into(x, x, out).ctypes.data == out.ctypes.data
+    np.testing.assert_array_equal(out, fastops.mitchell_square(fastops.mitchell_mul(x, x)))
+    with pytest.raises(ValueError, match="out must have the shape of the result"):
+        into(x, x, np.empty((6, 4)).T[:3])
+    frozen = np.empty_like(x)
+    frozen.flags.writeable = False
+    for wrong in (frozen, np.empty((4, 6), np.float32), np.empty(24)):
+        with pytest.raises(numba.TypingError, match="out must be a writable array of 2 dimensions and dtype float64"):
+            into(x, x, wrong)
+
+
+SHAPES = [
+    ((5, 7), (7, 4)),
+    ((3, 5, 7), (7, 4)),
+    ((3, 1, 5, 7), (2, 7, 4)),
+    ((7,), (7, 4)),
+    ((5, 7), (7,)),
+    ((2, 0), (0, 3)),
+]
+
+
+@pytest.mark.parametrize(("left", "right"), SHAPES)
+def test_matmul_has_the_bits_of_pythons(left: tuple[int, ...], right: tuple[int, ...], native: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal(left), rng.standard_normal(right)
+    np.testing.assert_array_equal(matmul(a, b), fastops.mitchell_matmul(a, b))
+
+
+def test_matmul_of_vectors_strides_and_dtypes(native: ModuleType) -> None:
+    x = np.arange(1.0, 4.0)
+    assert matmul(x, x) == fastops.mitchell_matmul(x, x)
+    a = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)[:, ::2]
+    np.testing.assert_array_equal(matmul(a.T, a), fastops.mitchell_matmul(a.T, a))
+    wide = matmul(a.T, a.astype(np.float64))
+    assert wide.dtype == np.float64
+    with pytest.raises(ValueError, match="b must have as many rows as a has columns"):
+        matmul(a, a)
+    with pytest.raises(numba.TypingError, match="a must be an array of 1 or more dimensions of a float type"):
+        matmul(np.arange(3), a)
+
+
+def test_multipliers_are_values(native: ModuleType) -> None:
+    @numba.njit
+    def both(m, a, b):  # type: ignore[no-untyped-def]
+        return m.mul(a, b), m.matmul(a, b), fastops.mitchell_matmul(a, b, multiplier=CHEAP)
+
+    a = np.random.default_rng(0).standard_normal((4, 4))
+    for m in (CHEAP, SEGMENTS):
+        product, matrix, cheap = both(m, a, a)
+        np.testing.assert_array_equal(product, m.mul(a, a))
+        np.testing.assert_array_equal(matrix, m.matmul(a, a))
+        np.testing.assert_array_equal(cheap, CHEAP.matmul(a, a))
+
+
+def test_multipliers_made_later_are_known(native: ModuleType) -> None:
+    late = fastops.Multiplier(0.01375).mul
+
+    @numba.njit
+    def use(x):  # type: ignore[no-untyped-def]
+        return late(x, x)
+
+    assert use(3.3) == late(3.3, 3.3)
+
+
+def test_what_cannot_be_compiled_is_said(native: ModuleType) -> None:
+    only = fastops.Multiplier("lmul")
+
+    @numba.njit
+    def divide(x):  # type: ignore[no-untyped-def]
+        return only.div(x, x)
+
+    with pytest.raises(numba.TypingError, match="it is a multiplier only"):
+        divide(1.5)
+    with pytest.raises(numba.TypingError, match="mitchell_mul takes numbers and arrays of them"):
+        mul("x", 1.5)
+
+
+@pytest.mark.filterwarnings("ignore::numba.NumbaPerformanceWarning")
+def test_prange_over_elements(native: ModuleType) -> None:
+    @numba.njit(parallel=True)
+    def products(x):  # type: ignore[no-untyped-def]
+        out = np.empty_like(x)
+        for i in numba.prange(x.size):
+            out[i] = fastops.mitchell_mul(x[i], x[i]) + SEGMENTS.mul(x[i], x[i])
+        return out
+
+    x = np.random.default_rng(0).standard_normal(5000)
+    np.testing.assert_array_equal(products(x), fastops.mitchell_mul(x, x) + SEGMENTS.mul(x, x))
+
+
+def test_many_threads_make_a_multiplier_once_needed(native: ModuleType) -> None:
+    m = fastops.Multiplier(0.0271)
+
+    @numba.njit("float64(float64)", nogil=True)
+    def use(x):  # type: ignore[no-untyped-def]
+        return m.mul(x, x)
+
+    barrier = threading.Barrier(8)
+    seen: list[float] = []
+
+    def work() -> None:
+        barrier.wait()
+        seen.append(use(3.3))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [float(m.mul(3.3, 3.3))] * 8
+
+
+@pytest.mark.parametrize("chosen", ["native", "reference"])
+def test_import_of_fastops_needs_no_numba(chosen: str) -> None:
+    code = "import sys, fastops; fastops.mitchell_mul(1.5, 2.5); assert 'numba' not in sys.modules"
+    env = {**os.environ, "FASTOPS_BACKEND": chosen}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_registration_leaves_other_backends_alone() -> None:
+    code = (
+        "from fastops import _numba_overloads as o\n"
+        "o.register()\n"
+        "assert not o._registered\n"
+        "import numba, fastops\n"
+        "assert numba.njit(lambda x: x + 1)(1) == 2"
+    )
+    env = {**os.environ, "FASTOPS_BACKEND": "reference"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], env=env, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
