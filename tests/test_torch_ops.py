@@ -323,7 +323,9 @@ def test_opcheck_finds_a_wrong_shape() -> None:
     lib.define("wrong(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
     lib.impl("wrong", lambda x: x + 1, "CompositeExplicitAutograd")
     torch.library.register_fake("fastops_test::wrong", lambda x: x.new_empty((7,)), lib=lib)
-    with pytest.raises(torch.testing._internal.optests.generate_tests.OpCheckError):
+    from torch.testing._internal.optests.generate_tests import OpCheckError
+
+    with pytest.raises(OpCheckError):
         torch.library.opcheck(torch.ops.fastops_test.wrong.default, (torch.ones(3),))
 
 
@@ -484,6 +486,41 @@ def test_states_that_overlap_are_refused() -> None:
     assert (s == 1).all()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_a_mask_hides_may_be_nan_in_gradients(causal: bool) -> None:
+    """The last keys are hidden: what stands there reaches no gradient, of softmax attention nor of a decay."""
+    clean = [normal(2, 2, 6, 4, dtype=F64, seed=i) for i in range(3)]
+    seen = torch.tensor([True] * 4 + [False] * 2)
+    found = []
+    for hidden in (0.0, torch.nan):
+        q, k, v = (x.clone() for x in clean)
+        k[..., 4:, :] = v[..., 4:, :] = hidden
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        y = ft.softmax_attention(q, k, v, causal=causal, key_mask=seen.expand(2, 6))
+        gradients = list(torch.autograd.grad(y.sum(), inputs))
+        if causal:
+            decay = -torch.rand(2, 2, 6, dtype=F64, generator=torch.Generator().manual_seed(1))
+            inputs = [*inputs, decay.requires_grad_()]
+            y = ft.linear_attention(q, k, v, causal=True, decay=decay, key_mask=seen.expand(2, 6), eps=0.1)
+            gradients += torch.autograd.grad((y * y).sum(), inputs)
+        found.append(gradients)
+    for x, y in zip(*found, strict=True):
+        assert x.isfinite().all()
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+def test_transforms_nest_and_take_no_samples() -> None:
+    x = normal(3, 2, 9, 4)
+
+    def attend(q: Any) -> Any:
+        return ft.nystrom_attention(q, q, q, num_landmarks=2)
+
+    got = torch.func.grad(lambda q: torch.vmap(attend)(q).sum())(x)
+    want = torch.stack([torch.func.grad(lambda q: attend(q).sum())(q) for q in x])
+    torch.testing.assert_close(got, want)
+    assert torch.vmap(attend)(x[:0]).shape == (0, 2, 9, 4)
+
+
 # --- errors ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -518,6 +555,7 @@ def _wrong() -> list[tuple[Callable[[], Any], type[Exception], str]]:
         (lambda: ft.linear_attention(q, q, q, initial_state=state[0]), TypeError, "initial_state"),
         (lambda: ft.linear_attention(q, q, q, feature_map="eluu"), ValueError, "did you mean 'elu'"),
         (lambda: ft.linear_attention_step_(row, row, row, state), TypeError, "q must be a tensor outside autograd"),
+        (lambda: ft.linear_attention_step_(q[0], q[0], q[0], None), TypeError, "state must be a tuple"),
         (lambda: ft.softmax_attention(q, q, q, logn="rows"), ValueError, "logn"),
         (lambda: ft.nystrom_attention(q, q, q, landmarks=q), TypeError, "landmarks must be a tuple"),
         (lambda: ft.nystrom_attention(q, q, q, num_landmarks=0), ValueError, "num_landmarks"),

@@ -188,6 +188,16 @@ def test_replaced_parameters_are_followed(model: Any) -> None:
     assert (ema.module.last.bias.abs() < 1e-6).all()
 
 
+def test_replaced_layers_are_followed() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    ema = ft.EMA(model, 0.5)
+    ema.update()
+    model[1] = torch.nn.Linear(4, 4)
+    torch.nn.init.constant_(model[1].bias, 100.0)
+    ema.update()
+    assert (ema.module[1].bias > 40).all()
+
+
 def test_an_inf_is_left_out(model: Any) -> None:
     ema = ft.EMA(model, 0.5, nonfinite="skip")
     with torch.no_grad():
@@ -399,6 +409,38 @@ def test_a_parameter_without_gradients_is_followed_while_it_stands_still() -> No
     assert optimizer.state[q]["ema"].tolist() == [6.0] * 3
     assert int(optimizer.state[q]["step"]) == 1
     assert int(optimizer.state[p]["step"]) == 3
+
+
+def test_a_state_that_is_cleared_or_replaced_is_heard_of() -> None:
+    start = torch.linspace(0, 1, 5)
+    pairs = []
+    for kind in (torch.optim.AdamW, ft.AdamW):
+        p = torch.nn.Parameter(start.clone())
+        optimizer = kind([p], lr=0.1)
+
+        def step(p: Any = p, optimizer: Any = optimizer) -> None:
+            p.grad = torch.sin(3 * p.detach())
+            optimizer.step()
+
+        step()
+        optimizer.state.clear()
+        step()
+        optimizer.state[p]["exp_avg"] = torch.full((5,), 0.3)
+        step()
+        pairs.append((p.detach(), optimizer.state_dict()["state"][0]))
+    torch.testing.assert_close(*(p for p, _ in pairs))
+    assert int(pairs[1][1]["step"]) == 2
+    torch.testing.assert_close(*(state["exp_avg"] for _, state in pairs))
+
+
+def test_options_that_are_refused_are_so_in_a_step() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = ft.AdamW([p])
+    p.grad = torch.ones(3)
+    optimizer.param_groups[0]["maximize"] = True
+    with pytest.raises(ValueError, match="maximize must be False"):
+        optimizer.step()
+    assert (p == 1).all()
 
 
 def test_autograd_hears_of_a_step() -> None:

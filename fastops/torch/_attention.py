@@ -203,6 +203,10 @@ def _decay_kernel(
     h, n, m = k.shape[-3], q.shape[-2], k.shape[-2]
     per_token = decay.shape == ((m,) if one_head else k.shape[:-1])
     of_rows, of_keys = (dy.to(wide) * y.to(wide)).sum(-1), (dv.to(wide) * v.to(wide)).sum(-1)
+    if key_mask is not None:
+        # Values that nobody sees may be nan; their gradient is 0, and that of a decay goes on from it.
+        seen = key_mask if key_mask.ndim == of_keys.ndim else key_mask.unsqueeze(-2)
+        of_keys = of_keys.masked_fill(~seen, 0.0)
     if name != "identity" if normalize is None else normalize:
         # The same weights over values that are 1, without a divisor.
         begin = (None, None) if s is None else (z[..., None].contiguous(), z)
@@ -374,7 +378,7 @@ def linear_attention(
             ("decay", decay),
         )
     )
-    state = _parts(initial_state)
+    state = (None, None, None) if initial_state is None else _parts("initial_state", initial_state)
     _ops.without_gradient(projection=projection, m=state[2], decay=decay if feature_map == "exp" else None)
     extras = (projection, key_mask, cu_seqlens, decay, *state)
     options = (causal, feature_map, normalize, eps, kernel_eps, scale, layout, return_state)
@@ -386,15 +390,13 @@ def _count(feature_map: str) -> int:
     return 3 if feature_map in _attention.EXPONENTIAL else 2
 
 
-def _parts(state: Sequence[Tensor] | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _parts(name: str, state: object) -> tuple[Tensor, Tensor, Tensor | None]:
     """S, z and m of a state, as an operator takes them."""
-    if state is None:
-        return None, None, None
     if not isinstance(state, (tuple, list)) or len(state) not in (2, 3):
-        raise _validate.wrong_type("initial_state", "a tuple of 2 or 3 tensors (S, z, m)", state)
+        raise _validate.wrong_type(name, "a tuple of 2 or 3 tensors (S, z, m)", state)
     for i, x in enumerate(state):
         if not isinstance(x, Tensor):
-            raise _validate.wrong_type(f"initial_state[{i}]", "a torch.Tensor", x)
+            raise _validate.wrong_type(f"{name}[{i}]", "a torch.Tensor", x)
     s, z, *rest = state
     return s, z, rest[0] if rest else None
 
@@ -548,9 +550,7 @@ def linear_attention_step_(
     ):
         q, k, v = _triple(q, k, v)
     projection, decay = _given("projection", projection), _given("decay", decay)
-    s, z, m = _parts(state)
-    assert s is not None
-    assert z is not None
+    s, z, m = _parts("state", state)
     tensors = [x for x in (q, k, v, s, z, m, projection, decay) if x is not None]
     args = (q, k, v, s, z, m, projection, decay, feature_map, normalize, eps, kernel_eps, scale)
     if direct(*tensors):
@@ -663,6 +663,9 @@ def _softmax_rows(
     count = k.shape[-2]
     if not count or not q.numel():
         return
+    if visible is not None:
+        # What nobody sees may be nan, of which 0 times is nan.
+        k, v = (x.masked_fill(~visible[:, :, None, keys[0] : keys[1], None], 0.0) for x in (k, v))
     step = max(1, _BLOCK // (count * math.prod(q.shape[:3])))
     for start in range(rows[0], rows[1], step):
         block = slice(start, min(start + step, rows[1]))
@@ -686,6 +689,8 @@ def _softmax_rows(
         dv[:, :, keys[0] : keys[1]] += (weights.mT @ d).sum(2)
         inner = (d * y[..., block, :]).sum(-1, keepdim=True)
         ds = weights * (d @ v.mT - inner)
+        if hidden is not None:
+            ds = ds.masked_fill(hidden, 0.0)
         dq[..., block, :] = (ds @ k) * f
         dk[:, :, keys[0] : keys[1]] += (ds.mT @ scaled).sum(2)
 

@@ -32,13 +32,23 @@ class Slots:
     def __init__(self, module: torch.nn.Module) -> None:
         self.params: list[tuple[dict[str, Any], str]] = []
         self.buffers: list[tuple[dict[str, Any], str]] = []
+        self._children: list[tuple[dict[str, Any], list[Any]]] = []
         seen: set[int] = set()
         for part in module.modules():
+            if part._modules:
+                self._children.append((part._modules, list(part._modules.values())))
             for places, tensors in ((self.params, part._parameters), (self.buffers, part._buffers)):
                 for name, x in tensors.items():
                     if x is not None and id(x) not in seen:
                         seen.add(id(x))
                         places.append((tensors, name))
+
+    def current(self) -> bool:
+        """Whether the module still has the parts it had."""
+        return all(
+            len(parts) == len(had) and all(x is y for x, y in zip(parts.values(), had, strict=True))
+            for parts, had in self._children
+        )
 
 
 def _read(places: Sequence[tuple[dict[str, Any], str]]) -> list[Any]:
@@ -207,7 +217,7 @@ class EMA(torch.nn.Module):
 
     def _places(self, module: torch.nn.Module) -> Slots:
         found = self._slots.get(id(module))
-        if found is None:
+        if found is None or not found[1].current():
             if len(self._slots) > 2:
                 self._slots.clear()
             found = self._slots[id(module)] = (module, Slots(module))

@@ -163,6 +163,8 @@ def distributed_linear_attention(
         raise _validate.wrong_moment("distributed_linear_attention", "called after init_process_group", "a call before")
     if _validate.boolean("return_state", return_state) and not causal:
         raise _validate.wrong_value("return_state", "False without causal=True", return_state)
+    if decay is not None and not causal:
+        raise _validate.wrong_value("decay", "None without causal=True", Text("a tensor"))
     q, k, v = _triple(q, k, v)
     without_gradient(decay=decay)
     if q.ndim < 3:
@@ -172,7 +174,7 @@ def distributed_linear_attention(
     axis = -3 if layout == "bnhd" else -2
     nothing = slice(0, 0)
     no_rows = (..., nothing, slice(None), slice(None)) if axis == -3 else (..., nothing, slice(None))
-    sums: dict[str, Any] = {"decay": decay, "causal": decay is not None or causal, "key_mask": key_mask}
+    sums: dict[str, Any] = {"decay": decay, "causal": causal, "key_mask": key_mask}
     _, (s, z, *rest) = linear_attention(q[no_rows], k, v, return_state=True, **sums, **given)
     assert len(rest) + 2 == _count(feature_map)
     log = _total(decay, k, k.shape[axis], z)

@@ -67,7 +67,7 @@ def _quick(function: Any, a: Tensor, b: Tensor) -> Tensor:
         return y
     try:
         x = silent.call(function, a.numpy(), b.numpy(), **_ORDER)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         x = silent.call(function, array("a", a), array("b", b), **_ORDER)
     return torch.from_numpy(x) if type(x) is np.ndarray and _ORDER else like(x, np.asarray(x))
 

@@ -54,11 +54,6 @@ def _refuse(name: str, x: Tensor) -> NoReturn:
     raise _validate.wrong_type(name, "a tensor that NumPy can share", Text(f"a {kind} of {x.dtype}")) from None
 
 
-def arrays(**tensors: Tensor | None) -> list[AnyArray | None]:
-    """The memory of several."""
-    return [None if x is None else array(name, x) for name, x in tensors.items()]
-
-
 def tensor(x: AnyArray) -> Tensor:
     """A tensor over the memory of an array that is ours."""
     if x.dtype == _BFLOAT16:
@@ -203,7 +198,7 @@ def define(
         raise _validate.not_offered(name, "differentiated once", Text("a second time"))
 
     def samples(info: Any, dims: Sequence[int | None], *args: Any) -> Any:
-        return loop(op, info, dims, args)
+        return loop(call, info, dims, args)
 
     derive, batch = backward or refuse, vmap or samples
     torch.library.register_autograd(full, derive, setup_context=setup, lib=LIBRARY)
@@ -271,6 +266,15 @@ def _casting(op: Any, casts: tuple[int, ...]) -> Callable[..., Any]:
 
 def loop(op: Callable[..., Any], info: Any, dims: Sequence[int | None], args: Sequence[Any]) -> Any:
     """The batching rule of an operator that takes one sample at a time."""
+    if not info.batch_size:
+        # Of no samples only the shapes are known.
+        one = (
+            x.new_ones((*x.shape[:d], *x.shape[d + 1 :])) if isinstance(d, int) else x
+            for x, d in zip(args, dims, strict=True)
+        )
+        made = op(*one)
+        empty = [x.new_empty((0, *x.shape)) for x in (made if isinstance(made, tuple) else (made,))]
+        return (tuple(empty), (0,) * len(empty)) if isinstance(made, tuple) else (empty[0], 0)
     found = [
         op(*(x.select(d, i) if isinstance(d, int) else x for x, d in zip(args, dims, strict=True)))
         for i in range(info.batch_size)

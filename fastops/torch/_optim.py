@@ -71,7 +71,8 @@ class AdamW(torch.optim.Optimizer):
 
     Notes
     -----
-    `step` raises before it writes anything of a group where a parameter or gradient is of another dtype or not on the CPU.
+    `step` raises where a parameter or gradient is of another dtype or not on the CPU, before it writes any of the parameters of that
+    group that have taken as many steps.
     The state dict is that of ``torch.optim.AdamW``, which can be exchanged; averages are an entry ``ema`` beside the moments.
     ``amsgrad``, ``maximize`` and ``differentiable`` are refused.
 
@@ -196,7 +197,8 @@ class AdamW(torch.optim.Optimizer):
         Raises
         ------
         TypeError, ValueError
-            A parameter or gradient of another dtype, layout or device. Nothing of its group was written.
+            A parameter or gradient of another dtype, layout or device, before any of the parameters of that group that have taken
+            as many steps was written; an option that is refused.
         RuntimeError
             Averages are swapped in.
         """
@@ -211,6 +213,9 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, i: int, group: dict[str, Any]) -> None:
+        for name in _REFUSED:
+            if group[name]:
+                raise _validate.wrong_value(name, "False", group[name])
         params: list[Tensor] = group["params"]
         averages = group["ema_decay"] is not None
         grads = [p.grad for p in params]
@@ -224,7 +229,7 @@ class AdamW(torch.optim.Optimizer):
             ]
             params = [p for p, g in zip(params, grads, strict=True) if g is not None]
         buckets = self._buckets.get(i)
-        if buckets is None or not _holds(buckets, params, averages):
+        if buckets is None or not (_holds(buckets, params, averages) and all(map(self._knows, buckets))):
             buckets = self._buckets[i] = self._sort(params, averages)
         for bucket in buckets:
             p, m, v, shadows = bucket.lists
@@ -247,6 +252,23 @@ class AdamW(torch.optim.Optimizer):
         if idle:
             shadows = [local(self.state[p]["ema"]) for p in idle]
             optim.ema_update_(shadows, [local(p) for p in idle], group["ema_decay"])
+
+    def _knows(self, bucket: _Bucket) -> bool:
+        """Whether the state is what the lists were made of: it may have been cleared or replaced."""
+        _, m, v, shadows = bucket.lists
+        names = ("exp_avg", "exp_avg_sq") if shadows is None else ("exp_avg", "exp_avg_sq", "ema")
+        kept = zip(*(items for items in (m, v, shadows) if items is not None), strict=True)
+        states = self.state
+        for p, tensors in zip(bucket.params, kept, strict=True):
+            state = states.get(p)
+            if not state or state.get("step") is not bucket.step:
+                return False
+            for name, x in zip(names, tensors, strict=True):
+                found = state.get(name)
+                # The local part of a DTensor is another object each time.
+                if found is not x and (found is None or local(found).data_ptr() != x.data_ptr()):
+                    return False
+        return True
 
     def _sort(self, params: list[Tensor], averages: bool) -> list[_Bucket]:
         """One list for each number of steps taken."""
