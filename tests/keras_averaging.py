@@ -176,6 +176,8 @@ def test_validation_sees_the_averages() -> None:
             ema.update()
         with pytest.raises(RuntimeError, match="got those of this one"), ema.average_parameters():
             pass
+        with pytest.raises(RuntimeError, match="fit must be called when no averages are swapped in"):
+            fit(model, ema)
         assert same([model.get_weights()[i] for i in trained], ema.shadows)
     assert same(model.get_weights(), weights)
     assert not np.array_equal(array(model.predict(X, verbose=0)), prediction)
@@ -289,6 +291,31 @@ def test_an_interrupted_validation_puts_the_weights_back(
     assert model.evaluate(X, Y, verbose=0)[0] > 0
 
 
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="of jax's compiled steps alone")
+def test_an_error_within_a_compiled_validation_puts_the_weights_back() -> None:
+    """jax has given the arrays of the step away by then, and Keras would be left with deleted ones."""
+    import jax
+
+    def failing(y: Any, prediction: Any) -> Any:
+        def look(x: Array) -> Array:
+            if validates[0]:
+                raise ValueError("inside")
+            return x
+
+        return jax.pure_callback(look, jax.ShapeDtypeStruct((), np.float32), keras.ops.mean(y - prediction))
+
+    class Mark(keras.callbacks.Callback):
+        def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
+            validates[0] = batch == 1
+
+    validates = [False]
+    model, ema, recorder = made(), fk.EMA(0.9), Recorder()
+    model.compile("sgd", "mse", metrics=[failing])
+    with pytest.raises(Exception, match="inside"):
+        fit(model, ema, recorder, Mark(), validation_data=(X, Y))
+    assert same(model.trainable_variables, recorder.weights[-1])
+
+
 def test_an_interrupted_training_leaves_the_weights() -> None:
     class Stop(keras.callbacks.Callback):
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -373,6 +400,11 @@ def test_averages_can_become_the_weights() -> None:
     assert not same(model.trainable_variables, ema.shadows)
     ema.copy_to_()
     assert same(model.trainable_variables, ema.shadows)
+    # jax would take over their memory.
+    weights = model.get_weights()
+    for shadow in ema.shadows:
+        shadow += 1
+    assert same(model.get_weights(), weights)
 
 
 def test_state_goes_through_a_file() -> None:

@@ -390,15 +390,14 @@ class EMA(keras.callbacks.Callback):
         held, model = self._held, self._bare()
         if held is None:
             return
-        with contextlib.suppress(RuntimeError):
-            # An evaluation that ended early leaves jax's values in its loop, or, where they were given away, nowhere.
+        try:
+            # An evaluation that ended early leaves jax's values, the averages among them, in its loop: they must not come later.
             _ = self.model
-        interrupt = _assign(self._variables, held)
-        if hasattr(model, "_jax_state_synced"):
-            model._jax_state_synced = True
-        self._held = None
-        self._swapped_by_test = False
-        _SWAPPED.pop(model, None)
+        finally:
+            interrupt = _assign(self._variables, held)
+            self._held = None
+            self._swapped_by_test = False
+            _SWAPPED.pop(model, None)
         if interrupt is not None:
             raise interrupt
 
@@ -495,8 +494,15 @@ class EMA(keras.callbacks.Callback):
         ----------
         logs : dict, optional
             Numbers of the moment.
+
+        Raises
+        ------
+        RuntimeError
+            Averages are swapped in, of this EMA or another.
         """
-        self._swap_out()
+        if self._swapped_by_test:
+            self._swap_out()
+        self._want_restored("fit")
         self._follow()
         self._fitting = True
         model = self._bare()

@@ -314,7 +314,6 @@ class _Heads(keras.layers.Layer):
         return y, keras.KerasTensor((*query.shape[:-2], *lengths), dtype=self.compute_dtype)
 
 
-@keras.saving.register_keras_serializable(package="fastops")
 class LinearAttention(_Heads):
     """A layer of linear attention: its time grows with the length, not with its square.
 
@@ -464,7 +463,6 @@ class LinearAttention(_Heads):
         )
 
 
-@keras.saving.register_keras_serializable(package="fastops")
 class NystromAttention(_Heads):
     """A layer of Nystrom attention: softmax attention, approximated through landmarks.
 
@@ -606,7 +604,6 @@ class NystromAttention(_Heads):
         )
 
 
-@keras.saving.register_keras_serializable(package="fastops")
 class SoftmaxAttention(_Heads):
     """A layer of exact softmax attention, without an array of N x M: what MultiHeadAttention computes, and log-n scaling.
 
@@ -683,3 +680,8 @@ class SoftmaxAttention(_Heads):
     def _attend(self, q: Any, k: Any, v: Any, causal: bool, mask: Any, matrix: bool = False) -> Any:
         causal = self.causal or causal
         return _functions().softmax_attention(q, k, v, causal=causal, key_mask=mask, logn=self.logn, layout="bnhd")
+
+
+# Files name them so; they load where this module is imported. No decorator: without Keras the documentation would lose the classes.
+for _kind in (LinearAttention, NystromAttention, SoftmaxAttention):
+    keras.saving.register_keras_serializable(package="fastops")(_kind)
