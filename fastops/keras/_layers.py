@@ -283,7 +283,13 @@ class _Heads(keras.layers.Layer):
         return (*query[:-1], self._output_dim or query[-1])
 
     def compute_output_spec(
-        self, query: Any, value: Any = None, key: Any = None, *, return_attention_scores: bool = False, **others: Any
+        self,
+        query: Any,
+        value: Any = None,
+        key: Any = None,
+        *masks: Any,
+        return_attention_scores: bool = False,
+        **others: Any,
     ) -> Any:
         """Shape and dtype of what `call` gives, for functional models.
 
@@ -295,8 +301,10 @@ class _Heads(keras.layers.Layer):
             What it attends to.
         key : KerasTensor, optional
             What the keys are made of.
+        *masks
+            Masks.
         return_attention_scores : bool
-            Of `call`.
+            Return the matrix of weights too.
         **others
             The other arguments of `call`.
 
