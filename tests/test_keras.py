@@ -31,7 +31,7 @@ def tests_of(name: str) -> list[str]:
     return [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
 
 
-def python(backend: str, *arguments: str, timeout: float = 280.0) -> subprocess.CompletedProcess[str]:
+def python(backend: str, *arguments: str, timeout: float = 840.0) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, env=env, timeout=timeout, check=False
@@ -68,6 +68,9 @@ def run(backend: str, file: str, folder: Path) -> Results:
         for name in tests_of(file)
     ],
 )
+@pytest.mark.timeout(
+    900
+)  # the first of a file waits for all; over jax a minute of compilations where nobody else computes
 def test_keras(
     framework: str,
     file: str,
