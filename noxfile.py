@@ -51,6 +51,13 @@ def jax(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def keras(session: nox.Session) -> None:
+    """The tests that need Keras, over torch and jax; arguments go to pytest."""
+    session.install(".[test,keras,torch,jax]")
+    session.run("pytest", *(session.posargs or ["tests/test_keras.py", "tests/test_examples.py", "-k", "keras"]))
+
+
+@nox.session(default=False)
 def interop(session: nox.Session) -> None:
     """The tests that need other projects' arrays, and those that build other projects; arguments go to pytest."""
     session.install(".[test]", "dask[array]", "pandas", "xarray")

@@ -29,8 +29,8 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 autodoc_typehints = "none"
-# The references of fastops.torch and fastops.jax need their names alone; torch and jax are large.
-autodoc_mock_imports = [name for name in ("jax", "torch") if not importlib.util.find_spec(name)]
+# The references of fastops.torch, fastops.jax and fastops.keras need their names alone; torch and jax are large.
+autodoc_mock_imports = [name for name in ("jax", "keras", "torch") if not importlib.util.find_spec(name)]
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
 numpydoc_xref_param_type = False

@@ -131,6 +131,7 @@ _SUBMODULES = (
     "bench",
     "distributed",
     "jax",
+    "keras",
     "native",
     "numba",
     "optim",
@@ -193,5 +194,5 @@ def __dir__() -> list[str]:
     from ._backend import installed
 
     # Who looks at all names, as `help` does, must not meet one that raises.
-    absent = [name for name in ("jax", "torch") if not installed(name)]
+    absent = [name for name in ("jax", "keras", "torch") if not installed(name)]
     return sorted({*globals(), *__all__, *_SUBMODULES}.difference(absent))

@@ -230,6 +230,29 @@ def test_language_model_learns_and_its_average_is_better(tmp_path: Path) -> None
     assert picture.read_text(encoding="utf-8").count("<path") > 10
 
 
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_keras_attention_maps_show_where_each_row_looks(tmp_path: Path, framework: str) -> None:
+    for name in ("keras", "matplotlib", framework):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+    picture = tmp_path / "maps.svg"
+    command = [sys.executable, str(EXAMPLES / "keras_attention_maps.py"), "--plot", str(picture)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "KERAS_BACKEND": framework}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False, env=env)
+    assert run.returncode == 0, run.stderr
+    header, *rows = run.stdout.splitlines()
+    assert header.split() == ["attention", "accuracy", "averaged", "on", "target", "to", "functions"]
+    found = {row.split()[0]: [float(x.rstrip("%")) for x in row.split()[1:]] for row in rows}
+    assert list(found) == ["softmax", "linear", "Nystrom"]
+    for accuracy, averaged, on_target, apart in found.values():
+        # Chance is 10 %, and a row that looks everywhere has 1/24 on its target.
+        assert min(accuracy, averaged) > 80
+        assert on_target > 0.3
+        assert apart <= tolerance.KERAS_LAYER
+    assert found["softmax"][2] > found["linear"][2]
+    assert picture.read_text(encoding="utf-8").count("<image") >= 6
+
+
 def test_language_model_wants_enough_text(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="torch is not installed")
     path = tmp_path / "text"

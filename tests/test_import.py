@@ -211,7 +211,7 @@ def test_numba_asked_for_and_absent_says_what_to_install(tmp_path: pathlib.Path)
     assert ran.stderr.splitlines()[-1] == "ImportError: FASTOPS_BACKEND=numba needs numba: pip install 'fastops[numba]'"
 
 
-@pytest.mark.parametrize("name", ["jax", "torch"])
+@pytest.mark.parametrize("name", ["jax", "keras", "torch"])
 def test_a_framework_asked_for_and_absent_says_what_to_install(name: str):
     ran = run("-W", "error", "-c", f"import sys; sys.modules['{name}'] = None\nimport fastops.{name}")
     assert ran.returncode == 1

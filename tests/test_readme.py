@@ -2,7 +2,11 @@
 """The README and the documentation say what is so: their Python runs, their commands and files exist."""
 
 import ast
+import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +27,14 @@ PYTHON = [
 
 
 @pytest.mark.parametrize("text", PYTHON)
-def test_python_of_the_pages_runs(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_of_the_pages_runs(text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A line with a trailing `# array(...)` comment must give that array."""
     for name in ("jax", "torch"):
         if re.search(rf"^(import|from) (fastops\.)?{name}", text, re.MULTILINE):
             pytest.importorskip(name, reason=f"{name} is not installed")
+    if re.search(r"^(import|from) (fastops\.)?keras", text, re.MULTILINE):
+        _run_with_keras(text, tmp_path)
+        return
     native_only = [name for name in ("fastops.target(", ".reduce(") if name in text]
     if native_only and fastops.show_config("dict")["backend"] != "native":
         pytest.skip(f"the text shows what native alone has: {', '.join(native_only)}")
@@ -45,6 +52,18 @@ def test_python_of_the_pages_runs(text: str, capsys: pytest.CaptureFixture[str])
         else:
             exec(compile(ast.Module([node], []), "page", "exec"), scope)
     assert stated == text.count("# array(")
+
+
+def _run_with_keras(text: str, folder: Path) -> None:
+    """In a process of its own, since Keras chooses its backend when it is imported."""
+    found = [name for name in ("torch", "jax") if importlib.util.find_spec(name) is not None]
+    if importlib.util.find_spec("keras") is None or not found:
+        pytest.skip("keras, or both torch and jax, are not installed")
+    env = {**os.environ, "KERAS_BACKEND": found[0]}
+    ran = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, env=env, cwd=folder, timeout=200, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_readme_has_the_two_commands() -> None:

@@ -295,3 +295,8 @@ NYSTROM_NOISE = 0.8
 
 # A central difference of a loss of some nats over steps of 1e-4 of weights of about 1, in float32 in part (the places).
 EXAMPLE_SLOPE = 1e-3
+
+# A layer of Keras against the same sums in another order: rows of some 10 products on both sides of an attention, numbers of size 1.
+KERAS_LAYER = 1e-5
+# In bfloat16: inputs, weights, projections and the result each rounded by 2**-9, relative to the largest element.
+KERAS_HALF = 0.05
