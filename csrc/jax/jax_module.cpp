@@ -33,6 +33,7 @@ py::dict handlers() {
 }  // namespace
 
 PYBIND11_MODULE(_jax, m, py::mod_gil_not_used()) {
+  m.attr("api_version") = py::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   m.def("handlers", &handlers,
         "The handlers by the names of their targets, as jax.ffi.register_ffi_target takes them.");
 }

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -34,14 +37,25 @@ def _module() -> Any:
         module = import_module("fastops._jax")
     except ModuleNotFoundError:
         return None
-    try:
-        for name, handler in module.handlers().items():
-            jax.ffi.register_ffi_target(name, handler, platform="cpu")
-    except (RuntimeError, TypeError, ValueError) as error:
-        text = _validate.clip(str(error), 100)
-        warnings.warn(f"fastops._jax was built for another jaxlib, callbacks are used: {text}", stacklevel=2)
+    # XLA looks at the version late, and then has no CPU at all.
+    version = _api_version()
+    if version != module.api_version:
+        got = f"its interface is {module.api_version}, jaxlib's {version}"
+        warnings.warn(f"fastops._jax was built for another jaxlib, callbacks are used: {got}", stacklevel=2)
         return None
+    for name, handler in module.handlers().items():
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
     return module
+
+
+def _api_version() -> tuple[int, ...] | None:
+    """The version of XLA's interface of handlers, of jaxlib's headers."""
+    try:
+        text = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = re.findall(r"^#define XLA_FFI_API_M(?:AJ|IN)OR (\d+)", text, re.MULTILINE)
+    return tuple(map(int, found))
 
 
 MODULE = _module()
@@ -229,11 +243,13 @@ def _direct() -> Any:
         emit = mlir.emit_python_callback
     except (AttributeError, ImportError):
         return None
+    options = {"has_side_effect": False}
+    # Of jax 0.10; the releases before it have none and return one all the same.
+    if "returns_token" in inspect.signature(emit).parameters:
+        options["returns_token"] = False
 
     def lower(ctx: Any, *operands: Any, function: Any, results: Any) -> Any:
-        return emit(
-            ctx, function, None, operands, ctx.avals_in, ctx.avals_out, has_side_effect=False, returns_token=False
-        )[0]
+        return emit(ctx, function, None, operands, ctx.avals_in, ctx.avals_out, **options)[0]
 
     def run(*operands: Any, function: Any, results: Any) -> list[Any]:
         return [jnp.asarray(x) for x in function(*map(np.asarray, operands))]
