@@ -706,6 +706,72 @@ def test_the_route_is_the_one_asked_for(route: str) -> None:
     assert ("python_cpu_callback" in text) == (route == "callback")
 
 
+MULTIPLIER = fj._mitchell._attributes(Multiplier(), "mul")
+
+
+def handle(target: str, shapes: list[tuple[int, ...]], results: list[tuple[int, ...]], **attributes: Any) -> Any:
+    """A handler's answer to buffers of ones, as any caller of jax's interface may ask."""
+    found = [jax.ShapeDtypeStruct(s, np.float32) for s in results]
+    given = {**attributes, **MULTIPLIER}
+    return jax.block_until_ready(jax.ffi.ffi_call(target, found)(*(jnp.ones(s, np.float32) for s in shapes), **given))
+
+
+def steps_of(*numbers: int) -> dict[str, Any]:
+    return {"steps": np.array(numbers, np.int64)}
+
+
+STEPS = (1, 1, 0, 0, 1, 1, 1)
+IMAGE, KERNEL, RESULT = (1, 2, 5, 4), (4, 2, 3, 3), (1, 4, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "y", "steps"),
+    [
+        *((IMAGE, KERNEL, y, STEPS) for y in ((1, 1, 1, 1), (1, 4, 3, 3), (1, 4, 2, 2), (1, 3, 3, 2), (2, 4, 3, 2))),
+        *((IMAGE, w, RESULT, STEPS) for w in ((4, 1, 3, 3), (4, 3, 3, 3), (3, 2, 3, 3))),
+        *(
+            (IMAGE, KERNEL, RESULT, (*STEPS[:i], n, *STEPS[i + 1 :]))
+            for i in range(7)
+            for n in (-1, 2, 2**62, *((0,) if i not in (2, 3) else ()))
+        ),
+        # Twice that is 0 in 64 bits.
+        (IMAGE, KERNEL, RESULT, (1, 1, -(2**63), 0, 1, 1, 1)),
+        (IMAGE, (4, 2, 0, 3), (1, 4, 6, 2), STEPS),
+        ((1, 2, 2, 4), KERNEL, (1, 4, 1, 2), STEPS),
+    ],
+    ids=str,
+)
+def test_convolutions_that_do_not_fit_are_refused_by_handlers(x: Any, w: Any, y: Any, steps: Any, route: str) -> None:
+    if route != "ffi":
+        pytest.skip("handlers alone")
+    with pytest.raises(Exception, match="buffers that do not fit each other"):
+        handle("fastops_conv2d", [x, w], [y], **steps_of(*steps))
+    with pytest.raises(Exception, match="buffers that do not fit each other"):
+        handle("fastops_conv2d_grad", [y, x, w], [x, w], mode=np.int32(0), **steps_of(*steps))
+
+
+def test_gradients_of_other_sizes_and_modes_are_refused_by_handlers(route: str) -> None:
+    if route != "ffi":
+        pytest.skip("handlers alone")
+    (y,) = handle("fastops_conv2d", [IMAGE, KERNEL], [RESULT], **steps_of(*STEPS))
+    assert y.shape == RESULT
+    dx, dw = handle(
+        "fastops_conv2d_grad", [RESULT, IMAGE, KERNEL], [IMAGE, KERNEL], mode=np.int32(2), **steps_of(*STEPS)
+    )
+    assert (dx.shape, dw.shape) == (IMAGE, KERNEL)
+    for results in ([(1, 2, 4, 4), KERNEL], [IMAGE, (4, 2, 3, 2)], [KERNEL, IMAGE]):
+        with pytest.raises(Exception, match="buffers that do not fit each other"):
+            handle("fastops_conv2d_grad", [RESULT, IMAGE, KERNEL], results, mode=np.int32(0), **steps_of(*STEPS))
+    for mode in (-1, 3, 9):
+        for target, shapes, more in (
+            ("fastops_conv2d_grad", [RESULT, IMAGE, KERNEL], steps_of(*STEPS)),
+            ("fastops_matmul_grad", [(2, 4), (2, 3), (3, 4)], {}),
+            ("fastops_mitchell_grad", [(3,), (3,), (3,)], {"op": np.int32(0), "rank": np.int32(1)}),
+        ):
+            with pytest.raises(Exception, match="a mode of gradients that there is none of"):
+                handle(target, shapes, shapes[1:], mode=np.int32(mode), **more)
+
+
 def test_handlers_follow_the_target_and_the_number_of_threads() -> None:
     if _backend.name != "native":
         pytest.skip("native alone has targets")
