@@ -388,6 +388,41 @@ def test_softmax_gradient_is_that_of_jax(causal: bool, monkeypatch: pytest.Monke
     jax.clear_caches()
 
 
+def test_what_masked_keys_hold_reaches_no_gradient() -> None:
+    shapes = [(2, 4, 6, 3), (2, 2, 6, 3), (2, 2, 6, 2), (2, 2, 6)]
+    mask = np.array([[True, False, True, True, True, False], [False, True, True, True, False, True]])
+
+    def linear(q: Any, k: Any, v: Any, g: Any, **options: Any) -> Any:
+        named = {"causal": True, "decay": -jnp.exp(g), "key_mask": mask, **options}
+        turned = (x.swapaxes(1, 2) if named.get("layout") == "bnhd" else x for x in (q, k, v))
+        return fj.linear_attention(*turned, **named)
+
+    functions: list[Callable[..., Any]] = [
+        lambda q, k, v, g: fj.softmax_attention(q, k, v, key_mask=mask),
+        lambda q, k, v, g: fj.softmax_attention(q, k, v, key_mask=np.stack([mask, ~mask], 1), causal=True),
+        linear,
+        lambda *x: linear(*x, layout="bnhd"),
+        lambda *x: linear(*x, feature_map="identity", key_mask=np.stack([mask, ~mask], 1)),
+    ]
+    for function in functions:
+        seen = np.stack([mask, ~mask], 1) if function in (functions[1], functions[4]) else mask[:, None]
+        q, k, v, g = variables(*shapes)
+        grad = jax.grad(lambda *x, f=function: (f(*x) ** 2).sum(), (0, 1, 2, 3))
+        k, v = (jnp.where(seen[..., None], x, 0.0) for x in (k, v))
+        want = grad(q, k, v, g)
+        assert any(np.asarray(x).any() for x in want)
+        for odd in (np.nan, np.inf, -np.inf):
+            given = (jnp.where(seen[..., None], x, odd) for x in (k, v))
+            for x, y in zip(grad(q, *given, g), want, strict=True):
+                np.testing.assert_array_equal(x, y)
+    # And of the gradient's own gradient.
+    q, k, v, _ = variables(*shapes)
+    soft = lambda q, k, v: (fj.softmax_attention(q, k, v, key_mask=mask) ** 2).sum()
+    twice = jax.grad(lambda *x: sum((y**2).sum() for y in jax.grad(soft, (0, 1, 2))(*x)), (0, 1, 2))
+    given = (jnp.where(mask[:, None, :, None], x, np.nan) for x in (k, v))
+    assert all(bool(jnp.isfinite(x).all()) for x in twice(q, *given))
+
+
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if not name.startswith("softmax")])
 def test_second_derivatives_are_refused(name: str) -> None:
     function, shapes = FUNCTIONS[name]
