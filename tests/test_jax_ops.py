@@ -807,6 +807,15 @@ def test_gradients_of_other_sizes_and_modes_are_refused_by_handlers(route: str) 
                 handle(target, shapes, shapes[1:], mode=np.int32(mode), **more)
 
 
+@pytest.mark.parametrize("n", [2**57, 2**60])
+def test_handlers_without_memory_say_so(n: int, route: str) -> None:
+    if route != "ffi":
+        pytest.skip("handlers alone")
+    # One pointer for each matrix of a result without elements: more than a process can have, and more than a vector can count.
+    with pytest.raises(Exception, match="RESOURCE_EXHAUSTED: fastops: out of memory"):
+        handle("fastops_matmul_grad", [(1, 0, 1), (1, 0, 1), (1, 1, 1)], [(n, 0, 1), (1, 1, 1)], mode=np.int32(0))
+
+
 def test_handlers_follow_the_target_and_the_number_of_threads() -> None:
     if _backend.name != "native":
         pytest.skip("native alone has targets")

@@ -572,7 +572,7 @@ ffi::Error nystrom_attention_backward(AnyBuffer dy, AnyBuffer q, AnyBuffer k, An
 
 using namespace fastops;
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_linear_attention, linear_attention,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_linear_attention, guarded<linear_attention>,
                               xla::ffi::Ffi::Bind()
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()
@@ -587,7 +587,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_linear_attention, linear_attention,
                                   .Ret<AnyBuffer>()
                                   .RemainingRets()
                                   .Attrs<LinearNumbers>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_linear_attention_step, linear_attention_step,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_linear_attention_step, guarded<linear_attention_step>,
                               xla::ffi::Ffi::Bind()
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()
@@ -602,7 +602,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_linear_attention_step, linear_attentio
                                   .Ret<AnyBuffer>()
                                   .RemainingRets()
                                   .Attrs<LinearNumbers>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_linear_attention_backward, linear_attention_backward,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_linear_attention_backward, guarded<linear_attention_backward>,
                               xla::ffi::Ffi::Bind()
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()
@@ -623,7 +623,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_linear_attention_backward, linear_atte
                                   .Ret<AnyBuffer>()
                                   .RemainingRets()
                                   .Attrs<LinearNumbers>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_softmax_attention, softmax_attention,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_softmax_attention, guarded<softmax_attention>,
                               xla::ffi::Ffi::Bind()
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()
@@ -633,7 +633,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_softmax_attention, softmax_attention,
                                   .Arg<AnyBuffer>()
                                   .Ret<AnyBuffer>()
                                   .Attrs<SoftmaxNumbers>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_nystrom_attention, nystrom_attention,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_nystrom_attention, guarded<nystrom_attention>,
                               xla::ffi::Ffi::Bind()
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()
@@ -644,7 +644,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_nystrom_attention, nystrom_attention,
                                   .Arg<AnyBuffer>()
                                   .Ret<AnyBuffer>()
                                   .Attrs<NystromNumbers>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_nystrom_attention_backward, nystrom_attention_backward,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_nystrom_attention_backward, guarded<nystrom_attention_backward>,
                               xla::ffi::Ffi::Bind()
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()

@@ -315,10 +315,10 @@ ffi::Error conv2d_grad(AnyBuffer dy, AnyBuffer x, AnyBuffer w, Result dx, Result
 using namespace fastops;
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    fastops_jax_elementwise, elementwise,
+    fastops_jax_elementwise, guarded<elementwise>,
     ffi::Ffi::Bind().Arg<AnyBuffer>().Arg<AnyBuffer>().Ret<AnyBuffer>().Attr<std::int32_t>("op").Attr<Numbers>(
         "multiplier"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_elementwise_grad, elementwise_grad,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_elementwise_grad, guarded<elementwise_grad>,
                               ffi::Ffi::Bind()
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()
@@ -330,9 +330,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_elementwise_grad, elementwise_grad,
                                   .Attr<std::int32_t>("rank")
                                   .Attr<Numbers>("multiplier"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    fastops_jax_matmul, matmul,
+    fastops_jax_matmul, guarded<matmul>,
     ffi::Ffi::Bind().Arg<AnyBuffer>().Arg<AnyBuffer>().Ret<AnyBuffer>().Attr<Numbers>("multiplier"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_matmul_grad, matmul_grad,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_matmul_grad, guarded<matmul_grad>,
                               ffi::Ffi::Bind()
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()
@@ -342,10 +342,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_matmul_grad, matmul_grad,
                                   .Attr<std::int32_t>("mode")
                                   .Attr<Numbers>("multiplier"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    fastops_jax_conv2d, conv2d,
+    fastops_jax_conv2d, guarded<conv2d>,
     ffi::Ffi::Bind().Arg<AnyBuffer>().Arg<AnyBuffer>().Ret<AnyBuffer>().Attr<Steps>("steps").Attr<Numbers>(
         "multiplier"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_conv2d_grad, conv2d_grad,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_conv2d_grad, guarded<conv2d_grad>,
                               ffi::Ffi::Bind()
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()
