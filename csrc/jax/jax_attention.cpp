@@ -128,9 +128,6 @@ bool are_offsets(const Samples& s, const AnyBuffer& x) {
   return !s.has(x) || x.element_type() == ffi::DataType::S32 || x.element_type() == ffi::DataType::S64;
 }
 
-// --- linear attention
-// --------------------------------------------------------------------------------------------------
-
 // What linear attention takes beyond q, k and v.
 struct Extras {
   AnyBuffer projection, key_mask, offsets, decay, s, z, m;
@@ -377,9 +374,6 @@ ffi::Error linear_attention_backward(AnyBuffer dy, AnyBuffer ds, AnyBuffer dz, A
   return ffi::Error::Success();
 }
 
-// --- softmax attention
-// -------------------------------------------------------------------------------------------------
-
 ffi::Error softmax_attention(AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer key_mask, AnyBuffer offsets,
                              AnyBuffer factors, Result y, SoftmaxNumbers numbers) {
   const Samples s = samples_of(q, kAxes);
@@ -430,9 +424,6 @@ ffi::Error softmax_attention(AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer ke
   }
   return ffi::Error::Success();
 }
-
-// --- Nystrom attention
-// -------------------------------------------------------------------------------------------------
 
 // A call of Nystrom attention, of each sample of vmap or of all of them as one batch.
 class Nystrom {
