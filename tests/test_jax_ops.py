@@ -841,6 +841,21 @@ def test_a_module_of_another_jaxlib_is_left_alone(monkeypatch: pytest.MonkeyPatc
         assert fj._ops._module() is None
 
 
+def test_a_module_that_cannot_be_loaded_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> Any:
+        raise ImportError(f"{name}.so: undefined symbol: fastops_of_another_day")
+
+    monkeypatch.setattr("fastops.jax._ops.import_module", fail)
+    built = fj._ops.MODULE is not None
+    if _backend.name == "native":
+        with pytest.warns(UserWarning, match=r"^fastops._jax cannot be loaded, callbacks are used: .*undefined symbol"):
+            assert fj._ops._module() is None
+    assert fastops.show_config("dict")["jax_handlers"] == ("built" if built else "not built")
+    monkeypatch.setattr("fastops.jax._ops.MODULE", None)
+    wanted = "built, but not to be used here: callbacks are" if built else "not built"
+    assert fastops.show_config("dict")["jax_handlers"] == wanted
+
+
 def test_a_route_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastops.jax._ops.MODULE", None)
     with pytest.raises(ValueError, match=r"^name must be 'callback': this build has no module of handlers"):

@@ -34,6 +34,10 @@ def _module() -> Any:
         module = import_module("fastops._jax")
     except ModuleNotFoundError:
         return None
+    except ImportError as error:
+        text = _validate.clip(str(error), 100)
+        warnings.warn(f"fastops._jax cannot be loaded, callbacks are used: {text}", stacklevel=2)
+        return None
     try:
         for name, handler in module.handlers().items():
             jax.ffi.register_ffi_target(name, handler, platform="cpu")
