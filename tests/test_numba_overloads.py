@@ -234,6 +234,12 @@ def test_multipliers_made_later_are_known(native: ModuleType) -> None:
     assert use(3.3) == late(3.3, 3.3)
 
 
+def test_multipliers_are_made_while_the_module_is_imported(native: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As another thread sees it before its first line has run.
+    monkeypatch.setitem(sys.modules, "fastops._numba_overloads", ModuleType("fastops._numba_overloads"))
+    assert fastops.Multiplier(0.01625).mul(1.0, 1.0) > 1
+
+
 def test_what_cannot_be_compiled_is_said(native: ModuleType) -> None:
     only = fastops.Multiplier("lmul")
 
