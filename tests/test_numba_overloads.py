@@ -125,6 +125,18 @@ def test_arrays_of_two_dtypes_promote_as_numpy(native: ModuleType) -> None:
     np.testing.assert_array_equal(mul(i, i), fastops.mitchell_mul(i, i))
 
 
+def test_numbers_of_python_have_numbas_types(native: ModuleType) -> None:
+    @numba.njit
+    def scaled(x):  # type: ignore[no-untyped-def]
+        return fastops.mitchell_mul(x, 3), fastops.mitchell_mul(x, 3.0), fastops.mitchell_mul(x, np.float32(3))
+
+    x = np.random.default_rng(0).standard_normal(9).astype(np.float32)
+    for got, three in zip(scaled(x), (np.int64(3), np.float64(3), np.float32(3)), strict=True):
+        wanted = fastops.mitchell_mul(x, three)
+        assert got.dtype == wanted.dtype
+        np.testing.assert_array_equal(got, wanted)
+
+
 def test_arrays_without_elements(native: ModuleType) -> None:
     assert mul(np.empty((0, 3)), np.empty((0, 3))).shape == (0, 3)
     assert mul(np.empty((2, 0)), np.empty((2, 1))).shape == (2, 0)
