@@ -864,7 +864,7 @@ def _softmax_bwd(options: SoftmaxOptions, kept: Any, dy: Any) -> Any:
         dq = jnp.moveaxis(dq, 0, 3).reshape((b, h, groups, blocks * step, d))[..., : len(rows), :]
     else:
         dq, dk, dv = (jnp.zeros_like(x) for x in (first[0], k, v))
-    found = [x.reshape((b, -1 if x.size else groups * h, *x.shape[-2:])) for x in (dq,)] + [dk, dv]
+    found = [dq.reshape((b, -1 if dq.size else groups * h, *dq.shape[-2:])), dk, dv]
     if options.layout == "bnhd":
         found = [x.swapaxes(1, 2) for x in found]
     return (*(x.astype(dtype) for x in found), None, None, None)

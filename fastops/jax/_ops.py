@@ -138,18 +138,14 @@ class Shape(NamedTuple):
     dtype: Any
 
 
-Host = Callable[..., Sequence[Any]]
-Many = Callable[..., Sequence[Any] | None]
-
-
 def call(
     route: str,
     target: str,
     attributes: dict[str, Any] | None,
-    host: Host,
+    host: Callable[..., Sequence[Any]],
     results: Sequence[Shape],
     *operands: Any,
-    many: Many | None = None,
+    many: Callable[..., Sequence[Any] | None] | None = None,
     spread_out: bool = False,
     aliases: dict[int, int] | None = None,
 ) -> list[Any]:
@@ -398,7 +394,11 @@ def _lead(operands: Sequence[Any], ranks: Sequence[int]) -> tuple[int, ...]:
 
 
 def _each(
-    host: Host, axes: tuple[int, ...], operands: Sequence[Any], ranks: Sequence[int], results: Sequence[Shape]
+    host: Callable[..., Sequence[Any]],
+    axes: tuple[int, ...],
+    operands: Sequence[Any],
+    ranks: Sequence[int],
+    results: Sequence[Shape],
 ) -> list[AnyArray]:
     full = [None if x is None else spread(x, axes, rank) for x, rank in zip(operands, ranks, strict=True)]
     found = [np.empty((*axes, *x.shape), x.dtype) for x in results]
