@@ -22,7 +22,7 @@ if(EXISTS "${FASTOPS_JAX_INCLUDE}/xla/ffi/api/ffi.h")
   set_target_properties(_jax PROPERTIES INSTALL_RPATH "$ORIGIN/lib")
   install(TARGETS _jax LIBRARY DESTINATION fastops)
 elseif(FASTOPS_JAX STREQUAL "auto")
-  message(STATUS "Handlers for jax: not built, no jaxlib here; fastops.jax uses jax.pure_callback")
+  message(STATUS "Handlers for jax: not built, no jaxlib here; fastops.jax uses callbacks")
 elseif(NOT FASTOPS_JAX MATCHES "^(off|OFF|0|false)$")
   message(FATAL_ERROR "FASTOPS_JAX=${FASTOPS_JAX}, but there are no headers of jaxlib: build without isolation beside jaxlib, or "
                       "set FASTOPS_JAX to the folder that jax.ffi.include_dir() names")

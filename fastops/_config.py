@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from types import ModuleType, TracebackType
 from typing import Any, Literal, Self, overload
 
@@ -259,6 +260,15 @@ def _import_version(module: str) -> str:
         return "installed"
 
 
+def _jax_handlers() -> str:
+    """Whether the build has handlers for jax, and where `fastops.jax` is imported, whether it could register them."""
+    if not _backend.installed(f"{__package__}._jax"):
+        return "not built"
+    ops = sys.modules.get(f"{__package__}.jax._ops")
+    unusable = ops is not None and getattr(ops, "MODULE", ops) is None
+    return "built, but not to be used here: callbacks are" if unusable else "built"
+
+
 def _settings() -> dict[str, Any]:
     import platform
 
@@ -292,7 +302,7 @@ def _settings() -> dict[str, Any]:
         "threads_reason": f"{_threads_reason} (affinity {affinity()}, cgroup quota {granted})",
         "cuda": "not built",
         "jax": _import_version("jax"),
-        "jax_handlers": "built" if _core is not None and _backend.installed(f"{__package__}._jax") else "not built",
+        "jax_handlers": _jax_handlers() if _core is not None else "not built",
         "ml_dtypes": _import_version("ml_dtypes"),
         "numba": _import_version("numba"),
     }

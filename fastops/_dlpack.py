@@ -36,8 +36,8 @@ def from_dlpack(name: str, value: Any) -> AnyArray:
     """
     try:
         device = int(value.__dlpack_device__()[0])
-    except Exception:  # noqa: BLE001 (whatever the producer raises)
-        raise _refused(name, value) from None
+    except Exception as error:
+        raise _refused(name, value) from error
     if device not in _HOST:
         got = "an array on a GPU" if device in _GPUS else f"an array on DLPack's device type {device}"
         raise _validate.wrong_type(name, "an array in host memory", Text(got))
@@ -45,12 +45,12 @@ def from_dlpack(name: str, value: Any) -> AnyArray:
         return np.from_dlpack(value)
     except MemoryError:
         raise
-    except Exception:  # noqa: BLE001
+    except Exception as error:
         # NumPy has no bfloat16 of its own.
         found = _from_bfloat16(name, value)
-    if found is None:
-        raise _refused(name, value)
-    return found
+        if found is None:
+            raise _refused(name, value) from error
+        return found
 
 
 def _refused(name: str, value: object) -> TypeError:

@@ -468,8 +468,8 @@ def _register_matmul() -> None:
 def _matmul(a: Any, b: Any, multiplier: Multiplier, out: Any) -> Any:
 
     for name, kind in (("a", a), ("b", b)):
-        if not isinstance(kind, types.Array) or not kind.ndim or not isinstance(kind.dtype, types.Float):
-            raise TypingError(f"{name} must be an array of 1 or more dimensions of a float type, got {kind}")
+        if not isinstance(kind, types.Array) or not kind.ndim or kind.dtype not in (types.float32, types.float64):
+            raise TypingError(f"{name} must be an array of 1 or more dimensions of float32 or float64, got {kind}")
     dtype = np.result_type(as_dtype(a.dtype), as_dtype(b.dtype))
     code = {4: 2, 8: 3}[dtype.itemsize]
     element = from_dtype(dtype)
@@ -545,7 +545,32 @@ def _matmul(a: Any, b: Any, multiplier: Multiplier, out: Any) -> Any:
             raise MemoryError(_NO_MEMORY)
         return to
 
+    @register_jitable
+    def bounds(x):  # type: ignore[no-untyped-def]
+        low = high = np.intp(x.ctypes.data)
+        for axis in range(x.ndim):
+            reach = x.strides[axis] * (x.shape[axis] - 1)
+            low, high = low + min(reach, 0), high + max(reach, 0)
+        return low, high + x.itemsize
+
+    @register_jitable
+    def overlap(x, y):  # type: ignore[no-untyped-def]
+        (low, high), (first, last) = bounds(x), bounds(y)
+        return x.size > 0 and y.size > 0 and low < last and first < high
+
+    if new:
+        check = register_jitable(lambda a, b, out: None)
+    else:
+
+        @register_jitable
+        def check(a, b, out):  # type: ignore[no-untyped-def]
+            if overlap(out, a):
+                raise ValueError("out must be memory apart from a, got an array that overlaps a")
+            if overlap(out, b):
+                raise ValueError("out must be memory apart from b, got an array that overlaps b")
+
     def impl(a, b, multiplier=None, out=None):  # type: ignore[no-untyped-def]
+        check(a, b, out)
         return drop(multiply(as_matrix(readable(a)), as_matrix_b(readable_b(b)), out))
 
     return impl

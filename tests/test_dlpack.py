@@ -272,10 +272,17 @@ def test_a_producer_that_fails_is_named() -> None:
         def __dlpack__(self, **options: Any) -> Any:
             raise RuntimeError("no")
 
-    with pytest.raises(
-        TypeError,
-        match=r"^b must be an array in host memory that NumPy can read by DLPack, got an object of type Broken",
-    ):
-        fastops.mitchell_matmul(A, Broken(B))
+    class Nowhere(Producer):
+        def __dlpack_device__(self) -> tuple[int, int]:
+            raise RuntimeError("no")
+
+    for kind in (Broken, Nowhere):
+        with pytest.raises(
+            TypeError,
+            match=rf"^b must be an array in host memory that NumPy can read by DLPack, got an object of type {kind.__name__}",
+        ) as caught:
+            fastops.mitchell_matmul(A, kind(B))
+        assert isinstance(caught.value.__cause__, RuntimeError)
+        assert str(caught.value.__cause__) == "no"
     with pytest.raises(TypeError, match=r"^params\[0\] must be an array in host memory that NumPy can read by DLPack"):
         fastops.ema_update_([A.copy()], [Broken(A)], 0.5)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import mutually_broadcastable_shapes
 
 import fastops
-from fastops import Multiplier, _backend, _validate
+from fastops import Multiplier, _attention, _backend, _validate
 
 jax = pytest.importorskip("jax", reason="jax is not installed")
 fj = pytest.importorskip("fastops.jax")
@@ -183,10 +183,8 @@ def test_linear_attention_is_that_of_arrays(causal: bool, layout: str, dtype: An
         same(x, z)
 
 
-NAMES = ["relu", "relu2", "identity", "cosine", "favor", "softmax"]
-
-
-@pytest.mark.parametrize("feature_map", NAMES)
+# All of them: handlers take a map by its number, which fastops.jax says anew.
+@pytest.mark.parametrize("feature_map", _attention.FEATURE_MAPS)
 def test_feature_maps(feature_map: str) -> None:
     q, k, v = (normal(2, 6, 4, seed=i) for i in range(3))
     options: dict[str, Any] = {"feature_map": feature_map, "scale": 0.3, "causal": True}
@@ -386,6 +384,41 @@ def test_softmax_gradient_is_that_of_jax(causal: bool, monkeypatch: pytest.Monke
         bound = tolerance.attention_gradient(float(abs(y).max()) * 4, 8.0, np.dtype("f4"), np.dtype("f4"))
         assert abs(x - y).max() <= bound
     jax.clear_caches()
+
+
+def test_what_masked_keys_hold_reaches_no_gradient() -> None:
+    shapes = [(2, 4, 6, 3), (2, 2, 6, 3), (2, 2, 6, 2), (2, 2, 6)]
+    mask = np.array([[True, False, True, True, True, False], [False, True, True, True, False, True]])
+
+    def linear(q: Any, k: Any, v: Any, g: Any, **options: Any) -> Any:
+        named = {"causal": True, "decay": -jnp.exp(g), "key_mask": mask, **options}
+        turned = (x.swapaxes(1, 2) if named.get("layout") == "bnhd" else x for x in (q, k, v))
+        return fj.linear_attention(*turned, **named)
+
+    functions: list[Callable[..., Any]] = [
+        lambda q, k, v, g: fj.softmax_attention(q, k, v, key_mask=mask),
+        lambda q, k, v, g: fj.softmax_attention(q, k, v, key_mask=np.stack([mask, ~mask], 1), causal=True),
+        linear,
+        lambda *x: linear(*x, layout="bnhd"),
+        lambda *x: linear(*x, feature_map="identity", key_mask=np.stack([mask, ~mask], 1)),
+    ]
+    for function in functions:
+        seen = np.stack([mask, ~mask], 1) if function in (functions[1], functions[4]) else mask[:, None]
+        q, k, v, g = variables(*shapes)
+        grad = jax.grad(lambda *x, f=function: (f(*x) ** 2).sum(), (0, 1, 2, 3))
+        k, v = (jnp.where(seen[..., None], x, 0.0) for x in (k, v))
+        want = grad(q, k, v, g)
+        assert any(np.asarray(x).any() for x in want)
+        for odd in (np.nan, np.inf, -np.inf):
+            given = (jnp.where(seen[..., None], x, odd) for x in (k, v))
+            for x, y in zip(grad(q, *given, g), want, strict=True):
+                np.testing.assert_array_equal(x, y)
+    # And of the gradient's own gradient.
+    q, k, v, _ = variables(*shapes)
+    soft = lambda q, k, v: (fj.softmax_attention(q, k, v, key_mask=mask) ** 2).sum()
+    twice = jax.grad(lambda *x: sum((y**2).sum() for y in jax.grad(soft, (0, 1, 2))(*x)), (0, 1, 2))
+    given = (jnp.where(mask[:, None, :, None], x, np.nan) for x in (k, v))
+    assert all(bool(jnp.isfinite(x).all()) for x in twice(q, *given))
 
 
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if not name.startswith("softmax")])
@@ -706,6 +739,81 @@ def test_the_route_is_the_one_asked_for(route: str) -> None:
     assert ("python_cpu_callback" in text) == (route == "callback")
 
 
+MULTIPLIER = fj._mitchell._attributes(Multiplier(), "mul")
+
+
+def handle(target: str, shapes: list[tuple[int, ...]], results: list[tuple[int, ...]], **attributes: Any) -> Any:
+    """A handler's answer to buffers of ones, as any caller of jax's interface may ask."""
+    found = [jax.ShapeDtypeStruct(s, np.float32) for s in results]
+    given = {**attributes, **MULTIPLIER}
+    return jax.block_until_ready(jax.ffi.ffi_call(target, found)(*(jnp.ones(s, np.float32) for s in shapes), **given))
+
+
+def steps_of(*numbers: int) -> dict[str, Any]:
+    return {"steps": np.array(numbers, np.int64)}
+
+
+STEPS = (1, 1, 0, 0, 1, 1, 1)
+IMAGE, KERNEL, RESULT = (1, 2, 5, 4), (4, 2, 3, 3), (1, 4, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "y", "steps"),
+    [
+        *((IMAGE, KERNEL, y, STEPS) for y in ((1, 1, 1, 1), (1, 4, 3, 3), (1, 4, 2, 2), (1, 3, 3, 2), (2, 4, 3, 2))),
+        *((IMAGE, w, RESULT, STEPS) for w in ((4, 1, 3, 3), (4, 3, 3, 3), (3, 2, 3, 3))),
+        *(
+            (IMAGE, KERNEL, RESULT, (*STEPS[:i], n, *STEPS[i + 1 :]))
+            for i in range(7)
+            for n in (-1, 2, 2**62, *((0,) if i not in (2, 3) else ()))
+        ),
+        # Twice that is 0 in 64 bits.
+        (IMAGE, KERNEL, RESULT, (1, 1, -(2**63), 0, 1, 1, 1)),
+        (IMAGE, (4, 2, 0, 3), (1, 4, 6, 2), STEPS),
+        ((1, 2, 2, 4), KERNEL, (1, 4, 1, 2), STEPS),
+    ],
+    ids=str,
+)
+def test_convolutions_that_do_not_fit_are_refused_by_handlers(x: Any, w: Any, y: Any, steps: Any, route: str) -> None:
+    if route != "ffi":
+        pytest.skip("handlers alone")
+    with pytest.raises(Exception, match="buffers that do not fit each other"):
+        handle("fastops_conv2d", [x, w], [y], **steps_of(*steps))
+    with pytest.raises(Exception, match="buffers that do not fit each other"):
+        handle("fastops_conv2d_grad", [y, x, w], [x, w], mode=np.int32(0), **steps_of(*steps))
+
+
+def test_gradients_of_other_sizes_and_modes_are_refused_by_handlers(route: str) -> None:
+    if route != "ffi":
+        pytest.skip("handlers alone")
+    (y,) = handle("fastops_conv2d", [IMAGE, KERNEL], [RESULT], **steps_of(*STEPS))
+    assert y.shape == RESULT
+    dx, dw = handle(
+        "fastops_conv2d_grad", [RESULT, IMAGE, KERNEL], [IMAGE, KERNEL], mode=np.int32(2), **steps_of(*STEPS)
+    )
+    assert (dx.shape, dw.shape) == (IMAGE, KERNEL)
+    for results in ([(1, 2, 4, 4), KERNEL], [IMAGE, (4, 2, 3, 2)], [KERNEL, IMAGE]):
+        with pytest.raises(Exception, match="buffers that do not fit each other"):
+            handle("fastops_conv2d_grad", [RESULT, IMAGE, KERNEL], results, mode=np.int32(0), **steps_of(*STEPS))
+    for mode in (-1, 3, 9):
+        for target, shapes, more in (
+            ("fastops_conv2d_grad", [RESULT, IMAGE, KERNEL], steps_of(*STEPS)),
+            ("fastops_matmul_grad", [(2, 4), (2, 3), (3, 4)], {}),
+            ("fastops_mitchell_grad", [(3,), (3,), (3,)], {"op": np.int32(0), "rank": np.int32(1)}),
+        ):
+            with pytest.raises(Exception, match="a mode of gradients that there is none of"):
+                handle(target, shapes, shapes[1:], mode=np.int32(mode), **more)
+
+
+@pytest.mark.parametrize("n", [2**57, 2**60])
+def test_handlers_without_memory_say_so(n: int, route: str) -> None:
+    if route != "ffi":
+        pytest.skip("handlers alone")
+    # One pointer for each matrix of a result without elements: more than a process can have, and more than a vector can count.
+    with pytest.raises(Exception, match="RESOURCE_EXHAUSTED: fastops: out of memory"):
+        handle("fastops_matmul_grad", [(1, 0, 1), (1, 0, 1), (1, 1, 1)], [(n, 0, 1), (1, 1, 1)], mode=np.int32(0))
+
+
 def test_handlers_follow_the_target_and_the_number_of_threads() -> None:
     if _backend.name != "native":
         pytest.skip("native alone has targets")
@@ -726,6 +834,21 @@ def test_a_module_of_another_jaxlib_is_left_alone(monkeypatch: pytest.MonkeyPatc
         return
     with pytest.warns(UserWarning, match=r"^fastops._jax was built for another jaxlib, .*, jaxlib's \(0, 1\)$"):
         assert fj._ops._module() is None
+
+
+def test_a_module_that_cannot_be_loaded_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> Any:
+        raise ImportError(f"{name}.so: undefined symbol: fastops_of_another_day")
+
+    monkeypatch.setattr("fastops.jax._ops.import_module", fail)
+    built = fj._ops.MODULE is not None
+    if _backend.name == "native":
+        with pytest.warns(UserWarning, match=r"^fastops._jax cannot be loaded, callbacks are used: .*undefined symbol"):
+            assert fj._ops._module() is None
+    assert fastops.show_config("dict")["jax_handlers"] == ("built" if built else "not built")
+    monkeypatch.setattr("fastops.jax._ops.MODULE", None)
+    wanted = "built, but not to be used here: callbacks are" if built else "not built"
+    assert fastops.show_config("dict")["jax_handlers"] == wanted
 
 
 def test_a_route_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

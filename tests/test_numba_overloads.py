@@ -125,6 +125,18 @@ def test_arrays_of_two_dtypes_promote_as_numpy(native: ModuleType) -> None:
     np.testing.assert_array_equal(mul(i, i), fastops.mitchell_mul(i, i))
 
 
+def test_numbers_of_python_have_numbas_types(native: ModuleType) -> None:
+    @numba.njit
+    def scaled(x):  # type: ignore[no-untyped-def]
+        return fastops.mitchell_mul(x, 3), fastops.mitchell_mul(x, 3.0), fastops.mitchell_mul(x, np.float32(3))
+
+    x = np.random.default_rng(0).standard_normal(9).astype(np.float32)
+    for got, three in zip(scaled(x), (np.int64(3), np.float64(3), np.float32(3)), strict=True):
+        wanted = fastops.mitchell_mul(x, three)
+        assert got.dtype == wanted.dtype
+        np.testing.assert_array_equal(got, wanted)
+
+
 def test_arrays_without_elements(native: ModuleType) -> None:
     assert mul(np.empty((0, 3)), np.empty((0, 3))).shape == (0, 3)
     assert mul(np.empty((2, 0)), np.empty((2, 1))).shape == (2, 0)
@@ -175,8 +187,40 @@ def test_matmul_of_vectors_strides_and_dtypes(native: ModuleType) -> None:
     assert wide.dtype == np.float64
     with pytest.raises(ValueError, match="b must have as many rows as a has columns"):
         matmul(a, a)
-    with pytest.raises(numba.TypingError, match="a must be an array of 1 or more dimensions of a float type"):
+    with pytest.raises(numba.TypingError, match="a must be an array of 1 or more dimensions of float32 or float64"):
         matmul(np.arange(3), a)
+
+
+@pytest.mark.parametrize("n", [3, 513])
+def test_matmul_refuses_an_out_that_overlaps(n: int, native: ModuleType) -> None:
+    @numba.njit
+    def into(a, b, out):  # type: ignore[no-untyped-def]
+        return fastops.mitchell_matmul(a, b, None, out=out)
+
+    memory = np.random.default_rng(0).standard_normal(4 * n * n)
+    a, b, after, out = memory.reshape(4, n, n)
+    want = fastops.mitchell_matmul(a, b)
+    for left, right, to, name in (
+        (a, b, a, "a"),
+        (a, b, b, "b"),
+        (a.T, b, a, "a"),
+        (a, b[::-1, ::-1], b, "b"),
+        (a, b, memory[n * n // 2 :][: n * n].reshape(n, n), "a"),
+        (a, b, memory[2 * n * n - 1 :][: n * n].reshape(n, n), "b"),
+    ):
+        for call in (into, lambda x, y, out: fastops.mitchell_matmul(x, y, out=out)):
+            with pytest.raises(ValueError, match=rf"^out must be memory apart from {name}, got an array that overlaps"):
+                call(left, right, to)
+    np.testing.assert_array_equal(into(a, b, after), want)
+    np.testing.assert_array_equal(into(a, b, out), want)
+    assert not into(np.empty((n, 0)), np.empty((0, n)), out).any()
+
+
+def test_matmul_of_half_precision_is_refused(native: ModuleType) -> None:
+    half, single = np.ones((2, 2), np.float16), np.ones((2, 2), np.float32)
+    for a, b in ((half, half), (half, single), (single, half)):
+        with pytest.raises(numba.TypingError, match="must be an array of 1 or more dimensions of float32 or float64"):
+            matmul(a, b)
 
 
 def test_multipliers_are_values(native: ModuleType) -> None:
@@ -200,6 +244,12 @@ def test_multipliers_made_later_are_known(native: ModuleType) -> None:
         return late(x, x)
 
     assert use(3.3) == late(3.3, 3.3)
+
+
+def test_multipliers_are_made_while_the_module_is_imported(native: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As another thread sees it before its first line has run.
+    monkeypatch.setitem(sys.modules, "fastops._numba_overloads", ModuleType("fastops._numba_overloads"))
+    assert fastops.Multiplier(0.01625).mul(1.0, 1.0) > 1
 
 
 def test_what_cannot_be_compiled_is_said(native: ModuleType) -> None:

@@ -128,9 +128,6 @@ bool are_offsets(const Samples& s, const AnyBuffer& x) {
   return !s.has(x) || x.element_type() == ffi::DataType::S32 || x.element_type() == ffi::DataType::S64;
 }
 
-// --- linear attention
-// --------------------------------------------------------------------------------------------------
-
 // What linear attention takes beyond q, k and v.
 struct Extras {
   AnyBuffer projection, key_mask, offsets, decay, s, z, m;
@@ -377,9 +374,6 @@ ffi::Error linear_attention_backward(AnyBuffer dy, AnyBuffer ds, AnyBuffer dz, A
   return ffi::Error::Success();
 }
 
-// --- softmax attention
-// -------------------------------------------------------------------------------------------------
-
 ffi::Error softmax_attention(AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer key_mask, AnyBuffer offsets,
                              AnyBuffer factors, Result y, SoftmaxNumbers numbers) {
   const Samples s = samples_of(q, kAxes);
@@ -430,9 +424,6 @@ ffi::Error softmax_attention(AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer ke
   }
   return ffi::Error::Success();
 }
-
-// --- Nystrom attention
-// -------------------------------------------------------------------------------------------------
 
 // A call of Nystrom attention, of each sample of vmap or of all of them as one batch.
 class Nystrom {
@@ -572,7 +563,7 @@ ffi::Error nystrom_attention_backward(AnyBuffer dy, AnyBuffer q, AnyBuffer k, An
 
 using namespace fastops;
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_linear_attention, linear_attention,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_linear_attention, guarded<linear_attention>,
                               xla::ffi::Ffi::Bind()
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()
@@ -587,7 +578,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_linear_attention, linear_attention,
                                   .Ret<AnyBuffer>()
                                   .RemainingRets()
                                   .Attrs<LinearNumbers>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_linear_attention_step, linear_attention_step,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_linear_attention_step, guarded<linear_attention_step>,
                               xla::ffi::Ffi::Bind()
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()
@@ -602,7 +593,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_linear_attention_step, linear_attentio
                                   .Ret<AnyBuffer>()
                                   .RemainingRets()
                                   .Attrs<LinearNumbers>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_linear_attention_backward, linear_attention_backward,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_linear_attention_backward, guarded<linear_attention_backward>,
                               xla::ffi::Ffi::Bind()
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()
@@ -623,7 +614,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_linear_attention_backward, linear_atte
                                   .Ret<AnyBuffer>()
                                   .RemainingRets()
                                   .Attrs<LinearNumbers>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_softmax_attention, softmax_attention,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_softmax_attention, guarded<softmax_attention>,
                               xla::ffi::Ffi::Bind()
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()
@@ -633,7 +624,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_softmax_attention, softmax_attention,
                                   .Arg<AnyBuffer>()
                                   .Ret<AnyBuffer>()
                                   .Attrs<SoftmaxNumbers>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_nystrom_attention, nystrom_attention,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_nystrom_attention, guarded<nystrom_attention>,
                               xla::ffi::Ffi::Bind()
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()
@@ -644,7 +635,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_nystrom_attention, nystrom_attention,
                                   .Arg<AnyBuffer>()
                                   .Ret<AnyBuffer>()
                                   .Attrs<NystromNumbers>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_nystrom_attention_backward, nystrom_attention_backward,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_nystrom_attention_backward, guarded<nystrom_attention_backward>,
                               xla::ffi::Ffi::Bind()
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()

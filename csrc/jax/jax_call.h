@@ -9,7 +9,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <exception>
+#include <new>
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fastops/fastops.h"
@@ -32,6 +36,23 @@ inline ffi::Error error_of(fastops_status status) {
   if (status == FASTOPS_NO_MEMORY) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "fastops: out of memory");
   return invalid("fastops: arguments do not fit each other");
 }
+
+// A handler's function that no exception leaves: not every XLA catches them, and none takes one for a lack of memory.
+template <auto kFunction> struct Guarded;
+template <class... Args, ffi::Error (*kFunction)(Args...)> struct Guarded<kFunction> {
+  static ffi::Error call(Args... args) {
+    try {
+      return kFunction(std::move(args)...);
+    } catch (const std::bad_alloc&) {
+      return error_of(FASTOPS_NO_MEMORY);
+    } catch (const std::length_error&) {  // a std::vector that no memory could hold
+      return error_of(FASTOPS_NO_MEMORY);
+    } catch (const std::exception& error) {
+      return ffi::Error(ffi::ErrorCode::kInternal, std::string("fastops: ") + error.what());
+    }
+  }
+};
+template <auto kFunction> inline constexpr auto guarded = &Guarded<kFunction>::call;
 
 // -1 for a type that no kernel has.
 inline int dtype_of(const AnyBuffer& x) {

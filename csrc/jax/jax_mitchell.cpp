@@ -53,6 +53,9 @@ const fastops_mitchell* multiplier(Numbers numbers) {
 
 ffi::Error no_multiplier() { return invalid("fastops: a multiplier that there is none of"); }
 ffi::Error no_fit() { return invalid("fastops: buffers that do not fit each other"); }
+ffi::Error no_mode() { return invalid("fastops: a mode of gradients that there is none of"); }
+
+bool is_mode(std::int32_t mode) { return mode >= FASTOPS_GRADIENT_EXACT && mode <= FASTOPS_GRADIENT_MIMIC; }
 
 bool alike(int dtype, std::initializer_list<const AnyBuffer*> buffers) {
   return dtype >= 0 &&
@@ -126,6 +129,7 @@ ffi::Error elementwise_grad(AnyBuffer dy, AnyBuffer a, AnyBuffer b, Result da, R
   const int dtype = dtype_of(*da);
   const Dimensions dims = da->dimensions();
   if (!alike(dtype, {&dy, &a, &b, &*db}) || dims.size() < static_cast<std::size_t>(rank)) return no_fit();
+  if (!is_mode(mode)) return no_mode();
   const fastops_mitchell* const m = multiplier(numbers);
   if (m == nullptr) return no_multiplier();
   const std::size_t samples = dims.size() - static_cast<std::size_t>(rank), n = count_from(dims, samples);
@@ -182,6 +186,7 @@ ffi::Error matmul_grad(AnyBuffer dy, AnyBuffer a, AnyBuffer b, Result da, Result
                        Numbers numbers) {
   const int dtype = dtype_of(*da);
   if (!alike(dtype, {&dy, &a, &b, &*db})) return no_fit();
+  if (!is_mode(mode)) return no_mode();
   const auto pdy = matrices<const void*>(dy, *da, dtype), pa = matrices<const void*>(a, *da, dtype);
   const auto pb = matrices<const void*>(b, *da, dtype);
   const auto pda = matrices<void*>(*da, *da, dtype), pdb = matrices<void*>(*db, *da, dtype);
@@ -212,11 +217,38 @@ fastops_conv2d shape_of(const AnyBuffer& x, const AnyBuffer& w, Steps steps) {
           step(3),          step(4),          step(5),          step(6)};
 }
 
+// The length of a result along an axis; 0 where a kernel has no place.
+std::size_t conv_length(std::size_t n, std::size_t kernel, std::int64_t stride, std::int64_t padding,
+                        std::int64_t dilation) {
+  constexpr std::int64_t kMostPadding = std::int64_t{1} << 60;
+  if (kernel < 1 || stride < 1 || dilation < 1 || padding < 0 || padding > kMostPadding) return 0;
+  const std::size_t padded = n + 2 * static_cast<std::size_t>(padding), step = static_cast<std::size_t>(dilation);
+  if (padded == 0 || (kernel > 1 && step > (padded - 1) / (kernel - 1))) return 0;
+  return (padded - 1 - step * (kernel - 1)) / static_cast<std::size_t>(stride) + 1;
+}
+
+// Whether images, kernels, results and steps are of one convolution: the C interface is told the sizes of x and w
+// alone.
+bool convolves(const AnyBuffer& x, const AnyBuffer& w, const AnyBuffer& y, Steps steps) {
+  const std::size_t i = rank_of(x) - kImageAxes, channels = length(x, i + 1), filters = length(w, i);
+  if (steps[6] < 1) return false;
+  const auto groups = static_cast<std::size_t>(steps[6]);
+  return channels % groups == 0 && filters % groups == 0 && length(w, i + 1) == channels / groups &&
+         length(y, i) == length(x, i) && length(y, i + 1) == filters && length(y, i + 2) > 0 && length(y, i + 3) > 0 &&
+         length(y, i + 2) == conv_length(length(x, i + 2), length(w, i + 2), steps[0], steps[2], steps[4]) &&
+         length(y, i + 3) == conv_length(length(x, i + 3), length(w, i + 3), steps[1], steps[3], steps[5]);
+}
+
+bool alike_images(const AnyBuffer& x, const AnyBuffer& y) {
+  const Dimensions a = x.dimensions(), b = y.dimensions();
+  return std::equal(a.end() - kImageAxes, a.end(), b.end() - kImageAxes);
+}
+
 ffi::Error conv2d(AnyBuffer x, AnyBuffer w, Result out, Steps steps, Numbers numbers) {
   const int dtype = dtype_of(*out);
   const std::size_t rank = rank_of(*out);
   if (!alike(dtype, {&x, &w}) || rank < kImageAxes || rank_of(x) != rank || rank_of(w) != rank ||
-      steps.size() != kSteps)
+      steps.size() != kSteps || !convolves(x, w, *out, steps))
     return no_fit();
   const fastops_mitchell* const m = multiplier(numbers);
   if (m == nullptr) return no_multiplier();
@@ -249,8 +281,10 @@ ffi::Error conv2d_grad(AnyBuffer dy, AnyBuffer x, AnyBuffer w, Result dx, Result
   const int dtype = dtype_of(*dx);
   const std::size_t rank = rank_of(*dx);
   if (!alike(dtype, {&dy, &x, &w, &*dw}) || rank < kImageAxes || rank_of(dy) != rank || rank_of(x) != rank ||
-      rank_of(w) != rank || rank_of(*dw) != rank || steps.size() != kSteps)
+      rank_of(w) != rank || rank_of(*dw) != rank || steps.size() != kSteps || !convolves(x, w, dy, steps) ||
+      !alike_images(x, *dx) || !alike_images(w, *dw))
     return no_fit();
+  if (!is_mode(mode)) return no_mode();
   const fastops_mitchell* const m = multiplier(numbers);
   if (m == nullptr) return no_multiplier();
   const std::size_t samples = rank - kImageAxes, size = item_size(dtype);
@@ -281,10 +315,10 @@ ffi::Error conv2d_grad(AnyBuffer dy, AnyBuffer x, AnyBuffer w, Result dx, Result
 using namespace fastops;
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    fastops_jax_elementwise, elementwise,
+    fastops_jax_elementwise, guarded<elementwise>,
     ffi::Ffi::Bind().Arg<AnyBuffer>().Arg<AnyBuffer>().Ret<AnyBuffer>().Attr<std::int32_t>("op").Attr<Numbers>(
         "multiplier"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_elementwise_grad, elementwise_grad,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_elementwise_grad, guarded<elementwise_grad>,
                               ffi::Ffi::Bind()
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()
@@ -296,9 +330,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_elementwise_grad, elementwise_grad,
                                   .Attr<std::int32_t>("rank")
                                   .Attr<Numbers>("multiplier"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    fastops_jax_matmul, matmul,
+    fastops_jax_matmul, guarded<matmul>,
     ffi::Ffi::Bind().Arg<AnyBuffer>().Arg<AnyBuffer>().Ret<AnyBuffer>().Attr<Numbers>("multiplier"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_matmul_grad, matmul_grad,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_matmul_grad, guarded<matmul_grad>,
                               ffi::Ffi::Bind()
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()
@@ -308,10 +342,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_matmul_grad, matmul_grad,
                                   .Attr<std::int32_t>("mode")
                                   .Attr<Numbers>("multiplier"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    fastops_jax_conv2d, conv2d,
+    fastops_jax_conv2d, guarded<conv2d>,
     ffi::Ffi::Bind().Arg<AnyBuffer>().Arg<AnyBuffer>().Ret<AnyBuffer>().Attr<Steps>("steps").Attr<Numbers>(
         "multiplier"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_conv2d_grad, conv2d_grad,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_conv2d_grad, guarded<conv2d_grad>,
                               ffi::Ffi::Bind()
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()

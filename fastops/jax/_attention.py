@@ -364,6 +364,9 @@ def _decay_gradient(options: Options, operands: Sequence[Any], more: Arrays) -> 
     b, h, m = k.shape[:3]
     n = q.shape[2]
     of_rows = np.einsum("bhnd,bhnd->bhn", dy, y, dtype=wide)
+    if more.key_mask is not None:
+        # What a masked key holds may be nan, and 0 times nan is nan.
+        v = np.where(more.key_mask[..., np.newaxis], v, np.zeros((), v.dtype))
     of_keys = np.einsum("bhnd,bhnd->bhn", dv, v, dtype=wide)
     if options.feature_map != "identity" if options.normalize is None else options.normalize:
         # The same weights over values that are 1, without a divisor.
@@ -818,6 +821,9 @@ def _softmax_bwd(options: SoftmaxOptions, kept: Any, dy: Any) -> Any:
     # (B, H_kv, G, N, ...), one group of query heads for each of the keys' heads.
     first = [x.reshape((b, h, groups, n, x.shape[-1])).astype(wide) for x in first]
     k, v = (x.astype(wide) for x in second)
+    if key_mask is not None:
+        # What a masked key holds may be nan, and 0 times nan is nan.
+        k, v = (jnp.where(key_mask[..., None], x, 0.0) for x in (k, v))
     f = jnp.full((b, h, groups, n), d**-0.5 if options.scale is None else options.scale, wide)
     if factors is not None:
         f = f * factors.reshape(f.shape)
@@ -858,7 +864,7 @@ def _softmax_bwd(options: SoftmaxOptions, kept: Any, dy: Any) -> Any:
         dq = jnp.moveaxis(dq, 0, 3).reshape((b, h, groups, blocks * step, d))[..., : len(rows), :]
     else:
         dq, dk, dv = (jnp.zeros_like(x) for x in (first[0], k, v))
-    found = [x.reshape((b, -1 if x.size else groups * h, *x.shape[-2:])) for x in (dq,)] + [dk, dv]
+    found = [dq.reshape((b, -1 if dq.size else groups * h, *dq.shape[-2:])), dk, dv]
     if options.layout == "bnhd":
         found = [x.swapaxes(1, 2) for x in found]
     return (*(x.astype(dtype) for x in found), None, None, None)

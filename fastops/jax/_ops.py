@@ -37,6 +37,10 @@ def _module() -> Any:
         module = import_module("fastops._jax")
     except ModuleNotFoundError:
         return None
+    except ImportError as error:
+        text = _validate.clip(str(error), 100)
+        warnings.warn(f"fastops._jax cannot be loaded, callbacks are used: {text}", stacklevel=2)
+        return None
     # XLA looks at the version late, and then has no CPU at all.
     version = _api_version()
     if version != module.api_version:
@@ -148,18 +152,14 @@ class Shape(NamedTuple):
     dtype: Any
 
 
-Host = Callable[..., Sequence[Any]]
-Many = Callable[..., Sequence[Any] | None]
-
-
 def call(
     route: str,
     target: str,
     attributes: dict[str, Any] | None,
-    host: Host,
+    host: Callable[..., Sequence[Any]],
     results: Sequence[Shape],
     *operands: Any,
-    many: Many | None = None,
+    many: Callable[..., Sequence[Any] | None] | None = None,
     spread_out: bool = False,
     aliases: dict[int, int] | None = None,
 ) -> list[Any]:
@@ -410,7 +410,11 @@ def _lead(operands: Sequence[Any], ranks: Sequence[int]) -> tuple[int, ...]:
 
 
 def _each(
-    host: Host, axes: tuple[int, ...], operands: Sequence[Any], ranks: Sequence[int], results: Sequence[Shape]
+    host: Callable[..., Sequence[Any]],
+    axes: tuple[int, ...],
+    operands: Sequence[Any],
+    ranks: Sequence[int],
+    results: Sequence[Shape],
 ) -> list[AnyArray]:
     full = [None if x is None else spread(x, axes, rank) for x, rank in zip(operands, ranks, strict=True)]
     found = [np.empty((*axes, *x.shape), x.dtype) for x in results]

@@ -46,10 +46,10 @@ def mitchell_op(op: str, multiplier: Multiplier) -> np.ufunc:
             with contextlib.suppress(AttributeError):
                 found.__module__ = "fastops"
             _ufuncs[key] = found
-            # Loaded where Numba has been asked for it.
-            overloads = sys.modules.get("fastops._numba_overloads")
-            if overloads is not None:
-                overloads.add(op, multiplier, found)
+            # Loaded where Numba has been asked for it; while it is imported there is no `add` yet, and it will find this one itself.
+            add = getattr(sys.modules.get("fastops._numba_overloads"), "add", None)
+            if add is not None:
+                add(op, multiplier, found)
     return found
 
 
