@@ -62,7 +62,7 @@ def answer_in_child(threads=None):
         if threads:
             fastops.set_num_threads(threads)
         code = 0 if right() and right() else 3
-        if code == 0 and pool_threads(1) == 0 and fastops.get_num_threads() > 1:
+        if code == 0 and fastops.get_num_threads() > 1 and pool_threads(1) == 0:
             code = 4  # the child has no pool of its own
     finally:
         os._exit(code)
@@ -100,7 +100,7 @@ def test_fork_at_any_moment(seconds: int) -> None:
             fastops.Multiplier(random.random() / 4).mul(a, b)  # a new ufunc: Python's locks are held too
     def forks():
         deadline = time.monotonic() + float(sys.argv[1])
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline or len(ends) < 20:
             time.sleep(random.random() * 0.01)
             child = os.fork()
             if child == 0:
@@ -115,7 +115,7 @@ def test_fork_at_any_moment(seconds: int) -> None:
     for thread in users:
         thread.join()
     print(len(ends), "forks")
-    assert len(ends) >= 20 and set(ends) == {0}, ends
+    assert set(ends) == {0}, ends
     assert not wrong
     """
     # Python 3.12 warns of forks beside threads; that is what is tested.
