@@ -262,14 +262,19 @@ def test_a_file_that_vanishes_or_shrinks(tmp_path: Path) -> None:
     thread = threading.Thread(target=change)
     thread.start()
     end = time.monotonic() + 2
-    rounds = 0
+    rounds = refused = 0
     while time.monotonic() < end:
-        counts = fastops.count_files(path, workers=2)
+        try:
+            counts = fastops.count_files(path, workers=2)
+        except ValueError as problem:
+            assert "became shorter" in str(problem), problem
+            refused += 1
+            continue
         assert set(counts) <= {"some", "words", "in", "a", "line", *(line.decode()[i:j] for i in range(20) for j in range(i, 21))}
         rounds += 1
     stop.set()
     thread.join()
-    print(rounds, "counts")
+    print(rounds, "counts", refused, "refused")
     """
     run(code, arguments=[str(path)])
 
