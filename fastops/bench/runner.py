@@ -250,7 +250,7 @@ class Settings:
     def of(quick: bool, budget: float | None = None) -> Settings:
         """The quick or the full setting; `budget` replaces its seconds."""
         if quick:
-            return Settings(budget or 50.0, 0.004, 15, 15.0, 8.0)
+            return Settings(budget or 42.0, 0.004, 15, 15.0, 8.0)
         return Settings(budget or 300.0, 0.02, 31, 60.0)
 
 
