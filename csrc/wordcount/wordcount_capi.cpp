@@ -57,7 +57,7 @@ bool sensible(const fastops_word_rule& rule) noexcept {
       !within(rule.errors, FASTOPS_ERRORS_ESCAPE))
     return false;
   if (rule.ngram_low < 1 || rule.ngram_high < rule.ngram_low || rule.max_token_bytes < 1) return false;
-  if ((rule.class_pages == nullptr) != (rule.classes == nullptr)) return false;
+  if (rule.class_pages != nullptr && rule.classes == nullptr) return false;
   if (rule.lowercase >= FASTOPS_CASE_UNICODE && (rule.class_pages == nullptr || rule.case_pages == nullptr ||
                                                  rule.cases == nullptr || rule.case_several == nullptr))
     return false;

@@ -76,7 +76,11 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 
   Result wanted;
   model::count_text(rule, {}, text, wanted);
-  const auto counter = [&] { return fastops_word_counter_create(&rule, workers, limit, 0); };
+  const auto counter = [&] {
+    fastops_word_counter* const made = fastops_word_counter_create(&rule, workers, limit, 0);
+    if (made == nullptr) report(rule, "made", "no counter");
+    return made;
+  };
   {
     // Cut after data[3], data[4], ... bytes by turns.
     fastops_word_counter* const c = counter();
