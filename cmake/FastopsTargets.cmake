@@ -16,6 +16,7 @@ endif()
 # Instrumented code takes minutes to optimise, and nobody times it.
 if(FASTOPS_SANITIZE)
   set(FASTOPS_OPTIMIZE -O1)
+  set(CMAKE_CXX_FLAGS_RELEASE -O1)
 else()
   set(FASTOPS_OPTIMIZE -O3)
 endif()
@@ -44,8 +45,8 @@ function(fastops_level_sources)
     # Which products fuse is the source's choice (explicit fma), so that results can be equal; errno and traps unused.
     target_compile_options(fastops_${level} PRIVATE ${FASTOPS_FLAGS_${level}} ${FASTOPS_OPTIMIZE} -fno-math-errno -fno-trapping-math
                                                     -ffp-contract=off -fno-exceptions -fno-rtti)
-    # The sources are those of the other levels, and few of the machines that sanitize run this one.
-    if(FASTOPS_SANITIZE AND level STREQUAL "v4")
+    # All levels are the same sources, and few of the machines that sanitize run v4: one level of several is instrumented.
+    if(FASTOPS_SANITIZE AND level MATCHES "^v[24]$")
       target_compile_options(fastops_${level} PRIVATE -O0 -fno-sanitize=all)
     endif()
     list(APPEND objects $<TARGET_OBJECTS:fastops_${level}>)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -17,6 +18,9 @@ from fastops import _backend
 
 # Children of a test import what this process imports: `-m` and `-c` would put the source tree, their folder, first.
 os.environ["PYTHONSAFEPATH"] = "1"
+# A shell without job control starts what runs in its background deaf to Ctrl-C, and so would children be.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: the first call of a Numba kernel compiles it. Shared machines stall too.
 hypothesis.settings.register_profile("default", max_examples=30, deadline=None, derandomize=True, database=None)
