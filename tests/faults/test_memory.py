@@ -212,7 +212,7 @@ def test_allocation_failure_is_a_memory_error(failing_malloc: str) -> None:
     assert not bad, bad
     assert failures > 30, failures  # the injection works
     """
-    run(CALLS, SWEEP, code, env={"LD_PRELOAD": failing_malloc}, timeout=60)
+    run(CALLS, SWEEP, code, env={"LD_PRELOAD": failing_malloc}, timeout=180)
 
 
 def test_allocation_failure_of_a_new_ufunc(failing_malloc: str) -> None:
@@ -393,7 +393,7 @@ def test_nystrom_needs_no_memory_for_the_length(failing_malloc: str, heads: int)
                 for pinv in ("newton", "ridge"):
                     of = {"num_landmarks": m, "pinv": pinv}
                     asked = []
-                    for n in (9_000, 13_000):
+                    for n in (4_500, 6_500):
                         x = rng.standard_normal((1, int(sys.argv[1]), n, 64), np.float32).astype(dtype)
                         asked.append([extra(lambda: (fastops.nystrom_attention(x, x, x, **of),))])
                         # Rows of gradients in half precision are added up in float32.
