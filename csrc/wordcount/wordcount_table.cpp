@@ -84,6 +84,8 @@ bool Table::rebuild(std::size_t capacity) noexcept {
   if (file_backed_ && (!slots.back_by_file() || (with_documents_ && !documents.back_by_file()))) return false;
   if (!slots.grow(capacity * sizeof(Slot))) return false;
   if (with_documents_ && !documents.grow(capacity * sizeof(Documents))) return false;
+  slots.populate();
+  documents.populate();
   const std::size_t before = this->capacity();
   std::swap(slots, slots_);
   std::swap(documents, documents_);
