@@ -91,6 +91,13 @@ class _Channel:
         """Whether a message is not yet wholly sent."""
         return bool(self._out)
 
+    @property
+    def readable(self) -> bool:
+        """Whether something has come that was not received yet."""
+        poll = select.poll()
+        poll.register(self._end.fileno(), select.POLLIN)
+        return bool(poll.poll(0))
+
     def send(self, message: bytes) -> None:
         """Takes a message; `flush` sends it."""
         length = _LENGTH.pack(len(message))
@@ -286,15 +293,17 @@ class Crew:
         held: tuple[str, bytes] | None = None
         while True:
             while more and most(given):
-                worker = self._free(len(held[1]) if held is not None else 0)
-                if worker is None:
-                    break
                 if held is None:
+                    # Not before somebody can take it, and no worker is started before there is something for it.
+                    if len(self._workers) == self._count and self._free(0) is None:
+                        break
                     held = next(items, None)
                     if held is None:
                         more = False
                         break
-                    continue
+                worker = self._free(len(held[1]))
+                if worker is None:
+                    break
                 label, item = held
                 held = None
                 if not worker.items:
@@ -358,7 +367,8 @@ class Crew:
                 self._tick()  # whose clock it is, in its own words
             raise TimeoutError("the run took longer than its timeout")
         for worker in self._workers:
-            if worker.items and now >= self._due(worker):
+            # Its answer may lie there: this process did something else meanwhile, with the answers before it say.
+            if worker.items and now >= self._due(worker) and not worker.channel.readable:
                 raise TimeoutError(f"{worker.items[0][1]} took longer than {self._timeout:g} s")
 
     def _due(self, worker: _Worker) -> float:

@@ -182,10 +182,13 @@ def test_a_stopped_worker_that_goes_on_is_no_error() -> None:
 def test_a_stopped_worker_does_not_hold_up_a_large_item() -> None:
     def items() -> Iterator[bytes]:
         yield b"x"
+        # Its answer comes first, or has come: a worker that is stopped before it times out at item 0.
+        _workers._ready(channels, 5)
         os.kill(pids[0], signal.SIGSTOP)
         yield b"x" * 10_000_000
 
     pids: list[int] = []
+    channels: list[Any] = []
     results = parallel_apply(parallel.same, items(), 1, timeout=0.5)
     real = _workers._Worker
 
@@ -193,6 +196,7 @@ def test_a_stopped_worker_does_not_hold_up_a_large_item() -> None:
         def __init__(self, *rest: Any) -> None:
             super().__init__(*rest)
             pids.append(self.process.pid)
+            channels.append(self.channel)
 
     _workers._Worker = Watched  # type: ignore[misc]
     try:
@@ -200,6 +204,27 @@ def test_a_stopped_worker_does_not_hold_up_a_large_item() -> None:
             list(results)
     finally:
         _workers._Worker = real  # type: ignore[misc]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_slow_consumer_is_no_slow_item(ordered: bool) -> None:
+    got = []
+    for result in parallel_apply(parallel.sleeps, [0.05] * 16, 2, ordered=ordered, timeout=0.6):
+        got.append(result)
+        # The items that the workers hold are done long before this.
+        time.sleep(0.8 if 2 < len(got) < 6 else 0)
+    assert got == [0.05] * 16
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("items", [0, 1, 2, 3])
+def test_no_more_workers_than_items_are_started(items: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    real = _workers._Worker
+    monkeypatch.setattr(_workers, "_Worker", lambda *rest: started.append(rest) or real(*rest))
+    assert sorted(parallel_apply(parallel.same, range(items), 9)) == list(range(items))
+    assert len(started) <= items
 
 
 @pytest.mark.usefixtures("quick")
