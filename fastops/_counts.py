@@ -44,9 +44,16 @@ def keys_of(name: str, words: object) -> list[bytes]:
         raise _validate.wrong_type(name, wanted, words)
     keys = []
     for i, word in enumerate(words):
-        if not isinstance(word, (str, bytes)):
+        # A name for each of millions would take longer than its key.
+        if isinstance(word, bytes):
+            keys.append(bytes(word))
+        elif isinstance(word, str):
+            try:
+                keys.append(word.encode("utf-8", "surrogateescape"))
+            except UnicodeEncodeError:
+                raise _no_surrogates(f"{name}[{i}]", word) from None
+        else:
             raise _validate.wrong_type(f"{name}[{i}]", "a str or bytes", word)
-        keys.append(_checked_key(f"{name}[{i}]", word))
     return keys
 
 
@@ -54,7 +61,11 @@ def _checked_key(name: str, word: str | bytes) -> bytes:
     try:
         return key_of(word)
     except UnicodeEncodeError:
-        raise _validate.wrong_value(name, "text without lone surrogates", word) from None
+        raise _no_surrogates(name, word) from None
+
+
+def _no_surrogates(name: str, word: str | bytes) -> ValueError:
+    return _validate.wrong_value(name, "text without lone surrogates", word)
 
 
 def text_bytes(name: str, text: object) -> bytes:
@@ -65,21 +76,35 @@ def text_bytes(name: str, text: object) -> bytes:
         return encoded(text)
     if isinstance(text, (bytes, bytearray, memoryview)):
         return bytes(text)
-    if text is None:
-        # A missing value of Arrow.
-        return b""
     raise _validate.wrong_type(name, "a str or bytes", text)
+
+
+def check_texts(name: str, texts: object) -> None:
+    """Refuses what is no text and has none."""
+    # Of a table the names of its columns would be taken.
+    if not isinstance(texts, Iterable) or hasattr(type(texts), "columns"):
+        raise _validate.wrong_type(name, "a str, bytes, an iterable of these or an Arrow string array", texts)
 
 
 def texts_of(name: str, texts: object) -> Iterable[object]:
     """Texts one by one: one str or bytes is one text, and an Arrow array gives its own."""
+    check_texts(name, texts)
     if isinstance(texts, (str, bytes, bytearray, memoryview)):
         return (texts,)
+    return column_of(cast("Iterable[object]", texts))
+
+
+def column_of(texts: Any) -> Iterable[object]:
+    """The texts of an iterable. Missing values of a column of Arrow, pandas or polars are empty texts; elsewhere they are none."""
+    module = type(texts).__module__.partition(".")[0]
     if hasattr(texts, "to_pylist"):
-        return cast("list[object]", texts.to_pylist())
-    if isinstance(texts, Iterable):
-        return texts
-    raise _validate.wrong_type(name, "a str, bytes, an iterable of these or an Arrow string array", texts)
+        return ("" if text is None else text for text in texts.to_pylist())
+    if module == "polars":
+        return ("" if text is None else text for text in texts)
+    if module == "pandas" and hasattr(texts, "isna"):
+        # None, NaN and NA alike.
+        return ("" if missing else text for text, missing in zip(texts, texts.isna(), strict=True))
+    return cast("Iterable[object]", texts)
 
 
 def _strings(blob: bytes, offsets: NDArray[np.uint64]) -> list[str]:
@@ -345,7 +370,7 @@ class WordCounts(_Numbers):
         skipped: Iterable[tuple[str, str]] = (),
     ) -> Self:
         """Around a table, which it owns."""
-        self = cls()
+        self = cls.__new__(cls)
         self._table, self._rule, self._tokenizer, self.skipped = table, rule, tokenizer, list(skipped)
         return self
 
@@ -577,20 +602,10 @@ class WordCounts(_Numbers):
         gone = None if without is None else keys_of("without", without)
         table = self._table
         if kept is not None:
-            table = self._only(kept)
+            table = table.only(kept)
         if gone is not None:
             table = table.without(gone)
         return self._with(table.select(**bounds))
-
-    def _only(self, keys: list[bytes]) -> Any:
-        """A table of these keys alone."""
-        table = _backend.word_table(self._table.has_docs)
-        for key in dict.fromkeys(keys):
-            count, docs = self._table.get(key)
-            if count:
-                table.add(key, count, docs)
-        table.documents, table.error_bound = self._table.documents, self._table.error_bound
-        return table
 
     def update(self, other: Mapping[Any, int]) -> None:
         """Add counts to these, in place.
@@ -737,8 +752,8 @@ class WordCounts(_Numbers):
 
         Parameters
         ----------
-        texts : str, bytes, iterable of these, or Arrow array of str
-            Each a row of the result; one str or bytes is one row.
+        texts : str, bytes, iterable of these, Arrow array or column of pandas or polars of str
+            Each a row of the result; one str or bytes is one row, and a missing value an empty one.
         as_csr : bool, optional
             Count the ids of each text instead: the document-term matrix.
         **options : object

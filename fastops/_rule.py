@@ -15,6 +15,9 @@ NORMALIZE = ("NFC", "NFKC")
 ERRORS = ("replace", "strict", "ignore", "surrogateescape")
 DOCUMENTS = ("line", "file")
 
+UTF8_BOM = b"\xef\xbb\xbf"
+_OTHER_BOMS = {b"\xff\xfe": "UTF-16 or UTF-32", b"\xfe\xff": "UTF-16", b"\x00\x00\xfe\xff": "UTF-32"}
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -42,6 +45,19 @@ class Rule:
 
 class DecodeError(ValueError):
     """Text that is not valid UTF-8 under errors="strict", or in another encoding; names the file and the byte."""
+
+
+def check_bom(name: str, head: bytes) -> None:
+    """Refuses a text whose first bytes say that it is UTF-16 or UTF-32."""
+    for mark, encoding in _OTHER_BOMS.items():
+        if head.startswith(mark):
+            raise DecodeError(f"{name} must be UTF-8, got a byte order mark of {encoding} at byte 0")
+
+
+def not_utf8(name: str, offset: int, problem: UnicodeDecodeError) -> DecodeError:
+    """The error for bytes of which the first is byte `offset` of its text."""
+    got = f"0x{problem.object[problem.start]:02x} at byte {offset + problem.start} ({problem.reason})"
+    return DecodeError(f"{name} must be UTF-8, got {got}")
 
 
 class TokenTooLong(ValueError):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import itertools
 import os
@@ -21,8 +22,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastops
+import fastops.distributed
 from fastops import _counting
+from fastops.__main__ import parser
 from fastops._rule import DecodeError, Rule, TokenTooLong
+from fastops.wordcount import rule_of
 
 DATA = pathlib.Path(os.environ.get("FASTOPS_TEST_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data"))
 
@@ -491,6 +495,43 @@ def test_a_token_that_is_too_long_is_named(backend: ModuleType, tokenizer: str, 
             assert re.search(rf"\b{most}\b", str(caught.value))
 
 
+@pytest.mark.parametrize(
+    ("before", "errors"),
+    [
+        ("İ É ﬀ\n", "replace"),  # they become longer, stay, become shorter or longer
+        ("İİİ É", "replace"),
+        (b"\xff\xff \xc3\xa9", "replace"),
+        (b"\xff\xff \xc3\xa9", "ignore"),
+        (b"\xff\xff \xc3\xa9", "surrogateescape"),
+        ("ẞ" * 30 + " ΑΣ", "strict"),
+    ],
+)
+@pytest.mark.parametrize("lowercase", LOWERCASE)
+@pytest.mark.parametrize("tokenizer", ["whitespace", "word"])
+def test_a_long_token_is_at_the_byte_where_it_was_read(
+    backend: ModuleType, tokenizer: str, lowercase: str | None, before: str | bytes, errors: str
+) -> None:
+    head = (before.encode() if isinstance(before, str) else before) + b" ok "
+    for word in ("ÀB" + "x" * 200, "x" * 200):
+        counter = backend.word_counter(Rule(tokenizer, lowercase, errors=errors, max_token_bytes=150))
+        with pytest.raises(TokenTooLong, match=rf"begins at byte {len(head)}$"):
+            feed(counter, head + word.encode() + b" more")
+
+
+def test_strict_says_what_python_says(backend: ModuleType) -> None:
+    for broken in (item for item in BROKEN if item not in (b"\xed\x9f\xbf", b"\xf4\x8f\xbf\xbf")):
+        for data in (b"a " + broken, b"a " + broken + b" b", broken + b"\n", "é ".encode() + broken + "é".encode()):
+            with pytest.raises(UnicodeDecodeError) as wanted:
+                data.decode("utf-8")
+            problem = wanted.value
+            for lowercase in (None, "unicode"):
+                counter = backend.word_counter(Rule(lowercase=lowercase, errors="strict"))
+                with pytest.raises(DecodeError) as caught:
+                    feed(counter, data)
+                place = f"got 0x{data[problem.start]:02x} at byte {problem.start} ({problem.reason})"
+                assert str(caught.value).endswith(place), (data, str(caught.value))
+
+
 def test_the_length_of_a_token_is_that_of_its_key(backend: ModuleType) -> None:
     # Each rule makes one byte sequence longer or shorter than it came.
     for data, rule, size in (
@@ -587,6 +628,49 @@ def test_rough_counts_are_too_low_by_the_bound_at_most(backend: ModuleType) -> N
         assert set(found) <= set(exact)
         if k >= len(exact):
             assert table.error_bound == 0
+
+
+@pytest.mark.parametrize("ngrams", [(1, 1), (1, 2)])
+def test_rough_counts_do_not_depend_on_how_a_text_is_cut(
+    backend: ModuleType, ngrams: tuple[int, int], tmp_path: pathlib.Path
+) -> None:
+    rng = random.Random(2)
+    # More words than the smallest table holds, long ones among them, lines of any length.
+    words = [b"w%d" % min(int(rng.paretovariate(0.1)), 10**12) * (1 + (i % 50 == 0) * 5) for i in range(15_000)]
+    data = b"".join(word + rng.choice([b" ", b" ", b"\n"]) for word in words)
+    path = tmp_path / "text"
+    path.write_bytes(data)
+    rule = Rule(ngrams=ngrams, stop_words=frozenset([b"w1"]))
+    for k in (3, 700, 3000):
+        found = []
+        for size in (len(data), 50_001, 4096, 17):
+            counter = backend.word_counter(rule, approx=k)
+            feed(counter, *(data[at : at + size] for at in range(0, len(data), size)))
+            table = counter.finish()
+            found.append((entries(table), table.error_bound))
+        counter = backend.word_counter(rule, approx=k)
+        fd = os.open(path, os.O_RDONLY)
+        for at in range(0, len(data), 30_000):
+            counter.file(fd, at, min(at + 30_000, len(data)))
+        os.close(fd)
+        table = counter.finish()
+        found.append((entries(table), table.error_bound))
+        assert table.error_bound > 0
+        assert all(item == found[0] for item in found), (k, [bound for _, bound in found])
+
+
+def test_a_smaller_table(backend: ModuleType) -> None:
+    table = backend.word_table()
+    for key, count in ((b"a", 5), (b"b", 3), (b"c" * 20, 3), (b"d" * 20, 9), (b"e", 1)):
+        table.add(key, count)
+    table.error_bound = 2
+    table.shrink(5)
+    assert (len(table), table.error_bound, table.total()) == (5, 2, 21)
+    table.shrink(3)
+    assert entries(table) == {b"a": (2, 0), b"d" * 20: (6, 0)}
+    assert (table.error_bound, table.total()) == (5, 8)
+    with pytest.raises(ValueError, match=r"."):
+        backend.word_table(True).shrink(1)
 
 
 def test_table(backend: ModuleType) -> None:
@@ -881,3 +965,30 @@ def test_a_table_is_no_iterable_of_texts() -> None:
 
     with pytest.raises(TypeError, match="texts must be a str"):
         fastops.count_words(Table(a=["x y"]))
+
+
+def test_the_calls_that_count_have_the_same_options() -> None:
+    """Written out in each for the reader and the editor; here they are held together."""
+    texts, files, cluster = (
+        inspect.signature(call).parameters
+        for call in (fastops.count_words, fastops.count_files, fastops.distributed.count_files)
+    )
+    options = list(texts)[1:]
+    assert list(files) == ["files", "field", "column", *options]
+    extra = ["engine", "client", "span_bytes"]
+    assert list(cluster) == ["files", *extra, "field", "column", *(name for name in options if name != "approx")]
+    differ = {
+        name
+        for name in options
+        for other in (files, cluster)
+        if name in other and other[name].default != texts[name].default
+    }
+    assert differ == {"document", "workers"}
+    assert set(inspect.signature(rule_of).parameters) <= set(options)
+    # On the command line with the same defaults; two have another name there, and progress is always shown.
+    said = vars(parser().parse_args(["count", "x"]))
+    names = {"workers": "jobs", "on_error": "skip_errors"}
+    for name in [*options, "field", "column"]:
+        if name not in ("progress", "on_error"):
+            assert said[names.get(name, name)] == files[name].default, name
+    assert said["skip_errors"] is False

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastops import _word_break
+from fastops._rule import Rule
 from fastops.reference import _breaks
 
 UCD = Path("/usr/share/unicode/auxiliary/WordBreakTest.txt")
@@ -101,16 +103,22 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def native() -> Callable[[bytes], list[bytes]]:
-    """The compiled words of UTF-8."""
+    """The compiled words of UTF-8, in their order."""
     try:
-        core: Any = importlib.import_module("fastops._core")
+        backend: Any = importlib.import_module("fastops.native.wordcount")
     except ImportError as error:
         pytest.skip(f"fastops._core: {error}")
-    pages, classes = _word_break.table()
+    rule = Rule("unicode", lines=False, errors="surrogateescape")
 
     def words(text: bytes) -> list[bytes]:
-        found: list[bytes] = core.unicode_words(text, pages, classes)
-        return found
+        text = b"\n" + text  # what comes first may be a mark of the encoding
+        counter = backend.word_counter(rule)
+        counter.documents([text])
+        table = counter.finish()
+        blob, offsets, *_ = table.top()
+        keys = [blob[a:b] for a, b in pairwise(offsets.tolist())]
+        ids, _ = table.encode(rule, [text])
+        return [keys[i] for i in ids.tolist()]
 
     return words
 

@@ -266,6 +266,48 @@ def test_partition_by_hash() -> None:
         assert sum(len(part) for part in parts) == len(counts)
 
 
+def test_partition_into_very_many() -> None:
+    """Thousands of tables are not much larger than what is in them."""
+    counts = fastops.count_words(" ".join(f"word number {i}" for i in range(5000)) + " " + "x" * 40, doc_freq=True)
+    parts = counts.partition(2**12)
+    assert sum(len(part) for part in parts) == len(counts)
+    assert sum(part.nbytes for part in parts) < 2**26
+    assert {word: part[word] for part in parts for word in part.words()} == counts
+    assert parts[0].documents == 1
+
+
+def test_filter_by_many_words() -> None:
+    counts = fastops.count_words(["a b a", "b c", "b"], doc_freq=True)
+    chosen = counts.filter(words=["b", b"a", "b", "absent", "b"])
+    assert dict(chosen) == {"b": 3, "a": 2}
+    assert dict(chosen.doc_freq) == {"b": 3, "a": 1}
+    assert chosen.documents == 3
+    assert counts.filter(words=[]) == {}
+    assert dict(counts.filter(words=(str(i) for i in range(10_000)))) == {}
+    assert dict(counts.filter(without=["b", "b", b"c"])) == {"a": 2}
+    with pytest.raises(ValueError, match=r"words\[1\] must be text without lone surrogates"):
+        counts.filter(words=["a", "\ud800"])
+    with pytest.raises(TypeError, match=r"without\[1\] must be a str or bytes, got 3"):
+        counts.filter(without=["a", 3])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("size", [10, 1000, 20_000])
+def test_order_of_many_words(size: int) -> None:
+    """Few of many, half of them and all: the same order, whatever sorts them."""
+    rng = random.Random(size)
+    counts = {
+        f"{rng.choice(['', 'wo', 'word', 'words of one beginning '])}{i}": min(int(rng.paretovariate(0.3)), 2**39)
+        for i in range(size)
+    }
+    counts["the most"] = 2**62
+    counts["almost"] = 2**40
+    counts["\x00"] = counts["\x00\x00"] = counts[""] = 3
+    want = sorted(counts.items(), key=lambda item: (-item[1], item[0].encode()))
+    table = WordCounts(counts)
+    for k in (0, 1, 2, 9, size // 20, size // 2, size, None):
+        assert table.most_common(k) == want[:k]
+
+
 def test_the_hash_is_fnv_1a() -> None:
     # The examples of its authors' page.
     assert plain.fnv1a(b"") == 0xCBF29CE484222325

@@ -6,8 +6,10 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
+#include <new>
 #include <mutex>
 #include <optional>
 #include <shared_mutex>
@@ -24,6 +26,7 @@ namespace {
 namespace py = pybind11;
 
 constexpr std::uint64_t kEndOfCounts = std::uint64_t{1} << 63;
+constexpr std::size_t kAtATime = 4096;  // words, between two looks at signals
 
 template <auto Destroy> struct Destroyer {
   template <class T> void operator()(T* p) const noexcept { Destroy(p); }
@@ -82,6 +85,24 @@ class WordTable {
   std::shared_lock<std::shared_mutex> reading() const { return std::shared_lock<std::shared_mutex>(*lock_); }
 
   std::uint64_t version() const { return version_; }
+
+  // f(poll) without the GIL and with the lock, which the poll leaves while it waits for the GIL; again from the start
+  // where the table was written to meanwhile.
+  template <class F> fastops_status polled(F&& f) const {
+    for (;;) {
+      bool changed = false;
+      const fastops_status status = unlocked([&](fastops_poll inner) noexcept {
+        std::shared_lock<std::shared_mutex> hold = reading();
+        Asking asking{inner, &hold, &version_, version_, &changed};
+        try {
+          return f(inner.function == nullptr ? inner : fastops_poll{&ask, &asking});
+        } catch (const std::bad_alloc&) {
+          return FASTOPS_NO_MEMORY;
+        }
+      });
+      if (!changed) return status;
+    }
+  }
 
   // The lookups of the call before, for the next one with the same rule; under the GIL.
   std::unique_ptr<Lookups> take_lookups(const std::shared_ptr<WordRule>& rule) const {
@@ -147,34 +168,70 @@ class WordTable {
   WordTable select(std::uint64_t min_count, std::optional<std::uint64_t> max_count, std::uint64_t min_docs,
                    std::optional<std::uint64_t> max_docs, const WordTable* without) const {
     fastops_words* selected = nullptr;
-    fastops_status status = FASTOPS_OK;
-    {
-      py::gil_scoped_release released;
-      const auto hold = reading();
-      status = fastops_words_select(words_.get(), min_count, max_count.value_or(kEndOfCounts), min_docs,
-                                    max_docs.value_or(kEndOfCounts), without == nullptr ? nullptr : without->get(),
-                                    &selected);
-    }
-    raise_unless_ok(status);
+    raise_unless_ok(polled([&](fastops_poll poll) {
+      return fastops_words_select(words_.get(), min_count, max_count.value_or(kEndOfCounts), min_docs,
+                                  max_docs.value_or(kEndOfCounts), without == nullptr ? nullptr : without->get(), poll,
+                                  &selected);
+    }));
     return WordTable(WordsPtr(selected));
   }
   py::list split(std::size_t k) const {
     if (k < 1) throw py::value_error("k must be >= 1, got 0");
     std::vector<fastops_words*> parts(k);
     fastops_words_info found{};
-    fastops_status status = FASTOPS_OK;
-    {
-      py::gil_scoped_release released;
-      const auto hold = reading();
+    raise_unless_ok(polled([&](fastops_poll poll) {
       found = describe();
-      status = fastops_words_split(words_.get(), k, parts.data());
-    }
-    raise_unless_ok(status);
+      return fastops_words_split(words_.get(), k, poll, parts.data());
+    }));
     std::vector<WordsPtr> owned(parts.begin(), parts.end());
     for (WordsPtr& part : owned) fastops_words_annotate(part.get(), found.documents, found.error_bound);
     py::list result;
     for (WordsPtr& part : owned) result.append(WordTable(std::move(part)));
     return result;
+  }
+  // The entries of these keys alone.
+  WordTable only(const std::vector<py::bytes>& keys) const {
+    const fastops_words_info found = info();
+    WordTable result(found.doc_freq != 0);
+    for (std::size_t i = 0; i < keys.size();) {
+      fastops_status status = FASTOPS_OK;
+      {
+        const auto hold = reading();
+        const std::size_t stop = std::min(i + kAtATime, keys.size());
+        for (; i < stop && status == FASTOPS_OK; ++i) {
+          std::uint64_t count = 0, documents = 0, before = 0;
+          const Span span = bytes_span(keys[i]);
+          if (fastops_words_get(words_.get(), span.data, span.size, &count, &documents) == 0) continue;
+          if (fastops_words_get(result.get(), span.data, span.size, &before, &before) == 0)
+            status = fastops_words_add(result.words_.get(), span.data, span.size, count, documents);
+        }
+      }
+      raise_unless_ok(status);
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    }
+    result.annotate(found.documents, found.error_bound);
+    return result;
+  }
+  // Those of all other keys.
+  WordTable without(const std::vector<py::bytes>& keys) const {
+    WordTable gone(false);
+    for (std::size_t i = 0; i < keys.size(); ++i) {
+      const Span span = bytes_span(keys[i]);
+      raise_unless_ok(fastops_words_add(gone.words_.get(), span.data, span.size, 1, 0));
+      if (i % kAtATime == kAtATime - 1 && PyErr_CheckSignals() != 0) throw py::error_already_set();
+    }
+    return select(1, std::nullopt, 0, std::nullopt, &gone);
+  }
+  void shrink(std::size_t kept) {
+    fastops_status status = FASTOPS_OK;
+    {
+      py::gil_scoped_release released;
+      const std::unique_lock<std::shared_mutex> hold(*lock_);
+      status = own();
+      ++version_;
+      if (status == FASTOPS_OK) status = fastops_words_shrink(words_.get(), kept);
+    }
+    raise_unless_ok(status);
   }
   py::tuple top(const std::optional<std::size_t>& k) const {
     for (;;) {
@@ -182,28 +239,35 @@ class WordTable {
       std::vector<std::size_t> entries;
       std::size_t n = 0, key_bytes = 0;
       std::uint64_t version = 0;
-      fastops_status status = FASTOPS_OK;
-      {
-        py::gil_scoped_release released;
-        const auto hold = reading();
+      raise_unless_ok(polled([&](fastops_poll poll) {
         version = version_;
         found = describe();
         n = k.has_value() && *k < found.entries ? *k : found.entries;
         entries.resize(n);
-        status = fastops_words_rank(words_.get(), n, entries.data(), &key_bytes);
-      }
-      raise_unless_ok(status);
+        return fastops_words_rank(words_.get(), n, entries.data(), &key_bytes, poll);
+      }));
       const py::bytes keys = room(key_bytes);
       py::array_t<std::uint64_t> offsets(static_cast<py::ssize_t>(n + 1)), counts(static_cast<py::ssize_t>(n)),
           docs(static_cast<py::ssize_t>(found.doc_freq != 0 ? n : 0));
       char* const key_room = PyBytes_AS_STRING(keys.ptr());
       std::uint64_t *const offset_room = offsets.mutable_data(), *const count_room = counts.mutable_data(),
                            *const docs_room = found.doc_freq != 0 ? docs.mutable_data() : nullptr;
-      {
-        const auto hold = reading();
-        if (version != version_) continue;  // written meanwhile
-        fastops_words_read(words_.get(), entries.data(), n, key_room, offset_room, count_room, docs_room);
+      offset_room[0] = 0;
+      bool changed = false;
+      for (std::size_t i = 0; i < n && !changed; i += kAtATime) {
+        const std::size_t some = std::min(kAtATime, n - i);
+        const std::uint64_t begin = offset_room[i];
+        {
+          const auto hold = reading();
+          changed = version != version_;  // written meanwhile
+          if (!changed)
+            fastops_words_read(words_.get(), entries.data() + i, some, key_room + begin, offset_room + i,
+                               count_room + i, docs_room == nullptr ? nullptr : docs_room + i);
+        }
+        for (std::size_t j = i; j <= i + some; ++j) offset_room[j] += begin;
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
       }
+      if (changed) continue;
       return py::make_tuple(keys, offsets, counts, found.doc_freq != 0 ? py::object(docs) : py::none());
     }
   }
@@ -229,6 +293,21 @@ class WordTable {
   }
 
  private:
+  struct Asking {
+    fastops_poll inner;
+    std::shared_lock<std::shared_mutex>* hold;
+    const std::uint64_t* version;
+    std::uint64_t before;
+    bool* changed;
+  };
+  static int ask(void* context) {
+    const auto* const asking = static_cast<const Asking*>(context);
+    asking->hold->unlock();
+    const int answer = asking->inner.function(asking->inner.context);
+    asking->hold->lock();
+    if (answer == 0) *asking->changed = *asking->version != asking->before;
+    return answer != 0 || *asking->changed ? 1 : 0;
+  }
   fastops_words_info describe() const {
     fastops_words_info found;
     fastops_words_describe(words_.get(), &found);
@@ -238,7 +317,8 @@ class WordTable {
   fastops_status own() noexcept {
     if (born_ == getpid()) return FASTOPS_OK;
     fastops_words* copy = nullptr;
-    const fastops_status status = fastops_words_select(words_.get(), 1, kEndOfCounts, 0, kEndOfCounts, nullptr, &copy);
+    const fastops_status status =
+        fastops_words_select(words_.get(), 1, kEndOfCounts, 0, kEndOfCounts, nullptr, {nullptr, nullptr}, &copy);
     if (status != FASTOPS_OK) return status;
     words_.reset(copy);
     born_ = getpid();
@@ -338,6 +418,11 @@ class WordRule {
   throw py::error_already_set();
 }
 
+constexpr std::uint64_t kNoPlace = ~std::uint64_t{0};
+// CPython's words, in the order of why_invalid().
+constexpr const char* kWhyInvalid[4] = {"invalid start byte", "invalid continuation byte", "unexpected end of data",
+                                        ""};
+
 std::string hexadecimal(int byte) {
   constexpr char digits[] = "0123456789abcdef";
   return {'0', 'x', digits[byte >> 4 & 15], digits[byte & 15]};
@@ -348,12 +433,15 @@ std::string hexadecimal(int byte) {
   const std::string place = std::to_string(error.offset);
   switch (error.failure) {
     case FASTOPS_WORDS_BAD_BYTE:
-      raise_named("DecodeError", text + " must be UTF-8, got " + hexadecimal(error.error_number) + " at byte " + place);
+      raise_named("DecodeError", text + " must be UTF-8, got " + hexadecimal(error.error_number) + " at byte " + place +
+                                     " (" + kWhyInvalid[error.error_number >> 8 & 3] + ")");
     case FASTOPS_WORDS_ENCODING:
       raise_named("DecodeError", text + " must be UTF-8, got a byte order mark of UTF-16 or UTF-32 at byte 0");
     case FASTOPS_WORDS_LONG_TOKEN:
-      raise_named("TokenTooLong", text + " must have no token of more than " + std::to_string(rule.max_token_bytes) +
-                                      " bytes, got one that begins at byte " + place);
+      raise_named("TokenTooLong",
+                  text + " must have no token of more than " + std::to_string(rule.max_token_bytes) +
+                      " bytes, got one " +
+                      (error.offset == kNoPlace ? "from the tokenizer" : "that begins at byte " + place));
     case FASTOPS_WORDS_READ:
     case FASTOPS_WORDS_SPILL: {
       py::object file = name;
@@ -481,14 +569,15 @@ py::tuple encode(const WordTable& table, const py::object& said, const std::vect
       py::module_::import("fastops.native.wordcount").attr("native_rule")(said).cast<std::shared_ptr<WordRule>>();
   std::unique_ptr<Lookups> lookups = table.take_lookups(rule);
   bool changed = false;
-  {
-    py::gil_scoped_release released;
-    const auto hold = table.reading();
-    if (lookups == nullptr || lookups->version != table.version())
+  const fastops_status made = table.polled([&](fastops_poll poll) {
+    if (lookups == nullptr || lookups->reader == nullptr || lookups->version != table.version())
       lookups = std::make_unique<Lookups>(
-          Lookups{rule, ReaderPtr(fastops_word_reader_create(&rule->get(), table.get())), table.version()});
-  }
-  or_no_memory(lookups->reader.get());
+          Lookups{rule, ReaderPtr(fastops_word_reader_create(&rule->get(), table.get(), poll)), table.version()});
+    return lookups->reader == nullptr ? FASTOPS_NO_MEMORY : FASTOPS_OK;
+  });
+  // Also null where a signal's handler raised.
+  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  raise_unless_ok(made);
   std::vector<std::int64_t> all;
   py::array_t<std::int64_t> offsets(static_cast<py::ssize_t>(documents.size() + 1));
   offsets.mutable_data()[0] = 0;
@@ -541,14 +630,9 @@ void bind_wordcount(py::module_& m) {
           },
           py::arg("min_count") = 1, py::arg("max_count") = py::none(), py::arg("min_docs") = 0,
           py::arg("max_docs") = py::none())
-      .def(
-          "without",
-          [](const WordTable& t, const std::vector<py::bytes>& keys) {
-            WordTable gone(false);
-            for (const py::bytes& key : keys) gone.add(key, py::int_(1), py::int_(0));
-            return t.select(1, std::nullopt, 0, std::nullopt, &gone);
-          },
-          py::arg("keys"))
+      .def("only", &WordTable::only, py::arg("keys"))
+      .def("without", &WordTable::without, py::arg("keys"))
+      .def("shrink", &WordTable::shrink, py::arg("kept"))
       .def("split", &WordTable::split, py::arg("k"))
       .def("top", &WordTable::top, py::arg("k") = py::none())
       .def("to_bytes", &WordTable::to_bytes)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <new>
 
+#include "core/parallel.h"
 #include "wordcount/wordcount_container.h"
 #include "wordcount/wordcount_counter.h"
 
@@ -17,12 +18,35 @@ int compare_keys(const Table& table, const Table::Slot& a, const Table::Slot& b)
   return order != 0 ? order : a.size1 < b.size1 ? -1 : a.size1 > b.size1;
 }
 
+#if defined(FASTOPS_TEST_TINY)
+constexpr std::size_t kRun = 8;
+#else
+constexpr std::size_t kRun = std::size_t{1} << 14;  // slots, some milliseconds of work: then the poll is asked
+#endif
+
+// A slot on its way to its place, with the beginning of what it is sorted by: few comparisons need the slot itself.
+struct Ranked {
+  std::uint64_t order;  // the count's complement and the first four bytes of the key; 0 for counts beyond 32 bits
+  std::size_t slot;
+};
+
 // The most frequent first, equal ones by their bytes.
 class Ranking {
  public:
   explicit Ranking(const Table& table) noexcept : table_(table) {}
-  bool operator()(std::size_t a, std::size_t b) const noexcept {
-    const Table::Slot &left = table_.slots()[a], &right = table_.slots()[b];
+  Ranked at(std::size_t i) const noexcept {
+    constexpr std::uint64_t kMost = 0xffffffffu;
+    const Table::Slot& slot = table_.slots()[i];
+    if (slot.count >= kMost) return {0, i};
+    const std::uint8_t* const key = table_.key_of(slot);
+    const std::size_t size = slot.size1 - 1;
+    std::uint64_t order = kMost - slot.count;
+    for (std::size_t k = 0; k < 4; ++k) order = order << 8 | (k < size ? key[k] : 0u);
+    return {order, i};
+  }
+  bool operator()(const Ranked& a, const Ranked& b) const noexcept {
+    if (a.order != b.order) return a.order < b.order;
+    const Table::Slot &left = table_.slots()[a.slot], &right = table_.slots()[b.slot];
     return left.count != right.count ? left.count > right.count : compare_keys(table_, left, right) < 0;
   }
 
@@ -30,24 +54,62 @@ class Ranking {
   const Table& table_;
 };
 
+// Sorts all[0 .. n): short runs, which are merged to and fro between it and `other`. Answers where they lie in the end,
+// null where the poll said no.
+Ranked* sorted(const Ranking& before, Ranked* all, Ranked* other, std::size_t n, fastops_poll poll) noexcept {
+  for (std::size_t i = 0; i < n; i += kRun) {
+    std::sort(all + i, all + std::min(i + kRun, n), before);
+    if (interrupted(poll)) return nullptr;
+  }
+  for (std::size_t width = kRun; width < n; width *= 2) {
+    std::size_t out = 0;
+    for (std::size_t i = 0; i < n; i += 2 * width) {
+      std::size_t a = i, b = std::min(i + width, n);
+      const std::size_t a_end = b, b_end = std::min(i + 2 * width, n);
+      while (a < a_end || b < b_end) {
+        const bool right = a == a_end || (b < b_end && before(all[b], all[a]));
+        other[out++] = all[right ? b++ : a++];
+        if (out % kRun == 0 && interrupted(poll)) return nullptr;
+      }
+    }
+    std::swap(all, other);
+  }
+  return all;
+}
+
 // The slots of the `count` first ones in order.
-bool rank(const Table& table, std::size_t count, std::size_t* entries) noexcept {
-  Region room;
-  std::size_t* all = entries;
-  if (count < table.size()) {
-    if (!room.grow(table.size() * sizeof(std::size_t))) return false;
-    all = room.get<std::size_t>();
-  }
-  std::size_t n = 0;
-  for (std::size_t i = 0; i < table.capacity(); ++i)
-    if (table.slots()[i].size1 != 0) all[n++] = i;
+fastops_status rank(const Table& table, std::size_t count, std::size_t* entries, fastops_poll poll) noexcept {
   const Ranking before(table);
-  if (count < n) {
-    std::nth_element(all, all + count, all + n, before);
-    std::copy(all, all + count, entries);
+  // Of few the worst stands on top of a heap; of many all are sorted.
+  const bool few = count < table.size() / 16 && count <= std::size_t{1} << 16;
+  Region room, more;
+  if (!room.grow((few ? count : table.size()) * sizeof(Ranked)) || (!few && !more.grow(table.size() * sizeof(Ranked))))
+    return FASTOPS_NO_MEMORY;
+  auto* all = room.get<Ranked>();
+  std::size_t n = 0;
+  for (std::size_t i = 0; count > 0 && i < table.capacity(); ++i) {
+    if (i % kRun == kRun - 1 && interrupted(poll)) return FASTOPS_INTERRUPTED;
+    if (table.slots()[i].size1 == 0) continue;
+    const Ranked next = before.at(i);
+    if (!few) {
+      all[n++] = next;
+    } else if (n < count) {
+      all[n++] = next;
+      std::push_heap(all, all + n, before);
+    } else if (before(next, all[0])) {
+      std::pop_heap(all, all + n, before);
+      all[n - 1] = next;
+      std::push_heap(all, all + n, before);
+    }
   }
-  std::sort(entries, entries + count, before);
-  return true;
+  if (few) {
+    std::sort_heap(all, all + n, before);
+  } else if (n > 0) {
+    all = sorted(before, all, more.get<Ranked>(), n, poll);
+    if (all == nullptr) return FASTOPS_INTERRUPTED;
+  }
+  for (std::size_t i = 0; i < count; ++i) entries[i] = all[i].slot;
+  return FASTOPS_OK;
 }
 
 // Whether a rule says what it means and has the tables that it needs.
@@ -152,7 +214,7 @@ fastops_status fastops_words_merge(fastops_words* words, const fastops_words* fr
 
 fastops_status fastops_words_select(const fastops_words* words, uint64_t min_count, uint64_t max_count,
                                     uint64_t min_documents, uint64_t max_documents, const fastops_words* without,
-                                    fastops_words** selected) noexcept {
+                                    fastops_poll poll, fastops_words** selected) noexcept {
   const Table& table = words->table;
   fastops_words* const result = fastops_words_create(table.with_documents() ? 1 : 0);
   if (result == nullptr) return FASTOPS_NO_MEMORY;
@@ -166,56 +228,92 @@ fastops_status fastops_words_select(const fastops_words* words, uint64_t min_cou
   };
   // Room for all first: what comes in order of hashes would crowd the first slots of a table that has yet to grow.
   std::size_t entries = 0, long_bytes = 0;
-  for (std::size_t i = 0; i < table.capacity(); ++i) {
+  bool stopped = false;
+  const auto asked = [&](std::size_t i) noexcept {
+    return i % fastops::kRun == fastops::kRun - 1 && fastops::interrupted(poll);
+  };
+  for (std::size_t i = 0; i < table.capacity() && !(stopped = asked(i)); ++i) {
     const Table::Slot& slot = table.slots()[i];
     if (!wanted(slot)) continue;
     ++entries;
     if (slot.size1 - 1 > fastops::kInlineKey) long_bytes += slot.size1 - 1;
   }
   bool made = entries == 0 || result->table.reserve(entries, long_bytes);
-  for (std::size_t i = 0; made && i < table.capacity(); ++i) {
+  for (std::size_t i = 0; made && !stopped && i < table.capacity() && !(stopped = asked(i)); ++i) {
     const Table::Slot& slot = table.slots()[i];
     if (wanted(slot))
       made = result->table.add(table.key_at(slot), slot.count, table.documents_of(slot)) == Added::kDone;
   }
-  if (!made) {
+  if (!made || stopped) {
     delete result;
-    return FASTOPS_NO_MEMORY;
+    return made ? FASTOPS_INTERRUPTED : FASTOPS_NO_MEMORY;
   }
   *selected = result;
   return FASTOPS_OK;
 }
 
-fastops_status fastops_words_split(const fastops_words* words, size_t parts, fastops_words** tables) noexcept {
+fastops_status fastops_words_shrink(fastops_words* words, size_t kept) noexcept {
+  if (words->table.with_documents()) return FASTOPS_INVALID;
+  const std::uint64_t less = words->table.shrink(kept);
+  if (less == fastops::kMaxCount) return FASTOPS_NO_MEMORY;
+  words->total_known = false;
+  words->error_bound += less;
+  return FASTOPS_OK;
+}
+
+fastops_status fastops_words_split(const fastops_words* words, size_t parts, fastops_poll poll,
+                                   fastops_words** tables) noexcept {
   if (parts == 0) return FASTOPS_INVALID;
   const Table& table = words->table;
-  bool made = true;
-  for (std::size_t i = 0; i < parts; ++i) {
-    tables[i] = fastops_words_create(table.with_documents() ? 1 : 0);
-    // About what each will hold; as in fastops_words_select.
-    made = made && tables[i] != nullptr && tables[i]->table.reserve(table.size() / parts, 0);
-  }
-  for (std::size_t i = 0; made && i < table.capacity(); ++i) {
+  struct Size {
+    std::size_t entries, long_bytes;
+  };
+  fastops::Region sizes, part_of;  // by part; by slot
+  bool made = sizes.grow(parts * sizeof(Size)) && part_of.grow((table.capacity() + 1) * sizeof(std::size_t));
+  bool stopped = false;
+  const auto asked = [&](std::size_t i) noexcept {
+    return i % fastops::kRun == fastops::kRun - 1 && fastops::interrupted(poll);
+  };
+  for (std::size_t i = 0; made && i < table.capacity() && !(stopped = asked(i)); ++i) {
     const Table::Slot& slot = table.slots()[i];
     if (slot.size1 == 0) continue;
     const fastops::Key key = table.key_at(slot);
     std::uint64_t hash = 0xcbf29ce484222325u;
     for (std::uint32_t k = 0; k < key.size; ++k) hash = (hash ^ key.data[k]) * 0x100000001b3u;
-    made = tables[hash % parts]->table.add(key, slot.count, table.documents_of(slot)) == Added::kDone;
+    const auto part = static_cast<std::size_t>(hash % parts);
+    part_of.get<std::size_t>()[i] = part;
+    Size& size = sizes.get<Size>()[part];
+    ++size.entries;
+    if (key.size > fastops::kInlineKey) size.long_bytes += key.size;
   }
-  if (made) return FASTOPS_OK;
+  for (std::size_t i = 0; i < parts; ++i) {
+    tables[i] = nullptr;
+    if (!made || stopped || (stopped = asked(i))) continue;
+    const Size& size = sizes.get<Size>()[i];
+    tables[i] = fastops_words_create(table.with_documents() ? 1 : 0);
+    // What each will hold; as in fastops_words_select.
+    made = tables[i] != nullptr && (size.entries == 0 || tables[i]->table.fit(size.entries, size.long_bytes));
+  }
+  for (std::size_t i = 0; made && !stopped && i < table.capacity() && !(stopped = asked(i)); ++i) {
+    const Table::Slot& slot = table.slots()[i];
+    if (slot.size1 == 0) continue;
+    made = tables[part_of.get<std::size_t>()[i]]->table.add(table.key_at(slot), slot.count, table.documents_of(slot)) ==
+           Added::kDone;
+  }
+  if (made && !stopped) return FASTOPS_OK;
   for (std::size_t i = 0; i < parts; ++i) {
     delete tables[i];
     tables[i] = nullptr;
   }
-  return FASTOPS_NO_MEMORY;
+  return made ? FASTOPS_INTERRUPTED : FASTOPS_NO_MEMORY;
 }
 
-fastops_status fastops_words_rank(const fastops_words* words, size_t count, size_t* entries,
-                                  size_t* key_bytes) noexcept {
+fastops_status fastops_words_rank(const fastops_words* words, size_t count, size_t* entries, size_t* key_bytes,
+                                  fastops_poll poll) noexcept {
   const Table& table = words->table;
   if (count > table.size()) return FASTOPS_INVALID;
-  if (!fastops::rank(table, count, entries)) return FASTOPS_NO_MEMORY;
+  const fastops_status status = fastops::rank(table, count, entries, poll);
+  if (status != FASTOPS_OK) return status;
   *key_bytes = 0;
   for (std::size_t i = 0; i < count; ++i) *key_bytes += table.slots()[entries[i]].size1 - 1;
   return FASTOPS_OK;
@@ -302,12 +400,13 @@ void fastops_word_counter_error(const fastops_word_counter* counter, fastops_wor
   *error = counter->error();
 }
 
-fastops_word_reader* fastops_word_reader_create(const fastops_word_rule* rule, const fastops_words* words) noexcept {
+fastops_word_reader* fastops_word_reader_create(const fastops_word_rule* rule, const fastops_words* words,
+                                                fastops_poll poll) noexcept {
   if (!fastops::sensible(*rule)) return nullptr;
   const Table& table = words->table;
   fastops::Region order, ranks;
   if (!order.grow(table.size() * sizeof(std::size_t)) || !ranks.grow(table.capacity() * sizeof(std::int64_t)) ||
-      !fastops::rank(table, table.size(), order.get<std::size_t>()))
+      fastops::rank(table, table.size(), order.get<std::size_t>(), poll) != FASTOPS_OK)
     return nullptr;
   for (std::size_t i = 0; i < table.size(); ++i)
     ranks.get<std::int64_t>()[order.get<std::size_t>()[i]] = static_cast<std::int64_t>(i);

@@ -4,6 +4,7 @@
 
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <new>
 
@@ -19,11 +20,13 @@ constexpr const WordKernels* kTable[] = {FASTOPS_FOR_EACH_LEVEL(FASTOPS_LEVEL_TA
 #if defined(FASTOPS_TEST_TINY)
 constexpr std::size_t kBlock = 64, kSpan = 256, kRead = 64;
 constexpr double kNanosecondsPerByte = 1e6;  // the pool works on the shortest texts
+constexpr std::size_t kFullAtLeast = 4;
 #else
 constexpr std::size_t kBlock = std::size_t{1} << 18;  // of a text in memory, for one worker
 constexpr std::size_t kSpan = std::size_t{1} << 20;   // of a file, likewise
 constexpr std::size_t kRead = std::size_t{1} << 17;   // of a file at a time
 constexpr double kNanosecondsPerByte = 1.2;
+constexpr std::size_t kFullAtLeast = 2048;  // keys that an approximate count may hold, however few it keeps
 #endif
 
 // The next "\n" at or after p; null where there is none.
@@ -49,17 +52,6 @@ void Tally::settle() noexcept {
 
 bool Tally::make_room() noexcept {
   if (status_ != FASTOPS_OK) return false;
-  if (approximate_ > 0 && table_.size() >= 2 * approximate_) {
-    const std::size_t before = table_.bytes();
-    const std::uint64_t less = table_.shrink(approximate_);
-    if (less == kMaxCount) {
-      status_ = FASTOPS_NO_MEMORY;
-      return false;
-    }
-    error_bound_ += less;
-    budget_->used += table_.bytes() - before;
-    if (table_.has_room(pending_, long_bytes_)) return true;
-  }
   std::size_t needed = table_.needed(pending_, long_bytes_);
   if (budget_->used.fetch_add(needed) + needed > budget_->limit && table_.size() > 0) {
     budget_->used -= needed;
@@ -71,6 +63,30 @@ bool Tally::make_room() noexcept {
   if (!table_.reserve(pending_, long_bytes_)) status_ = FASTOPS_NO_MEMORY;
   budget_->used += table_.bytes() - before - needed;
   return status_ == FASTOPS_OK;
+}
+
+// Key by key, and the table becomes smaller at the key that finds it full: nothing depends on how the text was cut.
+void Tally::count_roughly() noexcept {
+  const std::size_t full = 2 * approximate_ > kFullAtLeast ? 2 * approximate_ : kFullAtLeast;
+  const std::size_t before = table_.bytes();
+  for (unsigned i = 0; i < pending_ && status_ == FASTOPS_OK; ++i) {
+    const Key& key = batch_[i];
+    if (table_.size() >= full) {
+      const std::uint64_t less = table_.shrink(approximate_);
+      if (less == kMaxCount) {
+        status_ = FASTOPS_NO_MEMORY;
+        break;
+      }
+      error_bound_ += less;
+    }
+    if (!table_.reserve(1, key.size > kInlineKey ? key.size : 0))
+      status_ = FASTOPS_NO_MEMORY;
+    else if (table_.with_documents())
+      table_.count(key, document_of_[i]);
+    else
+      table_.count(key);
+  }
+  budget_->used += table_.bytes() - before;
 }
 
 WordCounter::Worker::Worker(const WordCounter& counter, Budget* budget, Spill* spill) noexcept
@@ -200,7 +216,7 @@ fastops_status WordCounter::feed(const std::uint8_t* data, std::size_t size, fas
       begun_ = true;
     }
     const bool whole = carry[carried_ - 1] == '\n';
-    if (!whole && skipped == 0 && carried_ < tried_ + kRead) continue;
+    if (!whole && skipped == 0 && carried_ < tried_ + std::max(kRead, tried_)) continue;
     const std::size_t done =
         skipped + all_[0].stream.consume(carry + skipped, carried_ - skipped, offset_ + skipped, whole);
     const fastops_status status = take_errors(FASTOPS_OK);
@@ -315,7 +331,7 @@ void WordCounter::lines_of_file(Worker& worker, int fd, std::uint64_t start, std
   std::uint64_t at = start > 0 ? start - 1 : 0;  // of the next byte to be read
   bool skipping = start > 0;                     // until the first line's beginning
   std::uint64_t first = 0;                       // where buffer begins
-  std::size_t held = 0;
+  std::size_t held = 0, tried = 0;               // tried: of those held, how many could not be cut
   bool last = false;
   first = at;
   while (!last && stream.ok() && !failed_.load(std::memory_order_relaxed) &&
@@ -362,10 +378,12 @@ void WordCounter::lines_of_file(Worker& worker, int fd, std::uint64_t start, std
       }
     }
     last = last || ended;
+    if (!last && from == 0 && tried > 0 && held < tried + std::max(kRead, tried)) continue;
     if (until > from) from += stream.consume(buffer + from, until - from, first + from, last);
     std::memmove(buffer, buffer + from, held - from);
     held -= from;
     first += from;
+    tried = held;
     if (last && stream.ok() && (rule_.lines || documents_matter_)) stream.end_text();
   }
 }
@@ -441,7 +459,7 @@ fastops_status WordCounter::finish(fastops_poll poll, fastops_words** words) noe
   if (status == FASTOPS_OK) status = gather(poll, result);
   if (status == FASTOPS_OK && rule_.stop_words != nullptr && rule_.ngram_high == 1) {
     fastops_words* left = nullptr;
-    status = fastops_words_select(result, 1, kMaxCount, 0, kMaxCount, rule_.stop_words, &left);
+    status = fastops_words_select(result, 1, kMaxCount, 0, kMaxCount, rule_.stop_words, poll, &left);
     if (status == FASTOPS_OK) std::swap(result->table, left->table);
     fastops_words_destroy(left);
   }

@@ -54,7 +54,9 @@ class Tally {
   void end_document() noexcept { ++document_; }
   // Kept out of the loop over tokens, as what is rare there.
   __attribute__((noinline)) void flush() noexcept {
-    if (pending_ > 0 && (table_.has_room(pending_, long_bytes_) || make_room())) {
+    if (approximate_ > 0)
+      count_roughly();
+    else if (pending_ > 0 && (table_.has_room(pending_, long_bytes_) || make_room())) {
       if (table_.with_documents())
         for (unsigned i = 0; i < pending_; ++i) table_.count(batch_[i], document_of_[i]);
       else
@@ -96,6 +98,7 @@ class Tally {
   static constexpr std::size_t kCodePoints = 0x110000;
 
   bool make_room() noexcept;
+  void count_roughly() noexcept;
 
   Table table_;
   Region code_points_;

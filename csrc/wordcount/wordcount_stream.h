@@ -38,7 +38,7 @@ template <class Keys> class Stream {
           cut = done + n == size && ends ? n : safe_cut(rule_, text + done, n, true);
         }
         if (cut == 0) {
-          if (n >= kAnywhere && n > rule_.max_token_bytes + kPiece) fail(FASTOPS_WORDS_LONG_TOKEN, offset + done);
+          if (n >= kAnywhere && n > longest_run() + kPiece) fail(FASTOPS_WORDS_LONG_TOKEN, offset + done);
           break;
         }
         n = cut;
@@ -55,7 +55,7 @@ template <class Keys> class Stream {
   }
   void token(const std::uint8_t* data, std::size_t size) noexcept {
     if (size > rule_.max_token_bytes)
-      fail(FASTOPS_WORDS_LONG_TOKEN, 0);
+      fail(FASTOPS_WORDS_LONG_TOKEN, ~std::uint64_t{0});
     else
       grams_.token(data, size);
   }
@@ -89,14 +89,24 @@ template <class Keys> class Stream {
 
  private:
 #if defined(FASTOPS_TEST_TINY)
-  static constexpr std::size_t kPiece = 64, kAnywhere = 128;
+  static constexpr std::size_t kPiece = 64, kAnywhere = 128, kLongestRun = 4096;
 #else
   static constexpr std::size_t kPiece = std::size_t{1} << 16, kAnywhere = std::size_t{1} << 20;
+  static constexpr std::size_t kLongestRun = std::size_t{1} << 26;
 #endif
   static constexpr std::size_t kSlack = 64 + kInlineKey;
 
+  // Bytes that may come without a place to cut at. They are one token, but under the tokenizers whose tokens depend on
+  // what stands further on: a chapter of Chinese without punctuation, a line of flags.
+  std::size_t longest_run() const noexcept {
+    const bool tokens = rule_.tokenizer == FASTOPS_WORDS_ZH || rule_.tokenizer == FASTOPS_WORDS_UNICODE;
+    return tokens ? std::max(rule_.max_token_bytes, kLongestRun) : rule_.max_token_bytes;
+  }
+
   void piece(const std::uint8_t* text, std::size_t n, std::uint64_t offset) noexcept {
     offset_ = offset;
+    text_ = text;
+    size_ = n;
     rewritten_ = false;
     std::size_t lines = scan(text, n);
     if (!memory_) return;
@@ -111,7 +121,8 @@ template <class Keys> class Stream {
         std::size_t invalid = 0;
         const std::ptrdiff_t size = rewrite(rule_, text, n, clean_.get<std::uint8_t>(), &invalid);
         if (size < 0) {
-          fail(FASTOPS_WORDS_BAD_BYTE, offset + invalid, text[invalid]);
+          fail(FASTOPS_WORDS_BAD_BYTE, offset + invalid,
+               text[invalid] | why_invalid(text + invalid, text + size_) << 8);
           return;
         }
         rewritten_ = true;
@@ -206,12 +217,17 @@ template <class Keys> class Stream {
 
   __attribute__((always_inline)) bool emit(const std::uint8_t* data, std::size_t size) noexcept {
     if (__builtin_expect(size > rule_.max_token_bytes, 0)) {
-      fail(FASTOPS_WORDS_LONG_TOKEN,
-           offset_ + (rewritten_ ? 0 : static_cast<std::uint64_t>(data - out_.get<std::uint8_t>())));
+      too_long(static_cast<std::size_t>(data - out_.get<std::uint8_t>()));
       return false;
     }
     grams_.token(data, size);
     return true;
+  }
+  // A token that begins at byte `at` of the piece as it was tokenized.
+  __attribute__((noinline, cold)) void too_long(std::size_t at) noexcept {
+    std::size_t place = at;
+    if (rewritten_) rewrite(rule_, text_, size_, clean_.get<std::uint8_t>(), &place, at);
+    fail(FASTOPS_WORDS_LONG_TOKEN, offset_ + place);
   }
   // Documents end at the line ends between words.
   void line_ends(const std::uint8_t* gap, const std::uint8_t* end) noexcept {
@@ -295,6 +311,8 @@ template <class Keys> class Stream {
   const WordKernels& kernels_;
   Region out_, clean_, words_, high_;
   ZhWork zh_work_;
+  const std::uint8_t* text_ = nullptr;  // the piece, as it came
+  std::size_t size_ = 0;
   std::uint64_t documents_ = 0, offset_ = 0;
   fastops_word_error error_{};
   bool line_open_ = false, rewritten_ = false, memory_ = true;

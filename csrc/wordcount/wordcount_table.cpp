@@ -79,6 +79,15 @@ bool Table::reserve(std::size_t entries, std::size_t long_bytes) noexcept {
   return rebuild(wanted);
 }
 
+bool Table::fit(std::size_t entries, std::size_t long_bytes) noexcept {
+  std::size_t capacity = 2;
+  while (entries > most_of(capacity)) {
+    if (capacity > static_cast<std::size_t>(-1) / sizeof(Slot) / 8) return false;
+    capacity *= 2;
+  }
+  return (long_bytes == 0 || arena_.grow(long_bytes)) && rebuild(capacity);
+}
+
 bool Table::rebuild(std::size_t capacity) noexcept {
   Region slots, documents;
   if (file_backed_ && (!slots.back_by_file() || (with_documents_ && !documents.back_by_file()))) return false;

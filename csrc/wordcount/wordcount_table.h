@@ -118,6 +118,8 @@ class Table {
   // needed(...).
   bool reserve(std::size_t entries, std::size_t long_bytes) noexcept;
   std::size_t needed(std::size_t entries, std::size_t long_bytes) const noexcept;
+  // The same for an empty table that will hold just these: no larger than it must be.
+  bool fit(std::size_t entries, std::size_t long_bytes) noexcept;
   bool has_room(std::size_t entries, std::size_t long_bytes) const noexcept {
     return entries_ + entries <= most_ && arena_used_ + long_bytes <= arena_.bytes();
   }

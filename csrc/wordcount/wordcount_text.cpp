@@ -125,18 +125,20 @@ bool begins_with_mark(const std::uint8_t* data, std::size_t size, std::size_t* s
 }
 
 std::ptrdiff_t rewrite(const fastops_word_rule& rule, const std::uint8_t* text, std::size_t size, std::uint8_t* to,
-                       std::size_t* invalid) noexcept {
+                       std::size_t* place, std::size_t until) noexcept {
   const std::uint8_t* const end = text + size;
   const bool maps = rule.lowercase == FASTOPS_CASE_UNICODE || rule.lowercase == FASTOPS_CASE_FOLD;
   std::uint8_t* out = to;
   for (const std::uint8_t* p = text; p < end;) {
+    const std::uint8_t* const here = p;
     std::uint32_t code = 0;
     unsigned subpart = 1;
     const unsigned length = decode(p, end, &code, &subpart);
+    p += length == 0 ? subpart : length;
     if (length == 0) {
       switch (rule.errors) {
         case FASTOPS_ERRORS_STRICT:
-          *invalid = static_cast<std::size_t>(p - text);
+          *place = static_cast<std::size_t>(here - text);
           return -1;
         case FASTOPS_ERRORS_REPLACE:
           out = encode(out, 0xfffd);
@@ -145,23 +147,23 @@ std::ptrdiff_t rewrite(const fastops_word_rule& rule, const std::uint8_t* text, 
           break;
         default:
           // Python escapes byte by byte; the bytes of a subpart are each invalid by themselves.
-          for (unsigned i = 0; i < subpart; ++i) *out++ = p[i];
+          for (unsigned i = 0; i < subpart; ++i) *out++ = here[i];
       }
-      p += subpart;
-      continue;
-    }
-    if (!maps) {
-      for (unsigned i = 0; i < length; ++i) *out++ = p[i];
+    } else if (!maps) {
+      for (unsigned i = 0; i < length; ++i) *out++ = here[i];
     } else if (code == kSigma && rule.lowercase == FASTOPS_CASE_UNICODE) {
       // At the end of a word and not alone (Unicode 15, section 3.13, Final_Sigma). What stands before is asked of what
       // was written: mapping keeps whether a character has a case.
       const bool final =
-          (class_before(rule, to, out) & kCharCased) != 0 && (class_after(rule, p + length, end) & kCharCased) == 0;
+          (class_before(rule, to, out) & kCharCased) != 0 && (class_after(rule, p, end) & kCharCased) == 0;
       out = encode(out, final ? kFinalSigma : kSmallSigma);
     } else {
       out = map_case(rule, code, out);
     }
-    p += length;
+    if (static_cast<std::size_t>(out - to) > until) {
+      *place = static_cast<std::size_t>(here - text);
+      break;
+    }
   }
   return out - to;
 }

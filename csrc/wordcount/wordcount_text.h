@@ -54,10 +54,10 @@ inline constexpr std::size_t kLargestGrowth = 3;
 bool begins_with_mark(const std::uint8_t* data, std::size_t size, std::size_t* skipped) noexcept;
 
 // Writes the text as valid UTF-8 (but for "surrogateescape", which leaves bytes alone) with its case mapped, and
-// answers its size; -1 where errors="strict" meets an invalid byte, with its place in *invalid. `to` has room for
-// kLargestGrowth * size.
+// answers its size; -1 where errors="strict" meets an invalid byte, with its place in *place. `to` has room for
+// kLargestGrowth * size. Stops at the character that becomes the byte `until` of the result, with its place in *place.
 std::ptrdiff_t rewrite(const fastops_word_rule& rule, const std::uint8_t* text, std::size_t size, std::uint8_t* to,
-                       std::size_t* invalid) noexcept;
+                       std::size_t* place, std::size_t until = static_cast<std::size_t>(-1)) noexcept;
 
 // How many bytes of a text that goes on may be worked on by themselves: up to the last place where no token, no case
 // mapping and no pair of line ends can reach over; 0 where there is none. `anywhere` looks past white space too.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The tokenizers for Python: arrays to tables, bytes to lists of tokens.
+// The Chinese tokenizer for Python: arrays to a dictionary, texts to lists of tokens.
 #include "wordcount/wordcount_tokenizers_bind.h"
 
 #include <pybind11/numpy.h>
@@ -58,20 +58,6 @@ struct Pieces {
 };
 
 const unsigned char* data_of(const char* p) { return reinterpret_cast<const unsigned char*>(p); }
-
-py::list unicode_words_of(const py::bytes& text, const py::object& pages, const py::object& classes) {
-  const BreakTable table = break_table(pages, classes);
-  char* p;
-  Py_ssize_t size;
-  if (PyBytes_AsStringAndSize(text.ptr(), &p, &size) != 0) throw py::error_already_set();
-  Pieces found;
-  {
-    const py::gil_scoped_release release;
-    unicode_words(table, data_of(p), static_cast<std::size_t>(size),
-                  [&](const unsigned char* begin, std::size_t length) { found.add(begin, length); });
-  }
-  return found.list(PyBytes_FromStringAndSize);
-}
 
 py::list zh_cut_bytes(const ZhModel& model, const py::bytes& text) {
   char* p;
@@ -134,21 +120,7 @@ std::unique_ptr<ZhModel> make_zh_model(const py::bytes& words, const py::object&
 
 }  // namespace
 
-BreakTable break_table(const py::object& pages, const py::object& classes) {
-  const auto page = typed<std::uint16_t>(pages, "pages");
-  const auto bits = typed<std::uint8_t>(classes, "classes");
-  constexpr py::ssize_t kPages = 0x1100;
-  if (page.size() != kPages) bad_value("pages must have 0x1100 elements");
-  const auto last = *std::max_element(page.data(), page.data() + kPages);
-  if (bits.size() < (py::ssize_t{last} + 1) * 256) bad_value("classes are fewer than the pages say");
-  // Classes select bits of a mask.
-  for (py::ssize_t i = 0; i < bits.size(); ++i)
-    if ((bits.data()[i] & kBreakClassBits) > static_cast<unsigned>(BreakClass::kFlag)) bad_value("unknown class");
-  return {page.data(), bits.data()};
-}
-
 void bind_tokenizers(py::module_& m) {
-  m.def("unicode_words", &unicode_words_of, py::arg("text"), py::arg("pages"), py::arg("classes"));
   py::class_<ZhModel>(m, "ZhModel")
       .def(py::init(&make_zh_model), py::arg("words"), py::arg("numbers"), py::arg("weights"), py::arg("hmm"),
            py::arg("split"))

@@ -22,6 +22,13 @@ namespace fastops {
   return left < 3 || (p[2] & 0xc0) != 0x80 ? 2 : 3;
 }
 
+// Why no valid sequence begins at p < end, in CPython's words: the place in "invalid start byte", "invalid continuation
+// byte", "unexpected end of data".
+[[maybe_unused]] static inline int why_invalid(const std::uint8_t* p, const std::uint8_t* end) noexcept {
+  if (p[0] < 0xc2 || p[0] > 0xf4) return 0;
+  return p + maximal_subpart(p, end) == end ? 2 : 1;
+}
+
 // Decodes what begins at p < end: its length in bytes and the code point; or 0 and the length of the maximal subpart,
 // which errors="replace" turns into one U+FFFD.
 static inline unsigned decode(const std::uint8_t* p, const std::uint8_t* end, std::uint32_t* code,

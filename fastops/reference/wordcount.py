@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._container import CHECK, HAS_DOCS, HEAD, HEADER_BYTES, MAGIC, VERSION, packed
-from .._rule import DecodeError, Rule, TokenTooLong
+from .._rule import UTF8_BOM, Rule, TokenTooLong, check_bom, not_utf8
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 MAX_COUNT = 2**63 - 1
 _MASK = 2**64 - 1
 _BLOCK = 1 << 20
-_UTF8_BOM = b"\xef\xbb\xbf"
-_OTHER_BOMS = {b"\xff\xfe": "UTF-16 or UTF-32", b"\xfe\xff": "UTF-16", b"\x00\x00\xfe\xff": "UTF-32"}
 _ASCII_LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
 _RUNS = {"whitespace": re.compile(r"\S+"), "word": re.compile(r"\w+")}
 _LINE = re.compile(r"[^\n]*\n?")
@@ -163,14 +161,33 @@ class Table:
             )
         )
 
+    def only(self, keys: Iterable[bytes]) -> Table:
+        """The entries of these keys."""
+        wanted = set(keys)
+        return self._where(lambda key, *_: key in wanted)
+
     def without(self, keys: Iterable[bytes]) -> Table:
         """The entries of all other keys."""
         gone = set(keys)
         return self._where(lambda key, *_: key not in gone)
 
+    def shrink(self, kept: int) -> None:
+        """Leaves the largest counts, less the next one, by which the error bound grows (Agarwal et al. 2012)."""
+        if self._docs is not None:
+            raise ValueError("a table that counts documents must keep its counts")
+        if len(self._counts) > kept:
+            less = sorted(self._counts.values(), reverse=True)[kept]
+            self._counts = {key: count - less for key, count in self._counts.items() if count > less}
+            self.error_bound += less
+
     def split(self, k: int) -> list[Table]:
         """Tables of the entries whose hash leaves 0, 1, ... k - 1."""
-        return [self._where(lambda key, *_, part=part: fnv1a(key) % k == part) for part in range(k)]
+        parts = [Table(self.has_docs) for _ in range(k)]
+        for key, count, docs in self._entries():
+            parts[fnv1a(key) % k].add(key, count, docs)
+        for part in parts:
+            part.documents, part.error_bound = self.documents, self.error_bound
+        return parts
 
     def _entries(self) -> Iterator[tuple[bytes, int, int]]:
         return ((key, *self.get(key)) for key in self._counts)
@@ -297,11 +314,9 @@ class Text:
         self._begin += len(ready)
         if self._at_start:
             self._at_start = False
-            for bom, encoding in _OTHER_BOMS.items():
-                if ready.startswith(bom):
-                    raise DecodeError(f"{self._name} must be UTF-8, got a byte order mark of {encoding} at byte 0")
-            if ready.startswith(_UTF8_BOM):
-                return ready.removeprefix(_UTF8_BOM), begin + len(_UTF8_BOM)
+            check_bom(self._name, ready)
+            if ready.startswith(UTF8_BOM):
+                return ready.removeprefix(UTF8_BOM), begin + len(UTF8_BOM)
         return ready, begin
 
     def keys(self, ready: bytes | None, begin: int) -> Iterator[list[bytes]]:
@@ -311,8 +326,7 @@ class Text:
         try:
             text = ready.decode("utf-8", self._rule.errors)
         except UnicodeDecodeError as error:
-            got = f"0x{ready[error.start]:02x} at byte {begin + error.start} ({error.reason})"
-            raise DecodeError(f"{self._name} must be UTF-8, got {got}") from None
+            raise not_utf8(self._name, begin, error) from None
         try:
             for document in documents_of(transform(text, self._rule), self._rule):
                 yield grams(self._split(document), self._rule)

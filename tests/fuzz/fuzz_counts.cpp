@@ -82,7 +82,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   // Parts of it merged are the whole.
   fastops_words* parts[3] = {};
   fastops_words* const whole = fastops_words_create(info.doc_freq);
-  check(fastops_words_split(words, 3, parts) == FASTOPS_OK, "split");
+  check(fastops_words_split(words, 3, {nullptr, nullptr}, parts) == FASTOPS_OK, "split");
   for (fastops_words* part : parts) {
     check(fastops_words_merge(whole, part) == FASTOPS_OK, "merge");
     fastops_words_destroy(part);

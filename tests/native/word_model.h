@@ -536,7 +536,7 @@ inline Result contents(const fastops_words* words) {
   std::vector<size_t> entries(info.entries);
   size_t bytes = 0;
   Result result;
-  if (fastops_words_rank(words, info.entries, entries.data(), &bytes) != FASTOPS_OK) return result;
+  if (fastops_words_rank(words, info.entries, entries.data(), &bytes, {nullptr, nullptr}) != FASTOPS_OK) return result;
   std::string keys(bytes, '\0');
   std::vector<std::uint64_t> offsets(info.entries + 1), counts(info.entries), documents(info.entries);
   fastops_words_read(words, entries.data(), info.entries, keys.data(), offsets.data(), counts.data(), documents.data());

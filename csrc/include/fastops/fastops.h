@@ -387,6 +387,23 @@ typedef enum fastops_word_errors {
 /* A dictionary and model of the Chinese tokenizer; shared by threads, never written. */
 typedef struct fastops_zh_model fastops_zh_model;
 
+/* The hidden Markov model for words that the dictionary lacks: logarithms of probabilities, over the states begin,
+   middle and end of a word and a word of one character, in this order. emit: FASTOPS_ZH_CHARACTERS times 4, for the
+   code points from 0x4e00 on. */
+#define FASTOPS_ZH_CHARACTERS 20950
+typedef struct fastops_zh_hmm {
+  double start[4];
+  double trans[4][4]; /* from, to */
+  const double* emit;
+} fastops_zh_hmm;
+
+/* Reads a dictionary as jieba's dict.txt is: on every line a word, a space, a frequency and what else follows. hmm:
+   null for words of the dictionary alone; nothing passed here is kept. FASTOPS_INVALID: *line is no such line (from 1
+   on), or 0 where no word has a frequency or the dictionary is too large. */
+FASTOPS_API fastops_status fastops_zh_model_create(const char* dictionary, size_t size, const fastops_zh_hmm* hmm,
+                                                   fastops_zh_model** model, size_t* line) FASTOPS_NOEXCEPT;
+FASTOPS_API void fastops_zh_model_destroy(fastops_zh_model* model) FASTOPS_NOEXCEPT;
+
 /* A table from keys to counts. One thread at a time writes; any number reads meanwhile none writes. */
 typedef struct fastops_words fastops_words;
 
@@ -434,15 +451,18 @@ FASTOPS_API fastops_status fastops_words_merge(fastops_words* words, const fasto
 /* The keys whose counts and documents lie in the closed ranges, and that are not in `without` (may be null). */
 FASTOPS_API fastops_status fastops_words_select(const fastops_words* words, uint64_t min_count, uint64_t max_count,
                                                 uint64_t min_documents, uint64_t max_documents,
-                                                const fastops_words* without,
+                                                const fastops_words* without, fastops_poll poll,
                                                 fastops_words** selected) FASTOPS_NOEXCEPT;
+/* The `kept` largest counts less the next one, nothing else; error_bound grows by that one (Agarwal et al. 2012: tables
+   of approximate counts may be merged and made smaller again). FASTOPS_INVALID: documents are counted. */
+FASTOPS_API fastops_status fastops_words_shrink(fastops_words* words, size_t kept) FASTOPS_NOEXCEPT;
 /* `parts` tables, by the FNV-1a hash (64 bits) of the key modulo parts; all or none are made. FASTOPS_INVALID: no
  * parts. */
-FASTOPS_API fastops_status fastops_words_split(const fastops_words* words, size_t parts,
+FASTOPS_API fastops_status fastops_words_split(const fastops_words* words, size_t parts, fastops_poll poll,
                                                fastops_words** tables) FASTOPS_NOEXCEPT;
 /* The `count` entries with the largest counts, then the smallest keys as bytes, in order; key_bytes: of their keys. */
 FASTOPS_API fastops_status fastops_words_rank(const fastops_words* words, size_t count, size_t* entries,
-                                              size_t* key_bytes) FASTOPS_NOEXCEPT;
+                                              size_t* key_bytes, fastops_poll poll) FASTOPS_NOEXCEPT;
 /* Of `count` entries: keys behind one another, count + 1 offsets, counts, and documents where not null. */
 FASTOPS_API void fastops_words_read(const fastops_words* words, const size_t* entries, size_t count, char* keys,
                                     uint64_t* offsets, uint64_t* counts, uint64_t* documents) FASTOPS_NOEXCEPT;
@@ -465,8 +485,9 @@ typedef enum fastops_word_failure {
   FASTOPS_WORDS_SPILL = 5       /* error_number says why the temporary file could not be written or read */
 } fastops_word_failure;
 
-/* What ended a call with FASTOPS_INVALID; offset: in the text or file, in bytes; error_number: errno, or the bad byte.
- */
+/* What ended a call with FASTOPS_INVALID; offset: in the text or file, in bytes, UINT64_MAX for a token that came by
+   itself; error_number: errno, or the bad byte, with what is wrong in the bits above its eight: 0 no sequence begins
+   with it, 1 one begins that does not go on, 2 that the text's end cuts. */
 typedef struct fastops_word_error {
   int failure, error_number;
   uint64_t offset;
@@ -501,10 +522,10 @@ FASTOPS_API void fastops_word_counter_error(const fastops_word_counter* counter,
                                             fastops_word_error* error) FASTOPS_NOEXCEPT;
 
 /* Ids of a text's tokens: the key's place in the order of fastops_words_rank; unknown keys are left out. *ids: valid
-   until the next call with this reader. */
+   until the next call with this reader. Null where the poll said so, too. */
 typedef struct fastops_word_reader fastops_word_reader;
-FASTOPS_API fastops_word_reader* fastops_word_reader_create(const fastops_word_rule* rule,
-                                                            const fastops_words* words) FASTOPS_NOEXCEPT;
+FASTOPS_API fastops_word_reader* fastops_word_reader_create(const fastops_word_rule* rule, const fastops_words* words,
+                                                            fastops_poll poll) FASTOPS_NOEXCEPT;
 FASTOPS_API void fastops_word_reader_destroy(fastops_word_reader* reader) FASTOPS_NOEXCEPT;
 FASTOPS_API fastops_status fastops_word_reader_read(fastops_word_reader* reader, const void* text, size_t size,
                                                     const int64_t** ids, size_t* count,
