@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import pickle
@@ -17,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fastops
 from fastops import _zh
 from fastops._zh import ZhTokenizer, native_model
 
@@ -276,3 +278,129 @@ def test_zh_bad_arguments(small: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("甲 0\n", encoding="utf-8")
     with pytest.raises(ValueError, match="holds no word with a frequency"):
         ZhTokenizer(tmp_path / "empty.txt", hmm=False).cut("甲")
+
+
+@pytest.mark.parametrize("tokenizer", ["zh", "unicode"])
+def test_a_run_without_a_place_to_cut_is_no_long_word(tokenizer: str, tmp_path: Path, request: Any) -> None:
+    """More than the buffers hold and more than a word may have, from a file as from memory."""
+    pytest.importorskip("fastops._core")
+    if tokenizer == "zh":
+        request.getfixturevalue("jieba")
+        text = "".join(map(chr, range(0x4E00, 0x9FA6))) * 27
+    else:
+        text = "\U0001f1e6\U0001f1e7" * 200_000 + "\u2002" * 300_000
+    path = tmp_path / "text"
+    path.write_text(text + " end\n", encoding="utf-8")
+    assert path.stat().st_size > 2**20 + 2**17
+    got = fastops.count_files(path, tokenizer=tokenizer, document="file")
+    assert got == fastops.count_words(text + " end\n", tokenizer=tokenizer)
+    assert got["end"] == 1
+    with pytest.raises(fastops.TokenTooLong):
+        fastops.count_files(path, tokenizer="whitespace" if tokenizer == "zh" else lambda text: [text], workers=1)
+
+
+class Hmm(ctypes.Structure):
+    _fields_ = [
+        ("start", ctypes.c_double * 4),
+        ("trans", ctypes.c_double * 16),
+        ("emit", ctypes.POINTER(ctypes.c_double)),
+    ]
+
+
+class CRule(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("tokenizer", "lowercase", "errors", "lines", "doc_freq")),
+        ("ngram_low", ctypes.c_uint),
+        ("ngram_high", ctypes.c_uint),
+        ("max_token_bytes", ctypes.c_size_t),
+        *((f"table{i}", ctypes.c_void_p) for i in range(8)),
+        ("zh", ctypes.c_void_p),
+    ]
+
+
+class Poll(ctypes.Structure):
+    _fields_ = [("function", ctypes.c_void_p), ("context", ctypes.c_void_p)]
+
+
+@pytest.fixture
+def library() -> ctypes.CDLL:
+    path = Path(fastops.__file__).parent / "lib" / "libfastops.so"
+    if not path.is_file():
+        pytest.skip("there is no native library")
+    library = ctypes.CDLL(str(path))
+    for name in ("fastops_word_counter_create", "fastops_words_create"):
+        getattr(library, name).restype = ctypes.c_void_p
+    return library
+
+
+def made_in_c(library: ctypes.CDLL, dictionary: bytes, hmm: Hmm | None) -> ctypes.c_void_p:
+    model, line = ctypes.c_void_p(), ctypes.c_size_t(99)
+    status = library.fastops_zh_model_create(
+        dictionary,
+        ctypes.c_size_t(len(dictionary)),
+        ctypes.byref(hmm) if hmm else None,
+        ctypes.byref(model),
+        ctypes.byref(line),
+    )
+    if status:
+        assert not model
+        raise ValueError(f"status {status}, line {line.value}")
+    return model
+
+
+def counted_in_c(library: ctypes.CDLL, model: ctypes.c_void_p, text: bytes) -> dict[str, int]:
+    rule = CRule(tokenizer=4, ngram_low=1, ngram_high=1, max_token_bytes=2**20, zh=model)
+    counter = ctypes.c_void_p(
+        library.fastops_word_counter_create(ctypes.byref(rule), 1, ctypes.c_size_t(0), ctypes.c_size_t(0))
+    )
+    assert counter
+    words = ctypes.c_void_p()
+    assert library.fastops_word_counter_feed(counter, text, ctypes.c_size_t(len(text)), Poll()) == 0
+    assert library.fastops_word_counter_finish(counter, Poll(), ctypes.byref(words)) == 0
+    library.fastops_words_packed_size.restype = ctypes.c_size_t
+    size = library.fastops_words_packed_size(words)
+    room = ctypes.create_string_buffer(size)
+    library.fastops_words_pack(words, room)
+    library.fastops_words_destroy(words)
+    library.fastops_word_counter_destroy(counter)
+    return fastops.WordCounts.from_bytes(room.raw).to_dict()
+
+
+@pytest.mark.parametrize("hmm", [True, False])
+def test_a_model_made_in_c_cuts_as_jieba_does(hmm: bool, jieba: Any, library: ctypes.CDLL) -> None:
+    tables = None
+    if hmm:
+        start, trans, emit = _zh._state_tables(_zh._read_states())
+        tables = Hmm(
+            (ctypes.c_double * 4)(*start),
+            (ctypes.c_double * 16)(*trans),
+            emit.ctypes.data_as(ctypes.POINTER(ctypes.c_double)),
+        )
+    folder = _zh._jieba()
+    assert folder is not None
+    model = made_in_c(library, (folder / "dict.txt").read_bytes(), tables)
+    text = "\n".join(text for text in HOSTILE if text.isprintable() and text.isascii() is False)
+    assert (
+        counted_in_c(library, model, text.encode())
+        == fastops.count_words(text, tokenizer=ZhTokenizer(hmm=hmm)).to_dict()
+    )
+    library.fastops_zh_model_destroy(model)
+    library.fastops_zh_model_destroy(None)
+
+
+def test_a_dictionary_in_c_is_checked(library: ctypes.CDLL) -> None:
+    model = made_in_c(library, "中国 3 ns\r\n国人 2\n中国 5\n人 0 n\n".encode(), None)
+    assert counted_in_c(library, model, "中国人,国人".encode()) == {"中国": 1, "人": 1, ",": 1, "国人": 1}
+    library.fastops_zh_model_destroy(model)
+    for text, line in (
+        ("", 0),
+        ("中国 0\n", 0),
+        ("中国 3\n国人\n", 2),
+        ("中国 3\n\n", 2),
+        ("中国 x\n", 1),
+        ("中国 -3\n", 1),
+        ("中国 3x\n", 1),
+        ("中国 99999999999999999999\n", 1),
+    ):
+        with pytest.raises(ValueError, match=rf"line {line}$"):
+            made_in_c(library, text.encode(), None)

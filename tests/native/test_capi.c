@@ -184,7 +184,37 @@ static void one_element(void) {
   fastops_mitchell_destroy(lmul);
 }
 
+/* Chinese words by a dictionary of this program's own. */
+static void chinese(void) {
+  static const char dictionary[] = "\xe4\xb8\xad\xe5\x9b\xbd 3 ns\n\xe5\x9b\xbd\xe4\xba\xba 2\n";
+  static const char text[] = "\xe4\xb8\xad\xe5\x9b\xbd\xe4\xba\xba";
+  fastops_zh_model* model = NULL;
+  size_t line = 9;
+  fastops_word_rule rule;
+  fastops_word_counter* counter;
+  fastops_words* words = NULL;
+  uint64_t count, documents;
+  CHECK(fastops_zh_model_create("no entry\n", 9, NULL, &model, &line) == FASTOPS_INVALID && model == NULL && line == 1,
+        "line %zu", line);
+  CHECK(fastops_zh_model_create(dictionary, sizeof dictionary - 1, NULL, &model, &line) == FASTOPS_OK, "a model");
+  memset(&rule, 0, sizeof rule);
+  rule.tokenizer = FASTOPS_WORDS_ZH;
+  rule.ngram_low = rule.ngram_high = 1;
+  rule.max_token_bytes = 100;
+  rule.zh = model;
+  counter = fastops_word_counter_create(&rule, 1, 0, 0);
+  CHECK(counter != NULL && fastops_word_counter_feed(counter, text, sizeof text - 1, no_poll) == FASTOPS_OK &&
+            fastops_word_counter_finish(counter, no_poll, &words) == FASTOPS_OK,
+        "a count");
+  CHECK(fastops_words_get(words, text, 6, &count, &documents) == 1 && count == 1, "the first word");
+  CHECK(fastops_words_get(words, text + 6, 3, &count, &documents) == 1 && count == 1, "the last word");
+  fastops_words_destroy(words);
+  fastops_word_counter_destroy(counter);
+  fastops_zh_model_destroy(model);
+}
+
 int main(void) {
+  chinese();
   library();
   elements();
   bad_params();
