@@ -23,9 +23,11 @@ from typing import Any, Self
 from . import _backend as _backends
 from . import _sources, _workers
 from ._backend import backend as _backend
-from ._rule import DecodeError, Rule, TokenTooLong
+from ._counts import check_texts, column_of
+from ._rule import UTF8_BOM, Rule, TokenTooLong, check_bom, not_utf8
 from ._sources import PIECE, Source, Stopped, Stream, encoded
 from ._validate import wrong_type
+from .reference.wordcount import documents_of, transform
 
 Tokenizer = Callable[[str], Iterable[str]]
 # A counter and a table of any backend.
@@ -40,13 +42,6 @@ _PYTHON_SLICE = 2**20
 _TICK = 0.05
 # How errors of temporary files begin their name.
 SPILLED = "a temporary file in "
-_BOM = codecs.BOM_UTF8
-_OTHER_BOMS = {
-    codecs.BOM_UTF16_LE: "UTF-16 or UTF-32",
-    codecs.BOM_UTF16_BE: "UTF-16",
-    codecs.BOM_UTF32_BE: "UTF-32",
-}
-_ASCII_LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
 
 
 @dataclass(frozen=True)
@@ -119,6 +114,11 @@ class _Run:
             self._bar.update(self.done - self._bar.n)
             self._bar.close()
 
+    @property
+    def timed(self) -> bool:
+        """Whether somebody waits for the clock or the progress."""
+        return self.deadline is not None or self._report is not None or self._bar is not None
+
     def add(self, count: int) -> None:
         """Counts bytes as done."""
         with self._lock:
@@ -154,6 +154,11 @@ class _Run:
                     counter.stop()
             self._counters.clear()
 
+    def stopped(self) -> bool:
+        """`check` for whoever asks whether to stop, in the main thread."""
+        self.check()
+        return self.stop.is_set()
+
     def check(self) -> None:
         """The clock and the progress; called by the main thread often."""
         now = time.monotonic()
@@ -166,6 +171,21 @@ class _Run:
             self._report(self.done, self._total)
         if self._bar is not None:
             self._bar.update(self.done - self._bar.n)
+
+
+class _Told:
+    """What a run was told of a file's bytes: never more than the file has."""
+
+    def __init__(self, run: _Run, source: Source) -> None:
+        self._run = run
+        self._size = source.size
+        self._told = 0
+
+    def __call__(self, consumed: int) -> None:
+        now = min(consumed, self._size or consumed)
+        if now > self._told:
+            self._run.add(now - self._told)
+            self._told = now
 
 
 def _in_threads(run: _Run, works: list[Callable[[], Table]], produce: Callable[[], None] | None = None) -> list[Table]:
@@ -217,10 +237,11 @@ def _in_threads(run: _Run, works: list[Callable[[], Table]], produce: Callable[[
                 run.check()
     except BaseException:
         run.end()
-        # Slices are short; a thread that waits for a pipe is left behind, it holds nothing but that.
+        # Slices are short.
         end = time.monotonic() + 1
         for thread in started:
-            thread.join(max(0.0, end - time.monotonic()))
+            while thread.is_alive() and time.monotonic() < end and not _out_of_reach(thread):
+                thread.join(0.01)
         raise
     if errors:
         # An error that is in a list of its own frames would keep the counters until the collector runs.
@@ -231,6 +252,12 @@ def _in_threads(run: _Run, works: list[Callable[[], Table]], produce: Callable[[
         finally:
             del problem
     return [table for table in tables if table is not None]
+
+
+def _out_of_reach(thread: threading.Thread) -> bool:
+    """Whether a thread waits inside of somebody's read(): it is left behind, and holds nothing but that."""
+    since = _sources.abroad.get(thread.ident or 0)
+    return since is not None and time.monotonic() > since + _TICK
 
 
 def _merged(tables: Iterable[Table], rule: Rule) -> Table:
@@ -247,24 +274,11 @@ def _merged(tables: Iterable[Table], rule: Rule) -> Table:
 # Normalization.
 
 
-def check_bom(name: str, head: bytes) -> None:
-    """Refuses text whose first bytes say that it is UTF-16 or UTF-32."""
-    for mark, encoding in _OTHER_BOMS.items():
-        if head.startswith(mark):
-            raise DecodeError(f"{name} must be UTF-8, got a byte order mark of {encoding} at byte 0")
-
-
-def _invalid(name: str, offset: int, problem: UnicodeDecodeError) -> DecodeError:
-    """The error for bytes of which the first is byte `offset` of its text."""
-    got = f"0x{problem.object[problem.start]:02x} at byte {offset + problem.start} ({problem.reason})"
-    return DecodeError(f"{name} must be UTF-8, got {got}")
-
-
 def _decoded(data: bytes, name: str, offset: int, errors: str) -> str:
     try:
         return data.decode("utf-8", errors)
     except UnicodeDecodeError as problem:
-        raise _invalid(name, offset, problem) from None
+        raise not_utf8(name, offset, problem) from None
 
 
 def normalized(name: str, blocks: Iterable[bytes], rule: Rule, *, start: int = 0) -> Iterator[bytes]:
@@ -293,7 +307,7 @@ def normalized(name: str, blocks: Iterable[bytes], rule: Rule, *, start: int = 0
         try:
             text = held + decoder.decode(block)
         except UnicodeDecodeError as problem:
-            raise _invalid(name, offset - pending, problem) from None
+            raise not_utf8(name, offset - pending, problem) from None
         offset += len(block)
         cut = _safe_cut(text, form)
         held = text[cut:]
@@ -307,7 +321,7 @@ def normalized(name: str, blocks: Iterable[bytes], rule: Rule, *, start: int = 0
     try:
         text = held + decoder.decode(b"", final=True)
     except UnicodeDecodeError as problem:
-        raise _invalid(name, offset - pending, problem) from None
+        raise not_utf8(name, offset - pending, problem) from None
     if text:
         yield unicodedata.normalize(form, text).encode("utf-8", "surrogateescape")  # type: ignore[arg-type]
 
@@ -356,6 +370,11 @@ def _seconds() -> frozenset[str]:
     return frozenset(found)
 
 
+def _called(name: str, rule: Rule) -> str:
+    """The name of a text in the errors of its counter, whose bytes are those of the normal form."""
+    return name if rule.normalize is None else f"{name}, in {rule.normalize},"
+
+
 def _normal(name: str, text: bytes, rule: Rule) -> bytes:
     """A whole document in normal form."""
     if rule.normalize is None or text.isascii():
@@ -366,28 +385,6 @@ def _normal(name: str, text: bytes, rule: Rule) -> bytes:
 
 
 # Documents for tokenizers that are Python functions.
-
-
-def _prepared(text: str, rule: Rule) -> str:
-    if rule.normalize is not None:
-        text = unicodedata.normalize(rule.normalize, text)  # type: ignore[arg-type]
-    if rule.lowercase == "unicode":
-        return text.lower()
-    if rule.lowercase == "casefold":
-        return text.casefold()
-    if rule.lowercase == "ascii":
-        return text.translate(_ASCII_LOWER)
-    return text
-
-
-def _cut(text: str) -> list[str]:
-    """The lines of a text; a newline ends one, with a carriage return before it."""
-    pieces = text.split("\n")
-    last = pieces.pop()
-    found = [piece.removesuffix("\r") for piece in pieces]
-    if last:
-        found.append(last)
-    return found
 
 
 def str_documents(name: str, blocks: Iterable[bytes], rule: Rule, *, start: int = 0) -> Iterator[list[str]]:
@@ -402,10 +399,10 @@ def str_documents(name: str, blocks: Iterable[bytes], rule: Rule, *, start: int 
         text = run
         if not offset:
             check_bom(name, run[:4])
-            text = run.removeprefix(_BOM)
-        whole = _prepared(_decoded(text, name, offset + len(run) - len(text), rule.errors), rule)
+            text = run.removeprefix(UTF8_BOM)
+        whole = transform(_decoded(text, name, offset + len(run) - len(text), rule.errors), rule)
         offset += len(run)
-        yield _cut(whole) if rule.lines else [whole]
+        yield documents_of(whole, rule)
 
 
 class _PythonCounter:
@@ -451,7 +448,7 @@ def count_sources(
             "field and column must not be given together: one is of jsonl files, the other of parquet files"
         )
     found = _sources.sources(files, skip=options.skip)
-    total = sum(source.size for source in found)
+    total = sum(source.size for source in found) if all(source.sized for source in found) else None
     job = _FileJob(rule, options, field, column, tokenizer)
     with _Run(options, total) as run:
         if job.tokenizer is not None and options.count > 1 and options.approx is None:
@@ -488,16 +485,28 @@ class _FileJob:
             approx=self.options.approx,
         )
 
+    def add(self, whole: Table, table: Table) -> None:
+        """Adds what one input gave; of an approximation no more is kept than was asked for."""
+        whole.merge(table)
+        if self.options.approx is not None:
+            whole.shrink(self.options.approx)
+
     def count(self, counter: Counter, source: Source, run: _Run, slice_bytes: int = 0) -> None:
         """Counts a file into a counter; with `slice_bytes` a plain one is left to the counter's own reading."""
-        with source.open() as stream:
-            stream.stopped = run.stop.is_set
-            before = 0
+        told = _Told(run, source)
+        try:
+            self._count(counter, source, run, told, slice_bytes)
+        except Exception:
+            if self.options.skip:
+                told(source.size)  # whatever became of it, the run is done with it
+            raise
+        run.complete()
+
+    def _count(self, counter: Counter, source: Source, run: _Run, told: _Told, slice_bytes: int) -> None:
+        with source.open(run.stop.is_set) as stream:
 
             def progress() -> None:
-                nonlocal before
-                run.add(min(stream.consumed, source.size or stream.consumed) - before)
-                before = min(stream.consumed, source.size or stream.consumed)
+                told(stream.consumed)
                 if run.stop.is_set():
                     raise Stopped
 
@@ -521,7 +530,7 @@ class _FileJob:
                     stream.consumed = stop
                     progress()
             else:
-                counter.name = source.name
+                counter.name = _called(source.name, self.rule)
                 pieces: Iterable[bytes] = stream.blocks(self.options.max_output_bytes)
                 if self.rule.normalize is not None:
                     pieces = normalized(source.name, pieces, self.rule)
@@ -532,7 +541,6 @@ class _FileJob:
             stream.check_whole()
             stream.consumed = max(stream.consumed, source.size)
             progress()
-        run.complete()
 
     def _slices(self, stream: Stream) -> bool:
         """Whether the file may be counted line by line in any order, and has lines to be cut at."""
@@ -546,12 +554,12 @@ class _FileJob:
             batches = (part for text in batch for part in str_documents(name, (text,), self.rule))
             _PythonCounter(counter, self.tokenizer).count(name, batches, progress)
             return
-        counter.name = name
         _count_documents(counter, name, batch, self.rule)
         progress()
 
 
 def _count_documents(counter: Counter, name: str, batch: list[bytes], rule: Rule) -> None:
+    counter.name = _called(name, rule)
     if rule.normalize is not None:
         batch = [_normal(name, text, rule) for text in batch]
     if batch:
@@ -576,9 +584,10 @@ def count_parts(job: _FileJob, parts: list[tuple[int, Source, int, int | None]])
                 batches = str_documents(source.name, span_blocks(stream.fd, start, stop), job.rule, start=start)
                 _PythonCounter(counter, job.tokenizer).count(source.name, batches, _nothing)
             elif job.rule.normalize is not None:
+                counter.name = _called(source.name, job.rule)
                 if start:
                     # One is taken for that of the beginning, which this is not.
-                    counter.feed(_BOM)
+                    counter.feed(UTF8_BOM)
                 for piece in normalized(source.name, span_blocks(stream.fd, start, stop), job.rule, start=start):
                     counter.feed(piece)
                 counter.end()
@@ -666,7 +675,7 @@ def _file_loop(numbered: Iterator[tuple[int, Source]], job: _FileJob, run: _Run,
             continue
         try:
             job.count(counter, source, run, slice_bytes)
-            whole.merge(counter.finish())
+            job.add(whole, counter.finish())
         except Exception as problem:
             if not _may_skip(problem):
                 raise
@@ -681,10 +690,11 @@ def _file_loop(numbered: Iterator[tuple[int, Source]], job: _FileJob, run: _Run,
 def count_texts(texts: object, rule: Rule, tokenizer: Tokenizer | None, options: Options) -> tuple[Table, Skipped]:
     """Counts texts in memory; `tokenizer` where there is one takes the place of the rule's."""
     job = _FileJob(rule, options, None, None, tokenizer)
-    total, batches = _batches(texts, job)
-    if options.max_output_bytes is not None:
-        batches = _bounded(batches, options.max_output_bytes)
-    with _Run(options, total) as run:
+    array = _arrow(texts)
+    with _Run(options, _size(texts, array) if options.progress else None) as run:
+        batches = _batches(texts, array, job, run)
+        if options.max_output_bytes is not None:
+            batches = _bounded(batches, options.max_output_bytes)
         if tokenizer is not None and options.count > 1 and options.approx is None:
             table = _texts_in_processes(batches, job, run)
         elif options.count == 1 or options.one_counter:
@@ -716,29 +726,37 @@ class _Batch:
         return sum(map(len, self.texts))
 
 
-def _batches(texts: object, job: _FileJob) -> tuple[int | None, Iterator[_Batch]]:
-    """The size of the texts where it is known, and the texts in batches of about 1 MiB."""
+def _size(texts: object, array: Any) -> int | None:
+    """The bytes of the texts; None where it takes a pass over them all to know."""
+    if array is not None:
+        return _sources.arrow_bytes(array)
+    if isinstance(texts, str):
+        return sum(len(encoded(texts[at : at + PIECE])) for at in range(0, len(texts), PIECE))
+    return len(texts) if isinstance(texts, (bytes, bytearray, memoryview)) else None
+
+
+def _batches(texts: object, array: Any, job: _FileJob, run: _Run) -> Iterator[_Batch]:
+    """The texts in batches of about 1 MiB."""
+    if array is not None:
+        return _arrow_batches(array)
     if isinstance(texts, (str, bytes, bytearray, memoryview)):
         # A tokenizer gets whole documents, and a text that fails is left out as a whole.
         by_lines = job.rule.lines or not (job.rule.documents_matter or job.tokenizer is not None)
-        return len(texts), _pieces(texts, by_lines and not job.options.skip)
-    if type(texts).__module__.partition(".")[0] in ("pyarrow", "polars") and not isinstance(texts, Iterator):
-        array = _arrow(texts)
-        if array is not None:
-            return array.nbytes, _arrow_batches(array)
-    # Of a table the names of its columns would be counted.
-    if not isinstance(texts, Iterable) or hasattr(texts, "columns"):
-        raise wrong_type("texts", "a str, bytes, an iterable of these or an Arrow array of strings", texts)
-    return None, _iterable_batches(texts)
+        return _pieces(texts, by_lines and not job.options.skip)
+    check_texts("texts", texts)
+    return _iterable_batches(column_of(texts), run.check if run.timed else _nothing)
 
 
 def _arrow(texts: Any) -> Any:
-    """A pyarrow array of what has Arrow's form; None for what has not."""
+    """A pyarrow array of what has Arrow's form; None for what has not, and for columns of polars where there is no pyarrow."""
+    module = type(texts).__module__.partition(".")[0]
+    if module not in ("pyarrow", "polars") or isinstance(texts, Iterator) or not _backends.installed("pyarrow"):
+        return None
     import pyarrow as pa
 
     if isinstance(texts, (pa.Array, pa.ChunkedArray)):
         return texts
-    if hasattr(texts, "__arrow_c_stream__") and not hasattr(texts, "columns"):
+    if hasattr(texts, "__arrow_c_stream__") and not hasattr(type(texts), "columns"):
         return pa.chunked_array(texts)
     return None
 
@@ -750,10 +768,12 @@ def _arrow_batches(array: Any) -> Iterator[_Batch]:
         first += len(batch)
 
 
-def _iterable_batches(texts: Iterable[object]) -> Iterator[_Batch]:
+def _iterable_batches(texts: Iterable[object], check: Callable[[], None]) -> Iterator[_Batch]:
     batch: list[bytes] = []
     first = size = 0
     for number, text in enumerate(texts):
+        # The next text may have been long in coming.
+        check()
         if isinstance(text, str):
             data = encoded(text)
         elif isinstance(text, bytes):
@@ -767,6 +787,7 @@ def _iterable_batches(texts: Iterable[object]) -> Iterator[_Batch]:
         if size >= PIECE or len(batch) >= 2**16:
             yield _Batch(first, batch)
             batch, first, size = [], number + 1, 0
+    check()
     if batch:
         yield _Batch(first, batch)
 
@@ -822,7 +843,7 @@ def _text_loop(batches: Iterator[_Batch], job: _FileJob, run: _Run, share: int) 
         try:
             _count_batch(counter, batch, job, run)
             if whole is not None:
-                whole.merge(counter.finish())
+                job.add(whole, counter.finish())
         except (OSError, ValueError) as problem:
             if not _may_skip(problem):
                 raise
@@ -839,7 +860,7 @@ def _count_batch(counter: Counter, batch: _Batch, job: _FileJob, run: _Run) -> N
         _PythonCounter(counter, job.tokenizer).count(batch.name, documents, run.check)
     elif len(batch.texts) == 1 and len(batch.texts[0]) > 4 * PIECE:
         # In pieces, between which Ctrl-C and the clock are heard.
-        counter.name = batch.name
+        counter.name = _called(batch.name, job.rule)
         view = memoryview(batch.texts[0])
         pieces: Iterable[Any] = (view[at : at + PIECE] for at in range(0, len(view), PIECE))
         if job.rule.normalize is not None:
@@ -852,7 +873,6 @@ def _count_batch(counter: Counter, batch: _Batch, job: _FileJob, run: _Run) -> N
             counter.feed(piece)
         counter.end()
     else:
-        counter.name = batch.name
         _count_documents(counter, batch.name, batch.texts, job.rule)
     run.add(batch.size)
 
@@ -876,7 +896,7 @@ def _halved(batch: _Batch, job: _FileJob, run: _Run, whole: Table | None) -> Non
         try:
             _count_batch(counter, part, job, run)
             if whole is not None:
-                whole.merge(counter.finish())
+                job.add(whole, counter.finish())
             continue
         except (OSError, ValueError) as problem:
             if not _may_skip(problem):
@@ -885,6 +905,7 @@ def _halved(batch: _Batch, job: _FileJob, run: _Run, whole: Table | None) -> Non
                 if whole is None:
                     raise
                 run.skip(part.first, part.name, problem)
+                run.add(part.size)
                 continue
         # Not in the handler: the errors of larger parts would hang on that of the text.
         _halved(part, job, run, whole)
@@ -972,12 +993,15 @@ class _CountJob:
             if job.options.skip:
                 for number, text in enumerate(item.texts, item.first):
                     single = _Batch(number, [text])
+                    skipped = len(run.skipped)
                     self._apart(
                         run,
                         number,
                         single.name,
                         lambda single=single: _count_batch(self._counter, single, job, run),  # type: ignore[misc]
                     )
+                    if len(run.skipped) > skipped:
+                        run.add(single.size)
             else:
                 _count_batch(self._counter, item, job, run)
         elif isinstance(item, _Block):
@@ -987,6 +1011,8 @@ class _CountJob:
             else:
                 documents = str_documents(item.name, item.blocks(), job.rule, start=item.start)
             _PythonCounter(self._counter, job.tokenizer).count(item.name, documents, _nothing)
+            if item.path is not None:
+                run.add(item.stop - item.start)
         elif job.options.skip:
             order, source = item
             self._apart(run, order, source.name, lambda: job.count(self._counter, source, run))
@@ -1128,24 +1154,31 @@ def _file_items(numbered: list[tuple[int, Source]], job: _FileJob, run: _Run) ->
         if source.by_path and (job.options.skip or not cut or not few):
             yield source.name, pickle.dumps((order, source))
             continue
-        with source.open() as stream:
+        with source.open(run.stopped) as stream:
             if stream.plain and job.whole and cut:
                 # Several spans for each worker, of 1 MiB to 16 MiB.
                 step = min(max(stream.size // (8 * workers), PIECE), 16 * PIECE)
                 for start in range(0, stream.size, step):
                     stop = min(start + step, stream.size)
                     name = f"{source.name}, bytes {start} to {stop}"
-                    run.done = min(run.done + step, source.size)
                     yield name, pickle.dumps(_Block(name, start, stop, source.path))
             else:
-                yield from _read_here(source, stream, job)
+                yield from _read_here(source, stream, job, _Told(run, source))
         run.complete()
 
 
-def _read_here(source: Source, stream: Stream, job: _FileJob) -> Iterator[tuple[str, bytes]]:
+def _read_here(source: Source, stream: Stream, job: _FileJob, told: _Told) -> Iterator[tuple[str, bytes]]:
     """The parts of a file that is decompressed or read in this process."""
+    for item in _parts_here(source, stream, job):
+        told(stream.consumed)
+        yield item
+    told(max(stream.consumed, source.size))
+
+
+def _parts_here(source: Source, stream: Stream, job: _FileJob) -> Iterator[tuple[str, bytes]]:
     if job.column is not None:
-        for name, batch, _ in _sources.parquet(source, job.column):
+        for name, batch, done in _sources.parquet(source, job.column):
+            stream.consumed = done
             yield name, pickle.dumps(_Block(name, 0, 0, records=tuple(batch)))
         return
     blocks = stream.blocks(job.options.max_output_bytes)

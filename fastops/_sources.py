@@ -14,9 +14,12 @@ import itertools
 import json
 import lzma
 import os
+import re
 import select
 import stat
 import sys
+import threading
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, cast
@@ -39,8 +42,12 @@ _MAGIC = {
     "zstd": (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + i]) + b"\x2a\x4d\x18" for i in range(16))),
 }
 _MAGIC_BYTES = 6
+# By its number, a thread that is inside of the read() of somebody's object, and since when: none can be called back from there.
+abroad: dict[int, float] = {}
 _ENDINGS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 _GLOB = frozenset("*?[")
+# Surrogates that stand for no byte.
+_NO_BYTES = re.compile("([\ud800-\udc7f\udd00-\udfff]+)")
 
 
 class DamagedFile(ValueError):
@@ -73,13 +80,17 @@ def _escaped(letter: str) -> str:
 class Source:
     """A file that is to be counted: a path, standard input, or a binary file object."""
 
-    __slots__ = ("name", "object", "path", "size")
+    __slots__ = ("name", "object", "path", "size", "sized")
 
-    def __init__(self, name: str, path: str | bytes | None = None, object: Any = None, size: int = 0) -> None:
+    def __init__(
+        self, name: str, path: str | bytes | None = None, object: Any = None, size: int = 0, *, sized: bool = True
+    ) -> None:
         self.name = name
         self.path = path
         self.object = object
         self.size = size
+        # Whether the size is known: that of a pipe or an object is not.
+        self.sized = sized and object is None
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.object is not None:
@@ -91,17 +102,27 @@ class Source:
         """Whether another process or machine can open it too."""
         return self.path is not None
 
-    def open(self) -> Stream:
-        """Opens the file; use as a context manager."""
+    def open(self, stopped: Callable[[], bool] | None = None) -> Stream:
+        """Opens the file; use as a context manager. While it waits for bytes it asks `stopped` every 50 ms."""
         if self.path is not None:
-            return Stream(self, os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY), owned=True)
+            return Stream(self, _opened(self.path, may_wait=not self.size), owned=True, stopped=stopped)
         if self.object is sys.stdin:
             try:
                 # Past the buffer, whose lock would stop the interpreter's end while a thread waits in it.
-                return Stream(self, sys.stdin.fileno(), owned=False)
+                return Stream(self, sys.stdin.fileno(), owned=False, stopped=stopped)
             except (OSError, AttributeError, ValueError):
-                return Stream(self, None, reader=sys.stdin.buffer)
-        return Stream(self, None, reader=self.object)
+                return Stream(self, None, reader=sys.stdin.buffer, stopped=stopped)
+        return Stream(self, None, reader=self.object, stopped=stopped)
+
+
+def _opened(path: str | bytes, *, may_wait: bool) -> int:
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY
+    if may_wait and sys.platform == "linux" and stat.S_ISFIFO(os.stat(path).st_mode):
+        # To open a pipe is to wait for a writer, deaf to the clock; poll() waits for one too.
+        fd = os.open(path, flags | os.O_NONBLOCK)
+        os.set_blocking(fd, True)
+        return fd
+    return os.open(path, flags)
 
 
 def sources(files: object, *, skip: bool = False) -> list[Source]:
@@ -165,7 +186,8 @@ def _of_path(path: str | bytes) -> Source:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
-    return Source(printable(path), path=path, size=info.st_size if stat.S_ISREG(info.st_mode) else 0)
+    regular = stat.S_ISREG(info.st_mode)
+    return Source(printable(path), path=path, size=info.st_size if regular else 0, sized=regular)
 
 
 def _of_object(item: Any, argument: str) -> Source:
@@ -204,11 +226,19 @@ class Stream:
         A regular file without compression: `fd` and `size` may be given to a counter.
     """
 
-    def __init__(self, source: Source, fd: int | None, *, owned: bool = False, reader: Any = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        fd: int | None,
+        *,
+        owned: bool = False,
+        reader: Any = None,
+        stopped: Callable[[], bool] | None = None,
+    ) -> None:
         self.name = source.name
         self.consumed = 0
         self.size = source.size
-        self.stopped: Callable[[], bool] = _never
+        self.stopped = stopped or _never
         self._fd = fd
         self._owned = owned
         self._reader = reader
@@ -223,9 +253,10 @@ class Stream:
                 regular = stat.S_ISREG(info.st_mode)
                 if regular:
                     self.size = info.st_size
-                else:
-                    self._poll = select.poll()
-                    self._poll.register(fd, select.POLLIN)
+            waits = _waits(reader) if fd is None else None if regular else fd
+            if waits is not None:
+                self._poll = select.poll()
+                self._poll.register(waits, select.POLLIN)
             # A file that starts at its first byte; the size of those in /proc is said to be 0.
             regular = self._regular = regular and owned and self.size > 0
             while len(self._head) < _MAGIC_BYTES:
@@ -267,14 +298,17 @@ class Stream:
         """The next bytes of the file, b"" at its end."""
         if self.stopped():
             raise Stopped
+        while self._poll is not None and not self._poll.poll(50):
+            if self.stopped():
+                raise Stopped
         try:
-            if self._fd is None:
-                piece = self._reader.read(most)
-            else:
-                while self._poll is not None and not self._poll.poll(50):
-                    if self.stopped():
-                        raise Stopped
+            if self._fd is not None:
                 piece = os.read(self._fd, most)
+            elif self._poll is not None and type(self._reader) is io.BufferedReader:
+                # What has come, where read() would wait for all of it.
+                piece = self._reader.read1(most)
+            else:
+                piece = self._foreign(most)
         except OSError as problem:
             raise OSError(problem.errno, problem.strerror or str(problem), self._label) from None
         if piece is None:
@@ -283,6 +317,13 @@ class Stream:
             raise wrong_type(self.name, "a binary file object", Text("one that reads str"))
         self.consumed += len(piece)
         return bytes(piece)
+
+    def _foreign(self, most: int) -> Any:
+        abroad[threading.get_ident()] = time.monotonic()
+        try:
+            return self._reader.read(most)
+        finally:
+            abroad.pop(threading.get_ident(), None)
 
     def _raw(self) -> Iterator[bytes]:
         head, self._head = self._head, b""
@@ -305,6 +346,21 @@ class Stream:
                 )
             if piece:
                 yield piece
+
+
+def _waits(reader: Any) -> int | None:
+    """The descriptor of the pipe or terminal behind a file object of Python's own, which says when the next bytes are there.
+
+    Of another object's read() it is not known what it waits for: it may hold bytes, or end before its descriptor does.
+    """
+    try:
+        raw = reader.raw if type(reader) is io.BufferedReader else reader
+        if type(raw) is not io.FileIO:
+            return None
+        fd = raw.fileno()
+        return fd if os.get_blocking(fd) and not stat.S_ISREG(os.fstat(fd).st_mode) else None
+    except (OSError, ValueError):
+        return None
 
 
 def _said(name: str) -> str | None:
@@ -557,10 +613,9 @@ def encoded(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        try:
-            return text.encode("utf-8", "surrogateescape")
-        except UnicodeEncodeError:
-            return text.encode("utf-8", "surrogatepass")
+        # Each by itself: what is cut into pieces is the same bytes as the whole.
+        parts = enumerate(_NO_BYTES.split(text))
+        return b"".join(part.encode("utf-8", "surrogatepass" if i % 2 else "surrogateescape") for i, part in parts)
 
 
 def jsonl(name: str, blocks: Iterable[bytes], field: str, errors: str) -> Iterator[tuple[str, list[bytes]]]:
@@ -616,11 +671,9 @@ def arrow_documents(array: Any, most: int = PIECE) -> Iterator[list[bytes]]:
 
     for chunk in array.chunks if isinstance(array, pa.ChunkedArray) else [array]:
         if pa.types.is_dictionary(chunk.type):
-            chunk = chunk.dictionary_decode()
-        if chunk.type not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
-            if not (chunk.type == pa.string_view() or chunk.type == pa.binary_view()):
-                raise wrong_type("texts", "an Arrow array of strings", Text(f"one of {chunk.type}"))
-            chunk = chunk.cast(pa.large_string() if chunk.type == pa.string_view() else pa.large_binary())
+            # Arrow decodes none of views, such as the categories of polars.
+            chunk = _in_a_row(chunk.dictionary, wide=True).take(chunk.indices)
+        chunk = _in_a_row(chunk)
         if not len(chunk):
             continue
         wide = chunk.type in (pa.large_string(), pa.large_binary())
@@ -638,6 +691,30 @@ def arrow_documents(array: Any, most: int = PIECE) -> Iterator[list[bytes]]:
                 batch = [text if there else b"" for text, there in zip(batch, valid[start:stop].tolist(), strict=True)]
             yield batch
             start = stop
+
+
+def _in_a_row(array: Any, *, wide: bool = False) -> Any:
+    """An array of strings whose bytes lie behind one another; `wide`: with offsets of 64 bits."""
+    import pyarrow as pa
+
+    if array.type in (pa.large_string(), pa.large_binary()) or (array.type in (pa.string(), pa.binary()) and not wide):
+        return array
+    if array.type in (pa.string(), pa.string_view()) or pa.types.is_null(array.type):
+        return array.cast(pa.large_string())
+    if array.type in (pa.binary(), pa.binary_view()):
+        return array.cast(pa.large_binary())
+    raise wrong_type("texts", "an Arrow array of strings", Text(f"one of {array.type}"))
+
+
+def arrow_bytes(array: Any) -> int | None:
+    """The bytes of an array's strings; None where Arrow does not say."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    try:
+        return int(pc.sum(pc.binary_length(array)).as_py() or 0)
+    except pa.ArrowException:
+        return None
 
 
 def parquet(source: Source, column: str) -> Iterator[tuple[str, list[bytes], int]]:
@@ -659,11 +736,13 @@ def parquet(source: Source, column: str) -> Iterator[tuple[str, list[bytes], int
     with file:
         schema = file.schema_arrow
         if column not in schema.names:
-            known = ", ".join(map(repr, schema.names[:8]))
-            raise ValueError(f"{source.name}: no column {column!r}, only {known}")
+            names = ", ".join(map(repr, schema.names[:8]))
+            raise ValueError(f"{source.name}: no column {column!r}, only {names}")
         kind = schema.field(column).type
         texts = [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view()]
-        if kind not in texts and not (pa.types.is_dictionary(kind) and kind.value_type in texts):
+        # A column without any value is of no type.
+        known = kind in texts or pa.types.is_null(kind)
+        if not known and not (pa.types.is_dictionary(kind) and kind.value_type in texts):
             raise ValueError(f"{source.name}: column {column!r} must be of strings, got {kind}")
         groups = file.metadata.num_row_groups
         for group in range(groups):

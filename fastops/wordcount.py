@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from . import _validate
-from ._counts import Tokenizer, WordCounts, keys_of, texts_of
+from ._counts import Tokenizer, WordCounts, check_texts, keys_of
 from ._rule import DOCUMENTS, ERRORS, LOWERCASE, NORMALIZE, TOKENIZERS, DecodeError, Rule, TokenTooLong, WorkerDied
 from ._validate import Text
 
@@ -161,8 +161,9 @@ def count_words(
 
     Parameters
     ----------
-    texts : str, bytes, iterable of these, or Arrow array of str
-        Each a document; one str or bytes is one document.
+    texts : str, bytes, iterable of these, Arrow array or column of pandas or polars of str
+        Each a document; one str or bytes is one document. A missing value of an array or column (null, None, NaN, NA) is a document
+        without words; in other iterables it is an error.
     tokenizer : {"whitespace", "word", "unicode", "char", "zh"} or callable, optional
         What a word is: ``str.split()``; ``re.findall(r"\\w+", ...)``; words of Unicode's UAX #29; code points; the words that jieba
         0.42.1 cuts Chinese into; or what a function from a str to an iterable of str gives.
@@ -189,7 +190,8 @@ def count_words(
         code.
     approx : int, optional
         Keep this many words only: each count is too low by `WordCounts.error_bound` at most, which is at most the number of
-        words counted over ``approx + 1``.
+        words counted over ``approx + 1``. One thread counts them, so that the result is the same for any number of workers; which
+        words are kept depends on the order of the input, on `on_error` and on the backend.
     doc_freq : bool, optional
         Count for each word the documents that it is in.
     max_token_bytes : int, optional
@@ -199,7 +201,8 @@ def count_words(
     on_error : {"raise", "skip"}, optional
         Whether a text that cannot be counted ends the call or goes to `WordCounts.skipped`.
     timeout : float, optional
-        Seconds after which a call that has not ended ends with TimeoutError.
+        Seconds after which a call that has not ended ends with TimeoutError. An iterable that waits for its next text is waited
+        for: the clock is looked at before every text.
     progress : bool or callable, optional
         A bar on stderr where that is a terminal, or a function of the bytes done and all bytes (None where that is not known).
 
@@ -256,7 +259,7 @@ def count_words(
     )
     least = _validate.integer("min_count", min_count, 1)
     options = _options(approx, doc_freq, max_output_bytes, memory_limit, on_error, progress, timeout, workers)
-    texts_of("texts", texts)
+    check_texts("texts", texts)
     from ._counting import count_texts
 
     table, skipped = count_texts(texts, rule, function, options)
@@ -295,9 +298,9 @@ def count_files(
         read ahead, is not counted), or objects open for reading bytes. gzip, bzip2, xz and (with the extra "zst")
         Zstandard are known by their first bytes, whatever the name.
     field : str, optional
-        The files are JSON lines: count this field of each, a document by itself.
+        The files are JSON lines: count this field of each, a document by itself; a null is a document without words.
     column : str, optional
-        The files are Parquet: count this column, each value a document by itself. Needs pyarrow.
+        The files are Parquet: count this column, each value a document by itself, nulls too. Needs pyarrow.
     tokenizer : {"whitespace", "word", "unicode", "char", "zh"} or callable, optional
         What a word is; see `count_words`.
     lowercase : {"ascii", "unicode", "casefold"}, optional
@@ -331,7 +334,8 @@ def count_files(
     on_error : {"raise", "skip"}, optional
         Whether a file that cannot be counted ends the call or goes to `WordCounts.skipped`, without any of its words.
     timeout : float, optional
-        Seconds after which a call that has not ended ends with TimeoutError.
+        Seconds after which a call that has not ended ends with TimeoutError. Pipes are not waited for longer, but with a callable
+        and several workers the `read` of an object that Python's own ``open`` did not make is.
     progress : bool or callable, optional
         A bar on stderr where that is a terminal, or a function of the bytes done and all bytes (None where that is not known).
 
@@ -347,7 +351,7 @@ def count_files(
     OSError
         A file that is missing (before any work is done) or cannot be read; names it.
     TokenTooLong
-        A word of more than `max_token_bytes` bytes. Names the file and the byte.
+        A word of more than `max_token_bytes` bytes. Names the file and the byte (with `normalize`: of the text in normal form).
     TypeError
         An argument of the wrong type, named; a callable that does not give str, or that cannot be pickled where ``workers`` is
         not 1.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import importlib.util
 import io
 import itertools
 import json
@@ -25,6 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parallel import Shorten, shout, split_words
 
+import fastops
 from fastops import _counting, _sources
 from fastops._counting import Options, count_sources, count_texts
 from fastops._rule import DecodeError, Rule, TokenTooLong
@@ -278,12 +280,122 @@ def test_a_skipped_text_is_named(workers: int) -> None:
         count_texts(texts[:70_000], rule, None, Options(workers=workers))
 
 
+@pytest.mark.usefixtures("over_backend")
+@pytest.mark.parametrize("tokenizer", [None, split_words])
+@pytest.mark.parametrize("mark", ["\ufeff", "\ufeff\ufeff"])
+@pytest.mark.parametrize("normalize", [None, "NFC"])
+def test_a_span_may_begin_with_a_mark(normalize: str | None, mark: str, tokenizer: Any, tmp_path: Path) -> None:
+    """Only at byte 0 it is a mark of the encoding; where an engine cuts a file it is a part of the word."""
+    data = f"{mark}one é\n{mark}two e\u0301\n{mark}two\n".encode()
+    path = tmp_path / "text"
+    path.write_bytes(data)
+    (source,) = _sources.sources(path)
+    rule = Rule(normalize=normalize)
+    job = _counting._FileJob(rule, Options(workers=1), None, None, tokenizer)
+    want = wanted(rule, [data], tokenizer)
+    for cut in range(1, len(data)):
+        parts = [(0, source, 0, cut), (0, source, cut, len(data))]
+        tables = [_counting.count_parts(job, [part])[0] for part in parts]
+        tables[0].merge(tables[1])
+        assert entries(tables[0]) == want, cut
+
+
+@pytest.mark.usefixtures("over_backend")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_rough_counts_of_files_that_may_fail_are_as_few(workers: int, tmp_path: Path) -> None:
+    paths = []
+    for i in range(6):
+        paths.append(tmp_path / str(i))
+        paths[-1].write_bytes(b"".join(b"common %d-%d\n" % (i, j) * (j + 2) for j in range(14)))
+    data = [path.read_bytes() for path in paths]
+    total = sum(len(text.split()) for text in data)
+    for on_error in ("raise", "skip"):
+        options = Options(workers=workers, approx=10, on_error=on_error)
+        for table, _ in (
+            count_sources(paths, Rule(), None, options),
+            count_texts(data, Rule(), None, options),
+        ):
+            assert len(table) <= 10
+            assert 0 < table.error_bound <= total // 11
+            assert total // 2 - table.error_bound <= table.get(b"common")[0] <= total // 2
+
+
 def test_what_is_no_text_is_a_type_error() -> None:
     for workers in (1, 2):
         with pytest.raises(TypeError, match=r"texts\[1\] must be str or bytes, got 3"):
             count_texts(["a", 3], Rule(), None, Options(workers=workers))
     with pytest.raises(TypeError, match=r"texts must be a str"):
         count_texts(3, Rule(), None, Options())
+
+
+def columns_of(texts: list[str | None]) -> Iterator[tuple[str, Any]]:
+    """The same texts as columns of every library that is there."""
+    if importlib.util.find_spec("pyarrow"):
+        import pyarrow as pa
+
+        for kind in (pa.string(), pa.large_string(), pa.string_view()):
+            yield f"arrow {kind}", pa.array(texts, kind)
+            yield (
+                f"arrow dictionary of {kind}",
+                pa.DictionaryArray.from_arrays(
+                    pa.array([None if text is None else i for i, text in enumerate(texts)], pa.uint32()),
+                    pa.array([text or "" for text in texts], kind),
+                ),
+            )
+        yield "arrow, chunked", pa.chunked_array([texts[:2], texts[2:]], pa.string())
+    if importlib.util.find_spec("pandas"):
+        import pandas as pd
+
+        for kind in ("object", "string", "category"):
+            yield f"pandas {kind}", pd.Series(texts, dtype=kind)
+            yield f"pandas {kind}, NaN", pd.Series([float("nan") if t is None else t for t in texts], dtype=kind)
+            yield f"pandas {kind}, NA", pd.Series([pd.NA if t is None else t for t in texts], dtype=kind)
+        yield "pandas, index", pd.Index(texts)
+        yield "pandas, array", pd.array(texts, dtype="string")
+        yield "pandas, named columns", pd.Series(texts, index=["columns", *range(1, len(texts))])
+    if importlib.util.find_spec("polars"):
+        import polars as pl
+
+        for kind in (pl.String, pl.Categorical, pl.Enum(sorted({text for text in texts if text is not None}))):
+            yield f"polars {kind}", pl.Series("x", texts, dtype=kind)
+
+
+@pytest.mark.usefixtures("over_backend")
+def test_missing_values_are_documents_without_words() -> None:
+    texts = ["nan a", None, "", "a b\nb", None, "a b\nb"]
+    found = list(columns_of(texts))
+    if not found:
+        pytest.skip("none of pyarrow, pandas and polars is installed")
+    want = fastops.count_words([text or "" for text in texts], doc_freq=True)
+    ids = [row.tolist() for row in want.encode([text or "" for text in texts])]
+    assert (want.documents, want["nan"]) == (6, 1)
+    for name, column in found:
+        for workers in (1, 2):
+            got = fastops.count_words(column, doc_freq=True, workers=workers)
+            assert got == want, name
+            assert dict(got.doc_freq) == dict(want.doc_freq), name
+            assert got.documents == 6, name
+        assert [row.tolist() for row in got.encode(column)] == ids, name
+        assert fastops.count_words(column, tokenizer=split_words, workers=1) == want, name
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_missing_values_of_a_list_are_named(missing: Any) -> None:
+    with pytest.raises(TypeError, match=r"texts\[1\] must be str or bytes, got (None|nan)"):
+        fastops.count_words(["a", missing])
+    with pytest.raises(TypeError, match=r"texts\[1\] must be a str or bytes, got (None|nan)"):
+        fastops.count_words("a").encode(["a", missing])
+
+
+def test_columns_of_no_text_are_a_type_error() -> None:
+    pd = pytest.importorskip("pandas", reason="pandas is not installed")
+    with pytest.raises(TypeError, match=r"texts\[0\] must be str or bytes"):
+        fastops.count_words(pd.Series([1.5, 2.5]))
+    for what in (pd.DataFrame({"a": ["x"]}),):
+        with pytest.raises(TypeError, match="texts must be"):
+            fastops.count_words(what)
+        with pytest.raises(TypeError, match="texts must be"):
+            fastops.count_words("x").encode(what)
 
 
 def test_an_error_of_the_iterable_is_raised() -> None:
@@ -337,6 +449,67 @@ def test_progress_is_told(workers: int, tokenizer: Any, tmp_path: Path) -> None:
         ["a b"] * 10, Rule(), tokenizer, Options(workers=workers, progress=lambda *numbers: told.append(numbers))
     )
     assert told[-1] == (30, None)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("tokenizer", [None, split_words])
+def test_a_slow_iterable_is_left_at_the_timeout(workers: int, tokenizer: Any) -> None:
+    read = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal read
+        while read < 200:
+            read += 1
+            time.sleep(0.05)
+            yield "a b"
+
+    with pytest.raises(TimeoutError, match=r"timeout=0\.3 s"):
+        count_texts(texts(), Rule(), tokenizer, Options(workers=workers, timeout=0.3))
+    assert read < 100
+
+
+def told_by(count: Any, *arguments: Any, workers: int = 2, **options: Any) -> list[tuple[int, int | None]]:
+    told: list[tuple[int, int | None]] = []
+    count(*arguments, Options(workers=workers, progress=lambda *numbers: told.append(numbers), **options))
+    assert all(a[0] <= b[0] for a, b in itertools.pairwise(told))
+    return told
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("tokenizer", [None, split_words])
+def test_progress_of_several_large_files_adds_up(workers: int, tokenizer: Any, tmp_path: Path, small: None) -> None:
+    paths = []
+    for i, pack in enumerate((bytes, gzip.compress, bytes, lzma.compress, bytes)):
+        paths.append(tmp_path / str(i))
+        paths[-1].write_bytes(pack(text_of(i, 200 + 100 * i)))
+    total = sum(path.stat().st_size for path in paths)
+    assert told_by(count_sources, paths, Rule(), tokenizer, workers=workers)[-1] == (total, total)
+    # A damaged file is done with, too.
+    paths[1].write_bytes(paths[1].read_bytes()[:-3])
+    told = told_by(count_sources, paths, Rule(), tokenizer, workers=workers, on_error="skip")
+    assert told[-1] == (total - 3, total - 3)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_progress_knows_all_bytes_or_says_that_it_does_not(workers: int, tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(b"some words\n")
+    assert told_by(count_sources, [path, io.BytesIO(b"a b\n")], Rule(), None, workers=workers)[-1] == (15, None)
+    near, far = os.pipe()
+    os.write(far, b"a b c\n")
+    os.close(far)
+    with open(near, "rb") as pipe:
+        assert told_by(count_sources, pipe, Rule(), None, workers=workers)[-1] == (6, None)
+    for text, size in (("äöü " * 700_000, 7 * 700_000), (b"a b" * 5, 15), ("a b", 3)):
+        assert told_by(count_texts, text, Rule(), None, workers=workers)[-1] == (size, size)
+    # What is left out is done with.
+    texts = ["a" * 20, "b", "c" * 20] * 3
+    told = told_by(count_texts, texts, Rule(max_token_bytes=10), None, workers=workers, on_error="skip")
+    assert told[-1] == (3 * 41, None)
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    for array in (pa.array(["é", None, "abc"]), pa.array(["é", None, "abc"])[1:], pa.nulls(3, pa.string())):
+        done, size = told_by(count_texts, array, Rule(), None, workers=workers)[-1]
+        assert done == size == sum(len((text or "").encode()) for text in array.to_pylist())
 
 
 def test_an_error_of_the_progress_function_ends_the_run(tmp_path: Path) -> None:

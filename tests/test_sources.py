@@ -352,6 +352,12 @@ def test_jsonl_errors_name_the_line(line: bytes, error: type[Exception], words: 
         list(_sources.jsonl("f", [b'{"text": "a"}\n' + line + b"\n"], "text", "strict"))
 
 
+def test_surrogates_are_bytes_each_by_itself() -> None:
+    texts = ["a\udcffé", "\udcff\ud800\udcff", "\ud800", "\udc7f\udc80\udd00", "é\udfff"]
+    assert [_sources.encoded(text) for text in texts[:2]] == [b"a\xff\xc3\xa9", b"\xff\xed\xa0\x80\xff"]
+    assert _sources.encoded("".join(texts)) == b"".join(map(_sources.encoded, texts))
+
+
 def test_jsonl_takes_invalid_utf8_by_the_rule() -> None:
     line = [b'{"text": "a\xffb"}']
     for errors, wanted in (("replace", "a\ufffdb".encode()), ("ignore", b"ab"), ("surrogateescape", b"a\xffb")):

@@ -223,6 +223,25 @@ def file(name, content, repeat=1):
             out.write(content)
     return path
 os.mkdir(data)
+held = []
+def pipe(begin=b"words and words\\n", **options):
+    # Nobody writes to it any more, and nobody closes it.
+    near, far = os.pipe()
+    os.write(far, begin)
+    held.append(far)
+    return open(near, "rb", **options)
+goes_on = threading.Event()
+class Waits:
+    def __init__(self, begin=b"words and words\\n"):
+        self.begin = begin
+    def read(self, size):
+        begin, self.begin = self.begin[:size], self.begin[size:]
+        if not begin:
+            goes_on.wait()
+        return begin
+def many_words():
+    text = b"".join(b"w%x and w%x\\n" % (i * 2654435761 % 2**32, i % 1000) for i in range(1_500_000))
+    return fastops.count_words(text, document="line")
 CALLS = {
     "file": (lambda p: fastops.count_files(p), lambda: file("large", TEXT, 80)),
     "file, one thread": (lambda p: fastops.count_files(p, workers=1), lambda: file("large", TEXT, 80)),
@@ -237,6 +256,20 @@ CALLS = {
     "bytes": (lambda t: fastops.count_words(t), lambda: TEXT * 80),
     "texts": (lambda t: fastops.count_words(t), lambda: ["some words of a text"] * 8_000_000),
     "texts in processes": (lambda t: fastops.count_words(t, tokenizer=split_words, workers=2), lambda: ["some words"] * 4_000_000),
+    "pipe": (lambda p: fastops.count_files(p), lambda: pipe()),
+    "pipe, gz": (lambda p: fastops.count_files(p, workers=1), lambda: pipe(gzip.compress(b"a b\\n")[:8])),
+    "pipe, in processes": (lambda p: fastops.count_files(p, tokenizer=split_words, workers=2), lambda: pipe()),
+    "pipe, raw": (lambda p: fastops.count_files([p]), lambda: pipe(b"", buffering=0)),
+    "fifo": (lambda p: fastops.count_files(p), lambda: os.mkfifo(os.path.join(data, "fifo")) or os.path.join(data, "fifo")),
+    "stdin": (lambda p: fastops.count_files("-"), lambda: held.append(pipe()) or os.dup2(held[-1].fileno(), 0)),
+    "an object": (lambda p: fastops.count_files(p), lambda: Waits()),
+    "an object, gz": (lambda p: fastops.count_files(gzip.GzipFile(fileobj=p)), lambda: Waits(gzip.compress(b"a b\\n")[:8])),
+    "most_common": (lambda c: c.most_common(), lambda: many_words()),
+    "most_common(k)": (lambda c: [c.most_common(50_000) for _ in range(100)], lambda: many_words()),
+    "partition": (lambda c: [c.partition(8) for _ in range(100)], lambda: many_words()),
+    "filter": (lambda c: [c.filter(min_count=2) for _ in range(500)], lambda: many_words()),
+    "filter by words": (lambda p: [p[0].filter(words=p[1]) for _ in range(100)], lambda: (c := many_words(), c.words())),
+    "encode": (lambda c: [c.copy().encode("a b") for _ in range(100)], lambda: many_words()),
     "many files": (lambda p: fastops.count_files(p), lambda: [file(str(i), b"some words\\n") for i in range(200)] * 100),
 }
 sent = None
@@ -264,6 +297,20 @@ def send():
         "texts",
         "texts in processes",
         "many files",
+        "pipe",
+        "pipe, gz",
+        "pipe, in processes",
+        "pipe, raw",
+        "fifo",
+        "stdin",
+        "an object",
+        "an object, gz",
+        "most_common",
+        "most_common(k)",
+        "partition",
+        "filter",
+        "filter by words",
+        "encode",
     ],
 )
 @unsanitized
@@ -287,6 +334,7 @@ def test_interrupt_ends_a_count(call: str, tmp_path: Path) -> None:
     crowd = max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
     print(f"{sys.argv[1]}: {1e3 * (seen - sent):.0f} ms, {crowd:.1f} runnable threads a CPU")
     assert seen - sent < 0.3 * crowd, seen - sent
+    goes_on.set()
     end = time.monotonic() + 5
     while (left() != before or children() or threading.active_count() > 1) and time.monotonic() < end:
         time.sleep(0.01)
