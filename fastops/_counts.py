@@ -29,6 +29,7 @@ __all__ = ["WordCounts"]
 _CHUNK = 4096
 _MOST_SHOWN = 3
 _TSV_BREAKS = (b"\t", b"\n")
+_NO_SURROGATES = "text without lone surrogates"
 Tokenizer = Callable[[str], Iterable[str]]
 
 
@@ -51,7 +52,7 @@ def keys_of(name: str, words: object) -> list[bytes]:
             try:
                 keys.append(word.encode("utf-8", "surrogateescape"))
             except UnicodeEncodeError:
-                raise _no_surrogates(f"{name}[{i}]", word) from None
+                raise _validate.wrong_value(f"{name}[{i}]", _NO_SURROGATES, word) from None
         else:
             raise _validate.wrong_type(f"{name}[{i}]", "a str or bytes", word)
     return keys
@@ -61,11 +62,7 @@ def _checked_key(name: str, word: str | bytes) -> bytes:
     try:
         return key_of(word)
     except UnicodeEncodeError:
-        raise _no_surrogates(name, word) from None
-
-
-def _no_surrogates(name: str, word: str | bytes) -> ValueError:
-    return _validate.wrong_value(name, "text without lone surrogates", word)
+        raise _validate.wrong_value(name, _NO_SURROGATES, word) from None
 
 
 def text_bytes(name: str, text: object) -> bytes:
