@@ -11,28 +11,31 @@ from __future__ import annotations
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING, Any
 
-from ._config import get_num_threads, set_num_threads, show_config, target
-from ._multiplier import OPS as _OPS
-from ._multiplier import Multiplier
-from ._validate import clip as _clip
-from .mitchell import (
-    lmul,
-    lut_matmul,
-    mitchell_conv2d,
-    mitchell_conv2d_grad,
-    mitchell_div,
-    mitchell_div_grad,
-    mitchell_exp2,
-    mitchell_log2,
-    mitchell_matmul,
-    mitchell_matmul_grad,
-    mitchell_mul,
-    mitchell_mul_grad,
-    mitchell_reciprocal,
-    mitchell_rsqrt,
-    mitchell_sqrt,
-    mitchell_square,
-)
+from ._folders import asked_alone as _asked_alone
+
+if TYPE_CHECKING or not _asked_alone():
+    from ._config import get_num_threads, set_num_threads, show_config, target
+    from ._multiplier import OPS as _OPS
+    from ._multiplier import Multiplier
+    from ._validate import clip as _clip
+    from .mitchell import (
+        lmul,
+        lut_matmul,
+        mitchell_conv2d,
+        mitchell_conv2d_grad,
+        mitchell_div,
+        mitchell_div_grad,
+        mitchell_exp2,
+        mitchell_log2,
+        mitchell_matmul,
+        mitchell_matmul_grad,
+        mitchell_mul,
+        mitchell_mul_grad,
+        mitchell_reciprocal,
+        mitchell_rsqrt,
+        mitchell_sqrt,
+        mitchell_square,
+    )
 
 try:
     __version__: str = _import_module(f"{__name__}._version").__version__

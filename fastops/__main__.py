@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import io
 import json
 import os
@@ -13,13 +12,15 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import fastops
-from fastops._backend import installed
+from fastops._folders import FOLDERS, folder
 from fastops._rule import DOCUMENTS, ERRORS, LOWERCASE, NORMALIZE, TOKENIZERS
-from fastops._validate import MAX_THREADS
 from fastops.bench import FAMILIES
+
+if TYPE_CHECKING:
+    from fastops import WordCounts
 
 
 class UsageError(Exception):
@@ -41,6 +42,8 @@ def _positive(kind: Callable[[str], Any], text: str, wanted: str, high: float) -
 
 
 def _threads(text: str) -> int:
+    from fastops._validate import MAX_THREADS
+
     value: int = _positive(int, text, f"a number of threads in [1, {MAX_THREADS}]", MAX_THREADS)
     return value
 
@@ -173,6 +176,8 @@ def _write(path: str, text: str | bytes) -> None:
 
 
 def _require(wanted: Sequence[str], extra: str = "bench") -> None:
+    from fastops._backend import installed
+
     missing = [name for name in wanted if not installed(name)]
     if missing:
         raise UsageError(f"{', '.join(missing)} not installed: pip install 'fastops[{extra}]'")
@@ -342,7 +347,7 @@ def _count(arguments: argparse.Namespace) -> int:
     return 1 if counts.skipped else 0
 
 
-def _tsv(counts: fastops.WordCounts) -> bytes:
+def _tsv(counts: WordCounts) -> bytes:
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="fastops-") as folder:
@@ -370,30 +375,16 @@ def _complain(text: str) -> None:
         print(f"fastops: {text}", file=sys.stderr)
 
 
-def _folder(name: str, what: str) -> str:
-    """A folder of the installed package; in an editable install it lies beside the compiled module."""
-    places = [Path(fastops.__file__).parent]
-    core = importlib.util.find_spec("fastops._core")
-    if core is not None and core.origin:
-        places.append(Path(core.origin).parent)
-    for place in places:
-        if (place / name).is_dir():
-            return str(place / name)
-    raise UsageError(f"this installation has no {what}")
-
-
 def _run(argv: Sequence[str] | None) -> int:
     grammar = parser()
     arguments = grammar.parse_args(argv)
-    folders = [
-        (arguments.include_dir, "include", "C headers"),
-        (arguments.lib_dir, "lib", "C library"),
-        (arguments.cmake_dir, "share/cmake/fastops", "CMake package"),
-    ]
-    for asked, name, what in folders:
-        if asked:
-            print(_folder(name, what))
-    if any(asked for asked, _, _ in folders):
+    asked = [option for option in FOLDERS if getattr(arguments, option[2:].replace("-", "_"))]
+    for option in asked:
+        found = folder(option)
+        if found is None:
+            raise UsageError(f"this installation has no {FOLDERS[option][1]}")
+        print(found)
+    if asked:
         return 0
     if arguments.command == "bench":
         return _bench(arguments)

@@ -87,6 +87,25 @@ def test_include_dir_has_the_header() -> None:
     assert (Path(done.stdout.strip()) / "fastops" / "fastops.h").is_file()
 
 
+def test_folders_are_told_without_numpy(tmp_path: Path) -> None:
+    """A build asks for them, and may have no more than the package. Whatever else is asked needs the whole package."""
+    (tmp_path / "numpy.py").write_text("raise ImportError('no NumPy')\n", encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": path}
+    options = ("--include-dir", "--lib-dir", "--cmake-dir")
+    for arguments in (*((x,) for x in options), options[:2]):
+        with_numpy, without = run(*arguments), run(*arguments, env=env)
+        assert (without.returncode, without.stdout) == (with_numpy.returncode, with_numpy.stdout), without.stderr
+    assert "no NumPy" in run("--include-dir", "config", env=env).stderr
+    # Another module that is run with such an option is not this one.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "__init__.py").write_text("import fastops\nprint('imported')\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "other", "--cmake-dir"], capture_output=True, text=True, timeout=60, check=False, env=env
+    )
+    assert (done.returncode, done.stdout) == (1, ""), done.stdout
+
+
 @pytest.mark.parametrize(
     ("option", "file", "what"),
     [("--lib-dir", "libfastops.so", "C library"), ("--cmake-dir", "fastopsConfig.cmake", "CMake package")],
