@@ -443,6 +443,39 @@ def test_options_that_are_refused_are_so_in_a_step() -> None:
     assert (p == 1).all()
 
 
+@pytest.mark.parametrize("bad", ["sparse", "half", "option", "idle"])
+def test_a_step_that_raises_has_written_nothing(bad: str) -> None:
+    """Neither the group before the one that does not fit, nor in it the parameters that have taken as many steps."""
+    params = parameters()[:2] + [torch.nn.Parameter(torch.ones(3, 2)) for _ in range(4)]
+    optimizer = ft.AdamW([{"params": params[:2]}, {"params": params[2:]}], lr=0.1, ema_decay=0.5)
+    for steps in range(3):
+        for p in params:
+            # The last has taken part in the first step only, and the one before it in the last step not.
+            late = (p is params[-1] and steps) or (p is params[-2] and steps == 2)
+            p.grad = None if late else torch.ones_like(p)
+        if steps < 2:
+            optimizer.step()
+    p = params[-3]
+    if bad == "sparse":
+        p.grad = torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1, 2), (3, 2), check_invariants=True)
+        text = r"grads\[1\] must be a dense tensor"
+    elif bad == "half":
+        p.data, text = p.data.half(), r"params\[1\] must be of dtype float32 or float64"
+    elif bad == "option":
+        optimizer.param_groups[1]["lr"], text = float("nan"), "lr must be"
+    else:
+        params[-2].data, text = torch.ones(5), r"shadows\[0\] must be of shape \(5,\)"
+    before = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in params]
+    with pytest.raises((TypeError, ValueError), match=text):
+        optimizer.step()
+    after = optimizer.state_dict(), params
+    for x, y in zip(before[1], after[1], strict=True):
+        assert torch.equal(x, y)
+    for i, own in before[0]["state"].items():
+        for name, x in own.items():
+            assert torch.equal(x, after[0]["state"][i][name]), (i, name)
+
+
 def test_autograd_hears_of_a_step() -> None:
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = ft.AdamW([p], lr=0.1)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _validate, optim
+from .. import _tensors, _validate, optim
 from .._tensors import TensorList
 from .._validate import Text
 from ._averaging import local
@@ -71,8 +71,7 @@ class AdamW(torch.optim.Optimizer):
 
     Notes
     -----
-    `step` raises where a parameter or gradient is of another dtype or not on the CPU, before it writes any of the parameters of that
-    group that have taken as many steps.
+    `step` raises where a parameter or gradient is of another dtype or not on the CPU, before it writes any.
     The state dict is that of ``torch.optim.AdamW``, which can be exchanged; averages are an entry ``ema`` beside the moments.
     ``amsgrad``, ``maximize`` and ``differentiable`` are refused.
 
@@ -197,8 +196,7 @@ class AdamW(torch.optim.Optimizer):
         Raises
         ------
         TypeError, ValueError
-            A parameter or gradient of another dtype, layout or device, before any of the parameters of that group that have taken
-            as many steps was written; an option that is refused.
+            A parameter or gradient of another dtype, layout or device, or an option out of range, before anything was written.
         RuntimeError
             Averages are swapped in.
         """
@@ -208,11 +206,21 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for i, group in enumerate(self.param_groups):
-            self._step_group(i, group)
+        work = [self._work(i, group) for i, group in enumerate(self.param_groups)]
+        if sum(len(calls) + bool(idle) for calls, idle in work) > 1:
+            # A call checks its own tensors before it writes, but those of the next ones too late.
+            for group, (calls, idle) in zip(self.param_groups, work, strict=True):
+                self._check(group)
+                for bucket, grads in calls:
+                    _want_fit(bucket, grads)
+                if idle:
+                    _want_averaged(idle, [self.state[p]["ema"] for p in idle])
+        for group, (calls, idle) in zip(self.param_groups, work, strict=True):
+            self._step_group(group, calls, idle)
         return loss
 
-    def _step_group(self, i: int, group: dict[str, Any]) -> None:
+    def _work(self, i: int, group: dict[str, Any]) -> tuple[list[tuple[_Bucket, list[Any]]], list[Tensor]]:
+        """The buckets of a group with their gradients, and parameters that only their averages follow."""
         for name in _REFUSED:
             if group[name]:
                 raise _validate.wrong_value(name, "False", group[name])
@@ -231,9 +239,12 @@ class AdamW(torch.optim.Optimizer):
         buckets = self._buckets.get(i)
         if buckets is None or not (_holds(buckets, params, averages) and all(map(self._knows, buckets))):
             buckets = self._buckets[i] = self._sort(params, averages)
-        for bucket in buckets:
+        whole = len(buckets) == 1 and len(buckets[0].params) == len(grads)
+        return [(bucket, grads if whole else [x.grad for x in bucket.params]) for bucket in buckets], idle
+
+    def _step_group(self, group: dict[str, Any], calls: list[tuple[_Bucket, list[Any]]], idle: list[Tensor]) -> None:
+        for bucket, given in calls:
             p, m, v, shadows = bucket.lists
-            given = grads if len(bucket.params) == len(grads) else [x.grad for x in bucket.params]
             optim.adamw_step_(
                 p,
                 [local(g) for g in given] if type(p) is list else given,
@@ -336,6 +347,38 @@ class AdamW(torch.optim.Optimizer):
                 for (p, _), value in zip(pairs, own, strict=True):
                     p.copy_(value)
             self._swapped = False
+
+
+_WIDE = (torch.float32, torch.float64)
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _want_fit(bucket: _Bucket, grads: list[Tensor]) -> None:
+    """Raises what the step of a bucket would: by a look at what can change, and the whole check where that is not as usual."""
+    for p, g in zip(bucket.params, grads, strict=True):
+        kind = p.dtype
+        if not (
+            kind in _WIDE
+            and (g.dtype is kind or (kind is torch.float32 and g.dtype in _HALF))
+            and p.is_cpu
+            and g.is_cpu
+            and g.layout is torch.strided
+            and g.shape == p.shape
+        ):
+            break
+    else:
+        return
+    p, m, v, shadows = bucket.lists
+    lists = [list(x) for x in (p, map(local, grads), m, v, shadows or ())]
+    roles = _tensors.adamw_roles(shadows, optim._adam_step(1, 0.0, (0.0, 0.0), 0.0, 0.0, True))
+    _tensors.check(roles, lists[: len(roles)])
+
+
+def _want_averaged(params: list[Tensor], shadows: list[Tensor]) -> None:
+    """Likewise of averages that follow parameters without a gradient."""
+    pairs = zip(params, shadows, strict=True)
+    if not all(p.dtype in _WIDE and p.is_cpu and s.is_cpu and s.shape == p.shape for p, s in pairs):
+        _tensors.check(_tensors.ema_roles(1), [[local(p) for p in params], [local(s) for s in shadows]])
 
 
 def _holds(buckets: list[_Bucket], params: list[Tensor], averages: bool) -> bool:
