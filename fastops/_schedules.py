@@ -95,6 +95,49 @@ def profiles(decay: object, warmup: str, sigma: object) -> tuple[tuple[float | N
     return tuple(decays), (), several
 
 
+def single(
+    decay: object,
+    warmup: str,
+    inv_gamma: float,
+    power: float,
+    min_decay: float,
+    update_every: int,
+    update_after_step: int | None,
+) -> Schedule:
+    """The schedule of one average of a framework's, checked: without a warmup the first update copies, as theirs do."""
+    _validate.choice("warmup", warmup, ("none", "timm", "tf"))
+    decays, _, several = profiles(decay, warmup, None)
+    if several:
+        raise _validate.wrong_type("decay", "a number or 'equal' (fastops.EMA keeps several averages)", decay)
+    copies = warmup == "none" and decays[0] is not None
+    after = int(copies) if update_after_step is None else update_after_step
+    return schedule(warmup, decays, (), inv_gamma, power, min_decay, update_every, after)
+
+
+def schedule(
+    warmup: str,
+    decays: tuple[float | None, ...],
+    gammas: tuple[float, ...],
+    inv_gamma: float,
+    power: float,
+    min_decay: float,
+    update_every: int,
+    update_after_step: int,
+) -> Schedule:
+    """The schedule of these numbers, checked."""
+    limits = [limit for limit in decays if limit is not None]
+    return Schedule(
+        warmup,
+        decays,
+        gammas,
+        _validate.number("inv_gamma", inv_gamma, 0.0, open_low=True),
+        _validate.number("power", power, 0.0, open_low=True),
+        _validate.number("min_decay", min_decay, 0.0, min(limits, default=1.0)),
+        _validate.integer("update_every", update_every, 1),
+        _validate.integer("update_after_step", update_after_step, 0),
+    )
+
+
 def exponent(sigma: float) -> float:
     """The exponent of the power function of relative width sigma: sigma^2 = (g + 1) / ((g + 2)^2 (g + 3))."""
     # There sigma gamma is 1 for float64, and the squares below would overflow.

@@ -151,17 +151,8 @@ class EMA:
     ) -> None:
         warmup = _validate.choice("warmup", warmup, _schedules.WARMUPS)
         decays, gammas, several = _schedules.profiles(decay, warmup, sigma)
-        limits = [limit for limit in decays if limit is not None]
-        self._schedule = _schedules.Schedule(
-            warmup,
-            decays,
-            gammas,
-            _validate.number("inv_gamma", inv_gamma, 0.0, open_low=True),
-            _validate.number("power", power, 0.0, open_low=True),
-            _validate.number("min_decay", min_decay, 0.0, min(limits, default=1.0)),
-            _validate.integer("update_every", update_every, 1),
-            _validate.integer("update_after_step", update_after_step, 0),
-        )
+        ramp = (inv_gamma, power, min_decay)
+        self._schedule = _schedules.schedule(warmup, decays, gammas, *ramp, update_every, update_after_step)
         self._several = several
         self._debias = _validate.boolean("debias", debias)
         self._skips = _validate.choice("nonfinite", nonfinite, ("propagate", "skip")) == "skip"

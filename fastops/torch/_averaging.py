@@ -167,22 +167,7 @@ class EMA(torch.nn.Module):
         super().__init__()
         if not isinstance(model, torch.nn.Module):
             raise _validate.wrong_type("model", "a torch.nn.Module", model)
-        _validate.choice("warmup", warmup, ("none", "timm", "tf"))
-        decays, _, several = _schedules.profiles(decay, warmup, None)
-        if several:
-            raise _validate.wrong_type("decay", "a number or 'equal' (fastops.EMA keeps several averages)", decay)
-        copies = warmup == "none" and decays[0] is not None
-        after = int(copies) if update_after_step is None else update_after_step
-        self._schedule = _schedules.Schedule(
-            warmup,
-            decays,
-            (),
-            _validate.number("inv_gamma", inv_gamma, 0.0, open_low=True),
-            _validate.number("power", power, 0.0, open_low=True),
-            _validate.number("min_decay", min_decay, 0.0, 1.0 if decays[0] is None else decays[0]),
-            1,
-            _validate.integer("update_after_step", after, 0),
-        )
+        self._schedule = _schedules.single(decay, warmup, inv_gamma, power, min_decay, 1, update_after_step)
         self._averages_buffers = _validate.choice("buffers", buffers, ("copy", "average")) == "average"
         self._skips = _validate.choice("nonfinite", nonfinite, ("propagate", "skip")) == "skip"
         self._seed = _validate.integer("seed", seed, 0, 2**64 - 1)
