@@ -332,6 +332,33 @@ def test_an_interrupted_training_leaves_the_weights() -> None:
     assert model.evaluate(X, Y, verbose=0) == loss
 
 
+def test_a_training_step_that_raised_leaves_nothing_behind() -> None:
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+            if batch == 2:
+                raise ValueError("in a step")
+
+    model, ema, looker = made(), fk.EMA(0.9), Looker()
+    with pytest.raises(ValueError, match="in a step"):
+        fit(model, ema, Stop(), validation_data=(X, Y))
+    weights = model.get_weights()
+    # An evaluation of the user is not taken for a validation of the fit that is over, with this EMA or another.
+    for other in (ema, fk.EMA(0.9)):
+        with pytest.raises(RuntimeError, match="averages in evaluate must be left to"):
+            model.evaluate(X, Y, verbose=0, callbacks=[other])
+    # One that fails within the context leaves the averages to it.
+    with ema.average_parameters():
+        with pytest.raises(ValueError, match="data"):
+            model.evaluate(Data(ValueError), verbose=0)
+        # Over jax the values are in the loop that was left, until the model is asked for.
+        assert same(ema.model.trainable_variables, ema.shadows)
+    assert same(model.weights, weights)
+    fit(model, ema, looker, validation_data=(X, Y))
+    trained = [i for i, v in enumerate(model.weights) if v.trainable]
+    assert same([looker.seen["test"][-1][i] for i in trained], ema.shadows)
+    assert "evaluate" not in vars(model)
+
+
 def test_an_interrupt_while_weights_are_put_back_is_heard_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ema = made(), fk.EMA(0.9)
     fit(model, ema)

@@ -165,6 +165,42 @@ def test_masks_of_value_and_key_are_both_kept(kind: Any) -> None:
     near(scores[..., ::2], other)
 
 
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tensors", [False, True], ids=["arrays", "tensors"])
+def test_one_object_for_two_arguments_is_one(kind: Any, policy: str, tensors: bool) -> None:
+    """Keras makes tensors of arrays, and casts tensors, one argument after the other."""
+    layer = kind(2, 4, dtype=policy)
+    x, mask = rows(2, 6, 8), np.arange(6) < np.array([[6], [3]])
+    other = x[:, ::-1].copy()
+    if tensors:
+        x, mask, other = map(keras.ops.convert_to_tensor, (x, mask, other))
+    want = array(layer(x, mask=mask))
+    for arguments in ((x, x), (x, x, x)):
+        np.testing.assert_array_equal(array(layer(*arguments, query_mask=mask, value_mask=mask)), want)
+    np.testing.assert_array_equal(array(layer(query=x, value=x, value_mask=mask)), want)
+    # Other rows and the same mask: it holds for both.
+    short = layer(x[1:, :3], other[1:, :3])
+    near = {"rtol": 0, "atol": tolerance.KERAS_LAYER if policy == "float32" else tolerance.KERAS_HALF}
+    both = layer(x, other, query_mask=mask, value_mask=mask)
+    np.testing.assert_allclose(array(both[1:, :3]).astype(float), array(short).astype(float), **near)
+
+
+def test_directions_are_not_rounded_under_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = made("linear-favor", dtype="mixed_bfloat16"), rows(2, 9, 6)
+    functions = importlib.import_module("fastops.keras._layers")._functions()
+    real, given = functions.linear_attention, []
+
+    def spy(*args: Any, **options: Any) -> Any:
+        given.append(options["projection"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(functions, "linear_attention", spy)
+    layer(x)
+    want = fastops.favor_projection(4, 24, rng=3).astype(np.float32)
+    np.testing.assert_array_equal(array(given[0]), want, strict=True)
+
+
 @trains
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer_learns_and_survives_a_file(name: str, tmp_path: Path) -> None:

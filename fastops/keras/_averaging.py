@@ -26,33 +26,42 @@ _SWAPPED: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 class _Guard:
     """Stands before a model's `evaluate` during `fit`: what ends an evaluation early puts the weights back.
 
-    Keras tells callbacks nothing of an exception, so this is the one place that hears of all of them.
+    Keras tells callbacks nothing of an exception, so this is the one place that hears of all of them. A `fit` that raises between
+    evaluations leaves it standing: it then lets through what is not called by a `fit`.
     """
 
     def __init__(self, model: Any) -> None:
         self._model = weakref.ref(model)
+        self._validates = False
         functools.update_wrapper(self, type(model).evaluate)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self._model()
+        before = self._validates
+        # `fit` gives the list of callbacks that it has made.
+        self._validates = isinstance(kwargs.get("callbacks"), keras.callbacks.CallbackList)
         try:
             return type(model).evaluate(model, *args, **kwargs)
         except BaseException:
-            ema = _SWAPPED.get(model)
-            if ema is not None:
-                ema._swap_out()
-            self.remove(model)
+            if self._validates:
+                ema = _SWAPPED.get(model)
+                if ema is not None:
+                    ema._swap_out()
+                self.remove(model)
             raise
+        finally:
+            self._validates = before
 
     @staticmethod
-    def stands(model: Any) -> bool:
-        """Whether one stands before the model."""
-        return isinstance(vars(model).get("evaluate"), _Guard)
+    def validates(model: Any) -> bool:
+        """Whether this is a validation of `fit` that one stands before."""
+        guard = vars(model).get("evaluate")
+        return isinstance(guard, _Guard) and guard._validates
 
     @staticmethod
     def remove(model: Any) -> None:
         """Make `evaluate` the model's own again."""
-        if _Guard.stands(model):
+        if isinstance(vars(model).get("evaluate"), _Guard):
             del vars(model)["evaluate"]
 
 
@@ -156,22 +165,8 @@ class EMA(keras.callbacks.Callback):
         callbacks: Any = (),
     ) -> None:
         super().__init__()
-        _validate.choice("warmup", warmup, ("none", "timm", "tf"))
-        decays, _, several = _schedules.profiles(decay, warmup, None)
-        if several:
-            raise _validate.wrong_type("decay", "a number or 'equal' (fastops.EMA keeps several averages)", decay)
-        copies = warmup == "none" and decays[0] is not None
-        after = int(copies) if update_after_step is None else update_after_step
-        self._schedule = _schedules.Schedule(
-            warmup,
-            decays,
-            (),
-            _validate.number("inv_gamma", inv_gamma, 0.0, open_low=True),
-            _validate.number("power", power, 0.0, open_low=True),
-            _validate.number("min_decay", min_decay, 0.0, 1.0 if decays[0] is None else decays[0]),
-            _validate.integer("update_every", update_every, 1),
-            _validate.integer("update_after_step", after, 0),
-        )
+        ramp = (inv_gamma, power, min_decay)
+        self._schedule = _schedules.single(decay, warmup, *ramp, update_every, update_after_step)
         self._averages_buffers = _validate.choice("buffers", buffers, ("skip", "average")) == "average"
         self._skips = _validate.choice("nonfinite", nonfinite, ("propagate", "skip")) == "skip"
         self._swaps = _validate.boolean("swap", swap)
@@ -192,7 +187,7 @@ class EMA(keras.callbacks.Callback):
         self._averages = TensorList([])
         self._live: tuple[list[Any], TensorList] = ([], TensorList([]))
         self._held: list[Any] | None = None
-        self._fitting = self._swapped_by_test = False
+        self._swapped_by_test = False
         self._positions: list[tuple[str, int]] = []
 
     @property
@@ -504,7 +499,6 @@ class EMA(keras.callbacks.Callback):
             self._swap_out()
         self._want_restored("fit")
         self._follow()
-        self._fitting = True
         model = self._bare()
         if self._swaps and "evaluate" not in vars(model):
             vars(model)["evaluate"] = _Guard(model)
@@ -520,7 +514,6 @@ class EMA(keras.callbacks.Callback):
             Numbers of the moment.
         """
         self._swap_out()
-        self._fitting = False
         _Guard.remove(self._bare())
         if self._finalizes:
             self.copy_to_()
@@ -583,7 +576,7 @@ class EMA(keras.callbacks.Callback):
             An evaluation outside `fit` and `average_parameters`; another EMA has swapped its averages in.
         """
         if self._swaps and self._held is None:
-            if not (self._fitting and _Guard.stands(self._bare())):
+            if not _Guard.validates(self._bare()):
                 self._refuse("evaluate")
             self._swap_in("a validation with swap=True")
             self._swapped_by_test = True

@@ -39,11 +39,18 @@ def _own(x: Any) -> Any:
     return type(x).from_config(x.get_config()) if isinstance(x, keras.initializers.Initializer) else x
 
 
+def _plain(x: Any) -> Any:
+    """A list as files have it: Keras puts one of its own in place of a layer's."""
+    return list(x) if isinstance(x, list) else x
+
+
 class _Heads(keras.layers.Layer):
     """Projections of rows to heads and back: shapes and order of weights are those of Keras's MultiHeadAttention."""
 
     # (q, k, v, causal, mask, matrix=False) -> what the heads give; for a matrix without what is beside it.
     _attend: Callable[..., Any]
+    # Arguments of the constructor beyond those here.
+    _options: tuple[str, ...]
 
     def __init__(
         self,
@@ -106,6 +113,7 @@ class _Heads(keras.layers.Layer):
             "bias_regularizer": keras.regularizers.serialize(self._bias_regularizer),
             "kernel_constraint": keras.constraints.serialize(self._kernel_constraint),
             "bias_constraint": keras.constraints.serialize(self._bias_constraint),
+            **{name: _plain(getattr(self, name)) for name in self._options},
         }
 
     def build(
@@ -133,7 +141,11 @@ class _Heads(keras.layers.Layer):
         self._value_dense = self._dense("value", value, (self.num_key_value_heads, self.value_dim))
         heads = (*query[:-1], self.num_heads, self.value_dim)
         self._output_dense = self._dense("attention_output", heads, (self._output_dim or query[-1],), bound=2)
+        self._own_weights()
         self.built = True
+
+    def _own_weights(self) -> None:
+        """Those beyond the projections."""
 
     def _dense(self, name: str, shape: tuple[Any, ...], sizes: tuple[int, ...], bound: int = 1) -> Any:
         """A product over the last `bound` axes of `shape`, which become axes of `sizes`."""
@@ -192,6 +204,36 @@ class _Heads(keras.layers.Layer):
             raise _validate.wrong_value("key", wanted, Text(_validate.clip(str(shapes[2]))))
         return shapes
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Attend: `call`, of arrays of NumPy too.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            Of `call`.
+
+        Returns
+        -------
+        tensor, or two tensors
+            What `call` gives.
+        """
+        given = [*args, *kwargs.values()]
+        twice = {id(x): x for i, x in enumerate(given) if any(x is y for y in given[:i]) and self._is_cast(x)}
+        if twice:
+            # Keras converts each argument by itself, and what is one object would come as two.
+            cast = keras.layers.Identity(dtype=self.dtype_policy, name="cast")
+            once = {key: cast(x) for key, x in twice.items()}
+            args = tuple(once.get(id(x), x) for x in args)
+            kwargs = {name: once.get(id(x), x) for name, x in kwargs.items()}
+        return super().__call__(*args, **kwargs)
+
+    def _is_cast(self, x: Any) -> bool:
+        """Whether Keras makes another object of an argument."""
+        if not keras.ops.is_tensor(x):
+            return hasattr(x, "__array__") and not isinstance(x, keras.KerasTensor)
+        dtype = keras.backend.standardize_dtype(x.dtype)
+        return dtype != self.input_dtype and bool(keras.backend.is_float_dtype(dtype))
+
     def call(
         self,
         query: Any,
@@ -220,7 +262,9 @@ class _Heads(keras.layers.Layer):
         query_mask : (B, ..., N) bool tensor, optional
             The same, as Keras names it where `value` is given.
         value_mask : (B, ..., M) bool tensor, optional
-            True where a row of `value` counts; by default that of the rows themselves where they attend to themselves.
+            True where a row of `value` counts; by default `mask` where `value` is left out. Rows attend to themselves where `value` is
+            left out or the very object that `query` is, and where this mask is the one given for the query: NystromAttention then
+            leaves masked rows out of the landmarks of both.
         key_mask : (B, ..., M) bool tensor, optional
             A further mask of the same rows.
         training : bool, optional
@@ -381,6 +425,8 @@ class LinearAttention(_Heads):
     array([0.25, 0.25, 0.25, 0.25, 0.  ], dtype=float32)
     """
 
+    _options = ("causal", "feature_map", "num_features", "decay", "seed")
+
     def __init__(
         self,
         num_heads: int,
@@ -407,43 +453,7 @@ class LinearAttention(_Heads):
             raise _validate.wrong_value("decay", wanted, Text(str(len(self.decay))))
         self.seed = None if seed is None else _validate.integer("seed", seed, 0)
 
-    def get_config(self) -> dict[str, Any]:
-        """What makes the same layer, for `from_config` and files.
-
-        Returns
-        -------
-        dict
-            The arguments of the constructor.
-        """
-        return {
-            **super().get_config(),
-            "causal": self.causal,
-            "feature_map": self.feature_map,
-            "num_features": self.num_features,
-            "decay": None if self.decay is None else list(self.decay),
-            "seed": self.seed,
-        }
-
-    def build(
-        self, query_shape: Sequence[Any], value_shape: Sequence[Any] | None = None, key_shape: Any = None
-    ) -> None:
-        """Make the weights.
-
-        Parameters
-        ----------
-        query_shape : tuple
-            Of `call`'s `query`.
-        value_shape : tuple, optional
-            Of its `value`; `query_shape` by default.
-        key_shape : tuple, optional
-            Of its `key`; `value_shape` by default.
-
-        Raises
-        ------
-        ValueError
-            Shapes that do not fit, named with what was got and wanted.
-        """
-        super().build(query_shape, value_shape, key_shape)
+    def _own_weights(self) -> None:
         self._projection = None
         if self.num_features is not None:
             # As keras.random draws a seed that is not given.
@@ -454,7 +464,7 @@ class LinearAttention(_Heads):
                 return keras.ops.convert_to_tensor(rows, dtype=dtype)
 
             self._projection = self.add_weight(
-                name="projection", shape=rows.shape, initializer=initial, trainable=False
+                name="projection", shape=rows.shape, initializer=initial, trainable=False, autocast=False
             )
 
     def _attend(self, q: Any, k: Any, v: Any, causal: bool, mask: Any, matrix: bool = False) -> Any:
@@ -524,6 +534,8 @@ class NystromAttention(_Heads):
     (1, 20, 8)
     """
 
+    _options = ("num_landmarks", "iterations", "pinv", "conv_kernel_size")
+
     def __init__(
         self,
         num_heads: int,
@@ -546,42 +558,7 @@ class NystromAttention(_Heads):
             if not self.conv_kernel_size % 2:
                 raise _validate.wrong_value("conv_kernel_size", "an odd number", self.conv_kernel_size)
 
-    def get_config(self) -> dict[str, Any]:
-        """What makes the same layer, for `from_config` and files.
-
-        Returns
-        -------
-        dict
-            The arguments of the constructor.
-        """
-        return {
-            **super().get_config(),
-            "num_landmarks": self.num_landmarks,
-            "iterations": self.iterations,
-            "pinv": self.pinv,
-            "conv_kernel_size": self.conv_kernel_size,
-        }
-
-    def build(
-        self, query_shape: Sequence[Any], value_shape: Sequence[Any] | None = None, key_shape: Any = None
-    ) -> None:
-        """Make the weights.
-
-        Parameters
-        ----------
-        query_shape : tuple
-            Of `call`'s `query`.
-        value_shape : tuple, optional
-            Of its `value`; `query_shape` by default.
-        key_shape : tuple, optional
-            Of its `key`; `value_shape` by default.
-
-        Raises
-        ------
-        ValueError
-            Shapes that do not fit, named with what was got and wanted.
-        """
-        super().build(query_shape, value_shape, key_shape)
+    def _own_weights(self) -> None:
         self._conv = None
         size = self.conv_kernel_size
         if size is not None:
@@ -661,6 +638,8 @@ class SoftmaxAttention(_Heads):
     True
     """
 
+    _options = ("causal", "logn")
+
     def __init__(
         self,
         num_heads: int,
@@ -674,16 +653,6 @@ class SoftmaxAttention(_Heads):
         super().__init__(num_heads, key_dim, value_dim, **kwargs)
         self.causal = _validate.boolean("causal", causal)
         self.logn = None if logn is None else _validate.choice("logn", logn, ("keys",))
-
-    def get_config(self) -> dict[str, Any]:
-        """What makes the same layer, for `from_config` and files.
-
-        Returns
-        -------
-        dict
-            The arguments of the constructor.
-        """
-        return {**super().get_config(), "causal": self.causal, "logn": self.logn}
 
     def _attend(self, q: Any, k: Any, v: Any, causal: bool, mask: Any, matrix: bool = False) -> Any:
         causal = self.causal or causal
