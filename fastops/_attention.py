@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -361,6 +361,17 @@ class Problem:
             x = x.reshape((*self.batch, *x.shape[1:]))
             return x.swapaxes(-3, -2) if self.layout == "bnhd" else x
         return x.reshape(x.shape[2:])
+
+
+def state_parts(name: str, state: object, is_array: Callable[[object], bool], array: str) -> tuple[Any, Any, Any]:
+    """S, z and m or None of a framework's state; `array` says what its parts must be."""
+    if not isinstance(state, (tuple, list)) or len(state) not in (2, 3):
+        raise _validate.wrong_type(name, "a tuple of 2 or 3 arrays (S, z, m)", state)
+    for i, x in enumerate(state):
+        if not is_array(x):
+            raise _validate.wrong_type(f"{name}[{i}]", array, x)
+    s, z, *m = state
+    return s, z, m[0] if m else None
 
 
 def state_arrays(name: str, value: object, shapes: Sequence[tuple[int, ...]], dtype: np.dtype[Any]) -> list[AnyArray]:

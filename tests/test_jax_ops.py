@@ -421,6 +421,28 @@ def test_what_masked_keys_hold_reaches_no_gradient() -> None:
     assert all(bool(jnp.isfinite(x).all()) for x in twice(q, *given))
 
 
+@pytest.mark.parametrize("name", ["softmax", "linear", "packed"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_causality_hides_reaches_no_gradient(name: str, bad: float) -> None:
+    """What is not finite in later keys reaches no earlier query, nor that of earlier queries a later key; packed: no other part."""
+    attend = fj.linear_attention if name == "linear" else fj.softmax_attention
+    options = {"cu_seqlens": np.array([0, 2, 4, 6])} if name == "packed" else {}
+
+    def gradients(place: str, value: float) -> list[Any]:
+        q, k, v, dy = (np.array(x) for x in variables(*[(1, 2, 6, 4)] * 4))
+        for x in {"keys": (k, v), "queries": (q,), "dy": (dy,)}[place]:
+            x[:, :, slice(4, None) if place == "keys" else slice(2)] = value
+        found = jax.vjp(lambda *x: attend(*x, causal=True, **options), q, k, v)[1](dy)
+        rest = slice(4) if place == "keys" else slice(2, None)
+        return [x[:, :, rest] for x in (found if place != "keys" or options else found[:1])]
+
+    for place in ("keys", "queries", "dy"):
+        for got, want in zip(gradients(place, bad), gradients(place, 0.0), strict=True):
+            assert np.isfinite(want).all()
+            assert np.asarray(want).any()
+            np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if not name.startswith("softmax")])
 def test_second_derivatives_are_refused(name: str) -> None:
     function, shapes = FUNCTIONS[name]

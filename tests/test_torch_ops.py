@@ -509,6 +509,27 @@ def test_what_a_mask_hides_may_be_nan_in_gradients(causal: bool) -> None:
         torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["softmax", "linear"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_causality_hides_may_be_nan_in_gradients(name: str, bad: float) -> None:
+    """What is not finite in later keys reaches no earlier query, nor that of earlier queries a later key."""
+    attend = {"softmax": ft.softmax_attention, "linear": ft.linear_attention}[name]
+
+    def gradients(place: str, value: float) -> list[Any]:
+        q, k, v, dy = (normal(2, 2, 6, 4, dtype=F64, seed=i) for i in range(4))
+        for x in {"keys": (k, v), "queries": (q,), "dy": (dy,)}[place]:
+            x[:, :, slice(4, None) if place == "keys" else slice(2)] = value
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        found = torch.autograd.grad(attend(*inputs, causal=True), inputs, dy)
+        return [found[0][:, :, :4]] if place == "keys" else [x[:, :, 2:] for x in found]
+
+    for place in ("keys", "queries", "dy"):
+        for got, want in zip(gradients(place, bad), gradients(place, 0.0), strict=True):
+            assert want.isfinite().all()
+            assert want.any()
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
 def test_transforms_nest_and_take_no_samples() -> None:
     x = normal(3, 2, 9, 4)
 

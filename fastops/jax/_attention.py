@@ -6,14 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import _attention, _nystrom, _validate, attention
+from .. import _attention, _decay, _nystrom, _validate, attention
 from .._attention import Problem
 from .._validate import AnyArray, Text
 from . import _ops
@@ -97,17 +96,9 @@ def _problem(layout: object, q: Spec, k: Spec, v: Spec) -> Problem:
     return Problem(layout, *(stand_in(x) for x in (q, k, v)))
 
 
-def _state_in(state: Any) -> tuple[Any, Any, Any]:
-    """S, z and m of an initial state."""
-    if state is None:
-        return None, None, None
-    if not isinstance(state, (tuple, list)) or len(state) not in (2, 3):
-        raise _validate.wrong_type("initial_state", "a tuple of 2 or 3 arrays (S, z, m)", state)
-    for i, x in enumerate(state):
-        if not _ops.is_array(x):
-            raise _validate.wrong_type(f"initial_state[{i}]", "a jax.Array", x)
-    s, z, *rest = state
-    return s, z, rest[0] if rest else None
+def _parts(name: str, state: object) -> tuple[Any, Any, Any]:
+    """S, z and m of a state."""
+    return _attention.state_parts(name, state, _ops.is_array, "a jax.Array")
 
 
 def _check_linear(
@@ -351,50 +342,10 @@ def _decay_backward(options: Options, *operands: Any) -> Any:
 
 
 def _decay_gradient(options: Options, operands: Sequence[Any], more: Arrays) -> AnyArray:
-    """With b the running sum of the decays, weights are exp(b_i - b_j) times what does not depend on it.
-
-    So dL/db = (sum over j of w dL/dw in row i) - (sum over i in column j), and a decay takes part in all b from its token on. A row
-    sums to dy.y, and to 0 where it is divided by its weights; a column to v.dv and what reaches it through the divisors, which is
-    the gradient of values that are 1 (Dao and Gu, "Transformers are SSMs", ICML 2024, section 6 for weights of that form).
-    """
-    dy, ds, dz, q, k, v, y, dv, last_s, last_z = operands
     if options.layout == "bnhd":
-        dy, q, k, v, y, dv = (x.swapaxes(1, 2) for x in (dy, q, k, v, y, dv))
-    wide = np.float64
-    b, h, m = k.shape[:3]
-    n = q.shape[2]
-    of_rows = np.einsum("bhnd,bhnd->bhn", dy, y, dtype=wide)
-    if more.key_mask is not None:
-        # What a masked key holds may be nan, and 0 times nan is nan.
-        v = np.where(more.key_mask[..., np.newaxis], v, np.zeros((), v.dtype))
-    of_keys = np.einsum("bhnd,bhnd->bhn", dv, v, dtype=wide)
-    if options.feature_map != "identity" if options.normalize is None else options.normalize:
-        # The same weights over values that are 1, without a divisor.
-        plain = options._replace(normalize=False, eps=0.0, layout="bhnd")
-        first = (None, None) if more.z is None else (more.z[..., np.newaxis], more.z)
-        given = _conditions(plain, k, more._replace(s=first[0], z=first[1]))
-        ones = (q, k, np.ones((b, h, m, 1), q.dtype))
-        sums = attention.linear_attention(*ones, **given)[..., 0].astype(wide) + options.eps
-        upper = np.divide(-of_rows, sums, out=np.zeros_like(sums), where=sums != 0)
-        of_rows += upper * (sums - options.eps)
-        into = upper[..., np.newaxis].astype(q.dtype)
-        end = None if dz is None else (dz[..., np.newaxis], np.zeros_like(dz))
-        found = attention.linear_attention_backward(into, *ones, np.zeros_like(into), **given, d_state=end)
-        of_keys += found[2][..., 0]
-    # Row i is at key i + m - n, and rows before the first key see nothing.
-    change = -of_keys
-    change[..., max(m - n, 0) :] += of_rows.reshape((b, h, -1, n)).sum(2)[..., max(n - m, 0) :]
-    full = np.empty_like(change)
-    for i, (low, high) in enumerate(pairwise([0, m] if more.cu_seqlens is None else more.cu_seqlens.tolist())):
-        full[..., low:high] = change[..., low:high][..., ::-1].cumsum(-1)[..., ::-1]
-        if ds is not None and dz is not None and last_s is not None and last_z is not None:
-            one = slice(None) if more.cu_seqlens is None else slice(i, i + 1)
-            sums = np.einsum("bhfe,bhfe->bh", last_s[one], ds[one], dtype=wide)
-            sums += np.einsum("bhf,bhf->bh", last_z[one], dz[one], dtype=wide)
-            full[..., low:high] += sums[..., np.newaxis]
-    wanted = more.decay.shape
-    axes = tuple(i for i in range(3) if wanted[i] == 1 and full.shape[i] != 1)
-    return full.sum(axes, keepdims=True)
+        options = options._replace(layout="bhnd")
+        operands = [x if i in (1, 2, 8, 9) else x.swapaxes(1, 2) for i, x in enumerate(operands)]
+    return _decay.summed(_decay.gradient(_conditions(options, operands[4], more), operands), more.decay.shape)
 
 
 def _linear_gradients(
@@ -565,8 +516,8 @@ def linear_attention(
     q, k, v = _triple(q, k, v)
     named = {"projection": projection, "key_mask": key_mask, "cu_seqlens": cu_seqlens, "decay": decay}
     more = Arrays(*(given(name, x) for name, x in named.items()))
-    s, z, m = _state_in(initial_state)
-    more = more._replace(s=s, z=z, m=m)
+    if initial_state is not None:
+        more = Arrays(*more[:4], *_parts("initial_state", initial_state))
     state = None if initial_state is None else tuple(spec(x) for x in initial_state)
     options = (causal, feature_map, normalize, eps, kernel_eps, scale, layout)
     _linear_fits(*map(spec, (q, k, v, *more[:4])), state, *options, return_state)
@@ -735,11 +686,7 @@ def linear_attention_step(
     """
     q, k, v = _triple(q, k, v)
     projection, decay = given("projection", projection), given("decay", decay)
-    if not isinstance(state, (tuple, list)) or len(state) not in (2, 3):
-        raise _validate.wrong_type("state", "a tuple of 2 or 3 arrays (S, z, m)", state)
-    for i, x in enumerate(state):
-        if not _ops.is_array(x):
-            raise _validate.wrong_type(f"state[{i}]", "a jax.Array", x)
+    begin = _parts("state", state)
     options = (feature_map, normalize, eps, kernel_eps, scale)
     parts = tuple(spec(x) for x in state)
     _step_fits(*map(spec, (q, k, v)), parts, spec(projection), spec(decay), *options)
@@ -747,8 +694,7 @@ def linear_attention_step(
     numbers = (float(eps), _number(kernel_eps), _number(scale))
     divides = None if normalize is None else bool(normalize)
     fixed = Options(True, feature_map, divides, *numbers, "bhnd", True, _ops.route())
-    s, z, *m = state
-    return _step_call(q, k, v, Arrays(projection, None, None, decay, s, z, *m), fixed)
+    return _step_call(q, k, v, Arrays(projection, None, None, decay, *begin), fixed)
 
 
 # --- softmax attention -------------------------------------------------------------------------------------------------------------
@@ -839,6 +785,8 @@ def _softmax_bwd(options: SoftmaxOptions, kept: Any, dy: Any) -> Any:
 
     keys = jnp.arange(m)
     product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    # 0 times what is not finite would be nan for those who do not see it. Those who do have it by `ds`.
+    shown = _finite(k)
 
     def body(sums: tuple[Any, Any], block: Any) -> Any:
         q, dy, y, f, low, high = block
@@ -852,11 +800,13 @@ def _softmax_bwd(options: SoftmaxOptions, kept: Any, dy: Any) -> Any:
         weights = jnp.where(seen, jnp.exp(logits - jnp.where(most == -jnp.inf, 0.0, most)), 0.0)
         total = weights.sum(-1, keepdims=True)
         # A row without keys is 0, not nan.
-        weights = weights / jnp.where(total == 0.0, 1.0, total)
-        dv = dv + product("bhgnm,bhgne->bhme", weights, dy)
+        weights = jnp.where(seen, weights / jnp.where(total == 0.0, 1.0, total), 0.0)
+        odd = ~jnp.isfinite(dy).all(-1, keepdims=True)
+        dv = dv + product("bhgnm,bhgne->bhme", jnp.where(seen & odd, jnp.nan, weights), _finite(dy))
         ds = weights * (product("bhgne,bhme->bhgnm", dy, v) - (dy * y).sum(-1, keepdims=True))
-        dk = dk + product("bhgnm,bhgnd->bhmd", ds, scaled)
-        return (dk, dv), product("bhgnm,bhmd->bhgnd", ds, k) * f[..., None]
+        ds = jnp.where(seen, ds, 0.0)
+        dk = dk + product("bhgnm,bhgnd->bhmd", ds, _finite(scaled))
+        return (dk, dv), product("bhgnm,bhmd->bhgnd", ds, shown) * f[..., None]
 
     if b * h * groups * n * m:
         parts = (*(cut(x, 3) for x in first), cut(f, 3), cut(low, 0), cut(high, 0))
@@ -868,6 +818,10 @@ def _softmax_bwd(options: SoftmaxOptions, kept: Any, dy: Any) -> Any:
     if options.layout == "bnhd":
         found = [x.swapaxes(1, 2) for x in found]
     return (*(x.astype(dtype) for x in found), None, None, None)
+
+
+def _finite(x: Any) -> Any:
+    return jnp.where(jnp.isfinite(x), x, 0.0)
 
 
 _softmax.defvjp(_softmax_fwd, _softmax_bwd, symbolic_zeros=True)

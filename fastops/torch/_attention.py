@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _attention, _validate, attention
+from .. import _attention, _decay, _validate, attention
 from .._backend import backend as _backend
+from .._validate import AnyArray
 from . import _ops
 from ._ops import array, direct, tensor
 
@@ -172,70 +173,32 @@ def _linear_derive(ctx: Any, dy: Tensor | None, ds: Tensor | None, dz: Tensor | 
     return (dq, dk, dv, None, None, None, d_decay, *first, None, *(None,) * (len(ctx.options) + 1))
 
 
-def _decay_kernel(
-    dy: Tensor,
-    ds: Tensor | None,
-    dz: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    dv: Tensor,
-    last_s: Tensor | None,
-    last_z: Tensor | None,
-    *more: Any,
-) -> Tensor:
-    """With b the running sum of the decays, weights are exp(b_i - b_j) times what does not depend on it.
-
-    So dL/db = (sum over j of w dL/dw in row i) - (sum over i in column j), and a decay takes part in all b from its token on. A row
-    sums to dy.y, and to 0 where it is divided by its weights; a column to v.dv and what reaches it through the divisors, which is
-    the gradient of values that are 1 (Dao and Gu, "Transformers are SSMs", ICML 2024, section 6 for weights of that form).
-    """
-    extras, options = more[:7], more[7:]
-    _, name, normalize, eps, kernel_eps, scale, layout = options
-    projection, key_mask, cu_seqlens, decay, s, z, _ = extras
-    one_head, wide = q.ndim == 2, torch.float64
+def _decay_kernel(*args: Any) -> Tensor:
+    operands: list[Any] = [None if x is None else array("dy", x) for x in args[:10]]
+    given = _conditions(args[10:17], args[17:])
+    decay, layout = given["decay"], given["layout"]
+    own = [3 if i in (2, 9) else 4 for i in range(10)]
     if layout == "bnhd":
-        dy, q, k, v, y, dv = (x.transpose(-3, -2) for x in (dy, q, k, v, y, dv))
-    if one_head:
-        dy, q, k, v, y, dv = (x[None] for x in (dy, q, k, v, y, dv))
-        z, dz = (x if x is None else x[None] for x in (z, dz))
-    h, n, m = k.shape[-3], q.shape[-2], k.shape[-2]
-    per_token = decay.shape == ((m,) if one_head else k.shape[:-1])
-    of_rows, of_keys = (dy.to(wide) * y.to(wide)).sum(-1), (dv.to(wide) * v.to(wide)).sum(-1)
-    if key_mask is not None:
-        # Values that nobody sees may be nan; their gradient is 0, and that of a decay goes on from it.
-        seen = key_mask if key_mask.ndim == of_keys.ndim else key_mask.unsqueeze(-2)
-        of_keys = of_keys.masked_fill(~seen, 0.0)
-    if name != "identity" if normalize is None else normalize:
-        # The same weights over values that are 1, without a divisor.
-        begin = (None, None) if s is None else (z[..., None].contiguous(), z)
-        logs = decay[None] if one_head and per_token else decay
-        given = _conditions(
-            (projection, key_mask, cu_seqlens, logs, *begin, None),
-            (True, name, False, 0.0, kernel_eps, scale, "bhnd"),
-        )
-        operands = (array("q", q), array("k", k), np.ones((*k.shape[:-1], 1), array("q", q).dtype))
-        sums = torch.from_numpy(attention.linear_attention(*operands, **given)[..., 0].astype(np.float64)) + eps
-        upper = torch.where(sums == 0, 0.0, -of_rows / sums)
-        of_rows = of_rows + upper * (sums - eps)
-        into = array("dy", upper[..., None].to(q.dtype))
-        end = None if dz is None else (array("dz", dz[..., None].contiguous()), np.zeros_like(array("dz", dz)))
-        found = attention.linear_attention_backward(into, *operands, np.zeros_like(into), **given, d_state=end)
-        of_keys = of_keys + torch.from_numpy(found[2][..., 0].astype(np.float64))
-    # Row i is at key i + m - n, and rows before the first key see nothing.
-    change = -of_keys
-    change[..., max(m - n, 0) :] += of_rows.unflatten(-2, (h, -1)).sum(-2)[..., max(n - m, 0) :]
-    d_decay = torch.empty_like(change)
-    for i, (low, high) in enumerate(pairwise([0, m] if cu_seqlens is None else cu_seqlens.tolist())):
-        d_decay[..., low:high] = change[..., low:high].flip(-1).cumsum(-1).flip(-1)
-        if ds is not None and last_s is not None and last_z is not None and dz is not None:
-            end_sums = (last_s * ds).to(wide).sum((-2, -1)) + (last_z * dz.reshape(last_z.shape)).to(wide).sum(-1)
-            one = end_sums if cu_seqlens is None else end_sums[i]
-            d_decay[..., low:high] += one.reshape(change.shape[:-1])[..., None]
-    if not per_token:
-        d_decay = d_decay.sum(-1).reshape(-1, h).sum(0)
-    return d_decay.reshape(decay.shape).to(decay.dtype)
+        operands = [x if i in (1, 2, 8, 9) else x.swapaxes(-3, -2) for i, x in enumerate(operands)]
+    rank = operands[3].ndim
+
+    def merged(x: AnyArray, axes: int) -> AnyArray:
+        """As (B, H, ...), with so many axes."""
+        x = x if rank > 2 else np.expand_dims(x, 1 - axes)
+        return x.reshape((math.prod(x.shape[: 1 - axes]), *x.shape[1 - axes :]))
+
+    operands = [None if x is None else merged(x, n) for x, n in zip(operands, own, strict=True)]
+    b, h, m = operands[4].shape[:3]
+    per_token = decay.ndim > 1 or (rank == 2 and decay.shape == (m,))
+    given["decay"] = logs = decay.reshape((b, h, m) if per_token else (1, h, 1))
+    mask, state = given["key_mask"], given["initial_state"]
+    if mask is not None:
+        given["key_mask"] = merged(mask, 3) if mask.ndim == rank - 1 else mask.reshape((b, m))
+    if state is not None:
+        given["initial_state"] = tuple(merged(x, 4 - (i > 0)) for i, x in enumerate(state))
+    given["decay"] = np.broadcast_to(logs, (b, h, m))
+    found = _decay.summed(_decay.gradient(given, operands), logs.shape)
+    return torch.from_numpy(found.reshape(decay.shape).astype(decay.dtype))
 
 
 def _decay_fake(*args: Any) -> Tensor:
@@ -392,13 +355,7 @@ def _count(feature_map: str) -> int:
 
 def _parts(name: str, state: object) -> tuple[Tensor, Tensor, Tensor | None]:
     """S, z and m of a state, as an operator takes them."""
-    if not isinstance(state, (tuple, list)) or len(state) not in (2, 3):
-        raise _validate.wrong_type(name, "a tuple of 2 or 3 tensors (S, z, m)", state)
-    for i, x in enumerate(state):
-        if not isinstance(x, Tensor):
-            raise _validate.wrong_type(f"{name}[{i}]", "a torch.Tensor", x)
-    s, z, *rest = state
-    return s, z, rest[0] if rest else None
+    return _attention.state_parts(name, state, lambda x: isinstance(x, Tensor), "a torch.Tensor")
 
 
 # --- a step ------------------------------------------------------------------------------------------------------------------------
@@ -541,14 +498,7 @@ def linear_attention_step_(
         quick = _quick_step(q, k, v, tuple(state), options)
         if quick is not None:
             return quick
-    if not (
-        type(q) is Tensor
-        and type(k) is Tensor
-        and type(v) is Tensor
-        and q.dtype is k.dtype is v.dtype
-        and q.dtype in _ops.FLOATS
-    ):
-        q, k, v = _triple(q, k, v)
+    q, k, v = _triple(q, k, v)
     projection, decay = _given("projection", projection), _given("decay", decay)
     s, z, m = _parts("state", state)
     tensors = [x for x in (q, k, v, s, z, m, projection, decay) if x is not None]
@@ -666,6 +616,8 @@ def _softmax_rows(
     if visible is not None:
         # What nobody sees may be nan, of which 0 times is nan.
         k, v = (x.masked_fill(~visible[:, :, None, keys[0] : keys[1], None], 0.0) for x in (k, v))
+    # Where pairs are hidden: 0 times what is not finite would be nan, for those who do not see it. Those who do have it by `ds`.
+    shown = k.nan_to_num(0.0, 0.0, 0.0)
     step = max(1, _BLOCK // (count * math.prod(q.shape[:3])))
     for start in range(rows[0], rows[1], step):
         block = slice(start, min(start + step, rows[1]))
@@ -686,12 +638,17 @@ def _softmax_rows(
             # A row without keys is 0, not nan.
             weights = weights.masked_fill(hidden, 0.0)
         d = dy[..., block, :]
-        dv[:, :, keys[0] : keys[1]] += (weights.mT @ d).sum(2)
         inner = (d * y[..., block, :]).sum(-1, keepdim=True)
         ds = weights * (d @ v.mT - inner)
         if hidden is not None:
             ds = ds.masked_fill(hidden, 0.0)
-        dq[..., block, :] = (ds @ k) * f
+            scaled = scaled.nan_to_num(0.0, 0.0, 0.0)
+            odd = ~d.isfinite().all(-1, keepdim=True)
+            if odd.any():
+                weights = weights.masked_fill(odd & ~hidden, torch.nan)
+                d = d.nan_to_num(0.0, 0.0, 0.0)
+        dv[:, :, keys[0] : keys[1]] += (weights.mT @ d).sum(2)
+        dq[..., block, :] = (ds @ (k if hidden is None else shown)) * f
         dk[:, :, keys[0] : keys[1]] += (ds.mT @ scaled).sum(2)
 
 
