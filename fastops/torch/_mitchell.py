@@ -27,13 +27,7 @@ torch.utils._pytree.register_constant(Multiplier)
 
 def token(multiplier: Multiplier | None, op: str = "mul") -> str:
     """The text that stands for a multiplier in the schema of an operator."""
-    if multiplier is None:
-        return _PLAIN
-    return _token(multiplier, op)
-
-
-def _token(multiplier: Multiplier, op: str) -> str:
-    return mitchell._multiplier(multiplier, op)._token()
+    return _PLAIN if multiplier is None else mitchell._multiplier(multiplier, op)._token()
 
 
 @lru_cache(maxsize=256)
@@ -72,9 +66,12 @@ def _quick(function: Any, a: Tensor, b: Tensor) -> Tensor:
     return torch.from_numpy(x) if type(x) is np.ndarray and _ORDER else like(x, np.asarray(x))
 
 
-def _check_mode(mode: str) -> None:
+def _options(multiplier: Multiplier | None, op: str, mode: str) -> tuple[str, str]:
+    """The multiplier and the mode as operators take them, checked."""
+    text = token(multiplier, op)
     if mode not in _validate.GRADIENT_MODES:
         _validate.choice("mode", mode, _validate.GRADIENT_MODES)
+    return text, mode
 
 
 # --- element by element ------------------------------------------------------------------------------------------------------------
@@ -200,11 +197,8 @@ def mitchell_mul(
     """
     if _ops.direct_pair(a, b) and mode in _validate.GRADIENT_MODES:
         return _quick(_chosen("mul", multiplier), a, b)
-    text = _PLAIN if multiplier is None else _token(multiplier, "mul")
-    _check_mode(mode)
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype is b.dtype and a.dtype in _ops.FLOATS):
-        a, b = _ops.floats(a=a, b=b)
-    return _mul(a, b, text, mode)
+    options = _options(multiplier, "mul", mode)
+    return _mul(*_ops.pair(a=a, b=b), *options)
 
 
 def mitchell_div(
@@ -246,11 +240,8 @@ def mitchell_div(
     """
     if _ops.direct_pair(a, b) and mode in _validate.GRADIENT_MODES:
         return _quick(_chosen("div", multiplier), a, b)
-    text = _PLAIN if multiplier is None else _token(multiplier, "div")
-    _check_mode(mode)
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype is b.dtype and a.dtype in _ops.FLOATS):
-        a, b = _ops.floats(a=a, b=b)
-    return _div(a, b, text, mode)
+    options = _options(multiplier, "div", mode)
+    return _div(*_ops.pair(a=a, b=b), *options)
 
 
 # --- matrix products ---------------------------------------------------------------------------------------------------------------
@@ -351,32 +342,24 @@ def mitchell_matmul(a: Tensor, b: Tensor, *, multiplier: Multiplier | None = Non
     tensor([[16., 16.],
             [16., 16.]])
     """
-    text = _PLAIN if multiplier is None else _token(multiplier, "mul")
-    _check_mode(mode)
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype is b.dtype and a.dtype in _ops.FLOATS):
-        a, b = _ops.floats(a=a, b=b)
-    if a.ndim < 2 or b.ndim < 2:
-        return _vectors(a, b, text, mode)
-    return _product(a, b, text, mode)
+    options = _options(multiplier, "mul", mode)
+    a, b = _ops.pair(a=a, b=b)
+    return _vectors(a, b, options) if a.ndim < 2 or b.ndim < 2 else _product(a, b, options)
 
 
-def _product(a: Tensor, b: Tensor, text: str, mode: str) -> Tensor:
-    _check_shapes(a, b)
-    return _matmul(a, b, text, mode)
-
-
-def _check_shapes(a: Tensor, b: Tensor) -> None:
-    """Errors of the shapes before an operator is entered, which would wrap them."""
+def _product(a: Tensor, b: Tensor, options: tuple[str, str]) -> Tensor:
+    # Before an operator is entered, which would wrap the error.
     if a.shape[-1] != b.shape[-2]:
         got = _validate.Text(_validate.clip(str(tuple(b.shape))))
         raise _validate.wrong_value("b", f"of shape (..., {a.shape[-1]}, N) to follow a", got)
+    return _matmul(a, b, *options)
 
 
-def _vectors(a: Tensor, b: Tensor, text: str, mode: str) -> Tensor:
+def _vectors(a: Tensor, b: Tensor, options: tuple[str, str]) -> Tensor:
     for name, x in (("a", a), ("b", b)):
         if not x.ndim:
             raise _validate.wrong_value(name, "a tensor of at least 1 dimension", _validate.Text("a 0-d tensor"))
-    y = _product(a.unsqueeze(0) if a.ndim < 2 else a, b.unsqueeze(1) if b.ndim < 2 else b, text, mode)
+    y = _product(a.unsqueeze(0) if a.ndim < 2 else a, b.unsqueeze(1) if b.ndim < 2 else b, options)
     y = y.squeeze(-1) if b.ndim < 2 else y
     return y.squeeze(-1 if b.ndim < 2 else -2) if a.ndim < 2 else y
 
@@ -522,11 +505,9 @@ def mitchell_conv2d(
     tensor([[[[32., 32.],
               [32., 32.]]]])
     """
-    text = _PLAIN if multiplier is None else _token(multiplier, "mul")
-    _check_mode(mode)
-    if not (isinstance(x, Tensor) and isinstance(w, Tensor) and x.dtype is w.dtype and x.dtype in _ops.FLOATS):
-        x, w = _ops.floats(x=x, w=w)
+    options = _options(multiplier, "mul", mode)
+    x, w = _ops.pair(x=x, w=w)
     steps = mitchell._conv_settings(stride, padding, dilation, groups)
     _validate.conv2d_shape(x, w, **steps)
     given = (list(steps["stride"]), list(steps["padding"]), list(steps["dilation"]), steps["groups"])
-    return _conv(x, w, *given, text, mode)
+    return _conv(x, w, *given, *options)

@@ -86,6 +86,14 @@ silent = _Silent()
 # --- arguments ---------------------------------------------------------------------------------------------------------------------
 
 
+def pair(**values: Any) -> list[Tensor]:
+    """`floats` of two, which mostly are such tensors already."""
+    a, b = values.values()
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype is b.dtype and a.dtype in FLOATS:
+        return [a, b]
+    return floats(**values)
+
+
 def floats(**values: object) -> list[Tensor]:
     """The arguments as tensors of one floating-point dtype, promoted as torch promotes."""
     tensors = {name: x for name, x in values.items() if isinstance(x, Tensor)}
