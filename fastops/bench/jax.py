@@ -3,49 +3,24 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 import fastops
-from fastops.bench.case import Case, Implementation, Machine, Task, WrongResult
+from fastops.bench import framework
+from fastops.bench.case import Case, Implementation, Machine, Task
+from fastops.bench.framework import Array, Pair
 
-Array = npt.NDArray[Any]
-
-_LEVELS = ("native v4", "native v3", "native v2", "native neon", "numba", "reference")
-# Sums of products in float32.
-_BOUND = 2e-3
 # XLA's pool has one thread then, as every other row.
 _ALONE = (("NPROC", "1"),)
 
 
-def _case(op: str, size: str, shape: tuple[int, ...], unit: str = "element", quick: bool = False) -> Case:
-    return Case("jax", f"jax: {op}", "float32", size, shape, unit, quick, _LEVELS)
-
-
-def _attention(op: str, tokens: int, quick: bool = False) -> Case:
-    return _case(op, f"8x{tokens}x64", (1, 8, tokens, 64), "token", quick)
-
-
 def cases() -> list[Case]:
     """Every case of the family, in the order of the table."""
-    return [
-        _case("mul", "10", (10,), quick=True),
-        _case("mul", "1e5", (100_000,)),
-        _case("mul", "1e6", (1_000_000,)),
-        _case("mul", "1e7", (10_000_000,)),
-        _case("matmul", "256^3", (256, 256, 256), "MAC", quick=True),
-        _attention("linear causal", 256, quick=True),
-        _attention("linear causal", 4096),
-        _attention("linear causal forward + backward", 1024),
-        _attention("softmax", 1024),
-        _attention("nystrom", 4096),
-        _attention("step", 1),
-    ]
+    return framework.cases("jax", {"10": 10, "1e5": 100_000, "1e6": 1_000_000, "1e7": 10_000_000})
 
 
 def implementations(case: Case, machine: Machine) -> list[Implementation]:
@@ -54,12 +29,10 @@ def implementations(case: Case, machine: Machine) -> list[Implementation]:
         return []
     from fastops._backend import installed
 
-    backend = machine.backends[0]
-    level = machine.targets[0] if backend == "native" and machine.targets else ""
-    name = f"{backend} {level}".strip()
+    name, backend, level = framework.native(machine)
     routes = ["ffi"] if backend == "native" and installed("fastops._jax") else []
     return [
-        Implementation(_PEERS[case.op.removeprefix("jax: ")], "peer", env=_ALONE),
+        Implementation(_PEERS[framework.op_of(case)], "peer", env=_ALONE),
         Implementation(name, "fastops", backend, level),
         *(
             Implementation(f"{name}, fastops.jax by {route}", route, backend, level, env=_ALONE)
@@ -81,37 +54,7 @@ _PEERS = {
 
 def prepare(case: Case, row: Implementation) -> Task:
     """Operands and call of one row; equal operands in every process."""
-    rng = np.random.default_rng(zlib.crc32(case.group.encode()))
-    op = case.op.removeprefix("jax: ")
-    call, want = _CALLS[op](row, _operands(op, case.shape, rng))
-    work = float(np.prod(case.shape)) if case.unit != "token" else float(case.shape[2])
-
-    def check() -> float:
-        got = call()
-        return 0.0 if row.recipe == "peer" else _difference(np.asarray(got), want())
-
-    return Task(call, (), work, work, check)
-
-
-def _difference(got: Array, want: Array) -> float:
-    error = float(np.max(np.abs(got - want) / (1.0 + np.abs(want)), initial=0.0))
-    if not error <= _BOUND:
-        raise WrongResult(f"difference {error:.3g} from the call on arrays, allowed {_BOUND:.3g}")
-    return error
-
-
-def _operands(op: str, shape: tuple[int, ...], rng: np.random.Generator) -> list[Array]:
-    if op == "mul":
-        return [rng.uniform(1, 2, shape).astype(np.float32) for _ in range(2)]
-    if op == "matmul":
-        m, k, n = shape
-        return [rng.standard_normal(s).astype(np.float32) for s in ((m, k), (k, n))]
-    if op == "step":
-        shape = (shape[0], shape[1], shape[3])
-    return [rng.standard_normal(shape).astype(np.float32) for _ in range(4)]
-
-
-Pair = tuple[Callable[[], Any], Callable[[], Array]]
+    return framework.task(case, row, _CALLS[framework.op_of(case)], np.asarray)
 
 
 def _compiled(function: Callable[..., Any], operands: list[Array]) -> Callable[[], Any]:
@@ -167,13 +110,7 @@ def _causal_softmax(q: Any, k: Any, v: Any) -> Any:
 
 def _both_ways(row: Implementation, operands: list[Array]) -> Pair:
     """The gradient of q, as what is compared."""
-    q, k, v, dy = operands
-
-    def arrays() -> Array:
-        y = fastops.linear_attention(q, k, v, causal=True)
-        gradient: Array = fastops.linear_attention_backward(dy, q, k, v, y, causal=True)[0]
-        return gradient
-
+    arrays = framework.gradient_of_q(operands)
     if row.recipe == "fastops":
         return arrays, arrays
     attend = _causal_softmax if row.recipe == "peer" else partial(_ours(row).linear_attention, causal=True)

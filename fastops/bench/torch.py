@@ -3,67 +3,40 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 import fastops
-from fastops.bench import optim
-from fastops.bench.case import Case, Implementation, Machine, Task, WrongResult
-
-Array = npt.NDArray[Any]
+from fastops.bench import framework, optim
+from fastops.bench.case import Case, Implementation, Machine, Task
+from fastops.bench.framework import Array, Pair
 
 _TENSORS = "fastops.torch"
-_LEVELS = ("native v4", "native v3", "native v2", "native neon", "numba", "reference")
-# Sums of products in float32; float32 steps.
-_BOUND = 2e-3
 _LR, _DECAY = 1e-4, 0.999
-
-
-def _case(op: str, size: str, shape: tuple[int, ...], unit: str = "element", quick: bool = False) -> Case:
-    return Case("torch", f"torch: {op}", "float32", size, shape, unit, quick, _LEVELS)
-
-
-def _attention(op: str, tokens: int, quick: bool = False) -> Case:
-    return _case(op, f"8x{tokens}x64", (1, 8, tokens, 64), "token", quick)
 
 
 def _model(size: str, quick: bool = False) -> Case:
     shapes = optim._SETS[size]()
-    return _case("adamw + ema", size, (len(shapes), sum(map(optim._size, shapes))), "element", quick)
+    return framework.case("torch", "adamw + ema", size, (len(shapes), sum(map(optim._size, shapes))), "element", quick)
 
 
 def cases() -> list[Case]:
     """Every case of the family, in the order of the table."""
-    return [
-        _case("mul", "10", (10,), quick=True),
-        _case("mul", "1e6", (1_000_000,)),
-        _case("matmul", "256^3", (256, 256, 256), "MAC", quick=True),
-        _attention("linear causal", 256, quick=True),
-        _attention("linear causal", 4096),
-        _attention("linear causal forward + backward", 1024),
-        _attention("softmax", 1024),
-        _attention("nystrom", 4096),
-        _attention("step", 1),
-        _model("ResNet-50"),
-        _model("5000x256", quick=True),
-    ]
+    shared = framework.cases("torch", {"10": 10, "1e6": 1_000_000})
+    return [*shared, _model("ResNet-50"), _model("5000x256", quick=True)]
 
 
 def implementations(case: Case, machine: Machine) -> list[Implementation]:
     """Rows of a case on a machine: torch's own operation, the call on arrays, the call on tensors."""
     if "torch" not in machine.modules:
         return []
-    backend = machine.backends[0]
-    level = machine.targets[0] if backend == "native" and machine.targets else ""
-    name = f"{backend} {level}".strip()
+    name, backend, level = framework.native(machine)
     many = machine.threads if "adamw" in case.op else 1
     return [
-        Implementation(_PEERS[case.op.removeprefix("torch: ")], "peer", threads=many),
+        Implementation(_PEERS[framework.op_of(case)], "peer", threads=many),
         Implementation(name, "fastops", backend, level, many),
         Implementation(f"{name}, {_TENSORS}", "tensors", backend, level, many),
     ]
@@ -86,41 +59,11 @@ def prepare(case: Case, row: Implementation) -> Task:
     import torch
 
     torch.set_num_threads(row.threads)
-    rng = np.random.default_rng(zlib.crc32(case.group.encode()))
-    op = case.op.removeprefix("torch: ")
+    op = framework.op_of(case)
     if op == "adamw + ema":
-        return _steps(case, row, rng)
-    call, want = _CALLS[op](row, _operands(op, case.shape, rng))
-    work = float(np.prod(case.shape)) if case.unit != "token" else float(case.shape[2])
-
-    def check() -> float:
-        got = call()
-        if row.recipe == "peer":
-            return 0.0
-        return _difference(np.asarray(got.detach() if isinstance(got, torch.Tensor) else got), want())
-
-    return Task(call, (), work, work, check)
-
-
-def _difference(got: Array, want: Array) -> float:
-    error = float(np.max(np.abs(got - want) / (1.0 + np.abs(want)), initial=0.0))
-    if not error <= _BOUND:
-        raise WrongResult(f"difference {error:.3g} from the call on arrays, allowed {_BOUND:.3g}")
-    return error
-
-
-def _operands(op: str, shape: tuple[int, ...], rng: np.random.Generator) -> list[Array]:
-    if op == "mul":
-        return [rng.uniform(1, 2, shape).astype(np.float32) for _ in range(2)]
-    if op == "matmul":
-        m, k, n = shape
-        return [rng.standard_normal(s).astype(np.float32) for s in ((m, k), (k, n))]
-    if op == "step":
-        shape = (shape[0], shape[1], shape[3])
-    return [rng.standard_normal(shape).astype(np.float32) for _ in range(4)]
-
-
-Pair = tuple[Callable[[], Any], Callable[[], Array]]
+        return _steps(case, row, framework.generator(case))
+    plain = lambda x: np.asarray(x.detach() if isinstance(x, torch.Tensor) else x)
+    return framework.task(case, row, _CALLS[op], plain)
 
 
 def _plain(ours: Callable[..., Any], theirs: str, peer: Callable[..., Any], count: int, **options: Any) -> Any:
@@ -187,16 +130,11 @@ def _both_ways(row: Implementation, operands: list[Array]) -> Pair:
     """The gradient of q, as what is compared."""
     import torch
 
-    q, k, v, dy = operands
-
-    def arrays() -> Array:
-        y = fastops.linear_attention(q, k, v, causal=True)
-        gradient: Array = fastops.linear_attention_backward(dy, q, k, v, y, causal=True)[0]
-        return gradient
-
+    *qkv, dy = operands
+    arrays = framework.gradient_of_q(operands)
     if row.recipe == "fastops":
         return arrays, arrays
-    tensors = [torch.from_numpy(x).requires_grad_() for x in (q, k, v)]
+    tensors = [torch.from_numpy(x).requires_grad_() for x in qkv]
     upper = torch.from_numpy(dy)
 
     def tape() -> Any:
@@ -257,6 +195,6 @@ def _steps(case: Case, row: Implementation, rng: np.random.Generator) -> Task:
         fastops.adamw_step_(
             *(want[x] for x in "pgmv"), step=1, lr=_LR, weight_decay=0.01, ema=want["s"], ema_decay=_DECAY
         )
-        return _difference(lists["p"][0], want["p"][0])
+        return framework.difference(lists["p"][0], want["p"][0])
 
     return Task(call, (), elements, elements, check, keep=[lists])
