@@ -46,7 +46,7 @@ ffi::Error no_fit() { return invalid("fastops: buffers that do not fit each othe
 
 // Buffers with the samples of vmap as their first axes, all of them in full.
 struct Samples {
-  std::size_t axes, count;
+  std::size_t axes, own, count;
 
   // An operand that is absent has no axes of its own.
   bool has(const AnyBuffer& x) const { return rank_of(x) > axes; }
@@ -69,20 +69,22 @@ struct Samples {
 
 Samples samples_of(const AnyBuffer& q, std::size_t own) {
   const std::size_t axes = rank_of(q) < own ? 0 : rank_of(q) - own;
-  Samples s{axes, 1};
+  Samples s{axes, own, 1};
   for (std::size_t i = 0; i < axes; ++i) s.count *= length(q, i);
   return s;
 }
 
-// (B, H, N, D), or (B, N, H, D) with tokens first.
+// (B, H, N, D), or (B, N, H, D) with tokens first; of a step (B, H, D).
 struct Sizes {
   std::size_t batch, heads, rows, columns;
 };
 Sizes sizes_of(const Samples& s, const AnyBuffer& x, bool tokens_first) {
   const std::size_t first = s.length(x, 1), second = s.length(x, 2);
+  if (s.own == kStepAxes) return {s.length(x, 0), first, 1, second};
   return {s.length(x, 0), tokens_first ? second : first, tokens_first ? first : second, s.length(x, 3)};
 }
 bool has_sizes(const Samples& s, const AnyBuffer& x, const Sizes& z, bool tokens_first) {
+  if (s.own == kStepAxes) return s.fits(x, {z.batch, z.heads, z.columns});
   return s.fits(x, {z.batch, tokens_first ? z.rows : z.heads, tokens_first ? z.heads : z.rows, z.columns});
 }
 fastops_heads heads_of(const void* data, const Sizes& z, bool tokens_first) {
@@ -97,11 +99,49 @@ fastops_heads rows_of(const void* data, std::size_t heads, std::size_t rows) {
   return {data, h * n, h == 1 ? 0 : n, n == 1 ? 0 : 1};
 }
 
-bool all_of(int dtype, std::initializer_list<const AnyBuffer*> buffers) {
-  for (const AnyBuffer* x : buffers)
-    if (dtype_of(*x) != dtype) return false;
-  return dtype >= 0;
-}
+// q, k and v that fit each other, and the result of theirs.
+struct Operands {
+  Samples samples{};
+  bool first = false;  // tokens
+  int dtype = -1;
+  Sizes q{}, k{}, v{}, y{};
+
+  // Answers whether they do.
+  bool take(const AnyBuffer& of_q, const AnyBuffer& of_k, const AnyBuffer& of_v, bool step, bool tokens_first) {
+    samples = samples_of(of_q, step ? kStepAxes : kAxes);
+    first = tokens_first;
+    dtype = dtype_of(of_q);
+    for (const AnyBuffer* x : {&of_q, &of_k, &of_v})
+      if (dtype < 0 || dtype_of(*x) != dtype || rank_of(*x) != samples.axes + samples.own) return false;
+    q = sizes_of(samples, of_q, first);
+    k = sizes_of(samples, of_k, first);
+    v = sizes_of(samples, of_v, first);
+    y = {q.batch, q.heads, q.rows, v.columns};
+    return like(of_q, q, first) && like(of_k, {q.batch, k.heads, k.rows, q.columns}, first) &&
+           like(of_v, {q.batch, k.heads, k.rows, v.columns}, first);
+  }
+  bool like(const AnyBuffer& x, const Sizes& z, bool tokens_first) const {
+    return dtype_of(x) == dtype && has_sizes(samples, x, z, tokens_first);
+  }
+  // Whether a buffer that may be absent is of the dtype of sums.
+  bool is_wide(const AnyBuffer& x) const { return !samples.has(x) || dtype_of(x) == compute_dtype(dtype); }
+  bool is_mask(const AnyBuffer& x) const { return !samples.has(x) || x.element_type() == ffi::DataType::PRED; }
+  // The sizes in a call for samples of vmap apart, or for all of them as one batch.
+  template <class Shape> void set(Shape* shape, bool apart) const {
+    shape->dtype = dtype;
+    shape->batch = apart ? q.batch : q.batch * samples.count;
+    shape->heads_q = q.heads;
+    shape->heads_kv = k.heads;
+    shape->queries = q.rows;
+    shape->keys = k.rows;
+    shape->dim = q.columns;
+    shape->values = v.columns;
+  }
+  std::size_t count(bool apart) const { return apart ? samples.count : samples.count == 0 ? 0 : 1; }
+  fastops_heads heads(const AnyBuffer& x, std::size_t i, const Sizes& z) const { return heads_of(at(x, i), z, first); }
+  void* at(const AnyBuffer& x, std::size_t i) const { return samples.at(x, i, item_size(dtype)); }
+  void* wide_at(const AnyBuffer& x, std::size_t i) const { return samples.at(x, i, item_size(compute_dtype(dtype))); }
+};
 
 ffi::Error check_decay(const void* data, int dtype, std::size_t n) {
   const auto fine = [&](const auto* logs) {
@@ -114,8 +154,12 @@ ffi::Error check_decay(const void* data, int dtype, std::size_t n) {
   return invalid("decay must be <= 0 everywhere, the logarithm of a factor, got positive ones or nan");
 }
 
-// Offsets of packed sequences as the C interface takes them, checked.
-ffi::Error take_offsets(const void* data, bool wide, std::size_t n, std::size_t total, std::vector<std::int64_t>* own) {
+// Offsets of packed sequences of a sample as the C interface takes them, checked.
+ffi::Error take_offsets(const Samples& s, const AnyBuffer& x, std::size_t sample, std::size_t total,
+                        std::vector<std::int64_t>* own) {
+  const bool wide = x.element_type() == ffi::DataType::S64;
+  const void* const data = s.at(x, sample, wide ? 8 : 4);
+  const std::size_t n = s.size(x);
   own->resize(n);
   for (std::size_t i = 0; i < n; ++i)
     (*own)[i] = wide ? static_cast<const std::int64_t*>(data)[i] : static_cast<const std::int32_t*>(data)[i];
@@ -134,62 +178,34 @@ struct Extras {
 };
 
 // A call of linear attention, of each sample of vmap or of all of them as one batch.
-class Linear {
+class Linear : public Operands {
  public:
+  explicit Linear(const Extras& extras) : extras_(extras) {}
+
   // Of (B, H, D) a step.
-  Linear(const LinearNumbers& map, const AnyBuffer& q, const AnyBuffer& k, const AnyBuffer& v, const Extras& extras,
-         bool step)
-      : map_(map),
-        q_(q),
-        k_(k),
-        v_(v),
-        extras_(extras),
-        step_(step),
-        samples_(samples_of(q, step ? kStepAxes : kAxes)) {}
-
-  ffi::Error prepare() {
-    const Samples& s = samples_;
-    const std::size_t rank = s.axes + (step_ ? kStepAxes : kAxes);
-    dtype_ = dtype_of(q_);
-    if (!all_of(dtype_, {&q_, &k_, &v_}) || rank_of(q_) != rank || rank_of(k_) != rank || rank_of(v_) != rank)
-      return no_fit();
+  ffi::Error prepare(const LinearNumbers& map, const AnyBuffer& of_q, const AnyBuffer& of_k, const AnyBuffer& of_v,
+                     bool step) {
+    if (!take(of_q, of_k, of_v, step, map.tokens_first != 0)) return no_fit();
+    const Samples& s = samples;
     for (const auto* x : {&extras_.projection, &extras_.decay, &extras_.s, &extras_.z, &extras_.m})
-      if (s.has(*x) && dtype_of(*x) != compute_dtype(dtype_)) return no_fit();
-    if ((s.has(extras_.key_mask) && extras_.key_mask.element_type() != ffi::DataType::PRED) ||
-        !are_offsets(s, extras_.offsets))
-      return no_fit();
-    q_sizes_ = sizes(q_);
-    k_sizes_ = sizes(k_);
-    v_sizes_ = sizes(v_);
-    const Sizes &q = q_sizes_, &k = k_sizes_, &v = v_sizes_;
-    if (!fits(q_, q) || !fits(k_, {q.batch, k.heads, k.rows, q.columns}) ||
-        !fits(v_, {q.batch, k.heads, k.rows, v.columns}))
-      return no_fit();
-
-    shape_ = {};
-    shape_.feature_map = map_.feature_map;
-    shape_.causal = map_.causal;
-    shape_.normalize = map_.normalize;
-    shape_.dtype = dtype_;
-    shape_.heads_q = q.heads;
-    shape_.heads_kv = k.heads;
-    shape_.queries = q.rows;
-    shape_.keys = k.rows;
-    shape_.dim = q.columns;
-    shape_.values = v.columns;
-    shape_.eps = map_.eps;
-    shape_.kernel_eps = map_.kernel_eps;
-    shape_.scale = map_.scale;
-    const bool projects = s.has(extras_.projection);
+      if (!is_wide(*x)) return no_fit();
+    if (!is_mask(extras_.key_mask) || !are_offsets(s, extras_.offsets)) return no_fit();
+    const bool projects = s.has(extras_.projection), packed = s.has(extras_.offsets);
+    set(&shape_, packed || projects);
+    shape_.feature_map = map.feature_map;
+    shape_.causal = map.causal;
+    shape_.normalize = map.normalize;
+    shape_.eps = map.eps;
+    shape_.kernel_eps = map.kernel_eps;
+    shape_.scale = map.scale;
     shape_.features =
-        projects ? s.length(extras_.projection, 0) : q.columns + (map_.feature_map == FASTOPS_MAP_COSINE ? 1 : 0);
-    const bool packed = s.has(extras_.offsets);
+        projects ? s.length(extras_.projection, 0) : q.columns + (map.feature_map == FASTOPS_MAP_COSINE ? 1 : 0);
     sequences_ = packed ? s.size(extras_.offsets) - 1 : q.batch;
     const std::size_t f = shape_.features;
     mask_heads_ = s.has(extras_.key_mask) ? s.length(extras_.key_mask, 1) : 1;
-    decay_rows_ = s.has(extras_.decay) && !step_ ? s.length(extras_.decay, 2) : 1;
+    decay_rows_ = s.has(extras_.decay) && !step ? s.length(extras_.decay, 2) : 1;
     const bool decay_fits =
-        step_ ? s.fits(extras_.decay, {q.batch, k.heads}) : s.fits(extras_.decay, {q.batch, k.heads, decay_rows_});
+        step ? s.fits(extras_.decay, {q.batch, k.heads}) : s.fits(extras_.decay, {q.batch, k.heads, decay_rows_});
     if (!s.fits(extras_.projection, {f, q.columns}) || !s.fits(extras_.key_mask, {q.batch, mask_heads_, k.rows}) ||
         (mask_heads_ != 1 && mask_heads_ != k.heads) || !decay_fits || (decay_rows_ != 1 && decay_rows_ != k.rows) ||
         (packed && !s.fits(extras_.offsets, {sequences_ + 1})) ||
@@ -198,80 +214,47 @@ class Linear {
       return no_fit();
     if (s.has(extras_.decay)) {
       const ffi::Error error =
-          check_decay(extras_.decay.untyped_data(), compute_dtype(dtype_), extras_.decay.element_count());
+          check_decay(extras_.decay.untyped_data(), compute_dtype(dtype), extras_.decay.element_count());
       if (error.failure()) return error;
     }
-    calls_ = packed || projects ? s.count : s.count == 0 ? 0 : 1;
-    batch_ = packed || projects ? q.batch : q.batch * s.count;
-    shape_.batch = batch_;
+    calls_ = count(packed || projects);
     return ffi::Error::Success();
   }
 
   // Sets what differs between calls.
   ffi::Error begin(std::size_t i) {
-    shape_.projection = samples_.at(extras_.projection, i, wide());
+    shape_.projection = wide_at(extras_.projection, i);
     options_ = {};
-    options_.key_mask = rows_of(samples_.at(extras_.key_mask, i, 1), mask_heads_, k_sizes_.rows);
-    options_.decay = rows_of(samples_.at(extras_.decay, i, wide()), k_sizes_.heads, decay_rows_);
+    options_.key_mask = rows_of(samples.at(extras_.key_mask, i, 1), mask_heads_, k.rows);
+    options_.decay = rows_of(wide_at(extras_.decay, i), k.heads, decay_rows_);
     // A head's decay holds for it alone, also where there is one.
     options_.decay.head = static_cast<std::ptrdiff_t>(decay_rows_);
-    options_.sequences = samples_.has(extras_.offsets) ? sequences_ : batch_;
-    options_.initial_state = {samples_.at(extras_.s, i, wide()), samples_.at(extras_.z, i, wide()),
-                              samples_.at(extras_.m, i, wide())};
-    if (!samples_.has(extras_.offsets)) return ffi::Error::Success();
-    const bool is_wide = extras_.offsets.element_type() == ffi::DataType::S64;
-    const ffi::Error error = take_offsets(samples_.at(extras_.offsets, i, is_wide ? 8 : 4), is_wide, sequences_ + 1,
-                                          k_sizes_.rows, &offsets_);
+    options_.sequences = samples.has(extras_.offsets) ? sequences_ : shape_.batch;
+    options_.initial_state = {wide_at(extras_.s, i), wide_at(extras_.z, i), wide_at(extras_.m, i)};
+    if (!samples.has(extras_.offsets)) return ffi::Error::Success();
+    const ffi::Error error = take_offsets(samples, extras_.offsets, i, k.rows, &offsets_);
     options_.offsets = offsets_.data();
     return error;
   }
 
-  // Whether a buffer is like q, k or v, or of the rows of q and the columns of v.
-  bool like(const AnyBuffer& x, const Sizes& z, bool tokens_first) const {
-    return dtype_of(x) == dtype_ &&
-           (step_ ? samples_.fits(x, {z.batch, z.heads, z.columns}) : has_sizes(samples_, x, z, tokens_first));
-  }
-  Sizes result_sizes() const { return {q_sizes_.batch, q_sizes_.heads, q_sizes_.rows, v_sizes_.columns}; }
   bool is_state(const AnyBuffer& x, bool is_s) const {
-    const std::size_t h = k_sizes_.heads, f = shape_.features;
-    return dtype_of(x) == compute_dtype(dtype_) &&
-           (is_s ? samples_.fits(x, {sequences_, h, f, v_sizes_.columns}) : samples_.fits(x, {sequences_, h, f}));
+    const std::size_t h = k.heads, f = shape_.features;
+    return dtype_of(x) == compute_dtype(dtype) &&
+           (is_s ? samples.fits(x, {sequences_, h, f, v.columns}) : samples.fits(x, {sequences_, h, f}));
   }
-  fastops_heads heads(const AnyBuffer& x, std::size_t i, const Sizes& z) const {
-    return heads_of(samples_.at(x, i, item_size(dtype_)), z, map_.tokens_first != 0);
-  }
-  void* at(const AnyBuffer& x, std::size_t i) const { return samples_.at(x, i, item_size(dtype_)); }
-  void* wide_at(const AnyBuffer& x, std::size_t i) const { return samples_.at(x, i, wide()); }
-  bool has(const AnyBuffer& x) const { return samples_.has(x); }
-  std::size_t wide() const { return item_size(compute_dtype(dtype_)); }
+  bool has(const AnyBuffer& x) const { return samples.has(x); }
   // No heads: nothing to compute, and nothing that a pointer would point to.
-  bool is_empty() const { return batch_ * q_sizes_.heads == 0; }
+  bool is_empty() const { return shape_.batch * q.heads == 0; }
 
   const fastops_linear_attention& shape() const { return shape_; }
   fastops_linear_options& options() { return options_; }
-  const Sizes& q() const { return q_sizes_; }
-  const Sizes& k() const { return k_sizes_; }
-  const Sizes& v() const { return v_sizes_; }
   std::size_t calls() const { return calls_; }
-  bool tokens_first() const { return map_.tokens_first != 0; }
 
  private:
-  Sizes sizes(const AnyBuffer& x) const {
-    if (step_) return {samples_.length(x, 0), samples_.length(x, 1), 1, samples_.length(x, 2)};
-    return sizes_of(samples_, x, tokens_first());
-  }
-  bool fits(const AnyBuffer& x, const Sizes& z) const { return like(x, z, tokens_first()); }
-
-  LinearNumbers map_;
-  AnyBuffer q_, k_, v_;
   Extras extras_;
-  bool step_;
-  Samples samples_;
-  int dtype_ = -1;
-  Sizes q_sizes_{}, k_sizes_{}, v_sizes_{};
   fastops_linear_attention shape_{};
   fastops_linear_options options_{};
-  std::size_t sequences_ = 0, mask_heads_ = 1, decay_rows_ = 1, calls_ = 0, batch_ = 0;
+  std::size_t sequences_ = 0, mask_heads_ = 1, decay_rows_ = 1, calls_ = 0;
   std::vector<std::int64_t> offsets_;
 };
 
@@ -291,10 +274,10 @@ ffi::Error take_state(const Linear& call, ffi::RemainingRets results, std::size_
 ffi::Error linear_attention(AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer projection, AnyBuffer key_mask,
                             AnyBuffer offsets, AnyBuffer decay, AnyBuffer s, AnyBuffer z, AnyBuffer m, Result y,
                             ffi::RemainingRets rest, LinearNumbers map) {
-  Linear call(map, q, k, v, {projection, key_mask, offsets, decay, s, z, m}, false);
-  ffi::Error error = call.prepare();
+  Linear call({projection, key_mask, offsets, decay, s, z, m});
+  ffi::Error error = call.prepare(map, q, k, v, false);
   if (error.failure()) return error;
-  if (!call.like(*y, call.result_sizes(), call.tokens_first())) return no_fit();
+  if (!call.like(*y, call.y, call.first)) return no_fit();
   std::vector<AnyBuffer> state;
   const bool exponents = map.feature_map >= FASTOPS_MAP_EXP;
   if (rest.size() != 0 && (error = take_state(call, rest, 0, exponents, &state)).failure()) return error;
@@ -304,9 +287,9 @@ ffi::Error linear_attention(AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer pro
     if (!state.empty())
       call.options().final_state = {call.wide_at(state[0], i), call.wide_at(state[1], i),
                                     exponents ? call.wide_at(state[2], i) : nullptr};
-    const fastops_status status = fastops_linear_attention_forward(
-        &call.shape(), call.heads(q, i, call.q()), call.heads(k, i, call.k()), call.heads(v, i, call.v()),
-        call.heads(*y, i, call.result_sizes()), &call.options(), kNoPoll);
+    const fastops_status status =
+        fastops_linear_attention_forward(&call.shape(), call.heads(q, i, call.q), call.heads(k, i, call.k),
+                                         call.heads(v, i, call.v), call.heads(*y, i, call.y), &call.options(), kNoPoll);
     if (status != FASTOPS_OK) return error_of(status);
   }
   return ffi::Error::Success();
@@ -316,12 +299,12 @@ ffi::Error linear_attention_step(AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffe
                                  AnyBuffer offsets, AnyBuffer decay, AnyBuffer s, AnyBuffer z, AnyBuffer m, Result y,
                                  ffi::RemainingRets rest, LinearNumbers map) {
   const bool exponents = map.feature_map >= FASTOPS_MAP_EXP;
-  Linear call(map, q, k, v, {projection, key_mask, offsets, decay, s, z, m}, true);
+  Linear call({projection, key_mask, offsets, decay, s, z, m});
+  ffi::Error error = call.prepare(map, q, k, v, true);
+  if (error.failure()) return error;
   if (!call.has(s) || !call.has(z) || call.has(m) != exponents || call.has(key_mask) || call.has(offsets))
     return no_fit();
-  ffi::Error error = call.prepare();
-  if (error.failure()) return error;
-  if (!call.like(*y, call.result_sizes(), false)) return no_fit();
+  if (!call.like(*y, call.y, false)) return no_fit();
   std::vector<AnyBuffer> state;
   if ((error = take_state(call, rest, 0, exponents, &state)).failure()) return error;
   const AnyBuffer* before[] = {&s, &z, &m};
@@ -337,8 +320,8 @@ ffi::Error linear_attention_step(AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffe
     options.final_state = {call.wide_at(state[0], i), call.wide_at(state[1], i),
                            exponents ? call.wide_at(state[2], i) : nullptr};
     const fastops_status status =
-        fastops_linear_attention_step(&call.shape(), call.heads(q, i, call.q()), call.heads(k, i, call.k()),
-                                      call.heads(v, i, call.v()), call.heads(*y, i, call.result_sizes()), &options);
+        fastops_linear_attention_step(&call.shape(), call.heads(q, i, call.q), call.heads(k, i, call.k),
+                                      call.heads(v, i, call.v), call.heads(*y, i, call.y), &options);
     if (status != FASTOPS_OK) return error_of(status);
   }
   return ffi::Error::Success();
@@ -349,13 +332,12 @@ ffi::Error linear_attention_backward(AnyBuffer dy, AnyBuffer ds, AnyBuffer dz, A
                                      AnyBuffer y, AnyBuffer projection, AnyBuffer key_mask, AnyBuffer offsets,
                                      AnyBuffer decay, AnyBuffer s, AnyBuffer z, AnyBuffer m, Result dq, Result dk,
                                      Result dv, ffi::RemainingRets rest, LinearNumbers map) {
-  Linear call(map, q, k, v, {projection, key_mask, offsets, decay, s, z, m}, false);
-  ffi::Error error = call.prepare();
+  Linear call({projection, key_mask, offsets, decay, s, z, m});
+  ffi::Error error = call.prepare(map, q, k, v, false);
   if (error.failure()) return error;
-  const bool first = call.tokens_first();
-  if (!call.like(y, call.result_sizes(), first) || !call.like(dy, call.result_sizes(), first) ||
-      !call.like(*dq, call.q(), false) || !call.like(*dk, call.k(), false) || !call.like(*dv, call.v(), false) ||
-      call.has(ds) != call.has(dz) || (call.has(ds) && (!call.is_state(ds, true) || !call.is_state(dz, false))))
+  if (!call.like(y, call.y, call.first) || !call.like(dy, call.y, call.first) || !call.like(*dq, call.q, false) ||
+      !call.like(*dk, call.k, false) || !call.like(*dv, call.v, false) || call.has(ds) != call.has(dz) ||
+      (call.has(ds) && (!call.is_state(ds, true) || !call.is_state(dz, false))))
     return no_fit();
   std::vector<AnyBuffer> initial;
   if (call.has(s) && (error = take_state(call, rest, 0, false, &initial)).failure()) return error;
@@ -366,9 +348,9 @@ ffi::Error linear_attention_backward(AnyBuffer dy, AnyBuffer ds, AnyBuffer dz, A
     fastops_linear_state d_initial{};
     if (!initial.empty()) d_initial = {call.wide_at(initial[0], i), call.wide_at(initial[1], i), nullptr};
     const fastops_status status = fastops_linear_attention_backward(
-        &call.shape(), call.heads(dy, i, call.result_sizes()), call.heads(q, i, call.q()), call.heads(k, i, call.k()),
-        call.heads(v, i, call.v()), call.heads(y, i, call.result_sizes()), call.at(*dq, i), call.at(*dk, i),
-        call.at(*dv, i), &call.options(), &d_final, &d_initial, kNoPoll);
+        &call.shape(), call.heads(dy, i, call.y), call.heads(q, i, call.q), call.heads(k, i, call.k),
+        call.heads(v, i, call.v), call.heads(y, i, call.y), call.at(*dq, i), call.at(*dk, i), call.at(*dv, i),
+        &call.options(), &d_final, &d_initial, kNoPoll);
     if (status != FASTOPS_OK) return error_of(status);
   }
   return ffi::Error::Success();
@@ -376,100 +358,60 @@ ffi::Error linear_attention_backward(AnyBuffer dy, AnyBuffer ds, AnyBuffer dz, A
 
 ffi::Error softmax_attention(AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer key_mask, AnyBuffer offsets,
                              AnyBuffer factors, Result y, SoftmaxNumbers numbers) {
-  const Samples s = samples_of(q, kAxes);
-  const int dtype = dtype_of(q);
-  const bool first = numbers.tokens_first != 0;
-  if (!all_of(dtype, {&q, &k, &v, &*y}) || rank_of(q) != s.axes + kAxes || rank_of(k) != s.axes + kAxes ||
-      rank_of(v) != s.axes + kAxes)
-    return no_fit();
-  const Sizes qs = sizes_of(s, q, first), ks = sizes_of(s, k, first), vs = sizes_of(s, v, first);
-  const Sizes ys{qs.batch, qs.heads, qs.rows, vs.columns};
+  Operands o;
+  if (!o.take(q, k, v, false, numbers.tokens_first != 0)) return no_fit();
+  const Samples& s = o.samples;
   const std::size_t mask_heads = s.has(key_mask) ? s.length(key_mask, 1) : 1;
-  if (!has_sizes(s, q, qs, first) || !has_sizes(s, k, {qs.batch, ks.heads, ks.rows, qs.columns}, first) ||
-      !has_sizes(s, v, {qs.batch, ks.heads, ks.rows, vs.columns}, first) || !has_sizes(s, *y, ys, first) ||
-      !s.fits(key_mask, {qs.batch, mask_heads, ks.rows}) || (mask_heads != 1 && mask_heads != ks.heads) ||
-      (s.has(key_mask) && key_mask.element_type() != ffi::DataType::PRED) || !are_offsets(s, offsets) ||
-      !s.fits(factors, {qs.batch, qs.heads, qs.rows}) || (s.has(factors) && dtype_of(factors) != compute_dtype(dtype)))
+  if (!o.like(*y, o.y, o.first) || !s.fits(key_mask, {o.q.batch, mask_heads, o.k.rows}) ||
+      (mask_heads != 1 && mask_heads != o.k.heads) || !o.is_mask(key_mask) || !are_offsets(s, offsets) ||
+      !s.fits(factors, {o.q.batch, o.q.heads, o.q.rows}) || !o.is_wide(factors))
     return no_fit();
   const bool packed = s.has(offsets);
-  const std::size_t calls = packed ? s.count : s.count == 0 ? 0 : 1, item = item_size(dtype);
   fastops_linear_attention shape{};
+  o.set(&shape, packed);
   shape.causal = numbers.causal;
   shape.scale = numbers.scale;
-  shape.dtype = dtype;
-  shape.batch = packed ? qs.batch : qs.batch * s.count;
-  shape.heads_q = qs.heads;
-  shape.heads_kv = ks.heads;
-  shape.queries = qs.rows;
-  shape.keys = ks.rows;
-  shape.dim = qs.columns;
-  shape.values = vs.columns;
-  if (shape.batch * qs.heads == 0) return ffi::Error::Success();
+  if (shape.batch * o.q.heads == 0) return ffi::Error::Success();
   std::vector<std::int64_t> own;
-  for (std::size_t i = 0; i < calls; ++i) {
+  for (std::size_t i = 0; i < o.count(packed); ++i) {
     std::size_t sequences = shape.batch;
     if (packed) {
-      const bool wide = offsets.element_type() == ffi::DataType::S64;
-      const ffi::Error error = take_offsets(s.at(offsets, i, wide ? 8 : 4), wide, s.size(offsets), ks.rows, &own);
+      const ffi::Error error = take_offsets(s, offsets, i, o.k.rows, &own);
       if (error.failure()) return error;
       sequences = own.size() - 1;
     }
-    fastops_heads factor = rows_of(s.at(factors, i, item_size(compute_dtype(dtype))), qs.heads, qs.rows);
-    if (s.has(factors)) factor.head = static_cast<std::ptrdiff_t>(qs.rows);
+    fastops_heads factor = rows_of(o.wide_at(factors, i), o.q.heads, o.q.rows);
+    if (s.has(factors)) factor.head = static_cast<std::ptrdiff_t>(o.q.rows);
     const fastops_status status = fastops_softmax_attention(
-        &shape, heads_of(s.at(q, i, item), qs, first), heads_of(s.at(k, i, item), ks, first),
-        heads_of(s.at(v, i, item), vs, first), heads_of(s.at(*y, i, item), ys, first),
-        rows_of(s.at(key_mask, i, 1), mask_heads, ks.rows), factor, packed ? own.data() : nullptr, sequences, kNoPoll);
+        &shape, o.heads(q, i, o.q), o.heads(k, i, o.k), o.heads(v, i, o.v), o.heads(*y, i, o.y),
+        rows_of(s.at(key_mask, i, 1), mask_heads, o.k.rows), factor, packed ? own.data() : nullptr, sequences, kNoPoll);
     if (status != FASTOPS_OK) return error_of(status);
   }
   return ffi::Error::Success();
 }
 
 // A call of Nystrom attention, of each sample of vmap or of all of them as one batch.
-class Nystrom {
+class Nystrom : public Operands {
  public:
-  Nystrom(const NystromNumbers& numbers, const AnyBuffer& q, const AnyBuffer& k, const AnyBuffer& v,
+  Nystrom(const NystromNumbers& numbers, const AnyBuffer& of_q, const AnyBuffer& of_k, const AnyBuffer& of_v,
           const AnyBuffer& key_mask, const AnyBuffer& taps, const AnyBuffer& q_landmarks, const AnyBuffer& k_landmarks)
-      : key_mask_(key_mask),
-        taps_(taps),
-        q_marks_(q_landmarks),
-        k_marks_(k_landmarks),
-        samples_(samples_of(q, kAxes)),
-        first_(numbers.tokens_first != 0),
-        dtype_(dtype_of(q)) {
-    const Samples& s = samples_;
-    const std::size_t rank = s.axes + kAxes;
-    if (!all_of(dtype_, {&q, &k, &v}) || rank_of(q) != rank || rank_of(k) != rank || rank_of(v) != rank) return;
-    q_sizes = sizes_of(s, q, first_);
-    k_sizes = sizes_of(s, k, first_);
-    v_sizes = sizes_of(s, v, first_);
-    const Sizes &qs = q_sizes, &ks = k_sizes, &vs = v_sizes;
-    y_sizes = {qs.batch, qs.heads, qs.rows, vs.columns};
-    for (const auto* x : {&taps, &q_landmarks, &k_landmarks})
-      if (s.has(*x) && dtype_of(*x) != compute_dtype(dtype_)) return;
+      : key_mask_(key_mask), taps_(taps), q_marks_(q_landmarks), k_marks_(k_landmarks) {
+    if (!take(of_q, of_k, of_v, false, numbers.tokens_first != 0)) return;
+    const Samples& s = samples;
     const std::size_t taps_count = s.has(taps) ? s.length(taps, 1) : 0;
     const auto marks = static_cast<std::size_t>(numbers.landmarks);
-    if (numbers.landmarks < 1 || numbers.iterations < 0 || !has_sizes(s, q, qs, first_) ||
-        !has_sizes(s, k, {qs.batch, ks.heads, ks.rows, qs.columns}, first_) ||
-        !has_sizes(s, v, {qs.batch, ks.heads, ks.rows, vs.columns}, first_) || !s.fits(key_mask, {qs.batch, ks.rows}) ||
-        (s.has(key_mask) && key_mask.element_type() != ffi::DataType::PRED) || !s.fits(taps, {qs.heads, taps_count}) ||
-        (s.has(taps) && (taps_count % 2 == 0 || qs.rows != ks.rows)) || s.has(q_landmarks) != s.has(k_landmarks) ||
-        !s.fits(q_landmarks, {qs.batch, qs.heads, marks, qs.columns}) ||
-        !s.fits(k_landmarks, {qs.batch, ks.heads, marks, qs.columns}))
+    if (numbers.landmarks < 1 || numbers.iterations < 0 || !is_wide(taps) || !is_wide(q_landmarks) ||
+        !is_wide(k_landmarks) || !s.fits(key_mask, {q.batch, k.rows}) || !is_mask(key_mask) ||
+        !s.fits(taps, {q.heads, taps_count}) || (s.has(taps) && (taps_count % 2 == 0 || q.rows != k.rows)) ||
+        s.has(q_landmarks) != s.has(k_landmarks) || !s.fits(q_landmarks, {q.batch, q.heads, marks, q.columns}) ||
+        !s.fits(k_landmarks, {q.batch, k.heads, marks, q.columns}))
       return;
     const bool apart = s.has(taps) || numbers.batch_init != 0;
-    calls = apart ? s.count : s.count == 0 ? 0 : 1;
-    shape.dtype = dtype_;
+    calls = count(apart);
+    set(&shape, apart);
     shape.ridge_solve = numbers.ridge_solve;
     shape.normalize = numbers.normalize;
     shape.batch_init = numbers.batch_init;
-    shape.batch = apart ? qs.batch : qs.batch * s.count;
-    shape.heads_q = qs.heads;
-    shape.heads_kv = ks.heads;
-    shape.queries = qs.rows;
-    shape.keys = ks.rows;
-    shape.dim = qs.columns;
-    shape.values = vs.columns;
     shape.landmarks = marks;
     shape.iterations = static_cast<std::size_t>(numbers.iterations);
     shape.taps = taps_count;
@@ -480,44 +422,34 @@ class Nystrom {
 
   bool fits() const { return fits_; }
   bool is_empty() const { return shape.batch * shape.heads_q == 0; }
-  bool like(const AnyBuffer& x, const Sizes& z, bool tokens_first) const {
-    return dtype_of(x) == dtype_ && has_sizes(samples_, x, z, tokens_first);
-  }
-  bool tokens_first() const { return first_; }
-  fastops_heads heads(const AnyBuffer& x, std::size_t i, const Sizes& z) const { return heads_of(at(x, i), z, first_); }
-  void* at(const AnyBuffer& x, std::size_t i) const { return samples_.at(x, i, item_size(dtype_)); }
-  void* wide_at(const AnyBuffer& x, std::size_t i) const { return samples_.at(x, i, item_size(compute_dtype(dtype_))); }
   fastops_heads mask(std::size_t i) const {
-    const void* data = samples_.at(key_mask_, i, 1);
+    const void* data = samples.at(key_mask_, i, 1);
     if (data == nullptr) return {};
-    return {data, static_cast<std::ptrdiff_t>(k_sizes.rows), 0, 1};
+    return {data, static_cast<std::ptrdiff_t>(k.rows), 0, 1};
   }
   void* taps(std::size_t i) const { return wide_at(taps_, i); }
   void* q_landmarks(std::size_t i) const { return wide_at(q_marks_, i); }
   void* k_landmarks(std::size_t i) const { return wide_at(k_marks_, i); }
-  bool has_taps() const { return samples_.has(taps_); }
-  bool has_landmarks() const { return samples_.has(q_marks_); }
+  bool has_taps() const { return samples.has(taps_); }
+  bool has_landmarks() const { return samples.has(q_marks_); }
 
   fastops_nystrom_attention shape{};
-  Sizes q_sizes{}, k_sizes{}, v_sizes{}, y_sizes{};
   std::size_t calls = 0;
 
  private:
   AnyBuffer key_mask_, taps_, q_marks_, k_marks_;
-  Samples samples_;
-  bool first_, fits_ = false;
-  int dtype_;
+  bool fits_ = false;
 };
 
 ffi::Error nystrom_attention(AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer key_mask, AnyBuffer taps,
                              AnyBuffer q_landmarks, AnyBuffer k_landmarks, Result y, NystromNumbers numbers) {
   const Nystrom call(numbers, q, k, v, key_mask, taps, q_landmarks, k_landmarks);
-  if (!call.fits() || !call.like(*y, call.y_sizes, call.tokens_first())) return no_fit();
+  if (!call.fits() || !call.like(*y, call.y, call.first)) return no_fit();
   if (call.is_empty()) return ffi::Error::Success();
   for (std::size_t i = 0; i < call.calls; ++i) {
     const fastops_status status =
-        fastops_nystrom_attention_forward(&call.shape, call.heads(q, i, call.q_sizes), call.heads(k, i, call.k_sizes),
-                                          call.heads(v, i, call.v_sizes), call.heads(*y, i, call.y_sizes), call.mask(i),
+        fastops_nystrom_attention_forward(&call.shape, call.heads(q, i, call.q), call.heads(k, i, call.k),
+                                          call.heads(v, i, call.v), call.heads(*y, i, call.y), call.mask(i),
                                           call.taps(i), call.q_landmarks(i), call.k_landmarks(i), nullptr, kNoPoll);
     if (status != FASTOPS_OK) return error_of(status);
   }
@@ -529,8 +461,8 @@ ffi::Error nystrom_attention_backward(AnyBuffer dy, AnyBuffer q, AnyBuffer k, An
                                       AnyBuffer taps, AnyBuffer q_landmarks, AnyBuffer k_landmarks, Result dq,
                                       Result dk, Result dv, ffi::RemainingRets rest, NystromNumbers numbers) {
   const Nystrom call(numbers, q, k, v, key_mask, taps, q_landmarks, k_landmarks);
-  if (!call.fits() || !call.like(dy, call.y_sizes, call.tokens_first()) || !call.like(*dq, call.q_sizes, false) ||
-      !call.like(*dk, call.k_sizes, false) || !call.like(*dv, call.v_sizes, false))
+  if (!call.fits() || !call.like(dy, call.y, call.first) || !call.like(*dq, call.q, false) ||
+      !call.like(*dk, call.k, false) || !call.like(*dv, call.v, false))
     return no_fit();
   std::vector<const AnyBuffer*> of;
   if (call.has_taps()) of.push_back(&taps);
@@ -550,9 +482,9 @@ ffi::Error nystrom_attention_backward(AnyBuffer dy, AnyBuffer q, AnyBuffer k, An
     void* const d_q = call.has_landmarks() ? call.wide_at(more[marks], i) : nullptr;
     void* const d_k = call.has_landmarks() ? call.wide_at(more[marks + 1], i) : nullptr;
     const fastops_status status = fastops_nystrom_attention_backward(
-        &call.shape, call.heads(dy, i, call.y_sizes), call.heads(q, i, call.q_sizes), call.heads(k, i, call.k_sizes),
-        call.heads(v, i, call.v_sizes), call.at(*dq, i), call.at(*dk, i), call.at(*dv, i), call.mask(i), call.taps(i),
-        d_taps, call.q_landmarks(i), call.k_landmarks(i), d_q, d_k, kNoPoll);
+        &call.shape, call.heads(dy, i, call.y), call.heads(q, i, call.q), call.heads(k, i, call.k),
+        call.heads(v, i, call.v), call.at(*dq, i), call.at(*dk, i), call.at(*dv, i), call.mask(i), call.taps(i), d_taps,
+        call.q_landmarks(i), call.k_landmarks(i), d_q, d_k, kNoPoll);
     if (status != FASTOPS_OK) return error_of(status);
   }
   return ffi::Error::Success();
@@ -563,90 +495,11 @@ ffi::Error nystrom_attention_backward(AnyBuffer dy, AnyBuffer q, AnyBuffer k, An
 
 using namespace fastops;
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_linear_attention, guarded<linear_attention>,
-                              xla::ffi::Ffi::Bind()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Ret<AnyBuffer>()
-                                  .RemainingRets()
-                                  .Attrs<LinearNumbers>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_linear_attention_step, guarded<linear_attention_step>,
-                              xla::ffi::Ffi::Bind()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Ret<AnyBuffer>()
-                                  .RemainingRets()
-                                  .Attrs<LinearNumbers>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_linear_attention_backward, guarded<linear_attention_backward>,
-                              xla::ffi::Ffi::Bind()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Ret<AnyBuffer>()
-                                  .Ret<AnyBuffer>()
-                                  .Ret<AnyBuffer>()
-                                  .RemainingRets()
-                                  .Attrs<LinearNumbers>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_softmax_attention, guarded<softmax_attention>,
-                              xla::ffi::Ffi::Bind()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Ret<AnyBuffer>()
-                                  .Attrs<SoftmaxNumbers>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_nystrom_attention, guarded<nystrom_attention>,
-                              xla::ffi::Ffi::Bind()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Ret<AnyBuffer>()
-                                  .Attrs<NystromNumbers>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_nystrom_attention_backward, guarded<nystrom_attention_backward>,
-                              xla::ffi::Ffi::Bind()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Ret<AnyBuffer>()
-                                  .Ret<AnyBuffer>()
-                                  .Ret<AnyBuffer>()
-                                  .RemainingRets()
-                                  .Attrs<NystromNumbers>());
+#define FASTOPS_HANDLER(name) XLA_FFI_DEFINE_HANDLER_SYMBOL(fastops_jax_##name, guarded<name>, binding_of(&name))
+FASTOPS_HANDLER(linear_attention);
+FASTOPS_HANDLER(linear_attention_step);
+FASTOPS_HANDLER(linear_attention_backward);
+FASTOPS_HANDLER(softmax_attention);
+FASTOPS_HANDLER(nystrom_attention);
+FASTOPS_HANDLER(nystrom_attention_backward);
+#undef FASTOPS_HANDLER

@@ -13,6 +13,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -53,6 +54,26 @@ template <class... Args, ffi::Error (*kFunction)(Args...)> struct Guarded<kFunct
   }
 };
 template <auto kFunction> inline constexpr auto guarded = &Guarded<kFunction>::call;
+
+// The binding of a handler, of its function's own parameters: buffers, results, what is left of these, and attributes
+// as one struct.
+template <class T, class Binding> auto bind_one(Binding&& binding) {
+  if constexpr (std::is_same_v<T, AnyBuffer>)
+    return std::move(binding).template Arg<AnyBuffer>();
+  else if constexpr (std::is_same_v<T, Result>)
+    return std::move(binding).template Ret<AnyBuffer>();
+  else if constexpr (std::is_same_v<T, ffi::RemainingRets>)
+    return std::move(binding).RemainingRets();
+  else
+    return std::move(binding).template Attrs<T>();
+}
+template <class T, class... Rest, class Binding> auto bind_all(Binding&& binding) {
+  if constexpr (sizeof...(Rest) == 0)
+    return bind_one<T>(std::move(binding));
+  else
+    return bind_all<Rest...>(bind_one<T>(std::move(binding)));
+}
+template <class... Args> auto binding_of(ffi::Error (*)(Args...)) { return bind_all<Args...>(ffi::Ffi::Bind()); }
 
 // -1 for a type that no kernel has.
 inline int dtype_of(const AnyBuffer& x) {
