@@ -31,8 +31,8 @@ def tests_of(name: str) -> list[str]:
     return [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
 
 
-def python(backend: str, *arguments: str, timeout: float = 840.0) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
+def python(backend: str, *arguments: str, timeout: float = 840.0, **variables: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", **variables}
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, env=env, timeout=timeout, check=False
     )
@@ -42,14 +42,28 @@ Results = dict[tuple[str, str], list[str]]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Results]:
+def results() -> dict[tuple[str, str], Results]:
     """By backend and file, once they are asked for: by test, the texts of those of its cases that failed."""
     return {}
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of all runs, which share what jax has compiled."""
+    return tmp_path_factory.mktemp("keras")
+
+
 def run(backend: str, file: str, folder: Path) -> Results:
     report = folder / f"{backend}-{file}.xml"
-    ran = python(backend, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", str(HERE / file))
+    # Each small model is compiled anew, and most are alike: jax keeps what it has compiled, and need not make it fast.
+    compiles = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", str(HERE / file))
+    ran = python(backend, *command, **compiles)
     assert report.exists(), ran.stdout[-3000:] + ran.stderr[-3000:]
     found: Results = {}
     for case in ET.parse(report).iter("testcase"):
@@ -76,12 +90,12 @@ def test_keras(
     file: str,
     name: str,
     results: dict[tuple[str, str], Results],
-    tmp_path_factory: pytest.TempPathFactory,
+    folder: Path,
 ) -> None:
     if framework != "numpy" and importlib.util.find_spec(framework) is None:
         pytest.skip(f"{framework} is not installed")
     if (framework, file) not in results:
-        results[framework, file] = run(framework, file, tmp_path_factory.mktemp("keras"))
+        results[framework, file] = run(framework, file, folder)
     found = results[framework, file]
     assert (file, name) in found, "it was not run"
     failures = found[file, name]

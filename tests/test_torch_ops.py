@@ -530,6 +530,20 @@ def test_what_causality_hides_may_be_nan_in_gradients(name: str, bad: float) -> 
             torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+def test_decay_of_packed_sequences_of_one_head_and_their_states() -> None:
+    """A state of packed sequences of (N, D) has no axis of heads."""
+    q, k, v = (normal(5, 3, dtype=F64, seed=i) for i in range(3))
+    state = (normal(2, 3, 3, dtype=F64, seed=3).exp(), normal(2, 3, dtype=F64, seed=4).exp())
+    packed = {"causal": True, "cu_seqlens": torch.tensor([0, 2, 5]), "initial_state": state}
+    decay = -normal(5, dtype=F64, seed=5).exp()
+
+    def loss(logs: Any) -> Any:
+        y, (s, z) = ft.linear_attention(q, k, v, decay=logs, return_state=True, **packed)
+        return y.square().sum() + s.sum() + z.square().sum()
+
+    assert torch.autograd.gradcheck(loss, decay.requires_grad_())
+
+
 def test_transforms_nest_and_take_no_samples() -> None:
     x = normal(3, 2, 9, 4)
 
