@@ -54,7 +54,10 @@ def jax(session: nox.Session) -> None:
 def keras(session: nox.Session) -> None:
     """The tests that need Keras, over torch and jax; arguments go to pytest."""
     session.install(".[test,keras,torch,jax]")
-    session.run("pytest", *(session.posargs or ["tests/test_keras.py", "tests/test_examples.py", "-k", "keras"]))
+    session.run(
+        "pytest",
+        *(session.posargs or ["tests/test_keras.py", "tests/test_examples.py", "tests/test_readme.py", "-k", "keras"]),
+    )
 
 
 @nox.session(default=False)
