@@ -918,7 +918,8 @@ def softmax_attention(
     Notes
     -----
     The gradient computes the weights anew, in blocks of rows, with jax's own products: no array of N x M is kept or
-    made. It can be differentiated again.
+    made. It can be differentiated again. What a mask, causality or packing hides reaches no result and no gradient of who does not
+    see it, be it nan or inf.
 
     Examples
     --------
