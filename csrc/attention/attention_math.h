@@ -32,7 +32,7 @@ template <class V> FASTOPS_INLINE V exp_normal(V x) {
     r = simd::fma(n, splat<V>(T(-0x1.62e430p-1)), x);
   else
     r = simd::fma(n, splat<V>(-F::kLn2Low), simd::fma(n, splat<V>(-F::kLn2High), x));
-  const V y = simd::fma(r * r, math::polynomial(r, F::kExp), r) + 1;
+  const V y = simd::fma(r * r, math::polynomial<typename F::Exp>(r), r) + 1;
   // The product keeps a nan of y, which a sum of bit patterns would not.
   using U = typename F::Unsigned;
   const U power = (simd::bits<U>(rounded) + typename F::U(F::kBias)) << F::kMantissa;
@@ -62,7 +62,7 @@ template <class V> FASTOPS_INLINE Exponential<V> split_exp(V x) {
   const V n = select(fine, rounded, t);
   V r = simd::fma(-n, splat<V>(F::kLn2Low), simd::fma(-n, splat<V>(F::kLn2High), x));
   r = select(fine | (x != x), r, V{} + T(0));
-  return {simd::fma(r * r, math::polynomial(r, F::kExp), r) + 1, n};
+  return {simd::fma(r * r, math::polynomial<typename F::Exp>(r), r) + 1, n};
 }
 // y 2^k for an integer k, at most 1 or so above 0.
 template <class V> FASTOPS_INLINE V times_power(V y, V k) {

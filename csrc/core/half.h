@@ -47,14 +47,22 @@ template <class F, class I> FASTOPS_INLINE I narrow_bf16(F f) {
 }
 
 FASTOPS_INLINE float from_f16(std::uint16_t h) {
-#if defined(__F16C__)
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(h));
+  return r;
+#elif defined(__F16C__)
   return _cvtsh_ss(h);
 #else
   return widen_f16<float, std::int32_t>(h);
 #endif
 }
 FASTOPS_INLINE std::uint16_t to_f16(float f) {
-#if defined(__F16C__)
+#if defined(__CUDA_ARCH__)
+  std::uint16_t r;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(f));
+  return r;
+#elif defined(__F16C__)
   return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT);
 #else
   return static_cast<std::uint16_t>(narrow_f16<float, std::int32_t>(f));
@@ -64,9 +72,16 @@ FASTOPS_INLINE float from_bf16(std::uint16_t h) {
   return simd::bits<float>(static_cast<std::int32_t>(static_cast<std::uint32_t>(h) << 16));
 }
 FASTOPS_INLINE std::uint16_t to_bf16(float f) {
+#if defined(__CUDA_ARCH__)
+  std::uint16_t r;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(f));
+  return r;
+#else
   return static_cast<std::uint16_t>(narrow_bf16<float, std::int32_t>(f));
+#endif
 }
 
+#if !defined(FASTOPS_SCALAR)
 FASTOPS_INLINE simd::i32 widen_bits(simd::half_u16 h) {
 #if defined(FASTOPS_AVX512)
   return (simd::i32)_mm512_maskz_cvtepu16_epi32(__mmask16(-1), (__m256i)h);
@@ -119,6 +134,7 @@ FASTOPS_INLINE simd::half_u16 finite_to_bf16(simd::f32 f) {
   return narrow_bits(simd::bits<simd::i32>((u + 0x7fff + ((u >> 16) & 1)) >> 16));
 }
 FASTOPS_INLINE simd::half_u16 to_bf16(simd::f32 f) { return narrow_bits(narrow_bf16<simd::f32, simd::i32>(f)); }
+#endif
 
 }  // namespace half
 }  // namespace fastops::FASTOPS_LEVEL

@@ -38,13 +38,31 @@ struct Single {
   static constexpr T kSmallestNormal = 0x1p-126f, kInfinity = __builtin_inff(), kNan = __builtin_nanf("");
   static constexpr T kExpLow = -104.0f, kExpHigh = 89.0f, kExp2Low = -151.0f, kExp2High = 129.0f;
   // exp(r) = 1 + r + r^2 p(r), |r| <= ln2 / 2
-  static constexpr T kExp[] = {0x1.fffffcp-2f, 0x1.555498p-3f, 0x1.5558cap-5f, 0x1.1235fcp-7f, 0x1.6a2f50p-10f};
+  struct Exp {
+    static constexpr int kTerms = 5;
+    static FASTOPS_HD constexpr T at(int i) {
+      constexpr T c[] = {0x1.fffffcp-2f, 0x1.555498p-3f, 0x1.5558cap-5f, 0x1.1235fcp-7f, 0x1.6a2f50p-10f};
+      return c[i];
+    }
+  };
   // 2^r = 1 + r p(r), |r| <= 1 / 2
-  static constexpr T kExp2[] = {0x1.62e430p-1f, 0x1.ebfbdcp-3f,  0x1.c6aef8p-5f,
-                                0x1.3b2d56p-7f, 0x1.5f38a0p-10f, 0x1.41f076p-13f};
+  struct Exp2 {
+    static constexpr int kTerms = 6;
+    static FASTOPS_HD constexpr T at(int i) {
+      constexpr T c[] = {0x1.62e430p-1f, 0x1.ebfbdcp-3f,  0x1.c6aef8p-5f,
+                         0x1.3b2d56p-7f, 0x1.5f38a0p-10f, 0x1.41f076p-13f};
+      return c[i];
+    }
+  };
   // log(1 + f) = f - f^2 / 2 + f^3 p(f), sqrt(1/2) <= 1 + f < sqrt(2)
-  static constexpr T kLog[] = {0x1.55554ap-2f,  -0x1.ffffeap-3f, 0x1.99a3c4p-3f,  -0x1.5562bcp-3f, 0x1.234d7ap-3f,
-                               -0x1.fb6118p-4f, 0x1.e5037ep-4f,  -0x1.e1dab0p-4f, 0x1.1cc9acp-4f};
+  struct Log {
+    static constexpr int kTerms = 9;
+    static FASTOPS_HD constexpr T at(int i) {
+      constexpr T c[] = {0x1.55554ap-2f,  -0x1.ffffeap-3f, 0x1.99a3c4p-3f,  -0x1.5562bcp-3f, 0x1.234d7ap-3f,
+                         -0x1.fb6118p-4f, 0x1.e5037ep-4f,  -0x1.e1dab0p-4f, 0x1.1cc9acp-4f};
+      return c[i];
+    }
+  };
 };
 
 struct Double {
@@ -60,17 +78,33 @@ struct Double {
   static constexpr T kSqrtHalf = 0x1.6a09e667f3bcdp-1;
   static constexpr T kSmallestNormal = 0x1p-1022, kInfinity = __builtin_inf(), kNan = __builtin_nan("");
   static constexpr T kExpLow = -746.0, kExpHigh = 710.0, kExp2Low = -1076.0, kExp2High = 1025.0;
-  static constexpr T kExp[] = {0x1.0000000000007p-1,  0x1.5555555555502p-3,  0x1.55555555512e3p-5,
-                               0x1.1111111126ad1p-7,  0x1.6c16c18236591p-10, 0x1.a01a012c0463cp-13,
-                               0x1.a0199eba439a8p-16, 0x1.71df286559a4ep-19, 0x1.28a98d07c9ab9p-22,
-                               0x1.ad7240b12a12fp-26};
-  static constexpr T kExp2[] = {0x1.62e42fefa39efp-1,  0x1.ebfbdff82c5a2p-3,  0x1.c6b08d7049ff9p-5,
-                                0x1.3b2ab6fba0519p-7,  0x1.5d87fe78cb9aep-10, 0x1.4309130e26d9ap-13,
-                                0x1.ffcbfbae29778p-17, 0x1.62bfc92d68f37p-20, 0x1.b52678a8cbabep-24,
-                                0x1.e618d9f32f509p-28, 0x1.e79c5d1b76710p-32};
+  struct Exp {
+    static constexpr int kTerms = 10;
+    static FASTOPS_HD constexpr T at(int i) {
+      constexpr T c[] = {0x1.0000000000007p-1,  0x1.5555555555502p-3,  0x1.55555555512e3p-5,  0x1.1111111126ad1p-7,
+                         0x1.6c16c18236591p-10, 0x1.a01a012c0463cp-13, 0x1.a0199eba439a8p-16, 0x1.71df286559a4ep-19,
+                         0x1.28a98d07c9ab9p-22, 0x1.ad7240b12a12fp-26};
+      return c[i];
+    }
+  };
+  struct Exp2 {
+    static constexpr int kTerms = 11;
+    static FASTOPS_HD constexpr T at(int i) {
+      constexpr T c[] = {0x1.62e42fefa39efp-1,  0x1.ebfbdff82c5a2p-3,  0x1.c6b08d7049ff9p-5,  0x1.3b2ab6fba0519p-7,
+                         0x1.5d87fe78cb9aep-10, 0x1.4309130e26d9ap-13, 0x1.ffcbfbae29778p-17, 0x1.62bfc92d68f37p-20,
+                         0x1.b52678a8cbabep-24, 0x1.e618d9f32f509p-28, 0x1.e79c5d1b76710p-32};
+      return c[i];
+    }
+  };
   // log(1 + f) = f - f^2 / 2 + s (f^2 / 2 + z p(z)), s = f / (2 + f), z = s^2
-  static constexpr T kLog[] = {0x1.5555555555581p-1, 0x1.999999998486dp-2, 0x1.2492493e6df1dp-2, 0x1.c71c548e64941p-3,
-                               0x1.7465c7424da55p-3, 0x1.39acd08eeac76p-3, 0x1.2e9d78366f52bp-3};
+  struct Log {
+    static constexpr int kTerms = 7;
+    static FASTOPS_HD constexpr T at(int i) {
+      constexpr T c[] = {0x1.5555555555581p-1, 0x1.999999998486dp-2, 0x1.2492493e6df1dp-2, 0x1.c71c548e64941p-3,
+                         0x1.7465c7424da55p-3, 0x1.39acd08eeac76p-3, 0x1.2e9d78366f52bp-3};
+      return c[i];
+    }
+  };
 };
 
 template <class V> struct FormatOf;
@@ -82,12 +116,13 @@ template <> struct FormatOf<simd::f64> {
 };
 template <class V> using Format = typename FormatOf<V>::type;
 
-// c[I] + c[I + 1] x + ... by Horner's rule, unrolled.
-template <std::size_t I = 0, class V, class T, std::size_t N> FASTOPS_INLINE V polynomial(V x, const T (&c)[N]) {
-  if constexpr (I + 1 == N)
-    return splat<V>(c[I]);
+// c_I + c_(I + 1) x + ... by Horner's rule, unrolled. (The terms are a function: GPU code has no constant arrays of a
+// class.)
+template <class Terms, int I = 0, class V> FASTOPS_INLINE V polynomial(V x) {
+  if constexpr (I + 1 == Terms::kTerms)
+    return splat<V>(Terms::at(I));
   else
-    return simd::fma(polynomial<I + 1>(x, c), x, splat<V>(c[I]));
+    return simd::fma(polynomial<Terms, I + 1>(x), x, splat<V>(Terms::at(I)));
 }
 
 // y 2^n, rounded once, for an n that is an integer in kRound's low bits and |n| <= 2 kBias.
@@ -113,7 +148,7 @@ template <class V> FASTOPS_INLINE V exp(V x) {
   const V r = simd::fma(-n, splat<V>(F::kLn2Low), simd::fma(-n, splat<V>(F::kLn2High), x));
   // 1 + r with its rounding error, which alone could cost a quarter of a unit.
   const V high_sum = 1 + r, low_sum = r - (high_sum - 1);
-  return scale(high_sum + simd::fma(r * r, polynomial(r, F::kExp), low_sum), n_rounded);
+  return scale(high_sum + simd::fma(r * r, polynomial<typename F::Exp>(r), low_sum), n_rounded);
 }
 
 template <class V> FASTOPS_INLINE V exp2(V x) {
@@ -123,7 +158,7 @@ template <class V> FASTOPS_INLINE V exp2(V x) {
   x = select(x > high, high, x);
   const V n_rounded = x + round;
   const V r = x - (n_rounded - round);
-  return scale(simd::fma(r, polynomial(r, F::kExp2), splat<V>(typename F::T(1))), n_rounded);
+  return scale(simd::fma(r, polynomial<typename F::Exp2>(r), splat<V>(typename F::T(1))), n_rounded);
 }
 
 // x = 2^k (1 + f) with sqrt(1/2) <= 1 + f < sqrt(2), and log(1 + f) = f - half_square + rest; for 0 < x < inf.
@@ -148,10 +183,10 @@ template <class V> FASTOPS_INLINE Reduced<V> reduce(V x) {
   const V missing = kFusedMultiplyAdd ? simd::fma(half_f, f, -half_square) : V{};  // the rounding error of half_square
   V rest;
   if constexpr (sizeof(T) == 4) {
-    rest = simd::fma(f * (f * f), polynomial(f, F::kLog), -missing);
+    rest = simd::fma(f * (f * f), polynomial<typename F::Log>(f), -missing);
   } else {
     const V s = f / (2 + f), z = s * s;
-    rest = simd::fma(s, simd::fma(z, polynomial(z, F::kLog), half_square), -missing);
+    rest = simd::fma(s, simd::fma(z, polynomial<typename F::Log>(z), half_square), -missing);
   }
   return {k, f, half_square, rest};
 }

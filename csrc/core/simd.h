@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Lane types of this level's native width, by GCC and Clang vector extensions. Intrinsics stand here, in half.h (the
 // conversions) and in one load of mitchell_lut_kernels.cpp, nowhere else.
-// Compiled once per level: everything lies in that level's namespace, so that no linker can mix levels.
+// Compiled once per level: everything lies in that level's namespace, so that no linker can mix levels. With
+// FASTOPS_SCALAR the level's vector is one number: what a thread of a GPU computes with.
 #ifndef FASTOPS_CORE_SIMD_H
 #define FASTOPS_CORE_SIMD_H
 
@@ -9,7 +10,8 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__)
+#if defined(FASTOPS_SCALAR)
+#elif defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -19,7 +21,17 @@
 #error "FASTOPS_LEVEL names the level's namespace"
 #endif
 
-#define FASTOPS_INLINE inline __attribute__((always_inline))
+// Functions for both sides where nvcc compiles them.
+#if defined(__CUDACC__)
+#define FASTOPS_HD __host__ __device__
+#else
+#define FASTOPS_HD
+#endif
+#define FASTOPS_INLINE FASTOPS_HD inline __attribute__((always_inline))
+
+#if defined(FASTOPS_SCALAR)
+#include "core/simd_scalar.h"
+#else
 
 namespace fastops::FASTOPS_LEVEL {
 
@@ -90,6 +102,16 @@ template <class To, class From> FASTOPS_INLINE To bits(From v) {
   return r;
 }
 template <class M, class V> FASTOPS_INLINE V select(M mask, V yes, V no) { return mask ? yes : no; }
+template <class To, class From> FASTOPS_INLINE To convert(From v) { return __builtin_convertvector(v, To); }
+template <class V> using Element = decltype(V{}[0] + V{}[0]);
+
+// 0, 1, 2 ... by lane.
+FASTOPS_INLINE u32 lane_numbers() {
+  u32 r{};
+  for (std::size_t i = 0; i < kLanes<u32>; ++i) r[i] = static_cast<std::uint32_t>(i);
+  return r;
+}
+FASTOPS_INLINE int leading_zeros(std::uint64_t v) { return __builtin_clzll(v); }  // v > 0
 
 // The same value, of which the compiler knows nothing: arithmetic on it happens, and raises its flags, at run time.
 // Volatile: otherwise the compiler computes it early, for the one arm of a later select that looks at the result.
@@ -553,4 +575,5 @@ class FlushSubnormals {
 };
 
 }  // namespace fastops::FASTOPS_LEVEL
+#endif  // FASTOPS_SCALAR
 #endif

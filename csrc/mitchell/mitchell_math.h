@@ -3,6 +3,8 @@
 #ifndef FASTOPS_MITCHELL_MATH_H
 #define FASTOPS_MITCHELL_MATH_H
 
+#include <type_traits>
+
 #include "core/simd.h"
 #include "mitchell/mitchell_params.h"
 
@@ -37,8 +39,10 @@ template <class S_, class I_, class U_, int kMantissaBits_, int kExponentBits_> 
 template <class F> struct Unit;
 template <> struct Unit<float> : Format<std::int32_t, std::int32_t, std::uint32_t, 23, 8> {};
 template <> struct Unit<double> : Format<std::int64_t, std::int64_t, std::uint64_t, 52, 11> {};
+#if !defined(FASTOPS_SCALAR)
 template <> struct Unit<simd::f32> : Format<std::int32_t, simd::i32, simd::u32, 23, 8> {};
 template <> struct Unit<simd::f64> : Format<std::int64_t, simd::i64, simd::u64, 52, 11> {};
+#endif
 template <class F> using IntOf = typename Unit<F>::I;
 template <class F> using MaskOf = decltype(IntOf<F>{} < IntOf<F>{});
 
@@ -211,6 +215,10 @@ template <class F, class Constants> FASTOPS_INLINE F exp2(F a, const Constants& 
   return finish<F>(exponent, bits<I>(significand) - N::kOne, I{}, special, ieee, k);
 }
 
+FASTOPS_HD constexpr bool is_binary(int op) { return op == FASTOPS_MUL || op == FASTOPS_DIV; }
+// Operations that are a sum of logarithms, which the short path does on the bits alone.
+FASTOPS_HD constexpr bool is_sum(int op) { return op <= FASTOPS_RSQRT; }
+
 // Forms 1 and 2.
 
 // What is left of a significand after its highest set bit has been taken away; zero stays zero.
@@ -221,7 +229,7 @@ struct WideConstants {
   double c;
   std::int32_t form, corrections;
 };
-FASTOPS_INLINE WideConstants widen(const fastops_mitchell_params& params, const MitchellConstants<std::int32_t>& k) {
+template <class Params, class Constants> FASTOPS_INLINE WideConstants widen(const Params& params, const Constants& k) {
   WideConstants w;
   w.mantissa_mask = (static_cast<std::int64_t>(k.mantissa_mask) * (std::int64_t{1} << 29)) | 0x1fffffff;
   w.lowest_exponent = k.flush_below ? k.lowest_exponent : -5000;
@@ -256,6 +264,7 @@ template <class F> FASTOPS_INLINE F wide_product(F a, F b, const WideConstants& 
   return select(special, ieee, bits<F>(bits<I>(product) | (p.sign ^ q.sign)));
 }
 
+#if !defined(FASTOPS_SCALAR)
 // Lanes of float32 as two vectors of float64, and back, rounding once.
 typedef float HalfVector __attribute__((vector_size(kBytes / 2)));
 FASTOPS_INLINE simd::f32 wide_product(simd::f32 a, simd::f32 b, const WideConstants& k) {
@@ -271,11 +280,12 @@ FASTOPS_INLINE simd::f32 wide_product(simd::f32 a, simd::f32 b, const WideConsta
   }
   return r;
 }
+#endif
 
 // value 2^exponent rounded once to double; value > 0.
-inline double round_scaled(unsigned __int128 value, int exponent) {
+FASTOPS_HD inline double round_scaled(unsigned __int128 value, int exponent) {
   const auto high = static_cast<std::uint64_t>(value >> 64);
-  const int top = high ? 127 - __builtin_clzll(high) : 63 - __builtin_clzll(static_cast<std::uint64_t>(value));
+  const int top = high ? 127 - simd::leading_zeros(high) : 63 - simd::leading_zeros(static_cast<std::uint64_t>(value));
   int drop = top - 52;
   if (exponent + drop < -1074) drop = -1074 - exponent;
   if (drop > 120) drop = 120;  // far below the smallest subnormal: nothing is left either way
@@ -291,12 +301,12 @@ inline double round_scaled(unsigned __int128 value, int exponent) {
   for (; exponent < -1000; exponent += 1000) r *= 0x1p-1000;
   return r * bits<double>(static_cast<std::int64_t>(exponent + 1023) << 52);
 }
-inline std::uint64_t without_top_bit(std::uint64_t v) {
-  return v ? v ^ (std::uint64_t{1} << (63 - __builtin_clzll(v))) : 0;
+FASTOPS_HD inline std::uint64_t without_top_bit(std::uint64_t v) {
+  return v ? v ^ (std::uint64_t{1} << (63 - simd::leading_zeros(v))) : 0;
 }
 // Forms 1 and 2 for float64: 128-bit integers.
-inline double exact_product(double a, double b, const fastops_mitchell_params& params,
-                            const MitchellConstants<std::int64_t>& k) {
+template <class Params, class Constants>
+FASTOPS_HD inline double exact_product(double a, double b, const Params& params, const Constants& k) {
   using N = Unit<double>;
   const Operand<double> p = split(a, k), q = split(b, k);
   if (p.special || q.special) return p.value * q.value;
@@ -318,7 +328,8 @@ inline double exact_product(double a, double b, const fastops_mitchell_params& p
   }
   if (k.flush_below) {
     const auto high = static_cast<std::uint64_t>(value >> 64);
-    const int top = high ? 127 - __builtin_clzll(high) : 63 - __builtin_clzll(static_cast<std::uint64_t>(value));
+    const int top =
+        high ? 127 - simd::leading_zeros(high) : 63 - simd::leading_zeros(static_cast<std::uint64_t>(value));
     if (top + exponent < k.lowest_exponent) value = 0;
   }
   const double r = value ? round_scaled(value, exponent) : 0.0;
@@ -335,10 +346,10 @@ struct IntegerConstants {
 };
 // The product of two magnitudes, truncated to an integer: at most `limit`, or modulo 2^64.
 template <class TableEntry>
-inline std::uint64_t integer_product(std::uint64_t a, std::uint64_t b, const IntegerConstants& k,
-                                     const TableEntry* table, std::uint64_t limit, bool wraps) {
+FASTOPS_HD inline std::uint64_t integer_product(std::uint64_t a, std::uint64_t b, const IntegerConstants& k,
+                                                const TableEntry* table, std::uint64_t limit, bool wraps) {
   if (a == 0 || b == 0) return 0;
-  const int ka = 63 - __builtin_clzll(a), kb = 63 - __builtin_clzll(b);
+  const int ka = 63 - simd::leading_zeros(a), kb = 63 - simd::leading_zeros(b);
   if (k.mantissa_bits > 0) {
     if (ka > k.mantissa_bits) a = a >> (ka - k.mantissa_bits) << (ka - k.mantissa_bits);
     if (kb > k.mantissa_bits) b = b >> (kb - k.mantissa_bits) << (kb - k.mantissa_bits);
@@ -382,7 +393,7 @@ inline std::uint64_t integer_product(std::uint64_t a, std::uint64_t b, const Int
 // The plain multiplier modulo 2^64: the fractions of both logarithms as 64-bit numbers, whose sum's carry is an octave.
 FASTOPS_INLINE std::uint64_t plain_product(std::uint64_t a, std::uint64_t b) {
   if (a == 0 || b == 0) return 0;
-  const int ka = 63 - __builtin_clzll(a), kb = 63 - __builtin_clzll(b);
+  const int ka = 63 - simd::leading_zeros(a), kb = 63 - simd::leading_zeros(b);
   const std::uint64_t x = a << (63 - ka) << 1, sum = x + (b << (63 - kb) << 1);
   const int octave = ka + kb + (sum < x ? 1 : 0);
   if (octave >= 64) return sum << (octave - 64);
@@ -397,6 +408,165 @@ template <class F> FASTOPS_INLINE F float_product(F a, F b, IntOf<F> c, IntOf<F>
   const U k = bits<U>(keep);
   return bits<F>((bits<U>(a) & k) + (bits<U>(b) & k) + bits<U>(c));
 }
+
+// One operation on lanes or on a scalar.
+
+// log2 and exp2 know of the multiplier only whether it flushes.
+template <class Int> struct Range {
+  Int mantissa_mask, flush_below, lowest_exponent;
+};
+
+template <int op, class F, class Constants> FASTOPS_INLINE F log_form(F a, F b, const Constants& k) {
+  if constexpr (op == FASTOPS_MUL) return mul(a, b, k);
+  if constexpr (op == FASTOPS_DIV) return div(a, b, k);
+  if constexpr (op == FASTOPS_SQUARE) return square(a, k);
+  if constexpr (op == FASTOPS_RECIPROCAL) return reciprocal(a, k);
+  if constexpr (op == FASTOPS_SQRT) return sqrt(a, k);
+  if constexpr (op == FASTOPS_RSQRT) return rsqrt(a, k);
+  const Range<decltype(k.c)> range{-1, k.flush_below, k.lowest_exponent};
+  if constexpr (op == FASTOPS_LOG2) return log2(a, range);
+  if constexpr (op == FASTOPS_EXP2) return exp2(a, range);
+}
+template <class Multiplier, class Constants>
+FASTOPS_HD inline float other_form(float a, float b, const Multiplier& m, const Constants& k) {
+  return static_cast<float>(wide_product<double>(a, b, widen(m.params, k)));
+}
+template <class Multiplier, class Constants>
+FASTOPS_HD inline double other_form(double a, double b, const Multiplier& m, const Constants& k) {
+  return exact_product(a, b, m.params, k);
+}
+template <int op, class F, class Multiplier, class Constants>
+FASTOPS_INLINE F full(F a, F b, const Multiplier& m, const Constants& k) {
+  if constexpr (op == FASTOPS_MUL || op == FASTOPS_SQUARE) {
+    if (m.params.form != FASTOPS_FORM_LOG) {
+      if constexpr (sizeof(F) == sizeof(k.c)) {
+        return other_form(a, op == FASTOPS_MUL ? b : a, m, k);
+      } else if constexpr (sizeof(k.c) == 4) {
+        return wide_product(a, op == FASTOPS_MUL ? b : a, widen(m.params, k));
+      } else {
+        F r = a;
+        for (std::size_t i = 0; i < simd::kLanes<F>; ++i)
+          r[i] = other_form(a[i], op == FASTOPS_MUL ? b[i] : a[i], m, k);
+        return r;
+      }
+    }
+  }
+  return log_form<op>(a, b, k);
+}
+
+// The short path.
+
+// The result's bits are a sum of the operands' bits, signs included, where operands and result lie well inside the
+// normal range. `seen_*` collect by AND the bits that say so, for a whole block.
+template <class U, class S> FASTOPS_INLINE bool all_bits(U v, S mask) {
+  if constexpr (sizeof(U) == sizeof(S))
+    return (v & static_cast<U>(mask)) == static_cast<U>(mask);
+  else
+    return simd::all_set(v, mask);
+}
+template <int op, class F, bool cut> struct Short {
+  using N = Unit<F>;
+  using U = typename N::U;
+  using W = std::make_unsigned_t<typename N::S>;
+  U seen_a, seen_b, c, keep;
+
+  template <class Constants> FASTOPS_INLINE explicit Short(const Constants& k) : seen_a(~U{}), seen_b(~U{}) {
+    const W one = N::kOne, shift = W{N::kShiftA} + W{N::kShiftB}, offset = static_cast<W>(k.c);
+    W sum = 0;
+    if constexpr (op == FASTOPS_MUL) sum = offset - one - shift;
+    if constexpr (op == FASTOPS_DIV) sum = offset + one - shift;
+    if constexpr (op == FASTOPS_SQUARE) sum = offset - one;
+    if constexpr (op == FASTOPS_RECIPROCAL) sum = offset + one + one;
+    if constexpr (op == FASTOPS_SQRT) sum = offset + offset + one;
+    if constexpr (op == FASTOPS_RSQRT) sum = offset + offset + one + one + one;
+    c = U{} + sum;
+    keep = U{} + (static_cast<W>(k.mantissa_mask) | static_cast<W>(~N::kMantissa));
+  }
+  FASTOPS_INLINE F operator()(F a, F b) {
+    U x = bits<U>(a), y = bits<U>(b);
+    if constexpr (cut) {
+      x = x & keep;
+      y = y & keep;
+    }
+    if constexpr (op == FASTOPS_MUL) {
+      const U s = x + W{N::kShiftA}, t = y + W{N::kShiftB};
+      seen_a = seen_a & s;
+      seen_b = seen_b & t;
+      return bits<F>(s + t + c);
+    }
+    if constexpr (op == FASTOPS_DIV) {
+      const U s = x + W{N::kShiftA}, t = W{N::kShiftB} - y;
+      seen_a = seen_a & s;
+      seen_b = seen_b & t;
+      return bits<F>(s + t + c);
+    }
+    if constexpr (op == FASTOPS_SQUARE) {
+      seen_b = seen_b & (x + W{N::kShiftB});
+      return bits<F>(x + x + c);
+    }
+    if constexpr (op == FASTOPS_RECIPROCAL) {
+      seen_a = seen_a & (x + W{N::kShiftA});
+      return bits<F>(c - x);
+    }
+    // Roots: the shift by the sign bit asks for a positive operand. Half the logarithm, ties to even.
+    seen_a = seen_a & (x + (W{N::kShiftA} + static_cast<W>(N::kSign)));
+    const U u = op == FASTOPS_SQRT ? x + c : c - x;
+    return bits<F>((u + ((u >> 1) & W{1})) >> 1);
+  }
+  FASTOPS_INLINE bool in_range() const {
+    constexpr bool root = op == FASTOPS_SQRT || op == FASTOPS_RSQRT;
+    if constexpr (is_binary(op))
+      return all_bits(seen_a, N::kTopBit) && all_bits(seen_b, N::kTopTwo);
+    else if constexpr (op == FASTOPS_SQUARE)
+      return all_bits(seen_b, N::kTopTwo);
+    else
+      return all_bits(seen_a, root ? N::kTopBit | N::kSign : N::kTopBit);
+  }
+};
+
+// Products and quotients by a power of two.
+
+// One operand's exponent and sign become a float by which the sum of the rest is multiplied: exactly, or with the one
+// rounding of a subnormal result. `rest` marks lanes for the full path: subnormals, inf, nan and the outermost octaves.
+template <int op, class F> struct Scaled {
+  using N = Unit<F>;
+  using U = typename N::U;
+  using W = std::make_unsigned_t<typename N::S>;
+  struct Split {
+    F significand, scale;
+    decltype(U{} < U{}) rest;
+  };
+  U c, keep;
+
+  template <class Constants> FASTOPS_INLINE explicit Scaled(const Constants& k) {
+    c = U{} + static_cast<W>(k.c);
+    keep = U{} + (static_cast<W>(k.mantissa_mask) | static_cast<W>(~N::kMantissa));
+  }
+  FASTOPS_INLINE Split operator()(F a, F b) const {
+    constexpr W mantissa = N::kMantissa, octave = N::kMinNormal, one = N::kOne;
+    const U x = bits<U>(a), y = bits<U>(b);
+    // The operand that gives its exponent: normal. The other: room for the sum, which is
+    // within two octaves either way. Zeros beside. Which is which shows
+    // before mantissas are cut: a subnormal's leading bits are not where they are cut.
+    const U power = op == FASTOPS_MUL ? x : y, other = op == FASTOPS_MUL ? y : x;
+    const U part = power & keep & mantissa, twice_power = power + power, twice_other = other + other;
+    Split r;
+    U sum = op == FASTOPS_MUL ? (other & keep) + part + c : (other & keep) - part + c;
+    sum = select(twice_other == 0, other, sum);
+    r.significand = bits<F>(sum);
+    const auto far = twice_other - 6 * octave >= U{} + (2 * (2 * W{N::kBias} - 4)) * octave;
+    r.rest = far & (twice_other != 0);
+    if constexpr (op == FASTOPS_MUL) {
+      r.scale = bits<F>(power & ~mantissa);
+      const auto odd = twice_power - 2 * octave >= U{} + (4 * W{N::kBias}) * octave;
+      r.rest = r.rest | (odd & (twice_power != 0));
+    } else {
+      r.scale = bits<F>((one + one) - (power & ~mantissa));
+      r.rest = r.rest | (twice_power - 2 * octave >= U{} + (4 * W{N::kBias} - 2) * octave);
+    }
+    return r;
+  }
+};
 
 }  // namespace fastops::FASTOPS_LEVEL::mitchell
 #endif

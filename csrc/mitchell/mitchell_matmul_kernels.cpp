@@ -101,7 +101,7 @@ unsigned char pack_b(const Product<T>& product, std::size_t col, std::size_t k0,
     for (std::size_t j = 0; j < static_cast<std::size_t>(S::kCols); j += B::kWidth) {
       const F x = j < width ? load_some(from + j, width - j) : F{} + T(1);
       if constexpr (kBody == TileBody::kExact) {
-        const Pair<T> pair = pack_pair_b(product, x);
+        const Pair<T> pair = pack_pair_b<T>(product, x);
         store(to + j, pair.first);
         if (steps == 2) {
           store(to + S::kCols + j, pair.second);
@@ -211,7 +211,7 @@ unsigned char pack_a(const Product<T>& product, std::size_t row, std::size_t row
         flagged |= log_b<T>(x, keep, &u);
         first[i] = bits<F>(u);
       } else {
-        const Pair<T> pair = pack_pair_a(product, x);
+        const Pair<T> pair = pack_pair_a<T>(product, x);
         first[i] = pair.first;
         second[i] = pair.second;
         if (steps == 2) flagged |= is_large<T>(x);

@@ -30,7 +30,7 @@ template <> struct LanesOf<double> {
   using type = simd::f64;
 };
 template <class T> using Lanes = typename LanesOf<T>::type;
-template <class V> using Element = decltype(V{}[0] + V{}[0]);
+using simd::Element;
 
 template <class V> FASTOPS_INLINE V load_bytes(const char* p) {
   V v;

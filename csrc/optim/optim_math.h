@@ -19,7 +19,8 @@ template <class V> struct Lerp {
   V coefficient;
   bool near_start;
 
-  template <class T = decltype(V{}[0] + V{}[0])> explicit Lerp(double w) {
+  FASTOPS_HD explicit Lerp(double w) {
+    using T = simd::Element<V>;
     const T rounded = static_cast<T>(w);
     near_start = rounded < T(0.5);
     coefficient = splat<V>(near_start ? rounded : static_cast<T>(rounded - T(1)));
@@ -29,7 +30,7 @@ template <class V> struct Lerp {
 
 // m = keep m + gain (g + weight_decay p); p -= lr (nesterov ? g + momentum m : m).
 template <class V> struct Sgd {
-  using T = decltype(V{}[0] + V{}[0]);
+  using T = simd::Element<V>;
   V lr, momentum, keep, gain, weight_decay;
   bool decays, nesterov;
 
@@ -49,7 +50,7 @@ template <class V> struct Sgd {
 
 // AdamW in the arrangement of torch (Loshchilov and Hutter 2019).
 template <class V> struct Adam {
-  using T = decltype(V{}[0] + V{}[0]);
+  using T = simd::Element<V>;
   V decay, l2, beta2, w2, step_size, scale, eps;
   Lerp<V> first;
   bool coupled;
@@ -74,7 +75,7 @@ template <class V> struct Adam {
 
 // The gains of the adaptive exponentiated gradient (Amid et al. 2022): up where the gradient keeps its sign.
 template <class V> struct Gain {
-  using T = decltype(V{}[0] + V{}[0]);
+  using T = simd::Element<V>;
   V up, down, low, high;
 
   explicit Gain(const fastops_adaptive_eg& s)
@@ -96,14 +97,14 @@ template <class V> struct Gain {
 struct RandomBits {
   std::uint32_t add, mix;
 
-  RandomBits(std::uint64_t seed, std::uint64_t tensor) noexcept {
+  FASTOPS_HD RandomBits(std::uint64_t seed, std::uint64_t tensor) noexcept {
     const std::uint64_t key = mix64(seed ^ mix64(tensor));
     add = static_cast<std::uint32_t>(key);
     mix = static_cast<std::uint32_t>(key >> 32);
   }
   // Hashes of the pairs from `pair` on, which is a multiple of the lanes.
   FASTOPS_INLINE simd::u32 operator()(std::uint64_t pair) const {
-    simd::u32 x = iota() + (static_cast<std::uint32_t>(pair) + add);
+    simd::u32 x = simd::lane_numbers() + (static_cast<std::uint32_t>(pair) + add);
     x ^= x >> 16;
     x *= 0x21f0aaadu;
     x ^= x >> 15;
@@ -114,16 +115,11 @@ struct RandomBits {
 
  private:
   // splitmix64's finaliser (Steele, Lea and Flood 2014).
-  static std::uint64_t mix64(std::uint64_t x) noexcept {
+  static FASTOPS_HD std::uint64_t mix64(std::uint64_t x) noexcept {
     x += 0x9e3779b97f4a7c15u;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
     return x ^ (x >> 31);
-  }
-  static FASTOPS_INLINE simd::u32 iota() {
-    simd::u32 r{};
-    for (std::size_t i = 0; i < simd::kLanes<simd::u32>; ++i) r[i] = static_cast<std::uint32_t>(i);
-    return r;
   }
 };
 
