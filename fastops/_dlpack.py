@@ -12,7 +12,8 @@ from ._validate import AnyArray, Text
 
 # kDLCPU and kDLCUDAHost, which any CPU may read.
 _HOST = (1, 3)
-_GPUS = (2, 7, 8, 10, 13, 14, 15)
+_CUDA = (2, 13)
+_GPUS = (7, 8, 10, 14, 15)
 _BFLOAT16 = (4, 16, 1)
 _READ_ONLY = 1
 
@@ -39,8 +40,8 @@ def from_dlpack(name: str, value: Any) -> AnyArray:
     except Exception as error:
         raise _refused(name, value) from error
     if device not in _HOST:
-        got = "an array on a GPU" if device in _GPUS else f"an array on DLPack's device type {device}"
-        raise _validate.wrong_type(name, "an array in host memory", Text(got))
+        got = Text("an array on a GPU" if device in _GPUS else f"an array on DLPack's device type {device}")
+        raise _validate.wrong_type(name, "an array in host memory", _validate.ON_CUDA if device in _CUDA else got)
     try:
         return np.from_dlpack(value)
     except MemoryError:

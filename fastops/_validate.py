@@ -46,6 +46,9 @@ class Text(str):
     """What came, already put in words."""
 
 
+ON_CUDA = Text("an array on a GPU, which fastops.cuda takes")
+
+
 def describe(value: object) -> str:
     """A short text for what came: type, shape and dtype of an array, never its contents."""
     if isinstance(value, Text):
@@ -178,7 +181,7 @@ def array(name: str, value: object) -> AnyArray:
     if hasattr(value, "mask") and isinstance(value, np.ndarray):
         raise wrong_type(name, "an array without a mask (fill it first)", Text("a masked array"))
     if hasattr(value, "__cuda_array_interface__"):
-        raise wrong_type(name, "an array in host memory", Text("an array on a GPU"))
+        raise wrong_type(name, "an array in host memory", ON_CUDA)
     if hasattr(value, "__dlpack__"):
         from . import _dlpack
 

@@ -81,17 +81,21 @@ def ema_update_(
     >>> shadows[1]
     array([[0.5, 0.5, 0.5]], dtype=float32)
     """
-    weights: float | list[float]
-    if type(decay) is float or not _is_sequence(decay):
-        weights = 1.0 - _validate.number("decay", decay, 0.0, 1.0)
-    else:
-        many = cast("Sequence[float]", decay)
-        weights = [1.0 - _validate.number(f"decay[{i}]", d, 0.0, 1.0) for i, d in enumerate(many)]
-        shadows, count = _sized("shadows", shadows)
-        if len(weights) != count:
-            wanted = f"a number or {count} of them, one for each of shadows"
-            raise _validate.wrong_value("decay", wanted, Text(str(len(weights))))
+    shadows, weights = _ema_weights(shadows, decay)
     _backend.ema_update((shadows,), params, (weights,), _seed(rounding, seed))
+
+
+def _ema_weights(shadows: Tensors, decay: float | Sequence[float]) -> tuple[Tensors, float | list[float]]:
+    """The shadows as something that can be read more than once, and 1 - decay, one for all or one for each."""
+    if type(decay) is float or not _is_sequence(decay):
+        return shadows, 1.0 - _validate.number("decay", decay, 0.0, 1.0)
+    many = cast("Sequence[float]", decay)
+    weights = [1.0 - _validate.number(f"decay[{i}]", d, 0.0, 1.0) for i, d in enumerate(many)]
+    shadows, count = _sized("shadows", shadows)
+    if len(weights) != count:
+        wanted = f"a number or {count} of them, one for each of shadows"
+        raise _validate.wrong_value("decay", wanted, Text(str(len(weights))))
+    return shadows, weights
 
 
 def _is_sequence(value: object) -> bool:
@@ -205,6 +209,21 @@ def sgd_step_(
     >>> p[0]
     array([0.95])
     """
+    numbers = _sgd_step(momentum_buffers, lr, momentum, dampening, nesterov, weight_decay, accumulate, zero_grad)
+    with _average(ema, ema_decay, numbers.moves) as (shadows, weight):
+        _backend.sgd_step(params, grads, momentum_buffers, shadows, numbers._replace(ema_weight=weight))
+
+
+def _sgd_step(
+    momentum_buffers: Tensors | None,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    weight_decay: float,
+    accumulate: tuple[int, int] | None,
+    zero_grad: bool,
+) -> SgdStep:
     lr = _validate.number("lr", lr, 0.0)
     momentum = _validate.number("momentum", momentum, 0.0, 1.0)
     dampening = _validate.number("dampening", dampening, 0.0, 1.0)
@@ -219,9 +238,7 @@ def sgd_step_(
     if accumulate is not None:
         i, k = _accumulate(accumulate)
         keep, gain, moves = momentum if i % k == 0 else 1.0, gain / k, (i + 1) % k == 0
-    with _average(ema, ema_decay, moves) as (shadows, weight):
-        step = SgdStep(lr, momentum, keep, gain, weight_decay, nesterov, moves, weight, zero_grad)
-        _backend.sgd_step(params, grads, momentum_buffers, shadows, step)
+    return SgdStep(lr, momentum, keep, gain, weight_decay, nesterov, moves, 0.0, zero_grad)
 
 
 def _accumulate(value: object) -> tuple[int, int]:

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The GPU kernels against torch's on one GPU: `python bench/bench_cuda.py`, some minutes. Every row is checked before it is timed.
+
+Prints, for each case, the median of interleaved rounds timed by events on the stream, the ratio to torch's, and the share of what
+limits it: the bandwidth of a copy, or the issue rate of a product's two instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import fastops
+from fastops import cuda
+
+try:
+    import torch
+except ImportError:
+    sys.exit("bench_cuda needs torch with CUDA")
+
+
+def milliseconds(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """The median time of each, host and device together, one after another in every round with cold caches."""
+    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for name in functions:
+        for _ in range(3):
+            functions[name]()
+    for _ in range(rounds):
+        for name, function in functions.items():
+            flush.zero_()
+            torch.cuda.synchronize()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+class Report:
+    """Rows as they come, printed and kept."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(
+        self, case: str, times: dict[str, float], *, bytes_moved: float = 0, bandwidth: float = 0, share: Any = None
+    ) -> None:
+        ours = times["fastops"]
+        row: dict[str, Any] = {"case": case, **{f"{name} ms": t for name, t in times.items()}}
+        for name, t in times.items():
+            if name != "fastops":
+                row[f"speed against {name}"] = t / ours
+        if bandwidth:
+            row["share of copy bandwidth"] = bytes_moved / ours / 1e6 / bandwidth
+        if share is not None:
+            row["share of the bound"] = share(ours)
+        self.rows.append(row)
+        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()), flush=True)
+
+
+def same_bits(got: Any, want: Any) -> None:
+    """Checks a row: one nan is as good as another."""
+    x, y = got.cpu().numpy(), np.asarray(want)
+    assert ((x == y) | (np.isnan(x) & np.isnan(y))).all(), "wrong result"
+
+
+def copy_bandwidth(rounds: int) -> float:
+    """GB/s of reading and writing, as torch's copy has it."""
+    x = torch.empty(2**28, dtype=torch.float32, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / milliseconds({"copy": lambda: y.copy_(x)}, rounds)["copy"] / 1e6
+
+
+def elementwise(report: Report, bandwidth: float, rounds: int) -> None:
+    """One large tensor."""
+    n = 2**27
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        a = (torch.rand(n, device="cuda") + 0.5).to(dtype)
+        b = (torch.rand(n, device="cuda") + 0.5).to(dtype)
+        out = torch.empty_like(a)
+        cuda.mitchell_mul(a, b, out=out)
+        if dtype is not torch.bfloat16:
+            same_bits(out[:100_000], fastops.mitchell_mul(a[:100_000].cpu().numpy(), b[:100_000].cpu().numpy()))
+        times = milliseconds(
+            {"fastops": lambda: cuda.mitchell_mul(a, b, out=out), "torch.mul": lambda: torch.mul(a, b, out=out)}, rounds
+        )
+        report.add(f"mitchell_mul {dtype} {n}", times, bytes_moved=3 * a.nbytes, bandwidth=bandwidth)
+        times = milliseconds(
+            {"fastops": lambda: cuda.mitchell_log2(a, out=out), "torch.log2": lambda: torch.log2(a, out=out)}, rounds
+        )
+        report.add(f"mitchell_log2 {dtype} {n}", times, bytes_moved=2 * a.nbytes, bandwidth=bandwidth)
+
+
+def products(report: Report, rounds: int) -> None:
+    """Matrix products: an addition and a multiply-add for each term, at 128 instructions a cycle and multiprocessor."""
+    properties = torch.cuda.get_device_properties(0)
+    clock = getattr(properties, "clock_rate", 0) * 1e3 or torch.cuda.clock_rate() * 1e6
+    bound = properties.multi_processor_count * 64 * clock
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for n in (512, 1024, 4096, 8192):
+        a, b = torch.randn(n, n, device="cuda"), torch.randn(n, n, device="cuda")
+        out = torch.empty_like(a)
+        cuda.mitchell_matmul(a, b, out=out)
+        want = fastops.mitchell_matmul(a[:4].cpu().numpy(), b.cpu().numpy())
+        assert np.allclose(out[:4].cpu().numpy(), want, rtol=1e-3, atol=1e-3 * n**0.5), "wrong result"
+        times = milliseconds(
+            {
+                "fastops": lambda: cuda.mitchell_matmul(a, b, out=out),
+                "torch.mm (exact, no TF32)": lambda: torch.mm(a, b, out=out),
+            },
+            rounds,
+        )
+        report.add(f"mitchell_matmul float32 {n}", times, share=lambda t, n=n: n**3 / (t * 1e-3) / bound)
+    table = fastops.Multiplier().table(8)
+    for n in (1024, 4096):
+        x = torch.randint(0, 256, (n, n), dtype=torch.uint8, device="cuda")
+        out = torch.empty(n, n, dtype=torch.int32, device="cuda")
+        report.add(f"lut_matmul {n}", milliseconds({"fastops": lambda: cuda.lut_matmul(x, x, table, out=out)}, rounds))
+
+
+def lists(report: Report, bandwidth: float, rounds: int) -> None:
+    """Many small tensors, and one large one."""
+    rng = np.random.default_rng(0)
+    sizes = [int(x) for x in rng.lognormal(7, 1.5, 5000)]
+    for name, shapes in (("5000 tensors", sizes), ("one tensor", [2**28])):
+        made = [[torch.randn(n, device="cuda") for n in shapes] for _ in range(2)]
+        shadows, params = made
+        want = torch.lerp(shadows[0], params[0], 0.001)
+        fixed = [cuda.TensorList(x, verify=False) for x in made]
+        read = [cuda.TensorList(x) for x in made]
+        cuda.ema_update_(*fixed, 0.999)
+        same_bits(shadows[0], want.cpu().numpy())
+        times = milliseconds(
+            {
+                "fastops": lambda: cuda.ema_update_(*fixed, 0.999),
+                "fastops, lists read in each call": lambda: cuda.ema_update_(*read, 0.999),
+                "torch._foreach_lerp_": lambda: torch._foreach_lerp_(shadows, params, 0.001),
+            },
+            rounds,
+        )
+        report.add(f"ema_update_ float32 {name}", times, bytes_moved=12 * sum(shapes), bandwidth=bandwidth)
+        grads, moments, squares = ([torch.rand(n, device="cuda") for n in shapes] for _ in range(3))
+        p, g, m, v = (cuda.TensorList(x, verify=False) for x in (params, grads, moments, squares))
+        leaves = [torch.nn.Parameter(x.clone()) for x in params]
+        for leaf, gradient in zip(leaves, grads, strict=True):
+            leaf.grad = gradient
+        fused = torch.optim.AdamW(leaves, lr=1e-3, fused=True)
+        times = milliseconds(
+            {
+                "fastops": lambda: cuda.adamw_step_(p, g, m, v, step=3, lr=1e-3, weight_decay=0.01),
+                "torch AdamW(fused)": fused.step,
+            },
+            rounds,
+        )
+        report.add(f"adamw_step_ float32 {name}", times, bytes_moved=28 * sum(shapes), bandwidth=bandwidth)
+
+
+def main() -> None:
+    """The whole comparison."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", help="a file for the rows")
+    options = parser.parse_args()
+    if not cuda.is_available() or not torch.cuda.is_available():
+        sys.exit("bench_cuda needs a GPU that fastops and torch can use")
+    print(torch.cuda.get_device_name(0), "torch", torch.__version__, "fastops", fastops.__version__)
+    bandwidth = copy_bandwidth(options.rounds)
+    print(f"copy bandwidth {bandwidth:.0f} GB/s")
+    report = Report()
+    elementwise(report, bandwidth, options.rounds)
+    products(report, options.rounds)
+    lists(report, bandwidth, options.rounds)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(
+                {"device": torch.cuda.get_device_name(0), "copy GB/s": bandwidth, "rows": report.rows}, file, indent=1
+            )
+
+
+if __name__ == "__main__":
+    main()

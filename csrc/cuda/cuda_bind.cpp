@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The module behind fastops.cuda: addresses, shapes and strides to calls of the kernels, and what protects memory.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "cuda/cuda_bind.h"
+
+#ifndef FASTOPS_CUDA_MODULE
+#define FASTOPS_CUDA_MODULE _cuda
+#endif
+
+namespace py = pybind11;
+
+namespace fastops::gpu {
+
+void raise_unless_ok(Status status) {
+  if (status == 0) return;
+  throw std::runtime_error(std::string("CUDA: ") + error_text(status));
+}
+
+Stream stream_of(std::uintptr_t handle) { return reinterpret_cast<Stream>(handle); }
+
+Memory::Memory(std::size_t bytes, int device, std::uintptr_t stream)
+    : device_(device), stream_(stream_of(stream)), bytes_(bytes) {
+  const OnDevice on(device);
+  raise_unless_ok(on.status);
+  raise_unless_ok(allocate(&data_, bytes, stream_));
+}
+Memory::~Memory() {
+  const OnDevice on(device_);
+  release(data_, stream_, shared_);
+}
+
+namespace {
+
+// DLPack, in and out.
+
+struct Export {
+  DlManaged managed;
+  std::shared_ptr<Memory> memory;
+  std::vector<std::int64_t> shape;
+};
+void destroy(DlManaged* managed) {
+  if (managed != nullptr) delete static_cast<Export*>(managed->context);
+}
+constexpr const char* kVersioned = "dltensor_versioned";
+
+py::object to_dlpack(const std::shared_ptr<Memory>& memory, const std::vector<std::int64_t>& shape, int code,
+                     int bits) {
+  auto* made = new Export{{1, 0, nullptr, &destroy, 0, {}}, memory, shape};
+  made->managed.context = made;
+  made->managed.tensor = {memory->data(),
+                          kDlCuda,
+                          memory->device(),
+                          static_cast<std::int32_t>(shape.size()),
+                          static_cast<std::uint8_t>(code),
+                          static_cast<std::uint8_t>(bits),
+                          1,
+                          made->shape.data(),
+                          nullptr,
+                          0};
+  memory->share();
+  PyObject* capsule = PyCapsule_New(&made->managed, kVersioned, [](PyObject* self) {
+    // Taken over by a consumer under another name.
+    if (PyCapsule_IsValid(self, kVersioned)) destroy(static_cast<DlManaged*>(PyCapsule_GetPointer(self, kVersioned)));
+  });
+  if (capsule == nullptr) {
+    delete made;
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::object>(capsule);
+}
+
+// (address, shape, strides or None, (code, bits, lanes), read only); the capsule stays the caller's and keeps the
+// memory.
+py::tuple from_dlpack(const py::object& capsule) {
+  const DlTensor* tensor = nullptr;
+  bool read_only = false;
+  if (PyCapsule_IsValid(capsule.ptr(), kVersioned)) {
+    const auto* managed = static_cast<DlManaged*>(PyCapsule_GetPointer(capsule.ptr(), kVersioned));
+    if (managed->major != kDlMajor) throw py::type_error("the DLPack version must be 1");
+    tensor = &managed->tensor;
+    read_only = (managed->flags & 1) != 0;
+  } else if (PyCapsule_IsValid(capsule.ptr(), "dltensor")) {
+    // DLManagedTensor begins with the tensor; it cannot say that it is read-only.
+    tensor = static_cast<DlTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+  } else {
+    throw py::type_error("__dlpack__ must return a capsule that nobody has taken yet");
+  }
+  py::tuple shape(static_cast<std::size_t>(tensor->ndim));
+  py::object strides = py::none();
+  for (std::int32_t d = 0; d < tensor->ndim; ++d) shape[static_cast<std::size_t>(d)] = py::int_(tensor->shape[d]);
+  if (tensor->strides != nullptr) {
+    py::tuple given(static_cast<std::size_t>(tensor->ndim));
+    for (std::int32_t d = 0; d < tensor->ndim; ++d) given[static_cast<std::size_t>(d)] = py::int_(tensor->strides[d]);
+    strides = given;
+  }
+  const auto address = reinterpret_cast<std::uintptr_t>(tensor->data) + tensor->byte_offset;
+  return py::make_tuple(address, shape, strides, py::make_tuple(tensor->code, tensor->bits, tensor->lanes), read_only);
+}
+
+}  // namespace
+}  // namespace fastops::gpu
+
+using namespace fastops::gpu;
+
+PYBIND11_MODULE(FASTOPS_CUDA_MODULE, m) {
+  m.def("device_count", &device_count);
+  m.def("problem", [] { return problem(); }, "Why there is no device, or None.");
+  m.def(
+      "device_of", [](std::uintptr_t p) { return device_of(reinterpret_cast<const void*>(p)); }, py::arg("address"),
+      "The device whose memory this is, -1 for the host's.");
+  m.def(
+      "wait",
+      [](std::uintptr_t later, std::uintptr_t earlier, int device) {
+        const OnDevice on(device);
+        raise_unless_ok(on.status);
+        raise_unless_ok(wait(stream_of(later), stream_of(earlier)));
+      },
+      py::arg("later"), py::arg("earlier"), py::arg("device"), "Lets one stream wait for what another has got so far.");
+  py::class_<Memory, std::shared_ptr<Memory>>(m, "Memory", "Memory of a device in the order of a stream.")
+      .def(py::init<std::size_t, int, std::uintptr_t>(), py::arg("nbytes"), py::arg("device"), py::arg("stream"))
+      .def_property_readonly("address",
+                             [](const Memory& memory) { return reinterpret_cast<std::uintptr_t>(memory.data()); })
+      .def("share", &Memory::share, "From now on it may be in use on any stream.");
+  m.def("to_dlpack", &to_dlpack, py::arg("memory"), py::arg("shape"), py::arg("code"), py::arg("bits"));
+  m.def("from_dlpack", &from_dlpack, py::arg("capsule"));
+  bind_mitchell(m);
+  bind_optim(m);
+}

@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What kernels use of the GPU beside plain C++. Each instruction that a CPU lacks stands here, with a plain body for
+// the host, so that the same source runs under shim.h.
+#ifndef FASTOPS_CUDA_DEVICE_H
+#define FASTOPS_CUDA_DEVICE_H
+
+#include "core/half.h"
+#include "core/simd.h"
+#include "cuda/gpu.h"
+
+#if defined(__CUDACC__)
+// A template's name, which has commas, is first given to a variable.
+#define FASTOPS_LAUNCH(kernel, grid, block, shared, stream, ...) \
+  kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define FASTOPS_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#define FASTOPS_DEVICE __device__ __forceinline__
+#else
+#include "cuda/shim.h"
+#define FASTOPS_LAUNCH(kernel, grid, block, shared, stream, ...) \
+  (static_cast<void>(stream), ::fastops::shim::launch(grid, block, shared, [&] { kernel(__VA_ARGS__); }))
+#define FASTOPS_DYNAMIC_SHARED(name) unsigned char* const name = ::fastops::shim::dynamic_memory()
+#define FASTOPS_DEVICE inline __attribute__((always_inline))
+#endif
+
+namespace fastops::FASTOPS_LEVEL {
+
+// What the runtime says of the launch just made.
+inline gpu::Status launched() noexcept {
+#if defined(__CUDACC__)
+  return static_cast<gpu::Status>(cudaGetLastError());
+#else
+  return 0;
+#endif
+}
+
+// Dtypes: what lies in memory (S) and what it is computed in (E).
+struct F16 {
+  using S = std::uint16_t;
+  using E = float;
+  static FASTOPS_INLINE E get(S s) { return half::from_f16(s); }
+  static FASTOPS_INLINE S put(E e) { return half::to_f16(e); }
+};
+struct BF16 {
+  using S = std::uint16_t;
+  using E = float;
+  static FASTOPS_INLINE E get(S s) { return half::from_bf16(s); }
+  static FASTOPS_INLINE S put(E e) { return half::to_bf16(e); }
+};
+struct F32 {
+  using S = float;
+  using E = float;
+  static FASTOPS_INLINE E get(S s) { return s; }
+  static FASTOPS_INLINE S put(E e) { return e; }
+};
+struct F64 {
+  using S = double;
+  using E = double;
+  static FASTOPS_INLINE E get(S s) { return s; }
+  static FASTOPS_INLINE S put(E e) { return e; }
+};
+
+// N elements that lie together, read and written at once. One access takes 16 bytes at most.
+template <class S, int N> struct alignas(sizeof(S) * N < 16 ? sizeof(S) * N : 16) Vector {
+  S v[N];
+};
+template <class P> FASTOPS_DEVICE P load_vector(const void* p) {
+#if defined(__CUDACC__)
+  return *static_cast<const P*>(p);
+#else
+  if (reinterpret_cast<std::uintptr_t>(p) % alignof(P) != 0) shim::fail("a load that is not aligned");
+  P r;
+  std::memcpy(&r, p, sizeof r);
+  return r;
+#endif
+}
+template <class P> FASTOPS_DEVICE void store_vector(void* p, const P& v) {
+#if defined(__CUDACC__)
+  *static_cast<P*>(p) = v;
+#else
+  if (reinterpret_cast<std::uintptr_t>(p) % alignof(P) != 0) shim::fail("a store that is not aligned");
+  std::memcpy(p, &v, sizeof v);
+#endif
+}
+
+// a b + c with subnormals read and written as zeros.
+FASTOPS_DEVICE float fma_flushed(float a, float b, float c) {
+#if defined(__CUDACC__)
+  float r;
+  asm("fma.rn.ftz.f32 %0, %1, %2, %3;" : "=f"(r) : "f"(a), "f"(b), "f"(c));
+  return r;
+#else
+  const auto flushed = [](float x) { return simd::bits<std::uint32_t>(x) << 1 < 0x01000000u ? x * 0.0f : x; };
+  return flushed(simd::fma(flushed(a), flushed(b), flushed(c)));
+#endif
+}
+
+// Copies of 16 bytes from global to shared memory that go on while the thread computes: begun, closed into groups, and
+// waited for until at most `kLeft` groups are under way. Zeros where not `valid`. Barriers are the caller's.
+FASTOPS_DEVICE void copy_async(void* shared, const void* global, bool valid = true) {
+#if defined(__CUDACC__)
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0) : "memory");
+#else
+  shim::Fiber& self = shim::engine.self();
+  if (reinterpret_cast<std::uintptr_t>(shared) % 16 != 0 || reinterpret_cast<std::uintptr_t>(global) % 16 != 0)
+    shim::fail("a copy that is not aligned");
+  self.copies.push_back({shared, valid ? global : nullptr, 16, self.groups});
+#endif
+}
+FASTOPS_DEVICE void copy_async_close() {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+  ++shim::engine.self().groups;
+#endif
+}
+template <int kLeft> FASTOPS_DEVICE void copy_async_wait() {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+#else
+  // As late as the rules allow: what is not waited for has not arrived.
+  shim::Fiber& self = shim::engine.self();
+  std::vector<shim::Copy> later;
+  for (const shim::Copy& copy : self.copies) {
+    if (copy.group + kLeft >= self.groups)
+      later.push_back(copy);
+    else if (copy.from == nullptr)
+      std::memset(copy.to, 0, copy.bytes);
+    else
+      std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+  self.copies = later;
+#endif
+}
+
+// d (16 x 8, float) += a (16 x 16) b (16 x 8) by the lanes of a warp, of F16 or BF16. With g = lane / 4, t = lane % 4:
+// a[0] holds (g, 2t) and (g, 2t + 1), a[1] row g + 8, a[2] and a[3] the same 8 columns further; b[0] holds (2t, g) and
+// (2t + 1, g), b[1] 8 rows further; d[0], d[1]: (g, 2t), (g, 2t + 1), d[2], d[3]: row g + 8. (PTX ISA, mma.m16n8k16.)
+template <class H>
+FASTOPS_DEVICE void multiply_tile(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+#if defined(__CUDACC__)
+  if constexpr (std::is_same_v<H, BF16>)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  struct Fragment {
+    std::uint32_t v[6];
+  };
+  const Fragment own{{a[0], a[1], a[2], a[3], b[0], b[1]}};
+  const unsigned g = shim::lane() / 4, t = shim::lane() % 4;
+  const auto element = [](std::uint32_t pair, unsigned k) {
+    return H::get(static_cast<std::uint16_t>(pair >> (16 * (k % 2))));
+  };
+  // Row g's part of a lies in the lanes 4g .. 4g + 3, column n's part of b in the lanes 4n .. 4n + 3.
+  for (unsigned k = 0; k < 16; ++k) {
+    const unsigned half = k / 8, from = k % 8 / 2;
+    const Fragment row = shim::exchange(own, g * 4 + from);
+    for (unsigned n = 0; n < 2; ++n) {
+      const Fragment column = shim::exchange(own, (2 * t + n) * 4 + from);
+      for (unsigned r = 0; r < 2; ++r) d[2 * r + n] += element(row.v[2 * half + r], k) * element(column.v[4 + half], k);
+    }
+  }
+#endif
+}
+
+}  // namespace fastops::FASTOPS_LEVEL
+#endif

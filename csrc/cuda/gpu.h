@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Between the kernels, which nvcc compiles, and the Python module, which it never sees: plain structs and functions.
+// All launches go to the current device and return at once.
+#ifndef FASTOPS_CUDA_GPU_H
+#define FASTOPS_CUDA_GPU_H
+
+#include <cstddef>
+#include <cstdint>
+
+#include "fastops/fastops.h"
+#include "mitchell/mitchell_params.h"
+
+namespace fastops::gpu {
+
+using Stream = void*;  // cudaStream_t
+using Status = int;    // cudaError_t; 0: no error
+
+// The runtime.
+
+int device_count() noexcept;  // 0 without a driver
+// Why there is no device; null where there is one.
+const char* problem() noexcept;
+const char* error_text(Status status) noexcept;
+// The device whose memory this is; -1 for the host's.
+int device_of(const void* p) noexcept;
+
+// `device` is the current one of this thread while the object lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) noexcept;
+  ~OnDevice();
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+  Status status = 0;
+
+ private:
+  int before_ = -1;
+};
+
+// Memory in the order of a stream. `at_once`: it may be in use on other streams, so the release waits for all of them.
+Status allocate(void** p, std::size_t bytes, Stream stream) noexcept;
+void release(void* p, Stream stream, bool at_once) noexcept;
+// Copies host memory, which may change when the call has returned, without waiting for the stream.
+Status upload(void* to, const void* from, std::size_t bytes, Stream stream) noexcept;
+// What `later` gets from here on runs after all that `earlier` has got.
+Status wait(Stream later, Stream earlier) noexcept;
+
+// Mitchell arithmetic.
+
+inline constexpr int kMaxDimensions = 8;
+
+// Null data: the number. Strides in elements.
+struct Operand {
+  const void* data;
+  double number;
+  std::ptrdiff_t stride[kMaxDimensions];
+};
+struct Elementwise {
+  fastops_mitchell_op op;
+  fastops_dtype dtype;
+  int ndim;
+  std::size_t shape[kMaxDimensions];
+  Operand a, b;
+  void* out;
+  std::ptrdiff_t stride_out[kMaxDimensions];
+};
+// F16 .. F64. `out` may equal an operand exactly.
+Status mitchell_apply(const fastops_mitchell& m, const Elementwise& call, Stream stream) noexcept;
+
+// out[i] = a[i] b[i] over a batch; strides in elements, those of the batch first.
+inline constexpr int kBatchDimensions = 4;
+struct Matrices {
+  const void* data;
+  std::ptrdiff_t batch[kBatchDimensions], row, col;
+};
+struct Matmul {
+  fastops_dtype dtype;
+  std::size_t batch[kBatchDimensions];  // 1 where there is no such axis
+  std::size_t rows, cols, depth;
+  Matrices a, b, out;
+};
+Status mitchell_matmul(const fastops_mitchell* m, const Matmul& call, Stream stream) noexcept;
+// a and b of bytes, table of 256 x 256 int32 (int64: wide_table) entries, out int32 or int64 (wide_out).
+Status lut_matmul(const Matmul& call, const void* table, bool wide_table, bool wide_out, Stream stream) noexcept;
+
+// Lists of tensors.
+
+inline constexpr int kRoles = 5;
+// Elements of a tensor that a block of threads takes; a multiple of 32.
+inline constexpr std::size_t kChunk = 16384;
+struct Tensor {
+  void* at[kRoles];
+  std::uint64_t size;
+  std::uint8_t dtype[kRoles];
+  std::uint8_t packs;  // every role is aligned to four of its elements
+};
+struct Chunk {
+  std::uint32_t tensor, index;
+};
+// In the device's memory.
+struct TensorTable {
+  const Tensor* tensors;
+  const Chunk* chunks;
+  std::size_t chunk_count;
+};
+// Roles as in fastops.h: parameter, shadow. `weights`: one a tensor, in the device's memory, in place of w. A seed:
+// bfloat16 shadows round at random.
+Status ema_update(const TensorTable& table, double w, const double* weights, const std::uint64_t* seed,
+                  Stream stream) noexcept;
+Status sgd_step(const TensorTable& table, const fastops_sgd& step, Stream stream) noexcept;
+Status adamw_step(const TensorTable& table, const fastops_adamw& step, Stream stream) noexcept;
+
+}  // namespace fastops::gpu
+#endif

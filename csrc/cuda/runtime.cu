@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The runtime's functions that the Python module needs. Nothing here waits for a device.
+#include <cuda_runtime.h>
+
+#include <cstring>
+#include <mutex>
+#include <vector>
+
+#include "cuda/gpu.h"
+
+namespace fastops::gpu {
+namespace {
+
+cudaStream_t stream_of(Stream stream) noexcept { return static_cast<cudaStream_t>(stream); }
+Status status_of(cudaError_t error) noexcept {
+  // Otherwise the next question about a launch would find it.
+  if (error != cudaSuccess) (void)cudaGetLastError();
+  return static_cast<Status>(error);
+}
+cudaError_t count_devices(int* count) noexcept {
+  const cudaError_t error = cudaGetDeviceCount(count);
+  if (error != cudaSuccess) {
+    (void)cudaGetLastError();
+    *count = 0;
+  }
+  return error;
+}
+
+// Pinned memory from which copies are under way or were.
+struct Staging {
+  void* memory;
+  std::size_t size;
+  int device;
+  cudaEvent_t copied;
+};
+std::mutex g_mutex;
+std::vector<Staging>& stagings() {
+  static auto* const kept = new std::vector<Staging>();  // outlives the driver's shutdown
+  return *kept;
+}
+
+}  // namespace
+
+int device_count() noexcept {
+  int count = 0;
+  count_devices(&count);
+  return count;
+}
+const char* problem() noexcept {
+  int count = 0;
+  const cudaError_t error = count_devices(&count);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  return count == 0 ? "the driver lists none" : nullptr;
+}
+const char* error_text(Status status) noexcept { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
+int device_of(const void* p) noexcept {
+  cudaPointerAttributes attributes{};
+  if (status_of(cudaPointerGetAttributes(&attributes, p)) != 0) return -1;
+  return attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged ? attributes.device : -1;
+}
+
+OnDevice::OnDevice(int device) noexcept {
+  status = status_of(cudaGetDevice(&before_));
+  if (status != 0 || before_ == device) {
+    before_ = -1;
+    return;
+  }
+  status = status_of(cudaSetDevice(device));
+}
+OnDevice::~OnDevice() {
+  if (before_ >= 0) (void)cudaSetDevice(before_);
+}
+
+Status allocate(void** p, std::size_t bytes, Stream stream) noexcept {
+  return status_of(cudaMallocAsync(p, bytes == 0 ? 1 : bytes, stream_of(stream)));
+}
+void release(void* p, Stream stream, bool at_once) noexcept {
+  (void)status_of(at_once ? cudaFree(p) : cudaFreeAsync(p, stream_of(stream)));
+}
+Status upload(void* to, const void* from, std::size_t bytes, Stream stream) noexcept {
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  int device = 0;
+  if (const Status status = status_of(cudaGetDevice(&device))) return status;
+  Staging* free = nullptr;
+  for (Staging& staging : stagings())
+    if (staging.device == device && staging.size >= bytes && cudaEventQuery(staging.copied) == cudaSuccess) {
+      free = &staging;
+      break;
+    }
+  (void)cudaGetLastError();
+  if (free == nullptr) {
+    Staging made{nullptr, 4096, device, nullptr};
+    while (made.size < bytes) made.size *= 2;
+    if (const Status status = status_of(cudaHostAlloc(&made.memory, made.size, cudaHostAllocPortable))) return status;
+    if (const Status status = status_of(cudaEventCreateWithFlags(&made.copied, cudaEventDisableTiming))) {
+      (void)cudaFreeHost(made.memory);
+      return status;
+    }
+    stagings().push_back(made);
+    free = &stagings().back();
+  }
+  std::memcpy(free->memory, from, bytes);
+  if (const Status status =
+          status_of(cudaMemcpyAsync(to, free->memory, bytes, cudaMemcpyHostToDevice, stream_of(stream))))
+    return status;
+  return status_of(cudaEventRecord(free->copied, stream_of(stream)));
+}
+Status wait(Stream later, Stream earlier) noexcept {
+  cudaEvent_t event = nullptr;
+  if (const Status status = status_of(cudaEventCreateWithFlags(&event, cudaEventDisableTiming))) return status;
+  Status status = status_of(cudaEventRecord(event, stream_of(earlier)));
+  if (status == 0) status = status_of(cudaStreamWaitEvent(stream_of(later), event, 0));
+  (void)cudaEventDestroy(event);  // when it has happened
+  return status;
+}
+
+}  // namespace fastops::gpu

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""fastops on NVIDIA GPUs: the functions of the same names over arrays that lie on a GPU, without copies.
+
+`import fastops` never loads it, and it needs neither a driver nor a GPU to be imported: `is_available` says whether there is one.
+"""
+
+from __future__ import annotations
+
+from ._arrays import Array
+from ._matmul import lut_matmul, mitchell_matmul
+from ._mitchell import (
+    lmul,
+    mitchell_div,
+    mitchell_exp2,
+    mitchell_log2,
+    mitchell_mul,
+    mitchell_reciprocal,
+    mitchell_rsqrt,
+    mitchell_sqrt,
+    mitchell_square,
+)
+from ._optim import TensorList, adamw_step_, ema_update_, sgd_step_
+from ._runtime import device_count, is_available
+
+__all__ = [
+    "Array",
+    "TensorList",
+    "adamw_step_",
+    "device_count",
+    "ema_update_",
+    "is_available",
+    "lmul",
+    "lut_matmul",
+    "mitchell_div",
+    "mitchell_exp2",
+    "mitchell_log2",
+    "mitchell_matmul",
+    "mitchell_mul",
+    "mitchell_reciprocal",
+    "mitchell_rsqrt",
+    "mitchell_sqrt",
+    "mitchell_square",
+    "sgd_step_",
+]

@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Arrays on a GPU from any library: where their memory is, which stream they belong to, and new ones of the same kind."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import _validate
+from .._validate import Text, clip
+from . import _runtime
+
+DTYPES = (
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+    "int8",
+    "uint8",
+    "int16",
+    "uint16",
+    "int32",
+    "uint32",
+    "int64",
+    "uint64",
+)
+FLOATS = DTYPES[:4]
+_SIZES = (2, 2, 4, 8, 1, 1, 2, 2, 4, 4, 8, 8)
+_WANTED = "an array on a GPU (torch, cupy, or any with __cuda_array_interface__ or __dlpack__)"
+# DLPack's device types of memory that CUDA kernels reach, and its type codes by NumPy's letters.
+_DEVICES = (2, 13)
+_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat"}
+_LETTERS = {"i": "int", "u": "uint", "f": "float"}
+
+
+class View(NamedTuple):
+    """Memory on a GPU. Strides in elements; `stream` is the one that the array is written on, where its library says."""
+
+    data: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: int
+    device: int
+    stream: int | None
+    read_only: bool
+    keep: object
+
+    @property
+    def triple(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """What the compiled module takes."""
+        return self.data, self.shape, self.strides
+
+    @property
+    def dtype_name(self) -> str:
+        """As NumPy spells it."""
+        return DTYPES[self.dtype]
+
+
+class Array:
+    """A result on a GPU for callers whose library makes no arrays of its own here: an owner of memory that others can read.
+
+    torch, cupy, jax and numba take it over without a copy: ``torch.from_dlpack(x)``, ``cupy.from_dlpack(x)``,
+    ``numba.cuda.as_cuda_array(x)``.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Lengths of the axes; C order.
+    dtype : str
+        The name of the dtype.
+    device : int
+        The number of the GPU.
+
+    Examples
+    --------
+    >>> import fastops.cuda
+    >>> fastops.cuda.Array.__name__
+    'Array'
+    """
+
+    __slots__ = ("_code", "_memory", "_stream", "device", "shape")
+
+    def __init__(self, shape: tuple[int, ...], code: int, device: int, stream: int) -> None:
+        self.shape = shape
+        self.device = device
+        self._code = code
+        self._stream = stream
+        self._memory = _runtime.module().Memory(math.prod(shape) * _SIZES[code], device, stream)
+
+    @property
+    def dtype(self) -> str:
+        """The name of the dtype."""
+        return DTYPES[self._code]
+
+    def __repr__(self) -> str:
+        return f"<fastops.cuda.Array of shape {self.shape} and dtype {self.dtype} on device {self.device}>"
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        self._memory.share()
+        kind = {"uint": "u", "int": "i"}.get(self.dtype.rstrip("0123456789"), "f")
+        typestr = "<V2" if self.dtype == "bfloat16" else f"<{kind}{_SIZES[self._code]}"
+        return {
+            "version": 3,
+            "shape": self.shape,
+            "typestr": typestr,
+            "data": (self._memory.address, False),
+            "strides": None,
+            # 0 would be ambiguous: the legacy default stream is 1.
+            "stream": self._stream or 1,
+        }
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return _DEVICES[0], self.device
+
+    def __dlpack__(self, *, stream: int | None = None, **_: object) -> object:
+        name = self.dtype.rstrip("0123456789")
+        code = next(code for code, text in _CODES.items() if text == name)
+        if stream is None:
+            stream = 1
+        if stream != -1 and not same_stream(stream, self._stream):
+            _runtime.module().wait(stream, self._stream, self.device)
+        return _runtime.module().to_dlpack(self._memory, self.shape, code, 8 * _SIZES[self._code])
+
+
+def same_stream(a: int, b: int) -> bool:
+    """Whether two handles are one stream: 0 and 1 both name the legacy default stream."""
+    return a == b or {a, b} == {0, 1}
+
+
+def is_torch(value: object) -> bool:
+    """Whether this is a tensor of torch."""
+    return hasattr(value, "data_ptr") and hasattr(value, "detach") and hasattr(value, "device")
+
+
+def is_number(value: object) -> bool:
+    """Whether this stands for itself rather than for memory."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, (bool, np.bool_))
+
+
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    strides, reach = [], 1
+    for length in reversed(shape):
+        strides.append(reach)
+        reach *= length
+    return tuple(reversed(strides))
+
+
+def _from_torch(name: str, tensor: Any, in_place: bool) -> View:
+    if tensor.device.type != "cuda":
+        raise _validate.wrong_type(name, "a tensor on a GPU", Text(f"one on {clip(str(tensor.device), 20)}"))
+    layout = str(tensor.layout).removeprefix("torch.")
+    if layout != "strided":
+        raise _validate.wrong_type(name, "a dense tensor", Text(f"a tensor of layout {clip(layout, 20)}"))
+    if tensor.requires_grad and not in_place and sys.modules["torch"].is_grad_enabled():
+        wanted = "a tensor outside autograd (its detach(), or fastops.torch, which has gradients)"
+        raise _validate.wrong_type(name, wanted, Text("a tensor with requires_grad=True"))
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise _validate.wrong_type(name, f"of dtype {_validate.FLOAT_NAMES}", Text(clip(dtype, 20)))
+    if tensor.is_neg():
+        raise _validate.wrong_type(name, "a tensor that holds its values", Text("a lazy negative (its resolve_neg())"))
+    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    needed = (tensor.storage_offset() + reach) * tensor.element_size()
+    if tensor.numel() and needed > tensor.untyped_storage().nbytes():
+        raise _validate.wrong_value(name, "a tensor whose storage holds its elements", Text("one resized to fewer"))
+    return View(
+        tensor.data_ptr(),
+        tuple(tensor.shape),
+        tuple(tensor.stride()),
+        DTYPES.index(dtype),
+        tensor.device.index or 0,
+        None,
+        False,
+        tensor,
+    )
+
+
+def _from_interface(name: str, value: object, found: Any) -> View | None:
+    """An array by `__cuda_array_interface__`; None for a dtype that it cannot name."""
+    try:
+        typestr, shape = str(found["typestr"]), tuple(int(n) for n in found["shape"])
+        data, read_only = found["data"]
+        strides, stream, version = found.get("strides"), found.get("stream"), int(found.get("version", 0))
+    except (KeyError, TypeError, ValueError):
+        got = Text("one whose __cuda_array_interface__ is incomplete")
+        raise _validate.wrong_type(name, "an array on a GPU", got) from None
+    if found.get("mask") is not None:
+        raise _validate.wrong_type(name, "an array without a mask", Text("a masked array"))
+    kind, size = typestr[1:2], typestr[2:]
+    known = f"{_LETTERS[kind]}{8 * int(size)}" if kind in _LETTERS and size.isdigit() else ""
+    if typestr[:1] == ">" and known in DTYPES:
+        raise _validate.wrong_type(name, "in native byte order", Text(clip(typestr, 20)))
+    if known not in DTYPES:
+        return None
+    code = DTYPES.index(known)
+    if strides is None:
+        steps = _contiguous(shape)
+    else:
+        if any(int(s) % _SIZES[code] and n > 1 for s, n in zip(strides, shape, strict=True)):
+            raise _validate.wrong_value(name, "of strides in whole elements", Text(clip(str(tuple(strides)))))
+        steps = tuple(int(s) // _SIZES[code] for s in strides)
+    if stream is not None and (version < 3 or stream == 0):
+        if stream == 0:
+            raise _validate.wrong_value(name, "on a stream other than 0, which is ambiguous", 0)
+        stream = None
+    empty = 0 in shape
+    device = 0 if empty else _runtime.module().device_of(int(data))
+    if device < 0:
+        raise _validate.wrong_type(name, "an array on a GPU", Text("one whose address is not in a GPU's memory"))
+    return View(int(data), shape, steps, code, device, stream, bool(read_only), value)
+
+
+def _from_dlpack(name: str, value: Any, stream: int) -> View:
+    kind, device = value.__dlpack_device__()
+    if int(kind) not in _DEVICES:
+        got = "an array in host memory" if int(kind) in (1, 3) else f"one on DLPack's device type {int(kind)}"
+        raise _validate.wrong_type(name, "an array on a GPU", Text(got))
+    try:
+        try:
+            capsule = value.__dlpack__(stream=stream or 1, max_version=(1, 0))
+        except TypeError:
+            capsule = value.__dlpack__(stream=stream or 1)
+        data, shape, strides, (code, bits, lanes), read_only = _runtime.module().from_dlpack(capsule)
+    except MemoryError:
+        raise
+    except Exception as error:
+        got = Text(f"an object of type {clip(type(value).__name__, 30)} that does not export it")
+        raise _validate.wrong_type(name, "an array that can be read by DLPack", got) from error
+    dtype = f"{_CODES.get(code, '?')}{bits}"
+    if lanes != 1 or dtype not in DTYPES:
+        raise _validate.wrong_type(name, f"of dtype {_validate.FLOAT_NAMES}", Text(f"DLPack's {dtype}"))
+    steps = _contiguous(shape) if strides is None else strides
+    return View(data, shape, steps, DTYPES.index(dtype), int(device), None, read_only, (value, capsule))
+
+
+def view(name: str, value: Any, stream: int = 1, *, in_place: bool = False) -> View:
+    """Where the memory of an array on a GPU is; it is not copied. `in_place`: autograd may know the tensor."""
+    if is_torch(value):
+        return _from_torch(name, value, in_place)
+    found = None
+    if not isinstance(value, np.ndarray):
+        try:
+            found = getattr(value, "__cuda_array_interface__", None)
+        except Exception:  # noqa: BLE001 - jax raises for bfloat16 and for arrays elsewhere
+            found = None
+    if found is not None:
+        result = _from_interface(name, value, found)
+        if result is not None:
+            return result
+        if not hasattr(value, "__dlpack__"):
+            got = Text(clip(str(found["typestr"]), 20))
+            raise _validate.wrong_type(name, f"of dtype {_validate.FLOAT_NAMES}", got)
+    if hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__") and not isinstance(value, np.ndarray):
+        return _from_dlpack(name, value, stream)
+    raise _validate.wrong_type(name, _WANTED, value)
+
+
+def describe(name: str, value: Any) -> tuple[int, tuple[int, ...], tuple[int, ...], int, int, bool]:
+    """What the compiled module asks of a tensor in a list that it cannot read itself."""
+    found = view(name, value, in_place=True)
+    if found.dtype_name not in FLOATS:
+        raise _validate.wrong_type(name, f"of dtype {_validate.FLOAT_NAMES}", Text(found.dtype_name))
+    return found.data, found.shape, found.strides, found.dtype, found.device, found.read_only
+
+
+def handle(stream: Any) -> int:
+    """The handle of a stream: an integer, a stream of torch, cupy or numba, or an object with `__cuda_stream__`."""
+    if hasattr(stream, "__cuda_stream__"):
+        protocol = stream.__cuda_stream__
+        return int((protocol() if callable(protocol) else protocol)[1])
+    for attribute in ("cuda_stream", "ptr", "handle"):
+        found = getattr(stream, attribute, None)
+        if found is not None:
+            found = getattr(found, "value", found)
+            return int(found or 0)
+    return _validate.integer("stream", stream, 0, 2**64 - 1)
+
+
+def current_stream(values: Sequence[Any], device: int | None = None) -> int:
+    """The caller's stream: the current one of the library whose arrays come first; 1, the default stream, without one."""
+    for value in values:
+        if is_torch(value):
+            torch = sys.modules["torch"]
+            return int(torch.cuda.current_stream(value.device if device is None else device).cuda_stream)
+        if type(value).__module__.partition(".")[0] == "cupy":
+            return int(sys.modules["cupy"].cuda.get_current_stream().ptr)
+        try:
+            found = getattr(value, "__cuda_array_interface__", None)
+        except Exception:  # noqa: BLE001 - as above
+            found = None
+        if found is not None and found.get("stream"):
+            return int(found["stream"])
+    return 1
+
+
+class Call:
+    """The arrays of one call: on one device, ordered before a stream, of one dtype each of `dtypes`."""
+
+    def __init__(self, stream: object, **values: Any) -> None:
+        self.native = _runtime.module()
+        arrays = {name: value for name, value in values.items() if value is not None and not is_number(value)}
+        if not arrays:
+            raise _validate.wrong_type(next(iter(values)), _WANTED, next(iter(values.values())))
+        self.stream = current_stream(list(arrays.values())) if stream is None else handle(stream)
+        self.views: dict[str, View] = {}
+        self.device = -1
+        first = next(iter(arrays))
+        for name, value in arrays.items():
+            found = view(name, value, self.stream)
+            if self.device >= 0 and found.device != self.device:
+                wanted = f"on device {self.device}, where {first} is"
+                raise _validate.wrong_value(name, wanted, Text(f"an array on device {found.device}"))
+            self.device = found.device
+            self.views[name] = found
+        self.like = arrays[first]
+        waited: list[int] = []
+        for found in self.views.values():
+            other = found.stream
+            if other is not None and not same_stream(other, self.stream) and other not in waited:
+                self.native.wait(self.stream, other, self.device)
+                waited.append(other)
+
+    def dtype(self, allowed: Sequence[str], *names: str) -> int:
+        """The one dtype of the arrays of these names, as a code."""
+        chosen = [(name, self.views[name]) for name in names if name in self.views]
+        for name, found in chosen:
+            if found.dtype_name not in allowed:
+                raise _validate.wrong_type(name, f"of dtype {_either(allowed)}", Text(found.dtype_name))
+            if found.dtype != chosen[0][1].dtype:
+                wanted = f"of dtype {chosen[0][1].dtype_name}, as {chosen[0][0]}"
+                raise _validate.wrong_type(name, wanted, Text(found.dtype_name))
+        return chosen[0][1].dtype
+
+    def output(self, out: Any, shape: tuple[int, ...], dtypes: Sequence[int]) -> tuple[Any, View]:
+        """`out`, checked, or a new array of the caller's kind and of the first of the dtypes; and its memory."""
+        if out is None:
+            made = empty_like(self.like, shape, dtypes[0], self.device, self.stream)
+            return made, view("out", made, self.stream)
+        found = self.views["out"]
+        if found.dtype not in dtypes:
+            wanted = _either([DTYPES[code] for code in dtypes])
+            raise _validate.wrong_type("out", f"of dtype {wanted}", Text(found.dtype_name))
+        if found.shape != shape:
+            raise _validate.wrong_value("out", f"of shape {clip(str(shape))}", Text(clip(str(found.shape))))
+        if found.read_only:
+            raise _validate.wrong_value("out", "writable", Text("a read-only array"))
+        reach = 0 if 0 in shape else 1
+        for stride, n in sorted((abs(s), n) for s, n in zip(found.strides, found.shape, strict=True) if n > 1):
+            if stride < reach:
+                got = Text("overlapping strides")
+                raise _validate.wrong_value("out", "an array whose elements are all distinct in memory", got)
+            reach = stride * (n - 1) + reach
+        return out, found
+
+
+def _either(names: Sequence[str]) -> str:
+    return _validate.FLOAT_NAMES if tuple(names) == FLOATS else " or ".join(names)
+
+
+def empty_like(like: Any, shape: tuple[int, ...], code: int, device: int, stream: int) -> Any:
+    """A new array of the caller's library, C order."""
+    if is_torch(like):
+        torch = sys.modules["torch"]
+        return torch.empty(shape, dtype=getattr(torch, DTYPES[code]), device=like.device)
+    if type(like).__module__.partition(".")[0] == "cupy" and DTYPES[code] != "bfloat16":
+        cupy = sys.modules["cupy"]
+        with cupy.cuda.Device(device):
+            return cupy.empty(shape, DTYPES[code])
+    return Array(shape, code, device, stream)
+
+
+def returned(like: Any, result: Any) -> Any:
+    """What the caller gets of a new array: jax's own kind where its arrays came, which only a finished one can become."""
+    if isinstance(result, Array) and type(like).__module__.partition(".")[0] in ("jax", "jaxlib"):
+        return sys.modules["jax"].dlpack.from_dlpack(result)
+    return result

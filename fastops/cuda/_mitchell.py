@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Mitchell arithmetic on a GPU: validation, and one launch a call."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from .. import _validate, mitchell
+from .._multiplier import OPS, Multiplier
+from .._validate import Text, clip
+from ._arrays import FLOATS, Call, returned
+
+__all__ = [
+    "lmul",
+    "mitchell_div",
+    "mitchell_exp2",
+    "mitchell_log2",
+    "mitchell_mul",
+    "mitchell_reciprocal",
+    "mitchell_rsqrt",
+    "mitchell_sqrt",
+    "mitchell_square",
+]
+
+_LMUL = Multiplier("lmul")
+
+
+@lru_cache(maxsize=256)
+def _constants(native: Any, op: str, multiplier: Multiplier) -> Any:
+    return native.Multiplier(tuple(multiplier.spec(op)))
+
+
+def _broadcast(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    try:
+        return _validate.broadcast_shapes(*shapes.values())
+    except ValueError:
+        (_, first), *others = shapes.items()
+        name, other = others[-1]
+        wanted = f"of a shape that broadcasts with {clip(str(first))}"
+        raise _validate.wrong_value(name, wanted, Text(clip(str(other)))) from None
+
+
+def _apply(op: str, a: Any, b: Any, multiplier: Multiplier | None, out: Any, stream: Any) -> Any:
+    chosen = mitchell._multiplier(multiplier, op)
+    binary = op in ("mul", "div")
+    call = Call(stream, a=a, b=b, out=out) if binary else Call(stream, a=a, out=out)
+    if "a" not in call.views and "b" not in call.views:
+        raise _validate.wrong_type("a", "an array on a GPU, or a number beside one", a)
+    dtype = call.dtype(FLOATS, "a", "b")
+    shape = _broadcast({name: call.views[name].shape for name in ("a", "b") if name in call.views})
+    result, memory = call.output(out, shape, (dtype,))
+    operands = [
+        call.views[name].triple if name in call.views else float(value or 0.0) for name, value in (("a", a), ("b", b))
+    ]
+    call.native.apply(
+        _constants(call.native, op, chosen),
+        OPS.index(op),
+        dtype,
+        *operands,
+        memory.triple,
+        call.device,
+        call.stream,
+    )
+    return result if out is not None else returned(call.like, result)
+
+
+_ARRAY = """Array on a GPU of float16, bfloat16, float32 or float64: torch's, cupy's, jax's, or any other with
+        ``__cuda_array_interface__`` or DLPack; any strides, at most 8 axes that do not lie behind one another."""
+_REST = """    multiplier : fastops.Multiplier, optional
+        Mitchell's multiplier by default.
+    out : array, optional
+        Where the result goes, of the same dtype and device; an operand itself, or apart from it.
+    stream : int or stream object, optional
+        Where the kernel is queued. By default the current stream of torch or cupy whose arrays come, else the stream that the
+        arrays name, else the default stream.
+
+    Returns
+    -------
+    array
+        `out`, or a new array of the first operand's library (`fastops.cuda.Array` where that makes none). The call returns
+        before the kernel has run.
+
+    Raises
+    ------
+    RuntimeError
+        No GPU.
+    TypeError
+        An array that is not on a GPU, of another dtype, or within autograd.
+    ValueError
+        Shapes that do not fit, arrays on different devices, an `out` that is read-only or overlaps an operand.
+
+    Notes
+    -----
+    The bits of `fastops.{name}` on CPUs with FMA, a nan being a nan. {bytes}
+    J. N. Mitchell, IRE Trans. EC-11, 1962.
+
+    Examples
+    --------
+    >>> import fastops.cuda
+    >>> if fastops.cuda.is_available():
+    ...     import torch
+    ...     fastops.cuda.{name}({example})
+"""
+
+
+def _document(function: Any, summary: str, names: str, example: str, traffic: str) -> Any:
+    name = function.__name__
+    parameters = "".join(f"    {each} : array\n        {_ARRAY}\n" for each in names.split())
+    if names == "a b":
+        parameters = (
+            f"    a : array or number\n        {_ARRAY}\n"
+            "    b : array or number\n        Of the same dtype and device; its shape broadcasts with that of `a`.\n"
+        )
+    rest = _REST.format(name=name, example=example, bytes=traffic)
+    function.__doc__ = f"{summary}\n\n    Parameters\n    ----------\n{parameters}{rest}    "
+    return function
+
+
+def _binary(op: str, name: str, summary: str) -> Any:
+    def function(a: Any, b: Any, *, multiplier: Multiplier | None = None, out: Any = None, stream: Any = None) -> Any:
+        return _apply(op, a, b, multiplier, out, stream)
+
+    function.__name__ = function.__qualname__ = name
+    return _document(function, summary, "a b", "torch.ones(2, device='cuda'), 3.0", "Three elements of traffic.")
+
+
+def _unary(op: str, name: str, summary: str) -> Any:
+    def function(a: Any, *, multiplier: Multiplier | None = None, out: Any = None, stream: Any = None) -> Any:
+        return _apply(op, a, None, multiplier, out, stream)
+
+    function.__name__ = function.__qualname__ = name
+    return _document(function, summary, "a", "torch.ones(2, device='cuda')", "Two elements of traffic.")
+
+
+mitchell_mul = _binary("mul", "mitchell_mul", "Multiply approximately, element by element, on a GPU.")
+mitchell_div = _binary("div", "mitchell_div", "Divide approximately, element by element, on a GPU.")
+mitchell_square = _unary("square", "mitchell_square", "Square approximately on a GPU.")
+mitchell_reciprocal = _unary("reciprocal", "mitchell_reciprocal", "Take approximate reciprocals on a GPU.")
+mitchell_sqrt = _unary("sqrt", "mitchell_sqrt", "Take approximate square roots on a GPU.")
+mitchell_rsqrt = _unary("rsqrt", "mitchell_rsqrt", "Take approximate reciprocal square roots on a GPU.")
+mitchell_log2 = _unary("log2", "mitchell_log2", "Take approximate binary logarithms on a GPU.")
+mitchell_exp2 = _unary("exp2", "mitchell_exp2", "Raise 2 to approximate powers on a GPU.")
+
+
+def lmul(a: Any, b: Any, *, out: Any = None, stream: Any = None) -> Any:
+    """Multiply by L-Mul, element by element, on a GPU.
+
+    Parameters
+    ----------
+    a, b, out, stream
+        As in `mitchell_mul`, whose errors it raises.
+
+    Returns
+    -------
+    array
+        As `mitchell_mul` with ``Multiplier("lmul")``.
+
+    Notes
+    -----
+    The bits of `fastops.lmul` on CPUs with FMA. Luo and Sun, arXiv 2410.00907.
+
+    Examples
+    --------
+    >>> import fastops.cuda
+    >>> if fastops.cuda.is_available():
+    ...     import torch
+    ...     fastops.cuda.lmul(torch.ones(2, device='cuda'), 3.0)
+    """
+    return _apply("mul", a, b, _LMUL, out, stream)

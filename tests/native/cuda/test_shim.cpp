@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The shim and the wrappers of device.h: barriers, shuffles, copies and the tensor cores' tile by fibers, and the
+// kernels on buffers of exact size, for the sanitizers.
+#include <cmath>
+#include <cstdio>
+#include <vector>
+
+#include "cuda/device.h"
+#include "fastops/fastops.h"
+
+namespace fastops::FASTOPS_LEVEL {
+namespace {
+
+int g_failed = 0;
+void check(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "failed: %s\n", what);
+  ++g_failed;
+}
+
+// Sums each block's part of x: by shuffles within warps, by shared memory between them.
+__global__ void sum_kernel(const double* x, std::size_t n, double* sums, int* blocks) {
+  __shared__ double of_warp[32];
+  const std::size_t i = static_cast<std::size_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  double v = i < n ? x[i] : 0.0;
+  for (unsigned d = 16; d != 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = v;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    v = threadIdx.x < blockDim.x / 32 ? of_warp[threadIdx.x] : 0.0;
+    for (unsigned d = 16; d != 0; d /= 2) v += __shfl_down_sync(~0u, v, d);
+    if (threadIdx.x == 0) {
+      sums[blockIdx.x] = v;
+      atomicAdd(blocks, 1);
+    }
+  }
+  if (__syncthreads_or(threadIdx.x == 77) != 1 || __syncthreads_or(0) != 0) sums[blockIdx.x] = -1.0;
+}
+void test_sums() {
+  constexpr std::size_t n = 1000;
+  std::vector<double> x(n), sums(8);
+  for (std::size_t i = 0; i < n; ++i) x[i] = static_cast<double>(i * i % 97);
+  int blocks = 0;
+  FASTOPS_LAUNCH(sum_kernel, 8, 128, 0, nullptr, x.data(), n, sums.data(), &blocks);
+  for (std::size_t b = 0; b < 8; ++b) {
+    double want = 0.0;
+    for (std::size_t i = b * 128; i < (b + 1) * 128 && i < n; ++i) want += x[i];
+    check(sums[b] == want, "the sum of a block");
+  }
+  check(blocks == 8, "atomicAdd");
+}
+
+// Turns a row around through shared memory, the next piece on its way while one is written.
+__global__ void turn_kernel(const float* x, float* y, int pieces) {
+  FASTOPS_DYNAMIC_SHARED(memory);
+  float* const shared = reinterpret_cast<float*>(memory);
+  const int t = static_cast<int>(threadIdx.x), size = static_cast<int>(blockDim.x) * 4;
+  copy_async(shared + t * 4, x + t * 4);
+  copy_async_close();
+  for (int p = 0; p < pieces; ++p) {
+    float* const now = shared + p % 2 * size;
+    copy_async(shared + (p + 1) % 2 * size + t * 4, x + (p + 1) * size + t * 4, p + 1 < pieces);
+    copy_async_close();
+    copy_async_wait<1>();
+    __syncthreads();
+    for (int j = 0; j < 4; ++j) y[p * size + t * 4 + j] = now[size - 1 - (t * 4 + j)];
+    __syncthreads();
+  }
+  copy_async_wait<0>();
+}
+void test_copies() {
+  constexpr int size = 256, pieces = 3;
+  // One piece more: what is not valid is not read, but its address must lie somewhere.
+  std::vector<Vector<float, 4>> memory(size * (pieces + 1) / 4), turned(size * pieces / 4);
+  float *const x = memory[0].v, *const y = turned[0].v;
+  for (int i = 0; i < size * pieces; ++i) x[i] = static_cast<float>(i);
+  FASTOPS_LAUNCH(turn_kernel, 1, size / 4, 2 * size * sizeof(float), nullptr, x, y, pieces);
+  for (int i = 0; i < size * pieces; ++i)
+    check(y[i] == x[i / size * size + size - 1 - i % size], "a copy to shared memory");
+}
+
+template <class H> __global__ void tile_kernel(const float* a, const float* b, float* d) {
+  const unsigned g = threadIdx.x / 4, t = threadIdx.x % 4;
+  const auto pair = [](float x, float y) {
+    return static_cast<std::uint32_t>(H::put(x)) | static_cast<std::uint32_t>(H::put(y)) << 16;
+  };
+  std::uint32_t from_a[4], from_b[2];
+  for (unsigned i = 0; i < 4; ++i) {
+    const float* const row = a + (g + i % 2 * 8) * 16 + 2 * t + i / 2 * 8;
+    from_a[i] = pair(row[0], row[1]);
+  }
+  for (unsigned i = 0; i < 2; ++i) {
+    const float* const column = b + (2 * t + i * 8) * 8 + g;
+    from_b[i] = pair(column[0], column[8]);
+  }
+  float sums[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+  multiply_tile<H>(sums, from_a, from_b);
+  for (unsigned i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
+}
+template <class H> void test_tile() {
+  float a[16 * 16], b[16 * 8], d[16 * 8];
+  for (int i = 0; i < 256; ++i) a[i] = static_cast<float>(i * 7 % 13 - 6);
+  for (int i = 0; i < 128; ++i) b[i] = static_cast<float>(i * 5 % 11 - 5);
+  const auto kernel = tile_kernel<H>;
+  FASTOPS_LAUNCH(kernel, 1, 32, 0, nullptr, a, b, d);
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 8; ++j) {
+      float want = 1.0f;
+      for (int k = 0; k < 16; ++k) want += a[i * 16 + k] * b[k * 8 + j];
+      check(d[i * 8 + j] == want, "a tile of the tensor cores");
+    }
+}
+
+// Buffers without an element to spare: a sanitizer sees what is read or written beside them.
+void test_exact_buffers() {
+  fastops_mitchell_params params{};
+  fastops_mitchell* m = nullptr;
+  if (fastops_mitchell_create(&params, &m) != FASTOPS_OK) return check(false, "a multiplier");
+  for (const std::size_t n : {1u, 7u, 2048u, 2049u, 5000u}) {
+    const std::vector<float> a(n, 3.0f), b(n, 5.0f);
+    std::vector<float> out(n), want(n);
+    gpu::Elementwise call{};
+    call.dtype = FASTOPS_F32;
+    call.ndim = 1;
+    call.shape[0] = n;
+    call.a.data = a.data();
+    call.b.data = b.data();
+    call.out = out.data();
+    call.a.stride[0] = call.b.stride[0] = call.stride_out[0] = 1;
+    check(gpu::mitchell_apply(*m, call, nullptr) == 0, "a launch");
+    fastops_mitchell_apply(m, FASTOPS_MUL, FASTOPS_F32, a.data(), 4, b.data(), 4, want.data(), 4, n);
+    check(out == want, "an element-wise product");
+  }
+  for (const std::size_t rows : {1u, 63u, 65u, 130u}) {
+    const std::size_t depth = 11, cols = 67;
+    std::vector<float> a(rows * depth), b(depth * cols), out(rows * cols), want(rows * cols);
+    for (std::size_t i = 0; i < a.size(); ++i) a[i] = static_cast<float>(1 << i % 5);
+    for (std::size_t i = 0; i < b.size(); ++i) b[i] = static_cast<float>(i % 9);
+    gpu::Matmul call{};
+    call.dtype = FASTOPS_F32;
+    for (std::size_t& length : call.batch) length = 1;
+    call.rows = rows;
+    call.cols = cols;
+    call.depth = depth;
+    call.a = {a.data(), {}, static_cast<std::ptrdiff_t>(depth), 1};
+    call.b = {b.data(), {}, static_cast<std::ptrdiff_t>(cols), 1};
+    call.out = {out.data(), {}, static_cast<std::ptrdiff_t>(cols), 1};
+    check(gpu::mitchell_matmul(m, call, nullptr) == 0, "a launch");
+    // One operand of powers of two: products and sums of small integers, exact.
+    for (std::size_t i = 0; i < rows; ++i)
+      for (std::size_t k = 0; k < depth; ++k)
+        for (std::size_t j = 0; j < cols; ++j) want[i * cols + j] += a[i * depth + k] * b[k * cols + j];
+    check(out == want, "a matrix product");
+  }
+  fastops_mitchell_destroy(m);
+  for (const std::size_t n : {1u, 3u, 4095u, 16384u, 16385u}) {
+    std::vector<float> shadow(n, 1.0f);
+    const std::vector<float> parameter(n, 2.0f);
+    gpu::Tensor tensor{};
+    tensor.at[0] = const_cast<float*>(parameter.data());
+    tensor.at[1] = shadow.data();
+    tensor.size = n;
+    tensor.dtype[0] = tensor.dtype[1] = FASTOPS_F32;
+    tensor.packs = 1;
+    std::vector<gpu::Chunk> chunks;
+    for (std::size_t first = 0; first < n; first += gpu::kChunk)
+      chunks.push_back({0, static_cast<std::uint32_t>(first / gpu::kChunk)});
+    check(gpu::ema_update({&tensor, chunks.data(), chunks.size()}, 0.25, nullptr, nullptr, nullptr) == 0, "a launch");
+    check(shadow == std::vector<float>(n, 1.25f), "a moving average");
+  }
+}
+
+}  // namespace
+}  // namespace fastops::FASTOPS_LEVEL
+
+int main() {
+  using namespace fastops::FASTOPS_LEVEL;
+  test_sums();
+  test_copies();
+  test_tile<F16>();
+  test_tile<BF16>();
+  test_exact_buffers();
+  return g_failed == 0 ? 0 : 1;
+}

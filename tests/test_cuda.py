@@ -1,0 +1,763 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""fastops.cuda: the kernels' own sources on the CPU, as fibers, against the reference; the same on a GPU where there is one."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import child
+import numpy as np
+import pytest
+import tolerance
+from gpu_arrays import PLATFORMS, Fake, FakeTensor, Shim, open_platform
+from samples import FLOATS, MULTIPLIERS, assert_same_bits, near_one, patterns, specials
+
+import fastops
+from fastops import Multiplier, cuda, reference
+from fastops._multiplier import OPS
+from fastops.cuda import _arrays, _runtime
+
+BINARY = ("mul", "div")
+needs_bfloat16 = pytest.mark.skipif("bf16" not in FLOATS, reason="ml_dtypes is not installed")
+
+
+@pytest.fixture(params=PLATFORMS)
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Where kernels run."""
+    return open_platform(request.param, monkeypatch)
+
+
+@pytest.fixture
+def shim(monkeypatch: pytest.MonkeyPatch) -> Shim:
+    """Kernels on the CPU, for what needs no GPU to be seen."""
+    return open_platform("shim", monkeypatch)
+
+
+def apply(gpu: Any, op: str, *operands: Any, **options: Any) -> Any:
+    arrays = [gpu.put(x) if isinstance(x, np.ndarray) else x for x in operands]
+    if "out" not in options:
+        shape = np.broadcast_shapes(*(np.shape(x) for x in operands))
+        dtype = next(x.dtype for x in operands if isinstance(x, np.ndarray))
+        options["out"] = gpu.empty(shape, dtype)
+    result = getattr(cuda, f"mitchell_{op}")(*arrays, **(gpu.options | options))
+    assert result is options["out"]
+    return gpu.get(result)
+
+
+def expected(op: str, *operands: Any, multiplier: Multiplier | None = None) -> Any:
+    with np.errstate(all="ignore"):
+        return np.asarray(reference.mitchell_op(op, multiplier or Multiplier())(*operands))
+
+
+def sample(name: str, n: int, seed: int) -> Any:
+    """Numbers of the short path, with stretches of any bit patterns and special values among them."""
+    x = near_one(FLOATS[name], n, seed)
+    x[n // 4 : n // 2] = patterns(FLOATS[name], n // 2 - n // 4, seed)
+    x[:: max(n // 7, 1)] = specials(name)[seed % 12]
+    return x
+
+
+# --- without a device --------------------------------------------------------------------------------------------------------
+
+
+def test_import_needs_no_driver() -> None:
+    child.run(
+        """
+        import fastops.cuda as cuda
+        assert isinstance(cuda.is_available(), bool) and cuda.device_count() >= 0
+        assert cuda.is_available() == (cuda.device_count() > 0)
+        if not cuda.is_available():
+            try:
+                cuda.mitchell_sqrt(1)
+            except RuntimeError as error:
+                assert str(error).startswith("no CUDA"), error
+            else:
+                raise AssertionError("no error")
+        """
+    )
+
+
+def test_import_of_fastops_does_not_load_it() -> None:
+    child.run("import sys, fastops; assert not any('cuda' in name for name in sys.modules if 'fastops' in name)")
+
+
+def test_a_missing_module_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_runtime, "_load", lambda: None)
+    assert cuda.device_count() == 0
+    assert not cuda.is_available()
+    for call in (
+        lambda: cuda.mitchell_mul(1, 2),
+        lambda: cuda.mitchell_matmul(1, 2),
+        lambda: cuda.ema_update_([], [], 0.5),
+        lambda: cuda.Array((1,), 2, 0, 1),
+    ):
+        with pytest.raises(RuntimeError, match=r"no CUDA: fastops was built without it"):
+            call()
+
+
+def test_a_missing_device_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoDriver:
+        @staticmethod
+        def device_count() -> int:
+            return 0
+
+        @staticmethod
+        def problem() -> str:
+            return "CUDA driver version is insufficient for CUDA runtime version"
+
+    monkeypatch.setattr(_runtime, "_loaded", NoDriver)
+    assert not cuda.is_available()
+    with pytest.raises(RuntimeError, match=r"^no CUDA device: CUDA driver version is insufficient"):
+        cuda.mitchell_mul(1, 2)
+
+
+# --- element by element ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("op", OPS)
+def test_elementwise_has_the_bits_of_the_reference(gpu: Any, op: str, name: str) -> None:
+    for n in (1, 3, 4099):
+        operands = [sample(name, n, seed) for seed in range(1 + (op in BINARY))]
+        assert_same_bits(apply(gpu, op, *operands), expected(op, *operands), *operands)
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("op", OPS)
+def test_special_values_have_the_bits_of_the_reference(gpu: Any, op: str, name: str) -> None:
+    row, column = specials(name), specials(name)[:, None]
+    operands = [np.ascontiguousarray(x) for x in np.broadcast_arrays(column, row)] if op in BINARY else [row]
+    assert_same_bits(apply(gpu, op, *operands), expected(op, *operands), *operands)
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("kind", MULTIPLIERS)
+def test_every_multiplier_has_the_bits_of_the_reference(gpu: Any, kind: str, name: str) -> None:
+    multiplier = Multiplier(**MULTIPLIERS[kind])
+    a, b = sample(name, 301, 3), sample(name, 301, 4)
+    for op in OPS:
+        if multiplier._has(op):
+            operands = (a, b) if op in BINARY else (a,)
+            got = apply(gpu, op, *operands, multiplier=multiplier)
+            assert_same_bits(got, expected(op, *operands, multiplier=multiplier), *operands)
+
+
+def layouts() -> Iterator[tuple[str, Any, Any]]:
+    a, b = sample("f32", 240, 1), sample("f32", 240, 2)
+    yield "row and column", a[:15].reshape(1, 15), b[:16].reshape(16, 1)
+    yield "scalar array", a.reshape(8, 30), b[0]
+    yield "0-d", a[0, ...], b[0, ...]
+    yield "empty", a[:0], b[:1]
+    yield "empty of two axes", a[:0].reshape(0, 3), b[:3]
+    yield "transposed", a.reshape(8, 30).T, b.reshape(30, 8)
+    yield "both transposed", a.reshape(8, 30).T, b.reshape(8, 30).T
+    yield "step", a[::3], b[:80]
+    yield "reversed", a[::-1], b
+    yield "middle axis out", a.reshape(4, 6, 10)[:, 1], b.reshape(4, 6, 10)[:, 2]
+    yield "not aligned to 16 bytes", a[1:], b[1:]
+    yield "eight axes", a[:128].reshape(2, 2, 2, 2, 2, 2, 2)[::-1], b[:2]
+    yield "number behind", a, 3.0
+    yield "number in front", 2, a
+
+
+@pytest.mark.parametrize(("a", "b"), [pytest.param(a, b, id=name) for name, a, b in layouts()])
+def test_layouts_have_the_bits_of_the_reference(gpu: Any, a: Any, b: Any) -> None:
+    a, b = (np.asarray(x) if isinstance(x, np.generic) else x for x in (a, b))
+    for op in BINARY:
+        x, y = (z if isinstance(z, np.ndarray) else np.float32(z) for z in (a, b))
+        assert_same_bits(apply(gpu, op, a, b), expected(op, x, y), a, b)
+        turned = np.empty(np.broadcast_shapes(np.shape(a), np.shape(b))[::-1], np.float32).T
+        assert_same_bits(apply(gpu, op, a, b, out=gpu.put(turned)), expected(op, x, y), a, b)
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_numbers_are_rounded_to_the_dtype(gpu: Any, name: str) -> None:
+    a = sample(name, 100, 5)
+    assert_same_bits(apply(gpu, "div", a, 0.3), expected("div", a, np.asarray(0.3).astype(a.dtype)), a)
+
+
+def test_results_may_go_where_an_operand_lies(gpu: Any) -> None:
+    a, b = near_one(FLOATS["f32"], 5000, 1), near_one(FLOATS["f32"], 5000, 2)
+    want = expected("mul", a, b)
+    x = gpu.put(a.copy())
+    assert cuda.mitchell_mul(x, gpu.put(b), out=x, **gpu.options) is x
+    assert_same_bits(gpu.get(x), want)
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_new_results_are_readable_by_their_protocols(shim: Shim, name: str) -> None:
+    a = sample(name, 12, 1).reshape(3, 4)
+    result = cuda.mitchell_square(Fake(a) if name != "bf16" else exported(a), stream=7)
+    assert isinstance(result, cuda.Array)
+    assert (result.shape, result.dtype, result.device) == ((3, 4), a.dtype.name, 0)
+    assert_same_bits(shim.get(result), expected("square", a))
+    interface = result.__cuda_array_interface__
+    assert interface["stream"] == 7
+    assert interface["shape"] == (3, 4)
+    assert result.__dlpack_device__() == (2, 0)
+    data, shape, strides, dtype, read_only = _runtime.module().from_dlpack(result.__dlpack__(stream=7))
+    assert (data, shape, strides, read_only) == (interface["data"][0], (3, 4), None, False)
+    assert dtype == (4 if name == "bf16" else 2, 8 * a.itemsize, 1)
+    # By DLPack in again.
+    assert_same_bits(shim.get(cuda.mitchell_square(result)), expected("square", expected("square", a)))
+
+
+def exported(array: Any) -> Any:
+    """The array's elements as a `fastops.cuda.Array`, which has DLPack for every dtype."""
+    made = cuda.Array(array.shape, _arrays.DTYPES.index(array.dtype.name), 0, 1)
+    ctypes.memmove(made._memory.address, array.tobytes(), array.nbytes)
+    return made
+
+
+@needs_bfloat16
+def test_bfloat16_comes_by_dlpack(shim: Shim) -> None:
+    a, b = sample("bf16", 50, 1), sample("bf16", 50, 2)
+    assert_same_bits(shim.get(cuda.mitchell_mul(exported(a), exported(b))), expected("mul", a, b))
+
+
+# --- streams and devices -----------------------------------------------------------------------------------------------------
+
+
+class Recording:
+    """The module, and the waits that it is asked for."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.waits: list[tuple[int, int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def wait(self, later: int, earlier: int, device: int) -> None:
+        self.waits.append((later, earlier))
+
+
+@pytest.fixture
+def recorded(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> Recording:
+    """The shim's module with its waits recorded."""
+    recording = Recording(_runtime.module())
+    monkeypatch.setattr(_runtime, "_loaded", recording)
+    return recording
+
+
+def test_the_producers_stream_is_the_default(recorded: Recording) -> None:
+    result = cuda.mitchell_sqrt(Fake(np.ones(3, np.float32), stream=9))
+    assert result.__cuda_array_interface__["stream"] == 9
+    assert recorded.waits == []
+
+
+def test_a_stream_waits_for_those_of_the_operands(recorded: Recording) -> None:
+    a, b = Fake(np.ones(3, np.float32), stream=9), Fake(np.ones(3, np.float32), stream=8)
+    cuda.mitchell_mul(a, b)
+    assert recorded.waits == [(9, 8)]
+    cuda.mitchell_mul(a, b, out=Fake(np.ones(3, np.float32), stream=8), stream=5)
+    assert recorded.waits[1:] == [(5, 9), (5, 8)]
+
+
+def test_the_two_names_of_the_default_stream_are_one(recorded: Recording) -> None:
+    cuda.mitchell_sqrt(Fake(np.ones(3, np.float32), stream=1), stream=0)
+    assert recorded.waits == []
+
+
+def test_a_consumers_stream_waits_for_the_kernel(recorded: Recording) -> None:
+    result = cuda.mitchell_sqrt(Fake(np.ones(3, np.float32), stream=9))
+    result.__dlpack__(stream=4)
+    result.__dlpack__(stream=9)
+    result.__dlpack__(stream=-1)
+    assert recorded.waits == [(4, 9)]
+
+
+def test_streams_come_as_objects_of_their_libraries(recorded: Recording) -> None:
+    array = Fake(np.ones(3, np.float32))
+    for attribute, value in (("cuda_stream", 6), ("ptr", 6), ("__cuda_stream__", lambda: (0, 6))):
+        stream = type("Stream", (), {attribute: staticmethod(value) if callable(value) else value})()
+        assert cuda.mitchell_sqrt(array, stream=stream).__cuda_array_interface__["stream"] == 6
+    with pytest.raises(TypeError, match=r"stream must be an integer"):
+        cuda.mitchell_sqrt(array, stream="six")
+
+
+def test_torch_tensors_go_to_the_current_stream(recorded: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Torch:
+        class cuda:
+            @staticmethod
+            def current_stream(device: object) -> Any:
+                return type("Stream", (), {"cuda_stream": 0})()
+
+        @staticmethod
+        def is_grad_enabled() -> bool:
+            return True
+
+        @staticmethod
+        def empty(shape: Any, dtype: Any, device: Any) -> Any:
+            return FakeTensor(np.empty(shape, dtype))
+
+        float32 = np.dtype(np.float32)
+
+    monkeypatch.setitem(sys.modules, "torch", Torch)
+    a = sample("f32", 40, 1)
+    result = cuda.mitchell_sqrt(FakeTensor(a))
+    assert isinstance(result, FakeTensor)
+    assert_same_bits(result.array, expected("sqrt", a))
+    tensor = FakeTensor(a)
+    tensor.requires_grad = True
+    with pytest.raises(
+        TypeError, match=r"a must be a tensor outside autograd .*, got a tensor with requires_grad=True"
+    ):
+        cuda.mitchell_sqrt(tensor)
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------------------
+
+
+def ones(*shape: int, dtype: Any = np.float32, **changes: Any) -> Fake:
+    return Fake(np.ones(shape, dtype), **changes)
+
+
+REFUSED = {
+    "host array": (lambda: (np.ones(3),), TypeError, r"^a must be an array on a GPU .*, got an array of shape"),
+    "list": (lambda: ([1.0],), TypeError, r"^a must be an array on a GPU .*, got an object of type list"),
+    "number": (lambda: (1.0,), TypeError, r"^a must be an array on a GPU .*, got 1.0"),
+    "None": (lambda: (None,), TypeError, r"^a must be an array on a GPU .*, got None"),
+    "integers": (lambda: (ones(3, dtype=np.int32),), TypeError, r"^a must be of dtype float16.*, got int32"),
+    "complex": (lambda: (ones(3, dtype=np.complex64),), TypeError, r"^a must be of dtype float16.*, got <c8"),
+    "byte order": (lambda: (ones(3, dtype=">f4"),), TypeError, r"^a must be in native byte order, got >f4"),
+    "mask": (lambda: (ones(3, mask=ones(3)),), TypeError, r"^a must be an array without a mask"),
+    "stream 0": (lambda: (ones(3, stream=0),), ValueError, r"^a must be on a stream other than 0"),
+    "incomplete": (lambda: (ones(3, data=5),), TypeError, r"^a must be an array on a GPU, got one whose"),
+    "tensor of the CPU": (
+        lambda: (FakeTensor(np.ones(3), "cpu"),),
+        TypeError,
+        r"^a must be a tensor on a GPU, got one on cpu",
+    ),
+    "strides": (lambda: (ones(3, strides=(5,)),), ValueError, r"^a must be of strides in whole elements"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_array_on_a_gpu_is_refused(shim: Shim, name: str) -> None:
+    make, kind, text = REFUSED[name]
+    with pytest.raises(kind, match=text):
+        cuda.mitchell_sqrt(*make(), stream=1)
+
+
+def test_operands_that_do_not_fit_are_refused(shim: Shim) -> None:
+    for b, kind, text in (
+        (ones(3, dtype=np.float64), TypeError, r"^b must be of dtype float32, as a, got float64"),
+        (ones(4), ValueError, r"^b must be of a shape that broadcasts with \(3,\), got \(4,\)"),
+        (
+            FakeTensor(np.ones(3, np.float32), "cuda:1"),
+            ValueError,
+            r"^b must be on device 0, where a is, got .* device 1",
+        ),
+    ):
+        with pytest.raises(kind, match=text):
+            cuda.mitchell_mul(ones(3), b, stream=1)
+    with pytest.raises(ValueError, match=r"^multiplier must be one that defines div"):
+        cuda.mitchell_div(ones(3), 2.0, multiplier=Multiplier("lmul"))
+    with pytest.raises(TypeError, match=r"^multiplier must be a fastops.Multiplier"):
+        cuda.mitchell_mul(ones(3), 2.0, multiplier="lmul")
+
+
+def test_results_that_do_not_fit_are_refused(shim: Shim) -> None:
+    a = np.ones(8, np.float32)
+    for out, kind, text in (
+        (ones(8, dtype=np.float64), TypeError, r"^out must be of dtype float32, got float64"),
+        (ones(7), ValueError, r"^out must be of shape \(8,\), got \(7,\)"),
+        (ones(8, read_only=True), ValueError, r"^out must be writable"),
+        (
+            Fake(np.broadcast_to(np.float32(1), (8,))),
+            ValueError,
+            r"^out must be an array whose elements are all distinct",
+        ),
+        (np.ones(8, np.float32), TypeError, r"^out must be an array on a GPU"),
+    ):
+        with pytest.raises(kind, match=text):
+            cuda.mitchell_sqrt(Fake(a), out=out)
+    long = np.ones(9, np.float32)
+    with pytest.raises(ValueError, match=r"^out must be memory apart from a, or exactly it"):
+        cuda.mitchell_sqrt(Fake(long[:8]), out=Fake(long[1:]))
+    with pytest.raises(ValueError, match=r"^arrays must have at most 8 axes"):
+        cuda.mitchell_sqrt(Fake(np.ones((3,) * 9, np.float32)[(slice(None, None, 2),) * 9]))
+
+
+def test_cpu_functions_name_the_way_to_the_gpu(shim: Shim) -> None:
+    for call in (
+        lambda: fastops.mitchell_matmul(ones(2, 2), ones(2, 2)),
+        lambda: fastops.ema_update_([ones(2)], [ones(2)], 0.5),
+    ):
+        with pytest.raises(TypeError, match=r"host memory.*fastops\.cuda|fastops\.cuda.*"):
+            call()
+
+
+# --- matrix products ---------------------------------------------------------------------------------------------------------
+
+SHAPES = [(1, 1, 1), (2, 3, 4), (5, 8, 3), (17, 9, 33), (64, 16, 64), (65, 31, 70), (3, 200, 2), (0, 3, 2), (2, 0, 3)]
+
+
+def matrix(name: str, shape: tuple[int, ...], seed: int) -> Any:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape)
+    x[rng.random(shape) < 0.2] = 0.0
+    return (x * rng.choice([-1.0, 1.0], shape)).astype(FLOATS[name])
+
+
+def product(gpu: Any, a: Any, b: Any, **options: Any) -> Any:
+    shape = np.matmul(np.zeros(a.shape), np.zeros(b.shape)).shape
+    out = options.pop("out", None)
+    out = gpu.empty(shape, a.dtype) if out is None else out
+    result = cuda.mitchell_matmul(gpu.put(a), gpu.put(b), out=out, **(gpu.options | options))
+    assert result is out
+    return gpu.get(result)
+
+
+def check_product(got: Any, a: Any, b: Any, multiplier: Multiplier) -> None:
+    two = [x[None] if i == 0 and x.ndim == 1 else x[:, None] if x.ndim == 1 else x for i, x in enumerate((a, b))]
+    with np.errstate(all="ignore"):
+        want = reference.mitchell_matmul(*two, multiplier=multiplier, out=None).reshape(got.shape).astype(np.float64)
+        size = reference.mitchell_matmul(*(np.abs(x) for x in two), multiplier=multiplier, out=None)
+        bound = tolerance.matmul(size.astype(np.float64), a.shape[-1], a.dtype).reshape(got.shape)
+        x = got.astype(np.float64)
+        same = (x == want) | (np.isnan(x) & np.isnan(want))
+        assert (same | (np.abs(x - want) <= bound)).all(), np.abs(x - want).max()
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matmul_is_within_tolerance(gpu: Any, shape: tuple[int, int, int], name: str) -> None:
+    m, k, n = shape
+    a, b = matrix(name, (m, k), 1), matrix(name, (k, n), 2)
+    check_product(product(gpu, a, b), a, b, Multiplier())
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("kind", MULTIPLIERS)
+def test_matmul_of_every_multiplier_is_within_tolerance(gpu: Any, kind: str, name: str) -> None:
+    multiplier = Multiplier(**MULTIPLIERS[kind])
+    a, b = matrix(name, (18, 19), 1), matrix(name, (19, 20), 2)
+    check_product(product(gpu, a, b, multiplier=multiplier), a, b, multiplier)
+
+
+def test_matmul_of_large_tiles_is_within_tolerance(gpu: Any) -> None:
+    # Enough tiles of 128 x 128 in the batch to be worth them.
+    a, b = matrix("f32", (128, 2, 9), 1), matrix("f32", (9, 3), 2)
+    check_product(product(gpu, a, b), a, b, Multiplier())
+
+
+def operands() -> Iterator[tuple[str, Any, Any]]:
+    a, b = matrix("f32", (4, 20, 30), 1), matrix("f32", (4, 30, 10), 2)
+    yield "batch", a, b
+    yield "batch of one", a[:1], b
+    yield "batch beside a matrix", a, b[0]
+    yield "two axes of batch", a.reshape(2, 2, 20, 30), b[:2, None]
+    yield "transposed", matrix("f32", (30, 20), 1).T, matrix("f32", (10, 30), 2).T
+    yield "steps", a[0, ::2, ::3], b[0, ::3, ::2]
+    yield "reversed", a[0, ::-1, ::-1], b[0, ::-1]
+    yield "row", a[0, 0], b[0]
+    yield "column", a[0], b[0, :, 0]
+    yield "row and column", a[0, 0], b[0, :, 0]
+
+
+@pytest.mark.parametrize(("a", "b"), [pytest.param(a, b, id=name) for name, a, b in operands()])
+def test_matmul_of_every_layout_is_within_tolerance(gpu: Any, a: Any, b: Any) -> None:
+    check_product(product(gpu, a, b), a, b, Multiplier())
+
+
+def test_matmul_writes_where_it_is_told(gpu: Any) -> None:
+    a, b = matrix("f32", (20, 30), 1), matrix("f32", (30, 10), 2)
+    check_product(product(gpu, a, b, out=gpu.put(np.empty((10, 20), np.float32).T)), a, b, Multiplier())
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("kind", ["plain", "minimax", "segments-16", "equation", "k1", "flush"])
+def test_matmul_of_special_values_is_that_of_the_reference(gpu: Any, kind: str, name: str) -> None:
+    values = specials(name)
+    for value in values:
+        # One special value in a product of few terms; the others are powers of two.
+        a, b = np.full((3, 5), 2.0, FLOATS[name]), np.full((5, 4), 0.5, FLOATS[name])
+        a[1, 2], b[3, 1] = value, values[7]
+        multiplier = Multiplier(**MULTIPLIERS[kind])
+        check_product(product(gpu, a, b, multiplier=multiplier), a, b, multiplier)
+        check_product(product(gpu, b.T, a.T, multiplier=multiplier), b.T, a.T, multiplier)
+
+
+@pytest.mark.parametrize(("left", "right"), [("uint8", "uint8"), ("int8", "uint8"), ("int8", "int8")])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 33, 7), (64, 32, 64), (70, 3, 66), (2, 0, 3)])
+def test_lut_matmul_is_exact(gpu: Any, shape: tuple[int, int, int], left: str, right: str) -> None:
+    m, k, n = shape
+    rng = np.random.default_rng(5)
+    a, b = (rng.integers(0, 256, s, dtype=np.uint8).view(t) for s, t in (((m, k), left), ((k, n), right)))
+    for table in (Multiplier().table(8), rng.integers(-(2**31), 2**31, (256, 256)), rng.integers(0, 2**32, (256, 256))):
+        want = fastops.lut_matmul(a, b, table)
+        out = gpu.empty(want.shape, want.dtype)
+        assert cuda.lut_matmul(gpu.put(a), gpu.put(b), table, out=out, **gpu.options) is out
+        assert_same_bits(gpu.get(out), want)
+
+
+def test_matmul_refuses_what_does_not_fit(shim: Shim) -> None:
+    a = ones(2, 3)
+    for b, kind, text in (
+        (ones(4, 2), ValueError, r"^b must be of shape \(\.\.\., 3, N\) to follow a of shape \(2, 3\), got \(4, 2\)"),
+        (ones(3, 2, dtype=np.float64), TypeError, r"^b must be of dtype float32, as a"),
+        (2.0, TypeError, r"^b must be an array on a GPU, got 2.0"),
+        (Fake(np.float32(1)[...]), ValueError, r"^b must be an array of at least 1 dimension"),
+    ):
+        with pytest.raises(kind, match=text):
+            cuda.mitchell_matmul(a, b)
+    with pytest.raises(ValueError, match=r"^b must be of leading dimensions that broadcast"):
+        cuda.mitchell_matmul(ones(2, 2, 3), ones(3, 3, 2))
+    square = np.ones((3, 3), np.float32)
+    with pytest.raises(ValueError, match=r"^out must be memory apart from a"):
+        cuda.mitchell_matmul(Fake(square), ones(3, 3), out=Fake(square))
+    with pytest.raises(TypeError, match=r"^a must be of dtype uint8 or int8, got float32"):
+        cuda.lut_matmul(a, a, Multiplier().table(8))
+
+
+# --- lists of tensors --------------------------------------------------------------------------------------------------------
+
+# On both sides of what a thread, a block and a chunk take.
+SIZES = (0, 1, 3, 4, 5, 31, 33, 1000, 1027, 16384, 16389, 40001)
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The CPU's functions on a level with FMA, whose bits the GPU's are."""
+    from fastops import native, optim
+
+    levels = [level for level in ("v3", "v4", "neon") if level in fastops.show_config("dict")["targets_runnable"]]
+    if not levels:
+        pytest.skip("this CPU has no level with FMA")
+    monkeypatch.setattr(optim, "_backend", native)
+    with fastops.target(levels[0]):
+        yield optim
+
+
+def tensors(dtype: Any, seed: int, sizes: Any = SIZES) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(n).astype(dtype) for n in sizes]
+
+
+def check_lists(gpu: Any, cpu: Any, call: Any, *lists: list[Any], **options: Any) -> None:
+    """`call` on the GPU against `cpu`, which changes copies."""
+    host = [[x.copy() for x in arrays] for arrays in lists]
+    device = [[gpu.put(x.copy()) for x in arrays] for arrays in lists]
+    with np.errstate(all="ignore"):
+        cpu(*host, **options)
+    call(*device, **(gpu.options | options))
+    for want, got in zip(host, device, strict=True):
+        for x, y in zip(want, got, strict=True):
+            assert_same_bits(gpu.get(y), x)
+
+
+PAIRS = [(s, p) for s in ("f32", "f64") for p in FLOATS]
+
+
+@pytest.mark.parametrize(("s", "p"), PAIRS, ids=[f"{s}-{p}" for s, p in PAIRS])
+@pytest.mark.parametrize("decay", [0.0, 0.25, 0.5, 0.999, 1.0])
+def test_ema_has_the_bits_of_the_cpu(gpu: Any, fused: Any, decay: float, s: str, p: str) -> None:
+    check_lists(gpu, fused.ema_update_, cuda.ema_update_, tensors(FLOATS[s], 1), tensors(FLOATS[p], 2), decay=decay)
+
+
+@pytest.mark.parametrize("p", FLOATS)
+def test_stochastic_ema_has_the_bits_of_the_cpu(gpu: Any, fused: Any, p: str) -> None:
+    if "bf16" not in FLOATS:
+        pytest.skip("ml_dtypes is not installed")
+    for decay in (0.0, 0.9, 0.3):
+        options = {"decay": decay, "rounding": "stochastic", "seed": 12345678901234567890}
+        check_lists(
+            gpu, fused.ema_update_, cuda.ema_update_, tensors(FLOATS["bf16"], 1), tensors(FLOATS[p], 2), **options
+        )
+
+
+def test_ema_of_edge_values_has_the_bits_of_the_cpu(gpu: Any, fused: Any) -> None:
+    for s in ("f32", "f64"):
+        shadows = [np.repeat(specials(s), 12), patterns(FLOATS[s], 1000, 1)]
+        params = [np.tile(specials(s), 12), patterns(FLOATS[s], 1000, 2)]
+        check_lists(gpu, fused.ema_update_, cuda.ema_update_, shadows, params, decay=0.7)
+
+
+def test_ema_takes_a_decay_for_each_tensor(gpu: Any, fused: Any) -> None:
+    decay = [i / (len(SIZES) - 1) for i in range(len(SIZES))]
+    check_lists(gpu, fused.ema_update_, cuda.ema_update_, tensors(np.float32, 1), tensors(np.float16, 2), decay=decay)
+
+
+def test_ema_of_tensors_that_are_not_aligned_has_the_bits_of_the_cpu(shim: Shim, fused: Any) -> None:
+    shadows, params = tensors(np.float32, 1), tensors(np.float16, 2)
+    device = (
+        [Fake(np.concatenate([x[:1], x])[1:]) for x in shadows],
+        [Fake(np.concatenate([x[:1], x])[1:]) for x in params],
+    )
+    cuda.ema_update_(*device, decay=0.9)
+    fused.ema_update_(shadows, params, decay=0.9)
+    for x, y in zip(shadows, device[0], strict=True):
+        assert_same_bits(y.array, x)
+
+
+def test_ema_takes_thousands_of_tensors_of_mixed_dtypes(gpu: Any, fused: Any) -> None:
+    sizes = [n % 7 for n in range(1500)]
+    mixed = [
+        [
+            a if n % 2 else b
+            for n, (a, b) in enumerate(zip(tensors(np.float32, i, sizes), tensors(np.float64, i, sizes), strict=True))
+        ]
+        for i in (1, 2)
+    ]
+    check_lists(gpu, fused.ema_update_, cuda.ema_update_, *mixed, decay=0.9)
+
+
+def test_ema_takes_any_order_of_the_axes(gpu: Any, fused: Any) -> None:
+    shadows, params = ([np.asfortranarray(x.reshape(7, 11)) for x in tensors(np.float32, i, (77,))] for i in (1, 2))
+    want = [x.copy(order="K") for x in shadows]
+    fused.ema_update_(want, params, decay=0.9)
+    device = [gpu.put(x) for x in shadows]
+    cuda.ema_update_(device, [gpu.put(x) for x in params], decay=0.9, **gpu.options)
+    assert_same_bits(gpu.get(device[0]), want[0])
+
+
+STEPS = [(p, g) for p, g in (("f32", "f32"), ("f32", "f16"), ("f32", "bf16"), ("f64", "f64")) if g in FLOATS]
+
+
+@pytest.mark.parametrize(("p", "g"), STEPS, ids=[f"{p}-{g}" for p, g in STEPS])
+@pytest.mark.parametrize("follows", [False, True])
+def test_adamw_has_the_bits_of_the_cpu(gpu: Any, fused: Any, p: str, g: str, follows: bool) -> None:
+    dtype = FLOATS[p]
+    lists = [tensors(dtype, 1), tensors(FLOATS[g], 2), tensors(dtype, 3), [np.abs(x) for x in tensors(dtype, 4)]]
+    for options in ({}, {"weight_decay": 0.1, "zero_grad": True}, {"weight_decay": 0.1, "decoupled": False}):
+        if follows:
+            steps = [
+                lambda *x, f=f, **k: f(*x[:4], ema=x[4], ema_decay=0.9, **k)
+                for f in (fused.adamw_step_, cuda.adamw_step_)
+            ]
+            check_lists(gpu, *steps, *lists, tensors(dtype, 5), step=3, lr=0.01, **options)
+        else:
+            check_lists(gpu, fused.adamw_step_, cuda.adamw_step_, *lists, step=3, lr=0.01, **options)
+
+
+@pytest.mark.parametrize(("p", "g"), STEPS, ids=[f"{p}-{g}" for p, g in STEPS])
+def test_sgd_has_the_bits_of_the_cpu(gpu: Any, fused: Any, p: str, g: str) -> None:
+    dtype = FLOATS[p]
+    lists = [tensors(dtype, 1), tensors(FLOATS[g], 2), tensors(dtype, 3)]
+    for options in (
+        {"momentum": 0.9},
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01, "zero_grad": True},
+        {"momentum": 0.9, "dampening": 0.5, "accumulate": (0, 2)},
+        {"momentum": 0.9, "accumulate": (1, 2)},
+    ):
+        check_lists(gpu, fused.sgd_step_, cuda.sgd_step_, *lists, lr=0.1, **options)
+        steps = [
+            lambda *x, f=f, **k: f(*x[:3], ema=x[3], ema_decay=0.9, **k) for f in (fused.sgd_step_, cuda.sgd_step_)
+        ]
+        check_lists(gpu, *steps, *lists, tensors(dtype, 5), lr=0.1, **options)
+    for options in ({}, {"weight_decay": 0.01}):
+        plain = [lambda *x, f=f, **k: f(*x[:2], None, **k) for f in (fused.sgd_step_, cuda.sgd_step_)]
+        check_lists(gpu, *plain, *lists[:2], lr=0.1, **options)
+        steps = [
+            lambda *x, f=f, **k: f(*x[:2], None, ema=x[2], ema_decay=0.9, **k)
+            for f in (fused.sgd_step_, cuda.sgd_step_)
+        ]
+        check_lists(gpu, *steps, *lists, lr=0.1, **options)
+
+
+def test_a_list_is_read_anew_in_every_call_unless_it_says_not_to(shim: Shim) -> None:
+    first, second = np.zeros(5, np.float32), np.zeros(5, np.float32)
+    params = [ones(5)]
+    for verify, moved in ((True, second), (False, first)):
+        first[...] = second[...] = 0.0
+        tensor = FakeTensor(first)
+        shadows = cuda.TensorList([tensor], verify=verify)
+        kept = cuda.TensorList(params, verify=verify)
+        cuda.ema_update_(shadows, kept, 0.5, stream=1)
+        assert first[0] == 0.5
+        tensor.array = second
+        cuda.ema_update_(shadows, kept, 0.5, stream=1)
+        assert (first[0], second[0]) == ((0.5, 0.5) if moved is second else (0.75, 0.0))
+        shadows.refresh()
+        cuda.ema_update_(shadows, kept, 0.5, stream=1)
+        assert second[0] == (0.75 if moved is second else 0.5)
+
+
+def test_plans_are_shared_by_calls_with_the_same_memory(shim: Shim) -> None:
+    native = _runtime.module()
+    lists = [ones(5), ones(6)], [ones(5), ones(6)]
+    from fastops import _tensors
+
+    roles = _tensors.ema_roles(1)
+    plan = native.plan(roles, lists, _arrays.describe, 1)
+    assert native.plan(roles, lists, _arrays.describe, 1) is plan
+    assert native.plan(roles, ([ones(5), ones(6)], lists[1]), _arrays.describe, 1) is not plan
+    native.forget_plans()
+    assert native.plan(roles, lists, _arrays.describe, 1) is not plan
+
+
+def test_lists_that_do_not_fit_are_refused_before_anything_is_written(shim: Shim) -> None:
+    good = np.zeros(4, np.float32)
+    whole = np.zeros(8, np.float32)
+    for shadows, params, kind, text in (
+        ([Fake(good)], [], ValueError, r"^shadows must be a list of 0 arrays, as many as params, got 1"),
+        (
+            [Fake(good), ones(3)],
+            [ones(4), ones(4)],
+            ValueError,
+            r"^shadows\[1\] must be of shape \(4,\) as params\[1\], got \(3,\)",
+        ),
+        (
+            [Fake(good), ones(4, dtype=np.int32)],
+            [ones(4), ones(4)],
+            TypeError,
+            r"^shadows\[1\] must be of dtype float16",
+        ),
+        (
+            [Fake(good), ones(4, dtype=np.float16)],
+            [ones(4), ones(4)],
+            TypeError,
+            r"^shadows\[1\] must be of dtype bfloat16, float32",
+        ),
+        ([Fake(good), ones(4, read_only=True)], [ones(4), ones(4)], ValueError, r"^shadows\[1\] must be writable"),
+        (
+            [Fake(good), Fake(whole[::2])],
+            [ones(4), ones(4)],
+            ValueError,
+            r"^shadows\[1\] must be in the memory order of params\[1\]",
+        ),
+        ([Fake(good), ones(4)], [ones(4), Fake(whole[::2])], ValueError, r"^params\[1\] must be an array without gaps"),
+        (
+            [Fake(good), Fake(good)],
+            [ones(4), ones(4)],
+            ValueError,
+            r"^shadows\[\d\] must be memory apart from shadows\[\d\]",
+        ),
+        (
+            [Fake(good), Fake(whole[:4])],
+            [ones(4), Fake(whole[3:7])],
+            ValueError,
+            r"^shadows\[1\] must be memory apart from params\[1\]",
+        ),
+        ([Fake(good), np.ones(4)], [ones(4), ones(4)], TypeError, r"^shadows\[1\] must be an array on a GPU"),
+        (
+            [Fake(good), FakeTensor(np.ones(4, np.float32), "cuda:1")],
+            [ones(4), ones(4)],
+            ValueError,
+            r"^shadows\[1\] must be on device 0",
+        ),
+    ):
+        with pytest.raises(kind, match=text):
+            cuda.ema_update_(shadows, params, 0.5, stream=1)
+    assert not good.any()
+    with pytest.raises(ValueError, match=r"^decay must be a finite number in \[0, 1\]"):
+        cuda.ema_update_([Fake(good)], [ones(4)], 1.5)
+    with pytest.raises(ValueError, match=r"^decay must be a number or 1 of them"):
+        cuda.ema_update_([Fake(good)], [ones(4)], [0.5, 0.5])
+    if "bf16" in FLOATS:
+        with pytest.raises(
+            TypeError, match=r"^shadows\[0\] must be of dtype float32 or float64, or bfloat16 with rounding"
+        ):
+            cuda.ema_update_([FakeTensor(good.astype(FLOATS["bf16"]))], [ones(4)], 0.5, stream=1)
+    with pytest.raises(TypeError, match=r"^params\[0\] must be of dtype float32 or float64, got float16"):
+        cuda.adamw_step_(*([ones(4, dtype=np.float16)] for _ in range(4)), step=1, lr=0.1)
+    with pytest.raises(
+        TypeError, match=r"^grads\[0\] must be of dtype float64, as the first list has there, got float32"
+    ):
+        cuda.sgd_step_([ones(4, dtype=np.float64)], [ones(4)], None, lr=0.1)
+    assert not good.any()
