@@ -29,9 +29,9 @@ def milliseconds(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[s
     """The median time of each, host and device together, one after another in every round with cold caches."""
     flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for name in functions:
+    for function in functions.values():
         for _ in range(3):
-            functions[name]()
+            function()
     for _ in range(rounds):
         for name, function in functions.items():
             flush.zero_()

@@ -132,6 +132,7 @@ _SUBMODULES = (
     "attention",
     "averaging",
     "bench",
+    "cuda",
     "distributed",
     "jax",
     "keras",

@@ -300,7 +300,7 @@ def _settings() -> dict[str, Any]:
         "target_reason": _target_reason,
         "threads": get_num_threads(),
         "threads_reason": f"{_threads_reason} (affinity {affinity()}, cgroup quota {granted})",
-        "cuda": "not built",
+        "cuda": "built" if _backend.installed(f"{__package__}._cuda") else "not built",
         "jax": _import_version("jax"),
         "jax_handlers": _jax_handlers() if _core is not None else "not built",
         "ml_dtypes": _import_version("ml_dtypes"),

@@ -99,7 +99,7 @@ def mitchell_matmul(
     >>> if fastops.cuda.is_available():
     ...     import torch
     ...     a = torch.ones(2, 2, device="cuda")
-    ...     fastops.cuda.mitchell_matmul(a, a)
+    ...     y = fastops.cuda.mitchell_matmul(a, a)
     """
     chosen = mitchell._multiplier(multiplier)
     call = Call(stream, a=a, b=b, out=out)
@@ -158,7 +158,7 @@ def lut_matmul(a: Any, b: Any, table: ArrayLike, *, out: Any = None, stream: Any
     >>> if fastops.cuda.is_available():
     ...     import torch
     ...     a = torch.ones(2, 2, dtype=torch.uint8, device="cuda")
-    ...     fastops.cuda.lut_matmul(a, a, fastops.Multiplier().table(8))
+    ...     y = fastops.cuda.lut_matmul(a, a, fastops.Multiplier().table(8))
     """
     entries, largest = _validate.table("table", table)
     call = Call(stream, a=a, b=b, out=out)

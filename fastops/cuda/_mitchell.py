@@ -100,7 +100,7 @@ _REST = """    multiplier : fastops.Multiplier, optional
     >>> import fastops.cuda
     >>> if fastops.cuda.is_available():
     ...     import torch
-    ...     fastops.cuda.{name}({example})
+    ...     y = fastops.cuda.{name}({example})
 """
 
 
@@ -165,6 +165,6 @@ def lmul(a: Any, b: Any, *, out: Any = None, stream: Any = None) -> Any:
     >>> import fastops.cuda
     >>> if fastops.cuda.is_available():
     ...     import torch
-    ...     fastops.cuda.lmul(torch.ones(2, device='cuda'), 3.0)
+    ...     y = fastops.cuda.lmul(torch.ones(2, device='cuda'), 3.0)
     """
     return _apply("mul", a, b, _LMUL, out, stream)
