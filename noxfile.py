@@ -91,7 +91,8 @@ def docs(session: nox.Session) -> None:
 @nox.session(default=False)
 def sanitize(session: nox.Session) -> None:
     """The suite over the native backend under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    session.install("--config-settings=cmake.define.FASTOPS_SANITIZE=ON", ".[test]")
+    options = {"FASTOPS_SANITIZE": "ON", "FASTOPS_CUDA": "off", "FASTOPS_CUDA_SHIM": "ON"}
+    session.install(*(f"--config-settings=cmake.define.{k}={v}" for k, v in options.items()), ".[test]")
     session.run("bash", "tools/run_sanitized.sh", *session.posargs, external=True)
 
 

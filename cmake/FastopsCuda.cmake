@@ -30,7 +30,11 @@ if(FASTOPS_HAS_NVCC)
   target_include_directories(fastops_cuda PRIVATE "${PROJECT_SOURCE_DIR}/csrc" "${PROJECT_SOURCE_DIR}/csrc/include")
   target_compile_definitions(fastops_cuda PRIVATE FASTOPS_LEVEL=cuda FASTOPS_SCALAR)
   # As on the CPU, the source says which products fuse.
-  target_compile_options(fastops_cuda PRIVATE --fmad=false)
+  target_compile_options(fastops_cuda PRIVATE --fmad=false "$<$<BOOL:${FASTOPS_WERROR}>:SHELL:-Werror all-warnings>")
+  # A quarter of the size: code for four architectures is alike.
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13.0)
+    target_compile_options(fastops_cuda PRIVATE --compress-mode=size)
+  endif()
   set_target_properties(fastops_cuda PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON POSITION_INDEPENDENT_CODE ON
                                                 CUDA_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
   pybind11_add_module(_cuda MODULE ${FASTOPS_CUDA_BINDINGS} $<TARGET_OBJECTS:fastops_cuda>)

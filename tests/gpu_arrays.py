@@ -139,7 +139,7 @@ def open_platform(kind: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     if kind == "shim":
         module = shim_module()
         if module is None:
-            pytest.skip("the shim is built with FASTOPS_BUILD_TESTS=ON")
+            pytest.skip("the shim is built with FASTOPS_CUDA_SHIM=ON, or FASTOPS_BUILD_TESTS=ON")
         monkeypatch.setattr(_runtime, "_loaded", module)
         return Shim()
     if not fastops.cuda.is_available():

@@ -709,3 +709,23 @@ def test_torch_is_imported_on_demand() -> None:
 
 def test_the_kernels_are_those_of_the_backend() -> None:
     assert ft._mitchell._backend is _backend.backend
+
+
+@pytest.mark.gpu
+def test_operators_take_tensors_on_a_gpu() -> None:
+    from fastops import cuda
+
+    if not cuda.is_available() or not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    a, b = torch.randn(5, 7), torch.randn(7, 5)
+    x, y = a.cuda(), b.cuda()
+    for got, want in (
+        (ft.mitchell_mul(x, y.T), ft.mitchell_mul(a, b.T)),
+        (ft.mitchell_div(x, 3.0), ft.mitchell_div(a, 3.0)),
+    ):
+        assert got.is_cuda
+        assert torch.equal(got.cpu(), want)
+    torch.testing.assert_close(ft.mitchell_matmul(x, y).cpu(), ft.mitchell_matmul(a, b))
+    x.requires_grad_()
+    with pytest.raises(NotImplementedError, match=r"^a gradient must be taken on the CPU, got tensors on a GPU"):
+        ft.mitchell_mul(x, 2.0).sum().backward()

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
-mapfile -t cxx < <(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/native/*.h' 'tests/native/*.cpp' 'tests/downstream/*/*.c*' 'tests/fuzz/*.cpp' 'examples/*.c' 'examples/*.cpp')
+mapfile -t cxx < <(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/native/*.h' 'tests/native/*.cpp' 'tests/downstream/*/*.c*' 'tests/fuzz/*.cpp' 'examples/*.c' 'examples/*.cpp')
 
 step() {
   printf '  lint: %s\n' "$*"

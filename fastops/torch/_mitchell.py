@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _validate, mitchell
 from .._backend import backend as _backend
 from .._multiplier import Multiplier
+from .._validate import Text
 from . import _ops
 from ._ops import array, like, silent, tensor
 
@@ -81,6 +82,8 @@ def _elementwise(op: str, gradient: Callable[..., Any]) -> Callable[..., Any]:
     """The operator mitchell_`op`."""
 
     def kernel(a: Tensor, b: Tensor, multiplier: str, mode: str) -> Tensor:
+        if a.is_cuda:
+            return _on_gpu(f"mitchell_{op}", a, b, multiplier)
         x = array("a", a)
         return like(silent.call(_ufunc(op, multiplier), x, array("b", b)), x)
 
@@ -88,6 +91,7 @@ def _elementwise(op: str, gradient: Callable[..., Any]) -> Callable[..., Any]:
         return torch.empty(torch.broadcast_shapes(a.shape, b.shape), dtype=a.dtype, device=a.device)
 
     def kernel_backward(dy: Tensor, a: Tensor, b: Tensor, multiplier: str, mode: str) -> tuple[Tensor, Tensor]:
+        _refuse_gpu(dy)
         chosen = described(multiplier)
         x, y, d = array("a", a), array("b", b), array("dy", dy)
         da, db = silent.call(lambda: gradient(x, y, d, multiplier=chosen, mode=mode))
@@ -130,6 +134,18 @@ def _elementwise(op: str, gradient: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def _on_gpu(name: str, a: Tensor, b: Tensor, multiplier: str) -> Tensor:
+    from .. import cuda
+
+    y: Tensor = getattr(cuda, name)(a.detach(), b.detach(), multiplier=described(multiplier))
+    return y
+
+
+def _refuse_gpu(dy: Tensor) -> None:
+    if dy.is_cuda:
+        raise _validate.not_offered("a gradient", "taken on the CPU", Text("tensors on a GPU"))
+
+
 def _new(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
@@ -158,7 +174,7 @@ def mitchell_mul(
     Parameters
     ----------
     a : Tensor of float16, bfloat16, float32 or float64, or number
-        On the CPU, of any strides; read in place.
+        On the CPU or on an NVIDIA GPU (`fastops.cuda`, without gradients yet), of any strides; read in place.
     b : Tensor or number
         Its shape broadcasts with that of `a`, and dtypes are promoted as in ``a * b``.
     multiplier : fastops.Multiplier, optional
@@ -252,6 +268,8 @@ def _product_shape(a: Tensor, b: Tensor) -> list[int]:
 
 
 def _matmul_kernel(a: Tensor, b: Tensor, multiplier: str, mode: str) -> Tensor:
+    if a.is_cuda:
+        return _on_gpu("mitchell_matmul", a, b, multiplier)
     return tensor(mitchell.mitchell_matmul(array("a", a), array("b", b), multiplier=described(multiplier)))
 
 
@@ -260,6 +278,7 @@ def _matmul_fake(a: Tensor, b: Tensor, multiplier: str, mode: str) -> Tensor:
 
 
 def _matmul_backward_kernel(dy: Tensor, a: Tensor, b: Tensor, multiplier: str, mode: str) -> tuple[Tensor, Tensor]:
+    _refuse_gpu(dy)
     x, y, d = array("a", a), array("b", b), array("dy", dy)
     da, db = mitchell.mitchell_matmul_grad(x, y, d, multiplier=described(multiplier), mode=mode)
     return like(da, x), like(db, y)
