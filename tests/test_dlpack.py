@@ -158,7 +158,9 @@ def test_read_only_producers_are_read(name: str) -> None:
 @pytest.mark.parametrize("name", READ)
 def test_producers_on_a_device_are_refused_by_name(name: str) -> None:
     argument, call = READ[name]
-    with pytest.raises(TypeError, match=rf"^{argument} must be .*in host memory.*, got an array on a GPU, which fastops.cuda takes$"):
+    with pytest.raises(
+        TypeError, match=rf"^{argument} must be .*in host memory.*, got an array on a GPU, which fastops.cuda takes$"
+    ):
         call(OnGpu)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ class TensorList(Sequence[Any]):
     ...     shadows = fastops.cuda.TensorList([torch.zeros(3, device="cuda")], verify=False)
     """
 
-    __slots__ = ("_arrays", "_held", "_plans", "_verify", "_version")
+    __slots__ = ("_arrays", "_held", "_plans", "_tensors", "_verify", "_version")
 
     def __init__(self, arrays: Iterable[Any], *, verify: bool = True) -> None:
         self._arrays = tuple(_as_list("arrays", arrays))
@@ -54,6 +55,7 @@ class TensorList(Sequence[Any]):
         self._plans: dict[tuple[Any, ...], tuple[list[int], Any, tuple[Any, ...]]] = {}
         self._version = 0
         self._held: tuple[Any, ...] = ()
+        self._tensors: tuple[Any, ...] | None = None
 
     def refresh(self) -> None:
         """Forget what is known of the tensors, so that the next call reads them anew.
@@ -66,6 +68,13 @@ class TensorList(Sequence[Any]):
         self._plans.clear()
         self._held = ()
         self._version += 1
+
+    def _known_tensors(self) -> tuple[Any, ...]:
+        """The tensors of torch, which autograd knows: found once."""
+        if self._tensors is None:
+            kind = getattr(sys.modules.get("torch"), "Tensor", ())
+            self._tensors = tuple(x for x in self._arrays if isinstance(x, kind))
+        return self._tensors
 
     def _hold(self) -> None:
         """Keeps the memory that the tensors have now: theirs may be exchanged under them."""
@@ -127,7 +136,13 @@ class _Step:
 
     def done(self) -> None:
         """Tells torch's autograd what was written."""
-        _tensors.bump_versions(items for role, items in zip(self._roles, self._lists, strict=True) if role.written)
+        for role, value, items in zip(self._roles, self._values, self._lists, strict=True):
+            if not role.written:
+                continue
+            if not isinstance(value, TensorList):
+                _tensors.bump_versions((items,))
+            elif known := value._known_tensors():
+                sys.modules["torch"].autograd.graph.increment_version(known)
 
 
 def ema_update_(
