@@ -119,7 +119,9 @@ PYBIND11_MODULE(FASTOPS_CUDA_MODULE, m) {
         raise_unless_ok(wait(stream_of(later), stream_of(earlier)));
       },
       py::arg("later"), py::arg("earlier"), py::arg("device"), "Lets one stream wait for what another has got so far.");
-  py::class_<Memory, std::shared_ptr<Memory>>(m, "Memory", "Memory of a device in the order of a stream.")
+  // Local: the module of the tests has the same classes, over the shim.
+  py::class_<Memory, std::shared_ptr<Memory>>(m, "Memory", "Memory of a device in the order of a stream.",
+                                              py::module_local())
       .def(py::init<std::size_t, int, std::uintptr_t>(), py::arg("nbytes"), py::arg("device"), py::arg("stream"))
       .def_property_readonly("address",
                              [](const Memory& memory) { return reinterpret_cast<std::uintptr_t>(memory.data()); })

@@ -247,7 +247,8 @@ void lut(const py::object& a, const py::object& b, const py::buffer& table, bool
 }  // namespace
 
 void bind_mitchell(py::module_& m) {
-  py::class_<Multiplier>(m, "Multiplier", "The constants of one operation, rounded for every dtype.")
+  py::class_<Multiplier>(m, "Multiplier", "The constants of one operation, rounded for every dtype.",
+                         py::module_local())
       .def(py::init<const py::tuple&>(), py::arg("spec"));
   m.def("apply", &apply, py::arg("multiplier"), py::arg("op"), py::arg("dtype"), py::arg("a"), py::arg("b"),
         py::arg("out"), py::arg("device"), py::arg("stream"),

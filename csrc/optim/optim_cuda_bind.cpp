@@ -371,7 +371,8 @@ void adamw(Plan& plan, const py::tuple& s, bool has_ema, std::uintptr_t stream) 
 }  // namespace
 
 void bind_optim(py::module_& m) {
-  py::class_<Plan, PlanPtr>(m, "Plan", "The table of a list of tensors in a device's memory; it keeps no tensor alive.")
+  py::class_<Plan, PlanPtr>(m, "Plan", "The table of a list of tensors in a device's memory; it keeps no tensor alive.",
+                            py::module_local())
       .def_property_readonly("device", [](const Plan& p) { return p.contents().device; })
       .def_property_readonly("count", [](const Plan& p) { return p.contents().tensors.size(); });
   m.def("plan", &plan, py::arg("roles"), py::arg("lists"), py::arg("describe"), py::arg("stream"),
