@@ -446,6 +446,14 @@ def test_matmul_of_large_tiles_is_within_tolerance(gpu: Any) -> None:
     check_product(product(gpu, a, b), a, b, Multiplier())
 
 
+@pytest.mark.parametrize("name", ["f32", "f64"])
+def test_matmul_with_zeros_is_zero(gpu: Any, name: str) -> None:
+    # A zero of b leaves the mantissa of a without an exponent, which must not count.
+    a, b = np.full((3, 4), 1.5 * 2.0**60, FLOATS[name]), np.zeros((4, 2), FLOATS[name])
+    for kind in ("plain", "min-mse", "segments-16"):
+        assert not product(gpu, a, b, multiplier=Multiplier(**MULTIPLIERS[kind])).any()
+
+
 def operands() -> Iterator[tuple[str, Any, Any]]:
     a, b = matrix("f32", (4, 20, 30), 1), matrix("f32", (4, 30, 10), 2)
     yield "batch", a, b

@@ -137,8 +137,7 @@ template <class T, int kTile> FASTOPS_DEVICE void load_line(const T* line, int t
 }
 
 template <class T, Body kBody, int kTile>
-__global__ void __launch_bounds__(kThreads, 2)
-    matmul_kernel(const __grid_constant__ MatmulCall<T> call) {
+__global__ void __launch_bounds__(kThreads, 2) matmul_kernel(const __grid_constant__ MatmulCall<T> call) {
   using S = Tile<T, kBody, kTile>;
   using B = Bits<T>;
   using Int = typename B::Int;
