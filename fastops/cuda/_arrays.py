@@ -64,14 +64,12 @@ class Array:
     """A result on a GPU for callers whose library makes no arrays of its own here: an owner of memory that others can read.
 
     torch, cupy, jax and numba take it over without a copy: ``torch.from_dlpack(x)``, ``cupy.from_dlpack(x)``,
-    ``numba.cuda.as_cuda_array(x)``.
+    ``numba.cuda.as_cuda_array(x)``. Functions make it.
 
     Attributes
     ----------
     shape : tuple of int
         Lengths of the axes; C order.
-    dtype : str
-        The name of the dtype.
     device : int
         The number of the GPU.
 
@@ -93,7 +91,7 @@ class Array:
 
     @property
     def dtype(self) -> str:
-        """The name of the dtype."""
+        """The name of the dtype, as NumPy and ml_dtypes spell it."""
         return DTYPES[self._code]
 
     def __repr__(self) -> str:

@@ -148,13 +148,22 @@ def lmul(a: Any, b: Any, *, out: Any = None, stream: Any = None) -> Any:
 
     Parameters
     ----------
-    a, b, out, stream
-        As in `mitchell_mul`, whose errors it raises.
+    a, b : array or number
+        As in `mitchell_mul`.
+    out : array, optional
+        As in `mitchell_mul`.
+    stream : int or stream object, optional
+        As in `mitchell_mul`.
 
     Returns
     -------
     array
         As `mitchell_mul` with ``Multiplier("lmul")``.
+
+    Raises
+    ------
+    RuntimeError, TypeError, ValueError
+        As `mitchell_mul`.
 
     Notes
     -----

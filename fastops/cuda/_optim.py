@@ -224,9 +224,17 @@ def sgd_step_(
 
     Parameters
     ----------
-    params, grads, momentum_buffers
-        Lists as in `fastops.sgd_step_`, of arrays on one GPU without gaps.
-    lr, momentum, dampening, nesterov, weight_decay, accumulate
+    params, grads : list of arrays
+        As in `fastops.sgd_step_`, on one GPU and without gaps.
+    momentum_buffers : list of arrays or None
+        Likewise.
+    lr, momentum, dampening : float
+        As in `fastops.sgd_step_`.
+    nesterov : bool
+        As in `fastops.sgd_step_`.
+    weight_decay : float
+        As in `fastops.sgd_step_`.
+    accumulate : (i, k), optional
         As in `fastops.sgd_step_`.
     ema : list of arrays, optional
         Shadows, which follow the new parameters.
@@ -290,9 +298,17 @@ def adamw_step_(
 
     Parameters
     ----------
-    params, grads, exp_avg, exp_avg_sq
-        Lists as in `fastops.adamw_step_`, of arrays on one GPU without gaps.
-    step, lr, betas, eps, weight_decay, decoupled
+    params, grads, exp_avg, exp_avg_sq : list of arrays
+        As in `fastops.adamw_step_`, on one GPU and without gaps.
+    step : int
+        Number of this step, from 1.
+    lr : float
+        As in `fastops.adamw_step_`.
+    betas : (float, float)
+        As in `fastops.adamw_step_`.
+    eps, weight_decay : float
+        As in `fastops.adamw_step_`.
+    decoupled : bool
         As in `fastops.adamw_step_`.
     ema : list of arrays, optional
         Shadows, which follow the new parameters.
