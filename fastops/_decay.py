@@ -35,15 +35,18 @@ def gradient(given: dict[str, Any], operands: Sequence[Any]) -> AnyArray:
         seen = mask if mask.ndim == 3 else mask[:, np.newaxis]
         v = np.where(seen[..., np.newaxis], v, np.zeros((), q.dtype))
     of_keys = _rowwise(dv, v)
-    if name != "identity" if given["normalize"] is None else given["normalize"]:
-        # The same weights over values that are 1, without a divisor.
+    normalizes = name != "identity" if given["normalize"] is None else given["normalize"]
+    if normalizes or dz is not None:
+        # The same weights over values that are 1, without a divisor: what reaches keys through the divisors and the last z.
         state, eps = given["initial_state"], given["eps"]
         begin = None if state is None else (state[1][..., np.newaxis], state[1], *state[2:])
         plain = {**given, "normalize": False, "eps": 0.0, "initial_state": begin, "layout": "bhnd"}
         ones = (q, k, np.ones((b, h, m, 1), q.dtype))
-        sums = attention.linear_attention(*ones, **plain)[..., 0].astype(wide) + eps
-        upper = np.divide(-of_rows, sums, out=np.zeros_like(sums), where=sums != 0)
-        of_rows += upper * (sums - eps)
+        upper = np.zeros_like(of_rows)
+        if normalizes:
+            sums = attention.linear_attention(*ones, **plain)[..., 0].astype(wide) + eps
+            np.divide(-of_rows, sums, out=upper, where=sums != 0)
+            of_rows += upper * (sums - eps)
         into = upper[..., np.newaxis].astype(q.dtype)
         end = None if dz is None else (dz[..., np.newaxis], np.zeros_like(dz))
         found = attention.linear_attention_backward(into, *ones, np.zeros_like(into), **plain, d_state=end)

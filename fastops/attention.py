@@ -79,15 +79,17 @@ def linear_attention(
     projection : (m, D) array_like, optional
         The directions of "favor", from `favor_projection`; m features.
     key_mask : (..., M) or (..., H_kv, M) bool array_like, optional
-        True where a key counts; others are as if they were absent, in the sums and in the normaliser. Leading dimensions as
-        those of `k`, heads first in every layout.
+        True where a key counts; others are as if they were absent, in the sums and in the normaliser, but that their `decay`
+        applies. Leading dimensions as those of `k`, heads first in every layout.
     cu_seqlens : (S + 1,) int array_like, optional
         Offsets of S sequences packed along N, from 0 to N; the batch is then 1 and M = N.
     decay : (H_kv,) or (..., H_kv, M) array_like of floats, optional
         Logarithms <= 0 of the factor by which the sums shrink at each key, before it is added; -inf forgets. With `causal`, and
-        not with "softmax" and "favor".
+        not with "softmax" and "favor". Heads first in every layout. The sums shrink at a masked key too: with padding on the right,
+        give ``decay[:, None] * mask[..., None, :]``.
     initial_state : tuple of arrays, optional
-        The sums to begin with, as `return_state` gives them.
+        The sums to begin with, as `return_state` gives them. Of no tokens S and z are 0, and m, the largest logits of "exp", "softmax"
+        and "favor", -inf.
     return_state : bool
         Return the sums over all keys too.
     layout : {"bhnd", "bnhd"}
@@ -243,7 +245,9 @@ def linear_attention_step_(
 
     Notes
     -----
-    Token by token it gives what `linear_attention` gives for all at once, up to rounding. 4 D E flops and 8 D E bytes a head.
+    Token by token it gives what `linear_attention` gives for all at once, up to rounding. 4 D E flops and 8 D E bytes a head. A call with
+    `decay`, `projection` or half precision costs some 50 microseconds more than one without. Rows of a batch that have ended: step them
+    too, and ignore the result. The state is changed in place: copy it before branching.
 
     Examples
     --------
@@ -267,6 +271,9 @@ def linear_attention_step_(
             quick = None
         if quick is not None:
             y: AnyArray | None = _backend.plain_step(q, k, v, state, out, quick)
+            if y is None and any(type(x) is np.ndarray and not x.flags.c_contiguous for x in (q, k, v)):
+                # Rows of a longer array, as q[:, :, i]: copies of them cost less than what follows.
+                y = _backend.plain_step(*map(np.ascontiguousarray, (q, k, v)), state, out, quick)
             if y is not None:
                 return y
     given = (feature_map, normalize, eps, kernel_eps, scale, projection)
@@ -539,7 +546,8 @@ def nystrom_attention(
     num_landmarks : int
         Segments m of queries and of keys, 1 to 4096. A sample with at most m queries or keys gets exact softmax attention.
     iterations : int
-        Steps of the iteration towards the inverse of A. More is not better: see the notes. Of no effect with pinv="ridge".
+        Steps of the iteration towards the inverse of A. More is not better, and from some 150 on rounding can make everything nan: see the
+        notes. Of no effect with pinv="ridge".
     pinv : {"newton", "ridge"}
         How A is inverted: by that iteration, or in closed form with a ridge, about as exact, and faster from
         some hundred landmarks on.
@@ -746,7 +754,7 @@ def nystrom_attention_backward(
 
 
 def logn_scale(n: ArrayLike, *, base: float = 512, min_n: float = 16, clip: bool = False) -> Any:
-    """Compute the factor of the logits that keeps attention's entropy from growing with the number of keys.
+    """Compute the factor of the logits that keeps attention's entropy from growing as fast with the number of keys.
 
     Parameters
     ----------

@@ -360,6 +360,10 @@ def test_step_takes_any_form(ops: ModuleType) -> None:
         y = ops.linear_attention_step_(*(x.reshape((*shape, *x.shape[1:])) for x in (q, k, v)), state)
         assert y.shape == (*shape, 2, 3)
         same(y, state)
+    # Rows of a longer array, as decoding over a known sequence has them.
+    longer = [np.repeat(x[:, :, np.newaxis], 3, 2) for x in (q, k, v)]
+    state = tuple(x.copy() for x in fresh)
+    same(ops.linear_attention_step_(*(x[:, :, 1] for x in longer), state), state)
     state = [x.copy() for x in fresh]
     same(ops.linear_attention_step_(q[..., ::-1][..., ::-1], np.asfortranarray(k), v.astype(">f4"), state), state)
     one = [x[0, 0].copy() for x in fresh]

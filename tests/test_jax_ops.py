@@ -315,6 +315,12 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
         ),
         [(2, 6, 4, 3), (2, 6, 2, 3), (2, 6, 2, 2), (2, 2, 6), (2, 2, 3, 2), (2, 2, 3)],
     ),
+    "decay and the last z without a divisor": (
+        lambda q, k, v, g: fj.linear_attention(
+            q, k, v, causal=True, decay=-jnp.exp(g), normalize=False, return_state=True
+        )[1][1],
+        [(2, 4, 6, 3), (2, 2, 6, 3), (2, 2, 6, 2), (2,)],
+    ),
     "step": (
         lambda q, k, v, g, s, z: _all(fj.linear_attention_step(q, k, v, (s, jnp.exp(z)), decay=-jnp.exp(g))),
         [(2, 4, 3), (2, 2, 3), (2, 2, 2), (2,), (2, 2, 3, 2), (2, 2, 3)],

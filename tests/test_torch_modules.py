@@ -167,7 +167,12 @@ def test_linear_attention_layer(options: dict[str, Any]) -> None:
     state = layer.new_state(2)
     token = torch.stack([layer.step(x[:, i], state) for i in range(7)], 1)
     np.testing.assert_allclose(token.detach(), y.detach(), rtol=0, atol=100 * tolerance.ATTENTION)
+    # A padded prompt gives the state of the prompt, with a decay too.
+    padded = torch.cat([x[:, :3], torch.full((2, 2, 12), 9.0)], 1)
+    _, same = layer(padded, key_mask=torch.arange(5).expand(2, 5) < 3, return_state=True)
     first, middle = layer(x[:, :3], return_state=True)
+    for got, wanted in zip(same, middle, strict=True):
+        np.testing.assert_allclose(got.detach(), wanted.detach(), rtol=0, atol=100 * tolerance.ATTENTION)
     second = layer(x[:, 3:], state=middle)
     np.testing.assert_allclose(
         torch.cat([first, second], 1).detach(), y.detach(), rtol=0, atol=100 * tolerance.ATTENTION
@@ -193,6 +198,9 @@ def test_nystrom_attention_layer() -> None:
         (lambda: ft.LinearAttention(12, 4, num_features=3), "favor' and with no other, got 3"),
         (lambda: ft.LinearAttention(12, 4, feature_map="eluu"), "did you mean 'elu'"),
         (lambda: ft.LinearAttention(12, 4, decay=(0.0,)), "decay must be of 4 numbers"),
+        (lambda: ft.LinearAttention(12, 4, causal=True, decay=(0.9,) * 4), "decay must be"),
+        (lambda: ft.LinearAttention(12, 4, decay=(-0.1,) * 4), "decay must be None without causal=True"),
+        (lambda: ft.NystromAttention(12, 4, num_landmarks=5000), r"num_landmarks must be an integer in \[1, 4096\]"),
         (lambda: ft.NystromAttention(12, 4, conv_kernel_size=2), "conv_kernel_size must be an odd number"),
         (lambda: ft.MitchellLinear(2, 2, mode="exakt"), "did you mean 'exact'"),
     ],
@@ -200,6 +208,11 @@ def test_nystrom_attention_layer() -> None:
 def test_wrong_layers_are_named(call: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         call()
+
+
+def test_a_decay_of_one_number_is_named() -> None:
+    with pytest.raises(TypeError, match="decay must be a sequence of 4 numbers, one a head, got"):
+        ft.LinearAttention(12, 4, causal=True, decay=-0.1)  # type: ignore[arg-type]
 
 
 MODULES = ["_attention", "_averaging", "_distributed", "_mitchell", "_modules", "_optim"]

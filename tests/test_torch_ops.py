@@ -203,6 +203,12 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
         ),
         [(2, 6, 4, 3), (2, 6, 2, 3), (2, 6, 2, 2), (2, 2, 6), (2, 2, 3, 2), (2, 2, 3)],
     ),
+    "decay and the last z without a divisor": (
+        lambda q, k, v, g: ft.linear_attention(
+            q, k, v, causal=True, decay=-g.exp(), normalize=False, return_state=True
+        )[1][1],
+        [(2, 4, 6, 3), (2, 2, 6, 3), (2, 2, 6, 2), (2,)],
+    ),
     "softmax": (ft.softmax_attention, [(2, 4, 5, 3), (2, 2, 6, 3), (2, 2, 6, 2)]),
     "softmax causal": (
         lambda q, k, v: ft.softmax_attention(q, k, v, causal=True, logn="keys", layout="bnhd"),

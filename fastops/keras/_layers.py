@@ -384,7 +384,7 @@ class LinearAttention(_Heads):
     num_features : int, optional
         Features of "favor"; its directions are a weight that is not trained.
     decay : sequence of float, optional
-        Logarithms <= 0 of the decay of each head of keys at each token. Needs a causal call.
+        Logarithms <= 0 of the decay of each head of keys at each token that is not masked. Needs a causal call.
     seed : int, optional
         Of the directions; drawn by default, so that ``keras.utils.set_random_seed`` governs it.
     num_key_value_heads : int, optional
@@ -476,9 +476,16 @@ class LinearAttention(_Heads):
             feature_map=self.feature_map,
             projection=None if self._projection is None else self._projection.value,
             key_mask=mask,
-            decay=None if self.decay is None else keras.ops.convert_to_tensor(self.decay, dtype="float32"),
+            decay=self._logs(mask),
             layout="bnhd",
         )
+
+    def _logs(self, mask: Any) -> Any:
+        """The decay of each head; of each key where there is a mask, so that what is masked decays nothing."""
+        if self.decay is None:
+            return None
+        logs = keras.ops.convert_to_tensor(self.decay, dtype="float32")
+        return logs if mask is None else keras.ops.where(mask[..., None, :], logs[:, None], 0.0)
 
 
 class NystromAttention(_Heads):

@@ -406,7 +406,11 @@ def _quick_step(q: Tensor, k: Tensor, v: Tensor, state: tuple[Tensor, ...], opti
     if not direct(*tensors) or any(map(Tensor.is_neg, tensors)):
         return None
     checked = attention._quick_options(q.size(-1), dtype, *options)
-    y: Tensor | None = None if checked is None else _backend.plain_step(q, k, v, state, None, checked)
+    if checked is None:
+        return None
+    y: Tensor | None = _backend.plain_step(q, k, v, state, None, checked)
+    if y is None and not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
+        y = _backend.plain_step(q.contiguous(), k.contiguous(), v.contiguous(), state, None, checked)
     if y is not None:
         _bump(state)
     return y

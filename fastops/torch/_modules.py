@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -302,6 +303,16 @@ class _Heads(torch.nn.Module):
         return q, k, v
 
 
+def _decay_of_heads(decay: object, heads: int) -> list[float]:
+    if isinstance(decay, Tensor):
+        decay = decay.tolist()
+    if isinstance(decay, str) or not isinstance(decay, Sequence):
+        raise _validate.wrong_type("decay", f"a sequence of {heads} numbers, one a head", decay)
+    if len(decay) != heads:
+        raise _validate.wrong_value("decay", f"of {heads} numbers, one a head", Text(str(len(decay))))
+    return [_validate.number("decay", x, -math.inf, 0.0) for x in decay]
+
+
 class LinearAttention(_Heads):
     """A layer of linear attention, with the next token of a sequence at a cost that does not grow.
 
@@ -320,7 +331,7 @@ class LinearAttention(_Heads):
     num_features : int, optional
         Features of "favor"; its directions are a buffer.
     decay : sequence of float, optional
-        Logarithms <= 0 of the decay of each of the `kv_heads` at each token; a buffer. Needs `causal`.
+        Logarithms <= 0 of the decay of each of the `kv_heads` at each token that is not masked; a buffer. Needs `causal`.
     bias : bool
         Of the four projections.
     device, dtype : optional
@@ -371,10 +382,10 @@ class LinearAttention(_Heads):
             rows = attention.favor_projection(self.head_dim, num_features, rng=seed)
             w = torch.from_numpy(rows).to(device=device, dtype=dtype or torch.get_default_dtype())
         self.register_buffer("projection", w)
-        if decay is not None and len(decay) != self.kv_heads:
-            raise _validate.wrong_value("decay", f"of {self.kv_heads} numbers, one a head", Text(str(len(decay))))
-        logs = None if decay is None else torch.tensor(decay, device=device, dtype=torch.float32)
-        self.register_buffer("decay", logs)
+        logs = None if decay is None else _decay_of_heads(decay, self.kv_heads)
+        if logs is not None and not self.causal:
+            raise _validate.wrong_value("decay", "None without causal=True", decay)
+        self.register_buffer("decay", None if logs is None else torch.tensor(logs, device=device, dtype=torch.float32))
 
     def forward(
         self,
@@ -405,13 +416,18 @@ class LinearAttention(_Heads):
         Tensor, or a Tensor and a tuple of Tensors
             (..., N, embed_dim), and the state with `return_state`.
         """
+        decay = self.decay
+        if decay is not None and key_mask is not None and key_mask.dtype == torch.bool:
+            # Of each key, so that what is masked decays nothing.
+            seen = key_mask if key_mask.ndim == x.ndim else key_mask[..., None, :]
+            decay = torch.where(seen, decay[:, None], 0.0)
         found = linear_attention(
             *self._split(x, context),
             causal=self.causal,
             feature_map=self.feature_map,
             projection=self.projection,
             key_mask=key_mask,
-            decay=self.decay,
+            decay=decay,
             initial_state=state,
             return_state=return_state,
             layout="bnhd",
@@ -494,7 +510,8 @@ class NystromAttention(_Heads):
     pinv : {"newton", "ridge"}
         How it is found.
     conv_kernel_size : int, optional
-        Taps of a learned convolution of the values that is added to each head, an odd number; 33 in the paper's models.
+        Taps of a learned convolution of the values that is added to each head, an odd number; 33 in the paper's models. Not with a
+        `context` of another length.
     bias : bool
         Of the four projections.
     device, dtype : optional
@@ -527,7 +544,7 @@ class NystromAttention(_Heads):
         dtype: Any = None,
     ) -> None:
         super().__init__(embed_dim, num_heads, None, bias, device, dtype)
-        self.num_landmarks = _validate.integer("num_landmarks", num_landmarks, 1)
+        self.num_landmarks = _validate.integer("num_landmarks", num_landmarks, 1, 4096)
         self.iterations = _validate.integer("iterations", iterations, 0)
         self.pinv = _validate.choice("pinv", pinv, ("newton", "ridge"))
         taps = None
@@ -549,7 +566,8 @@ class NystromAttention(_Heads):
         context : (..., M, embed_dim) Tensor, optional
             What they attend to, in place of themselves.
         key_mask : (..., M) bool Tensor, optional
-            True where a row counts.
+            True where a row counts. Where M = N it holds for the rows of `x` too, also with a `context`: where one can be as long as
+            `x` by chance, add a masked row to it.
 
         Returns
         -------
