@@ -76,8 +76,8 @@ class Region {
     bytes_ = bytes;
     return true;
   }
-  // Makes all pages present and writable at once. A page that is read first and written later costs two faults, the second
-  // of which interrupts every thread of the process.
+  // Makes all pages present and writable at once. A page that is read first and written later costs two faults, the
+  // second of which interrupts every thread of the process.
   void populate() noexcept {
 #if defined(MADV_POPULATE_WRITE)
     if (data_ != nullptr) madvise(data_, bytes_, MADV_POPULATE_WRITE);  // refused by Linux before 5.14: then by faults
