@@ -54,7 +54,7 @@ class Ranking {
   const Table& table_;
 };
 
-// Sorts all[0 .. n): short runs, which are merged to and fro between it and `other`. Answers where they lie in the end,
+// Sorts all[0 .. n): short runs, which are merged into `other` and back again. Answers where they lie in the end,
 // null where the poll said no.
 Ranked* sorted(const Ranking& before, Ranked* all, Ranked* other, std::size_t n, fastops_poll poll) noexcept {
   for (std::size_t i = 0; i < n; i += kRun) {
