@@ -340,7 +340,7 @@ REFUSED = {
 def test_what_is_no_array_on_a_gpu_is_refused(shim: Shim, name: str) -> None:
     make, kind, text = REFUSED[name]
     with pytest.raises(kind, match=text):
-        cuda.mitchell_sqrt(*make(), stream=1)
+        cuda.mitchell_sqrt(*make())
 
 
 def test_operands_that_do_not_fit_are_refused(shim: Shim) -> None:

@@ -282,7 +282,7 @@ def handle(stream: Any) -> int:
 def current_stream(values: Sequence[Any], device: int | None = None) -> int:
     """The caller's stream: the current one of the library whose arrays come first; 1, the default stream, without one."""
     for value in values:
-        if is_torch(value):
+        if is_torch(value) and value.device.type == "cuda":
             torch = sys.modules["torch"]
             return int(torch.cuda.current_stream(value.device if device is None else device).cuda_stream)
         if type(value).__module__.partition(".")[0] == "cupy":
