@@ -230,16 +230,17 @@ fastops_status fastops_words_select(const fastops_words* words, uint64_t min_cou
   std::size_t entries = 0, long_bytes = 0;
   bool stopped = false;
   const auto asked = [&](std::size_t i) noexcept {
-    return i % fastops::kRun == fastops::kRun - 1 && fastops::interrupted(poll);
+    stopped = i % fastops::kRun == fastops::kRun - 1 && fastops::interrupted(poll);
+    return stopped;
   };
-  for (std::size_t i = 0; i < table.capacity() && !(stopped = asked(i)); ++i) {
+  for (std::size_t i = 0; i < table.capacity() && !asked(i); ++i) {
     const Table::Slot& slot = table.slots()[i];
     if (!wanted(slot)) continue;
     ++entries;
     if (slot.size1 - 1 > fastops::kInlineKey) long_bytes += slot.size1 - 1;
   }
   bool made = entries == 0 || result->table.reserve(entries, long_bytes);
-  for (std::size_t i = 0; made && !stopped && i < table.capacity() && !(stopped = asked(i)); ++i) {
+  for (std::size_t i = 0; made && !stopped && i < table.capacity() && !asked(i); ++i) {
     const Table::Slot& slot = table.slots()[i];
     if (wanted(slot))
       made = result->table.add(table.key_at(slot), slot.count, table.documents_of(slot)) == Added::kDone;
@@ -272,9 +273,10 @@ fastops_status fastops_words_split(const fastops_words* words, size_t parts, fas
   bool made = sizes.grow(parts * sizeof(Size)) && part_of.grow((table.capacity() + 1) * sizeof(std::size_t));
   bool stopped = false;
   const auto asked = [&](std::size_t i) noexcept {
-    return i % fastops::kRun == fastops::kRun - 1 && fastops::interrupted(poll);
+    stopped = i % fastops::kRun == fastops::kRun - 1 && fastops::interrupted(poll);
+    return stopped;
   };
-  for (std::size_t i = 0; made && i < table.capacity() && !(stopped = asked(i)); ++i) {
+  for (std::size_t i = 0; made && i < table.capacity() && !asked(i); ++i) {
     const Table::Slot& slot = table.slots()[i];
     if (slot.size1 == 0) continue;
     const fastops::Key key = table.key_at(slot);
@@ -288,13 +290,13 @@ fastops_status fastops_words_split(const fastops_words* words, size_t parts, fas
   }
   for (std::size_t i = 0; i < parts; ++i) {
     tables[i] = nullptr;
-    if (!made || stopped || (stopped = asked(i))) continue;
+    if (!made || stopped || asked(i)) continue;
     const Size& size = sizes.get<Size>()[i];
     tables[i] = fastops_words_create(table.with_documents() ? 1 : 0);
     // What each will hold; as in fastops_words_select.
     made = tables[i] != nullptr && (size.entries == 0 || tables[i]->table.fit(size.entries, size.long_bytes));
   }
-  for (std::size_t i = 0; made && !stopped && i < table.capacity() && !(stopped = asked(i)); ++i) {
+  for (std::size_t i = 0; made && !stopped && i < table.capacity() && !asked(i); ++i) {
     const Table::Slot& slot = table.slots()[i];
     if (slot.size1 == 0) continue;
     made = tables[part_of.get<std::size_t>()[i]]->table.add(table.key_at(slot), slot.count, table.documents_of(slot)) ==
