@@ -240,7 +240,7 @@ class Waits:
             goes_on.wait()
         return begin
 def many_words():
-    text = b"".join(b"w%x and w%x\\n" % (i * 2654435761 % 2**32, i % 1000) for i in range(1_500_000))
+    text = b"".join(b"w%x and w%x\\n" % (i * 2654435761 % 2**32, i % 1000) for i in range(600_000))
     return fastops.count_words(text, document="line")
 CALLS = {
     "file": (lambda p: fastops.count_files(p), lambda: file("large", TEXT, 80)),
