@@ -8,12 +8,17 @@ softmax attention; word counting. `show_config()` says what is compiled in and w
 
 from __future__ import annotations
 
+import sys as _sys
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING, Any
 
-from ._folders import asked_alone as _asked_alone
 
-if TYPE_CHECKING or not _asked_alone():
+def _asked_for_folders() -> bool:
+    """Whether `python -m fastops` is to print folders alone, for which NumPy is not needed."""
+    return _sys.argv[:1] == ["-m"] and _import_module(f"{__name__}._folders").asked_alone()
+
+
+if TYPE_CHECKING or not _asked_for_folders():
     from ._config import get_num_threads, set_num_threads, show_config, target
     from ._multiplier import OPS as _OPS
     from ._multiplier import Multiplier

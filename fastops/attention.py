@@ -271,8 +271,8 @@ def linear_attention_step_(
             quick = None
         if quick is not None:
             y: AnyArray | None = _backend.plain_step(q, k, v, state, out, quick)
-            if y is None and any(type(x) is np.ndarray and not x.flags.c_contiguous for x in (q, k, v)):
-                # Rows of a longer array, as q[:, :, i]: copies of them cost less than what follows.
+            if y is None and type(state) is tuple and _are_rows((q, k, v), state if out is None else (*state, out)):
+                # Copies of them cost less than what follows.
                 y = _backend.plain_step(*map(np.ascontiguousarray, (q, k, v)), state, out, quick)
             if y is not None:
                 return y
@@ -282,6 +282,13 @@ def linear_attention_step_(
         _backend.linear_attention_step(step.q, step.k, step.v, step.out, options, step.decay, step.state)
     _attention.settle(step.out, step.given)
     return step.result
+
+
+def _are_rows(given: tuple[Any, ...], written: tuple[Any, ...]) -> bool:
+    """Whether some arrays have gaps, as rows q[:, :, i] of a longer one, and are apart from those that are written."""
+    if not all(type(x) is np.ndarray for x in (*given, *written)) or all(x.flags.c_contiguous for x in given):
+        return False
+    return not any(np.may_share_memory(x, y) for x in given for y in written)
 
 
 def linear_attention_backward(

@@ -398,6 +398,11 @@ def _step_kernel(
 _QUICK = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 
 
+def _are_apart(given: tuple[Tensor, ...], written: tuple[Tensor, ...]) -> bool:
+    memory = {x.untyped_storage().data_ptr() for x in given}
+    return memory.isdisjoint(x.untyped_storage().data_ptr() for x in written)
+
+
 def _quick_step(q: Tensor, k: Tensor, v: Tensor, state: tuple[Tensor, ...], options: tuple[Any, ...]) -> Tensor | None:
     """A step on tensors as decoding has them, which the native backend reads by itself; None of others."""
     if type(q) is not Tensor or (dtype := _QUICK.get(q.dtype)) is None or not q.ndim:
@@ -409,7 +414,11 @@ def _quick_step(q: Tensor, k: Tensor, v: Tensor, state: tuple[Tensor, ...], opti
     if checked is None:
         return None
     y: Tensor | None = _backend.plain_step(q, k, v, state, None, checked)
-    if y is None and not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
+    if (
+        y is None
+        and not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous())
+        and _are_apart((q, k, v), state)
+    ):
         y = _backend.plain_step(q.contiguous(), k.contiguous(), v.contiguous(), state, None, checked)
     if y is not None:
         _bump(state)
