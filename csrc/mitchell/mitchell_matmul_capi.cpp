@@ -69,6 +69,22 @@ struct Plan {
   std::size_t cols_kept;
 };
 
+// Rows of a block, some `rows`, so that two and four threads end together as nearly as may be: of nine blocks one of two
+// threads has five.
+std::size_t even_rows(std::size_t all, std::size_t rows, std::size_t across, const TileShape& shape) noexcept {
+  const std::size_t down = ceil_div(all, rows);
+  std::size_t best = rows, least = ~std::size_t{0};
+  for (std::size_t d = max_of(down - 1, 1); d < down + 5; ++d) {
+    const std::size_t block = ceil_div(ceil_div(all, d), shape.rows) * shape.rows;
+    if (block > shape.block) continue;
+    const std::size_t blocks = ceil_div(all, block) * across;
+    // Rows that the thread with most of them takes, times the threads.
+    const std::size_t longest = max_of(ceil_div(blocks, 2) * 2, ceil_div(blocks, 4) * 4) * block;
+    if (longest < least) least = longest, best = block;
+  }
+  return best;
+}
+
 template <class T> Plan make_plan(const Product<T>& p) noexcept {
   const TileShape& shape = matmul_kernels<T>().shape[static_cast<int>(p.body)];
   const std::size_t steps = static_cast<std::size_t>(p.steps);
@@ -99,8 +115,7 @@ template <class T> Plan make_plan(const Product<T>& p) noexcept {
     };
     shrink(shape.block / 2, 512);
     if (!plan.fresh) shrink(shape.block / 5, 128);
-    // Even shares: not one short block at the end.
-    plan.block_rows = ceil_div(ceil_div(p.rows, ceil_div(p.rows, plan.block_rows)), shape.rows) * shape.rows;
+    plan.block_rows = even_rows(p.rows, plan.block_rows, ceil_div(cols, plan.block_cols), shape);
   }
   plan.scratch = ceil_div(shape.scratch, 64) * 64 + 64;
   if (!plan.direct) {
