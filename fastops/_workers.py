@@ -22,7 +22,7 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import connection, reduction
 from typing import Any, Self, TypeVar, overload
 
@@ -217,6 +217,29 @@ def _one_line(problem: BaseException) -> str:
     return _validate.clip(f"{type(problem).__name__}: {problem}".partition("\n")[0], 160)
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the end: half a process, half started or half ended, would be left behind.
+
+    A process that is started inside inherits that SIGINT is blocked, and cannot answer Ctrl-C with a traceback before it
+    ignores it. To block it here does not do: another thread of the program may take the signal.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    came: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda *about: came.append(about))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])
+
+
 class Crew:
     """Worker processes that run one job; a context manager that leaves none behind.
 
@@ -259,26 +282,26 @@ class Crew:
         return self
 
     def __exit__(self, *error: object) -> None:
-        while self._workers:
-            worker = self._workers.pop()
-            worker.end()
-        while self._files:
-            os.close(self._files.pop())
+        with _uninterrupted():
+            while self._workers:
+                self._workers.pop().end()
+            while self._files:
+                os.close(self._files.pop())
 
     def _start(self) -> None:
-        shared = None
-        if self._tables:
-            shared = _anonymous()
-            self._files.append(shared)
-        # Ctrl-C is for the parent: a worker that is being started must not answer it with a traceback.
-        main = threading.current_thread() is threading.main_thread()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if main else None
-        try:
-            worker = _Worker(self._context, len(self._workers) + 1, shared)
-            self._workers.append(worker)
-        finally:
-            if before is not None:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with _uninterrupted():
+            shared = None
+            if self._tables:
+                shared = _anonymous()
+                self._files.append(shared)
+            unset = multiprocessing.get_start_method(allow_none=True) is None
+            try:
+                worker = _Worker(self._context, len(self._workers) + 1, shared)
+                self._workers.append(worker)
+            finally:
+                # To start one by spawn settles multiprocessing's own default, fork, as if the program had asked for it.
+                if unset:
+                    multiprocessing.set_start_method(None, force=True)
         worker.channel.send(self._job)
 
     def run(

@@ -24,12 +24,17 @@ WANT = fastops.count_words(TEXT, document="line")
 sys.path.insert(0, os.environ["FASTOPS_TEST_FOLDER"])
 from parallel import slow_words, split_words
 def left():
-    # Files, shared memory and descriptors: nothing of a run that is over may stay.
-    return sorted(os.listdir(tempfile.gettempdir())), sorted(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd"))
+    # Files, shared memory and descriptors: nothing of a run that is over may stay. Semaphores in shared memory are other
+    # programs': ours has none.
+    shared = [name for name in os.listdir("/dev/shm") if not name.startswith("sem.")]
+    return sorted(os.listdir(tempfile.gettempdir())), sorted(shared), len(os.listdir("/proc/self/fd"))
+def tracks(pid):
+    # What Python itself starts once, with the first worker, and stays.
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
+        return b"resource_tracker" in file.read()
 def children():
-    # What Python itself starts once, with the first worker, stays.
     with open(f"/proc/self/task/{os.getpid()}/children") as file:
-        return [pid for pid in file.read().split() if b"resource_tracker" not in open(f"/proc/{pid}/cmdline", "rb").read()]
+        return [pid for pid in file.read().split() if not tracks(pid)]
 def warm():
     assert fastops.count_words(["a b"] * 4, tokenizer=split_words, workers=2)["a"] == 4
 def workers():
@@ -39,7 +44,7 @@ def workers():
         try:
             with open(f"/proc/{pid}/environ", "rb") as file:
                 ours = b"FASTOPS_TEST_RUN=" + sys.argv[1].encode() in file.read()
-            if ours and int(pid) != os.getpid():
+            if ours and int(pid) != os.getpid() and not tracks(pid):
                 found.append(int(pid))
         except OSError:
             pass  # it has just ended, or is another's
@@ -375,6 +380,47 @@ def test_interrupts_at_any_moment_leave_nothing(tmp_path: Path) -> None:
     assert fastops.count_files(path) == want
     """
     run(MANY, INTERRUPT, code, arguments=["40", str(tmp_path / "temporary")], timeout=60)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_interrupt_while_a_worker_is_started(tmp_path: Path, when: str) -> None:
+    """Another thread takes the signal, so that blocking it in the main one does not help."""
+    (tmp_path / "temporary").mkdir()
+    code = """
+    from multiprocessing import util
+    real = util.spawnv_passfds
+    def interrupts():
+        thread = threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGINT))
+        thread.start()
+        thread.join()
+        time.sleep(0.01)
+    def starts(*arguments):
+        if sys.argv[1] == "before":
+            interrupts()
+        pid = real(*arguments)
+        if sys.argv[1] == "after":
+            interrupts()
+        return pid
+    path = file("text", TEXT, 4)
+    warm()
+    before = left()
+    util.spawnv_passfds = starts
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        fastops.count_files(path, tokenizer=split_words, workers=2)
+        heard = False
+    except KeyboardInterrupt:
+        heard = True
+    util.spawnv_passfds = real
+    assert heard and signal.getsignal(signal.SIGINT) is handler
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    end = time.monotonic() + 5
+    while (left() != before or children()) and time.monotonic() < end:
+        time.sleep(0.002)
+    assert left() == before and not children(), (left(), before, children())
+    warm()
+    """
+    run(MANY, INTERRUPT, code, arguments=[when, str(tmp_path / "temporary")], timeout=60)
 
 
 def test_fork_after_use_and_meanwhile() -> None:
