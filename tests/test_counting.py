@@ -425,8 +425,8 @@ def test_timeout(workers: int, tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "large"
     path.write_bytes(b"some words and more words\n" * 1_000_000)
     if tokenizer is None or workers > 1:
-        with pytest.raises(TimeoutError, match=r"timeout=0\.1 s"):
-            count_sources(path, Rule("word", ngrams=(1, 3)), tokenizer, Options(workers=workers, timeout=0.1))
+        with pytest.raises(TimeoutError, match=r"timeout=0\.01 s"):
+            count_sources(path, Rule("word", ngrams=(1, 3)), tokenizer, Options(workers=workers, timeout=0.01))
     assert time.monotonic() - start < 30
     assert threading.active_count() == before
 

@@ -10,12 +10,12 @@ pytestmark = once
 
 LONG = """
 import signal, threading
-n = 3000
+n = 5000
 a = np.ones((n, n), np.float32)
 small = np.ones((150, 150), np.float32)
 table = fastops.Multiplier().table(8)
 u8 = np.ones((2500, 2500), np.uint8)
-image = np.ones((8, 64, 120, 120), np.float32)
+image = np.broadcast_to(np.ones((64, 120, 120), np.float32), (48, 64, 120, 120))
 kernel = np.ones((128, 64, 3, 3), np.float32)
 # Keys of stride 0 by the million; a row is 64 numbers.
 ones = np.ones((1, 64), np.float32)
