@@ -123,9 +123,9 @@ unsigned started = 0;  // the owner's
 bool fork_handled = false;
 
 #if defined(__linux__)
-// Where a guest's CPUs are idle, a hypervisor shows them as taken away, and Linux starts a thread that is woken on the CPU of
-// the thread that wakes it, behind it, for some milliseconds. So the owner bars its own CPU to workers that sleep, and they
-// take it back when they are awake.
+// Where a guest's CPUs are idle, a hypervisor shows them as taken away, and Linux starts a thread that is woken on the
+// CPU of the thread that wakes it, behind it, for some milliseconds. So the owner bars its own CPU to workers that
+// sleep, and they take it back when they are awake.
 struct Worker {
   std::atomic<int> thread;  // 0 while awake
   std::atomic<int> barred;  // the CPU and one

@@ -69,8 +69,8 @@ struct Plan {
   std::size_t cols_kept;
 };
 
-// Rows of a block, some `rows`, so that two and four threads end together as nearly as may be: of nine blocks one of two
-// threads has five.
+// Rows of a block, some `rows`, so that two and four threads end together as nearly as may be: of nine blocks one of
+// two threads has five.
 std::size_t even_rows(std::size_t all, std::size_t rows, std::size_t across, const TileShape& shape) noexcept {
   const std::size_t down = ceil_div(all, rows);
   std::size_t best = rows, least = ~std::size_t{0};
