@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import unicodedata
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -92,7 +93,8 @@ class _Run:
         self.done = 0
         self.completed = 0
         self.skipped: list[tuple[int, str, str]] = []
-        self._counters: list[Counter] = []
+        # Weakly: a counter whose input failed goes with all that it holds.
+        self._counters: weakref.WeakSet[Counter] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._total = total
         self._next = 0.0
@@ -141,7 +143,7 @@ class _Run:
     def watch(self, counter: Counter) -> Counter:
         """A counter that is to stop with the run."""
         with self._lock:
-            self._counters.append(counter)
+            self._counters.add(counter)
         return counter
 
     def end(self) -> None:
