@@ -683,7 +683,9 @@ def arrow_documents(array: Any, most: int = PIECE) -> Iterator[list[bytes]]:
         valid = None if not chunk.null_count else chunk.is_valid().to_numpy(zero_copy_only=False)
         start = 0
         while start < len(chunk):
-            stop = max(int(np.searchsorted(offsets, offsets[start] + most, "right")) - 1, start + 1)
+            # In the dtype of the offsets, which another one would copy, and in which the sum may overflow.
+            end = offsets.dtype.type(min(int(offsets[start]) + most, int(offsets[-1])))
+            stop = max(int(np.searchsorted(offsets, end, "right")) - 1, start + 1)
             stop = min(stop, start + 2**16, len(chunk))
             cuts = offsets[start : stop + 1].tolist()
             batch = [bytes(view[a:b]) for a, b in itertools.pairwise(cuts)]
