@@ -416,7 +416,7 @@ fastops_status WordCounter::gather(fastops_poll poll, fastops_words* words) noex
   if (spill_.used() || budget_.used > budget_.limit / 2) {
     for (unsigned i = 0; i < made_; ++i)
       if (!all_[i].tally.spill()) return take_errors(FASTOPS_OK);
-    if (!words->table.back_by_files()) return FASTOPS_NO_MEMORY;
+    words->table.back_by_files();
     for (unsigned part = 0; part < Spill::kParts; ++part) {
       if (poll.function != nullptr && poll.function(poll.context) != 0) return FASTOPS_INTERRUPTED;
       if (!spill_.read(part, &words->table)) {
