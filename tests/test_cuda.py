@@ -218,6 +218,22 @@ def test_bfloat16_comes_by_dlpack(shim: Shim) -> None:
     assert_same_bits(shim.get(cuda.mitchell_mul(exported(a), exported(b))), expected("mul", a, b))
 
 
+def test_dlpack_speaks_the_version_that_is_asked_for(shim: Shim) -> None:
+    result = cuda.mitchell_square(Fake(np.arange(6, dtype=np.float32).reshape(2, 3)))
+    for options, name in (
+        ({}, "dltensor"),
+        ({"max_version": (0, 8)}, "dltensor"),
+        ({"max_version": (1, 0), "dl_device": (2, 0), "copy": False}, "dltensor_versioned"),
+    ):
+        capsule = result.__dlpack__(stream=-1, **options)
+        assert f'"{name}"' in repr(capsule)
+        data, shape, *_ = _runtime.module().from_dlpack(capsule)
+        assert (data, shape) == (result._memory.address, (2, 3))
+    for options in ({"copy": True}, {"dl_device": (1, 0)}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            result.__dlpack__(**options)
+
+
 # --- streams and devices -----------------------------------------------------------------------------------------------------
 
 
@@ -697,6 +713,27 @@ def test_plans_are_shared_by_calls_with_the_same_memory(shim: Shim) -> None:
     assert native.plan(roles, ([ones(5), ones(6)], lists[1]), _arrays.describe, 1) is not plan
     native.forget_plans()
     assert native.plan(roles, lists, _arrays.describe, 1) is not plan
+
+
+def test_a_tensor_alone_is_a_list_also_where_it_refuses_the_interface(shim: Shim) -> None:
+    class Recorded(FakeTensor):
+        """As torch's tensors with requires_grad."""
+
+        requires_grad = True
+
+        @property
+        def __cuda_array_interface__(self) -> Any:
+            raise RuntimeError("requires grad")
+
+        def __len__(self) -> int:
+            raise AssertionError("it is no list")
+
+        def __dlpack__(self, **_: object) -> Any:
+            raise AssertionError("nor exported")
+
+    p, s = np.ones(3, np.float32), np.zeros(3, np.float32)
+    cuda.ema_update_(Fake(s), Recorded(p), 0.75, stream=1)
+    assert s.tolist() == [0.25] * 3
 
 
 def test_lists_that_do_not_fit_are_refused_before_anything_is_written(shim: Shim) -> None:

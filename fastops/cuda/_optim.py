@@ -4,20 +4,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .. import _tensors, _validate, optim
-from .._tensors import Role
+from .._tensors import FixedList, Role
 from . import _runtime
-from ._arrays import current_stream, describe, handle
+from ._arrays import current_stream, describe, handle, interface_of, is_torch
 
 __all__ = ["TensorList", "adamw_step_", "ema_update_", "sgd_step_"]
 
 Tensors = Iterable[Any]
 
 
-class TensorList(Sequence[Any]):
+class TensorList(FixedList):
     """A fixed list of tensors on a GPU that many calls use.
 
     Parameters
@@ -46,7 +46,7 @@ class TensorList(Sequence[Any]):
     ...     shadows = fastops.cuda.TensorList([torch.zeros(3, device="cuda")], verify=False)
     """
 
-    __slots__ = ("_arrays", "_held", "_plans", "_tensors", "_verify", "_version")
+    __slots__ = ("_held", "_plans", "_tensors", "_verify", "_version")
 
     def __init__(self, arrays: Iterable[Any], *, verify: bool = True) -> None:
         self._arrays = tuple(_as_list("arrays", arrays))
@@ -81,26 +81,11 @@ class TensorList(Sequence[Any]):
         if not self._held:
             self._held = tuple(x.detach() if hasattr(x, "detach") else x for x in self._arrays)
 
-    def __len__(self) -> int:
-        return len(self._arrays)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._arrays[index]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._arrays)
-
-    def __repr__(self) -> str:
-        return f"<fastops.cuda.TensorList of {len(self._arrays)} arrays>"
-
-    def __reduce__(self) -> Any:
-        raise _validate.no_pickle("a TensorList", "it stands for memory of this process; pickle a list of its arrays")
-
 
 def _as_list(name: str, value: object) -> list[Any]:
     if isinstance(value, TensorList):
         return list(value._arrays)
-    if hasattr(value, "__cuda_array_interface__") and not hasattr(value, "data_ptr"):
+    if not is_torch(value) and interface_of(value) is not None:
         return [value]
     return _tensors.as_list(name, value)
 
@@ -228,20 +213,12 @@ def sgd_step_(
         As in `fastops.sgd_step_`, on one GPU and without gaps.
     momentum_buffers : list of arrays or None
         Likewise.
-    lr, momentum, dampening : float
-        As in `fastops.sgd_step_`.
-    nesterov : bool
-        As in `fastops.sgd_step_`.
-    weight_decay : float
-        As in `fastops.sgd_step_`.
-    accumulate : (i, k), optional
+    lr, momentum, dampening, nesterov, weight_decay, accumulate : float, bool or (i, k)
         As in `fastops.sgd_step_`.
     ema : list of arrays, optional
         Shadows, which follow the new parameters.
-    ema_decay : float, optional
-        In [0, 1], given with `ema`.
-    zero_grad : bool
-        Set the gradients to zero in the same pass.
+    ema_decay, zero_grad : float and bool, optional
+        As in `fastops.sgd_step_`.
     stream : int or stream object, optional
         As in `mitchell_mul`.
 
@@ -300,22 +277,12 @@ def adamw_step_(
     ----------
     params, grads, exp_avg, exp_avg_sq : list of arrays
         As in `fastops.adamw_step_`, on one GPU and without gaps.
-    step : int
-        Number of this step, from 1.
-    lr : float
-        As in `fastops.adamw_step_`.
-    betas : (float, float)
-        As in `fastops.adamw_step_`.
-    eps, weight_decay : float
-        As in `fastops.adamw_step_`.
-    decoupled : bool
+    step, lr, betas, eps, weight_decay, decoupled : int, float, bool or (float, float)
         As in `fastops.adamw_step_`.
     ema : list of arrays, optional
         Shadows, which follow the new parameters.
-    ema_decay : float, optional
-        In [0, 1], given with `ema`.
-    zero_grad : bool
-        Set the gradients to zero in the same pass.
+    ema_decay, zero_grad : float and bool, optional
+        As in `fastops.adamw_step_`.
     stream : int or stream object, optional
         As in `mitchell_mul`.
 
