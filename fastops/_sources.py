@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, cast
 
-from ._rule import DecodeError
+from ._rule import UTF8_BOM, DecodeError
 from ._validate import Text, wrong_type
 
 PIECE = 2**20
@@ -627,7 +627,7 @@ def jsonl(name: str, blocks: Iterable[bytes], field: str, errors: str) -> Iterat
         batch = []
         for line in run.split(b"\n"):
             number += 1
-            record = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            record = line.removeprefix(UTF8_BOM) if number == 1 else line
             if record and not record.isspace():
                 batch.append(encoded(_field(name, number, offset, record, field, errors)))
             offset += len(line) + 1
