@@ -211,11 +211,11 @@ def mitchell_mul(
     Raises
     ------
     TypeError
-        A tensor that is not of a floating-point dtype, dense and on the CPU; no tensor at all.
+        A tensor that is not of a floating-point dtype, dense and on a device named above; no tensor at all.
     ValueError
         Shapes that do not broadcast, an unknown `mode`.
     NotImplementedError
-        A second derivative.
+        A second derivative, or one on a GPU.
 
     Notes
     -----
@@ -245,7 +245,7 @@ def mitchell_div(
     Parameters
     ----------
     a : Tensor of float16, bfloat16, float32 or float64, or number
-        The numerator, on the CPU.
+        The numerator, where `mitchell_mul` takes tensors.
     b : Tensor or number
         The denominator.
     multiplier : fastops.Multiplier, optional
@@ -300,7 +300,7 @@ def mitchell_matmul(a: Tensor, b: Tensor, *, multiplier: Multiplier | None = Non
     Parameters
     ----------
     a : (..., M, K) or (K,) Tensor of float16, bfloat16, float32 or float64
-        On the CPU, of any strides; read in place.
+        On the CPU or on an NVIDIA GPU (`fastops.cuda`, without gradients yet), of any strides; read in place.
     b : (..., K, N) or (K,) Tensor
         Leading dimensions broadcast as in `torch.matmul`.
     multiplier : fastops.Multiplier, optional
