@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -713,6 +715,20 @@ def test_plans_are_shared_by_calls_with_the_same_memory(shim: Shim) -> None:
     assert native.plan(roles, ([ones(5), ones(6)], lists[1]), _arrays.describe, 1) is not plan
     native.forget_plans()
     assert native.plan(roles, lists, _arrays.describe, 1) is not plan
+
+
+def test_a_list_is_gone_with_its_last_reference(shim: Shim) -> None:
+    """Not when the collector runs: that may be long after the GPU's memory was wanted."""
+    arrays = [Fake(np.ones(3, np.float32)) for _ in range(2)]
+    params, shadows = (cuda.TensorList([x], verify=False) for x in arrays)
+    before = [weakref.ref(x) for x in arrays]
+    gc.disable()
+    try:
+        cuda.ema_update_(shadows, params, 0.5, stream=1)
+        del params, shadows, arrays
+        assert [x() for x in before] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_tensor_alone_is_a_list_also_where_it_refuses_the_interface(shim: Shim) -> None:

@@ -51,7 +51,7 @@ class TensorList(FixedList):
     def __init__(self, arrays: Iterable[Any], *, verify: bool = True) -> None:
         self._arrays = tuple(_as_list("arrays", arrays))
         self._verify = _validate.boolean("verify", verify)
-        # By roles and lists: the versions that these had, their plan, and the lists, so that their addresses stay theirs.
+        # By roles and lists: the versions that these had, their plan, and the other lists, so that their addresses stay theirs.
         self._plans: dict[tuple[Any, ...], tuple[list[int], Any, tuple[Any, ...]]] = {}
         self._version = 0
         self._held: tuple[Any, ...] = ()
@@ -116,7 +116,7 @@ class _Step:
             for value in values:
                 value._hold()
             plan = self.native.plan(self._roles, self._lists, describe, self.stream)
-            found = kept._plans[key] = versions, plan, tuple(values)
+            found = kept._plans[key] = versions, plan, tuple(x for x in values if x is not kept)
         return found[1]
 
     def done(self) -> None:
