@@ -212,7 +212,7 @@ def as_list(name: str, value: object) -> list[Any]:
     """The tensors of an argument: those of a list, tuple, `TensorList` or other iterable; an array alone is a list of one."""
     if isinstance(value, (list, tuple)):
         return list(value)
-    if isinstance(value, TensorList):
+    if isinstance(value, FixedList):
         return list(value._arrays)
     if isinstance(value, (str, bytes, dict, set, frozenset)):
         raise _validate.wrong_type(name, "a list of arrays", value)

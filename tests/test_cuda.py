@@ -686,7 +686,8 @@ def test_sgd_has_the_bits_of_the_cpu(gpu: Any, fused: Any, p: str, g: str) -> No
         check_lists(gpu, *steps, *lists, lr=0.1, **options)
 
 
-def test_a_list_is_read_anew_in_every_call_unless_it_says_not_to(shim: Shim) -> None:
+@pytest.mark.parametrize("decay", [0.5, [0.5]])
+def test_a_list_is_read_anew_in_every_call_unless_it_says_not_to(shim: Shim, decay: Any) -> None:
     first, second = np.zeros(5, np.float32), np.zeros(5, np.float32)
     params = [ones(5)]
     for verify, moved in ((True, second), (False, first)):
@@ -694,13 +695,13 @@ def test_a_list_is_read_anew_in_every_call_unless_it_says_not_to(shim: Shim) -> 
         tensor = FakeTensor(first)
         shadows = cuda.TensorList([tensor], verify=verify)
         kept = cuda.TensorList(params, verify=verify)
-        cuda.ema_update_(shadows, kept, 0.5, stream=1)
+        cuda.ema_update_(shadows, kept, decay, stream=1)
         assert first[0] == 0.5
         tensor.array = second
-        cuda.ema_update_(shadows, kept, 0.5, stream=1)
+        cuda.ema_update_(shadows, kept, decay, stream=1)
         assert (first[0], second[0]) == ((0.5, 0.5) if moved is second else (0.75, 0.0))
         shadows.refresh()
-        cuda.ema_update_(shadows, kept, 0.5, stream=1)
+        cuda.ema_update_(shadows, kept, decay, stream=1)
         assert second[0] == (0.75 if moved is second else 0.5)
 
 

@@ -83,8 +83,6 @@ class TensorList(FixedList):
 
 
 def _as_list(name: str, value: object) -> list[Any]:
-    if isinstance(value, TensorList):
-        return list(value._arrays)
     if not is_torch(value) and interface_of(value) is not None:
         return [value]
     return _tensors.as_list(name, value)
@@ -178,15 +176,11 @@ def ema_update_(
     ...     shadows, params = [torch.zeros(3, device="cuda")], [torch.ones(3, device="cuda")]
     ...     fastops.cuda.ema_update_(shadows, params, decay=0.75)
     """
-    shadows, weights = optim._ema_weights(_sized(shadows), decay)
+    shadows, weights = optim._ema_weights(shadows, decay)
     chosen = optim._seed(rounding, seed)
     step = _Step(_tensors.ema_roles(1), [params, shadows], stream)
     step.native.ema_update(step.plan, weights, chosen, step.stream)
     step.done()
-
-
-def _sized(value: Tensors) -> Any:
-    return value._arrays if isinstance(value, TensorList) and value._verify else value
 
 
 def sgd_step_(
