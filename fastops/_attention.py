@@ -49,6 +49,15 @@ class LinearOptions(NamedTuple):
         return 3 if self.feature_map in EXPONENTIAL else 2
 
 
+def layer_features(feature_map: object, num_features: object) -> tuple[str, int | None]:
+    """The feature map of a layer, and of how many directions it draws its features."""
+    name = _validate.choice("feature_map", feature_map, FEATURE_MAPS)
+    if (num_features is None) == (name == "favor"):
+        wanted = "given with feature_map='favor' and with no other"
+        raise _validate.wrong_value("num_features", wanted, num_features)
+    return name, None if num_features is None else _validate.integer("num_features", num_features, 1)
+
+
 def compute_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """The dtype of features, sums and states."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)

@@ -21,8 +21,8 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from multiprocessing import connection, reduction
 from typing import Any, Self, TypeVar, overload
 
@@ -703,12 +703,15 @@ def parallel_apply(
     results = _results(job, iterable, count, ordered, timeout)
     if callback is None:
         return results
-    for result in results:
-        callback(result)
+    with closing(results):
+        for result in results:
+            callback(result)
     return None
 
 
-def _results(job: bytes, iterable: Iterable[Any], workers: int, ordered: bool, timeout: float | None) -> Iterator[Any]:
+def _results(
+    job: bytes, iterable: Iterable[Any], workers: int, ordered: bool, timeout: float | None
+) -> Generator[Any, None, None]:
     due = 0
     early: dict[int, bytes] = {}
 

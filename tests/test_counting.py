@@ -15,6 +15,7 @@ import random
 import threading
 import time
 import unicodedata
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -224,6 +225,30 @@ def test_a_skipped_file_leaves_nothing(workers: int, tokenizer: Any, files: list
     assert "UTF-16" in skipped[1][1]
     with pytest.raises(_sources.DamagedFile, match=r"cut\.gz"):
         count_sources([files[0], cut, *files[1:]], RULES[0], tokenizer, Options(workers=workers))
+
+
+@pytest.mark.usefixtures("over_backend")
+def test_counters_of_failed_inputs_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / str(i) for i in range(20)]
+    for path in paths:
+        path.write_bytes(b"\xff\n")
+    texts = [b"\xff" * 2**20 for _ in range(20)]
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
+    make = _counting._backend.word_counter
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal most
+        counter = make(*args, **options)
+        alive.add(counter)
+        most = max(most, len(alive))
+        return counter
+
+    monkeypatch.setattr(_counting._backend, "word_counter", counted)
+    rule, options = Rule(errors="strict"), Options(workers=1, on_error="skip")
+    assert len(count_sources(paths, rule, None, options)[1]) == 20
+    assert len(count_texts(texts, rule, None, options)[1]) == 20
+    assert most < 5
 
 
 @pytest.mark.usefixtures("over_backend")

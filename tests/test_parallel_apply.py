@@ -313,8 +313,11 @@ def test_errors_around_the_workers_end_them() -> None:
     def fails(result: object) -> None:
         raise LookupError("callback")
 
-    with pytest.raises(LookupError, match="callback"):
+    with pytest.raises(LookupError, match="callback") as caught:
         parallel_apply(parallel.same, range(100), 2, callback=fails)
+    # Not when the error is forgotten, whose traceback may be kept for long.
+    assert caught.value is not None
+    assert multiprocessing.active_children() == []
     # Left in the middle.
     for _ in parallel_apply(parallel.same, range(100), 2):
         break

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -371,14 +371,19 @@ def _linear(q: Any, k: Any, v: Any, more: Arrays, options: Options) -> list[Any]
     return _linear_forward(q, k, v, more, options)
 
 
-def _linear_fwd(q: Any, k: Any, v: Any, more: Arrays, options: Options) -> Any:
-    refused = more.decay if options.feature_map == "exp" else None
-    _ops.without_gradient(projection=more.projection, decay=refused)
-    of_decay = more.decay is not None and more.decay.perturbed
-    q, k, v, more = _ops.values((q, k, v, more))
-    y, *last = _linear(q, k, v, more, options)
-    # Trees without leaves say what is known when it is traced.
-    return [y, *last], (q, k, v, more, y, last if of_decay else [], () if of_decay else None)
+def _forward_rule(operation: Callable[..., list[Any]]) -> Callable[..., Any]:
+    """What keeps for the gradient what the operation and its result are made of."""
+
+    def forward(q: Any, k: Any, v: Any, more: Arrays, options: Options) -> Any:
+        refused = more.decay if options.feature_map == "exp" else None
+        _ops.without_gradient(projection=more.projection, decay=refused)
+        of_decay = more.decay is not None and more.decay.perturbed
+        q, k, v, more = _ops.values((q, k, v, more))
+        y, *last = operation(q, k, v, more, options)
+        # Trees without leaves say what is known when it is traced.
+        return [y, *last], (q, k, v, more, y, last if of_decay else [], () if of_decay else None)
+
+    return forward
 
 
 def _linear_bwd(options: Options, kept: Any, cotangents: Any) -> Any:
@@ -386,7 +391,7 @@ def _linear_bwd(options: Options, kept: Any, cotangents: Any) -> Any:
     return _linear_gradients(options, q, k, v, more, y, last, cotangents, of_decay is not None)
 
 
-_linear.defvjp(_linear_fwd, _linear_bwd, symbolic_zeros=True)
+_linear.defvjp(_forward_rule(_linear), _linear_bwd, symbolic_zeros=True)
 
 
 def _one_form(q: Any, k: Any, more: Arrays, axis: int) -> Arrays:
@@ -565,15 +570,6 @@ def _step(q: Any, k: Any, v: Any, more: Arrays, options: Options) -> list[Any]:
     )
 
 
-def _step_fwd(q: Any, k: Any, v: Any, more: Arrays, options: Options) -> Any:
-    refused = more.decay if options.feature_map == "exp" else None
-    _ops.without_gradient(projection=more.projection, decay=refused)
-    of_decay = more.decay is not None and more.decay.perturbed
-    q, k, v, more = _ops.values((q, k, v, more))
-    y, *last = _step(q, k, v, more, options)
-    return [y, *last], (q, k, v, more, y, last if of_decay else [], () if of_decay else None)
-
-
 def _step_bwd(options: Options, kept: Any, cotangents: Any) -> Any:
     """A step is the linear attention of one token."""
     q, k, v, more, y, last, of_decay = kept
@@ -588,7 +584,7 @@ def _step_bwd(options: Options, kept: Any, cotangents: Any) -> Any:
     return (*(x[:, :, 0] for x in first), rest)
 
 
-_step.defvjp(_step_fwd, _step_bwd, symbolic_zeros=True)
+_step.defvjp(_forward_rule(_step), _step_bwd, symbolic_zeros=True)
 
 
 @partial(jax.jit, static_argnums=(4,))

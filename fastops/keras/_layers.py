@@ -442,11 +442,7 @@ class LinearAttention(_Heads):
     ) -> None:
         super().__init__(num_heads, key_dim, value_dim, **kwargs)
         self.causal = _validate.boolean("causal", causal)
-        self.feature_map = _validate.choice("feature_map", feature_map, _attention.FEATURE_MAPS)
-        if (num_features is None) == (feature_map == "favor"):
-            wanted = "given with feature_map='favor' and with no other"
-            raise _validate.wrong_value("num_features", wanted, num_features)
-        self.num_features = None if num_features is None else _validate.integer("num_features", num_features, 1)
+        self.feature_map, self.num_features = _attention.layer_features(feature_map, num_features)
         self.decay = None if decay is None else [_validate.number("decay", x, -float("inf"), 0.0) for x in decay]
         if self.decay is not None and len(self.decay) != self.num_key_value_heads:
             wanted = f"of {self.num_key_value_heads} numbers, one a head"

@@ -20,12 +20,10 @@ from ._ops import array, direct, tensor
 
 __all__ = ["linear_attention", "linear_attention_step_", "nystrom_attention", "softmax_attention"]
 
-_WIDE = {torch.float64: torch.float64}
-
 
 def _wide(x: Tensor) -> torch.dtype:
     """The dtype of features, sums and states."""
-    return _WIDE.get(x.dtype, torch.float32)
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def _optional(name: str, x: Tensor | None) -> Any:

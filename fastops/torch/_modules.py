@@ -372,14 +372,11 @@ class LinearAttention(_Heads):
     ) -> None:
         super().__init__(embed_dim, num_heads, kv_heads, bias, device, dtype)
         self.causal = _validate.boolean("causal", causal)
-        self.feature_map = _validate.choice("feature_map", feature_map, _attention.FEATURE_MAPS)
-        if (num_features is None) == (feature_map == "favor"):
-            wanted = "given with feature_map='favor' and with no other"
-            raise _validate.wrong_value("num_features", wanted, num_features)
+        self.feature_map, count = _attention.layer_features(feature_map, num_features)
         w = None
-        if num_features is not None:
+        if count is not None:
             seed = int(torch.randint(2**62, ()))
-            rows = attention.favor_projection(self.head_dim, num_features, rng=seed)
+            rows = attention.favor_projection(self.head_dim, count, rng=seed)
             w = torch.from_numpy(rows).to(device=device, dtype=dtype or torch.get_default_dtype())
         self.register_buffer("projection", w)
         logs = None if decay is None else _decay_of_heads(decay, self.kv_heads)

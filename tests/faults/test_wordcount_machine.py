@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from child import once, run, unsanitized
+from child import END, INTERRUPT, once, run, unsanitized
 
 pytestmark = once
 
@@ -216,7 +216,7 @@ def test_workers_end_with_the_process_that_started_them(rounds: int, tmp_path: P
     )
 
 
-INTERRUPT = """
+LONG = """
 import gzip
 tempfile.tempdir = None
 os.environ["TMPDIR"] = folder = sys.argv[2]
@@ -277,11 +277,6 @@ CALLS = {
     "encode": (lambda c: [c.copy().encode("a b") for _ in range(100)], lambda: many_words()),
     "many files": (lambda p: fastops.count_files(p), lambda: [file(str(i), b"some words\\n") for i in range(200)] * 100),
 }
-sent = None
-def send():
-    global sent
-    sent = time.monotonic()
-    os.kill(os.getpid(), signal.SIGINT)
 """
 
 
@@ -327,18 +322,7 @@ def test_interrupt_ends_a_count(call: str, tmp_path: Path) -> None:
     made = make()
     warm()
     before = left()
-    timer = threading.Timer(0.12, send)
-    timer.start()
-    try:
-        count(made)
-        seen = None
-    except KeyboardInterrupt:
-        seen = time.monotonic()
-    timer.join()
-    assert seen is not None, "the call ended by itself: too short for this test" if sent is None else "not interrupted"
-    crowd = max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
-    print(f"{sys.argv[1]}: {1e3 * (seen - sent):.0f} ms, {crowd:.1f} runnable threads a CPU")
-    assert seen - sent < 0.3 * crowd, seen - sent
+    interrupted(sys.argv[1], 0.12, lambda: count(made))
     goes_on.set()
     end = time.monotonic() + 5
     while (left() != before or children() or threading.active_count() > 1) and time.monotonic() < end:
@@ -346,7 +330,7 @@ def test_interrupt_ends_a_count(call: str, tmp_path: Path) -> None:
     assert left() == before and not children() and threading.active_count() == 1, (left(), before, threading.enumerate())
     assert fastops.count_words(TEXT, document="line") == WANT, "usable afterwards"
     """
-    run(MANY, INTERRUPT, code, arguments=[call, str(tmp_path / "temporary")])
+    run(INTERRUPT, MANY, LONG, code, arguments=[call, str(tmp_path / "temporary")])
 
 
 def test_interrupts_at_any_moment_leave_nothing(tmp_path: Path) -> None:
@@ -379,7 +363,7 @@ def test_interrupts_at_any_moment_leave_nothing(tmp_path: Path) -> None:
     print(heard, "interrupts")
     assert fastops.count_files(path) == want
     """
-    run(MANY, INTERRUPT, code, arguments=["40", str(tmp_path / "temporary")], timeout=60)
+    run(INTERRUPT, MANY, LONG, code, arguments=["40", str(tmp_path / "temporary")], timeout=60)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -420,7 +404,7 @@ def test_interrupt_while_a_worker_is_started(tmp_path: Path, when: str) -> None:
     assert left() == before and not children(), (left(), before, children())
     warm()
     """
-    run(MANY, INTERRUPT, code, arguments=[when, str(tmp_path / "temporary")], timeout=60)
+    run(INTERRUPT, MANY, LONG, code, arguments=[when, str(tmp_path / "temporary")], timeout=60)
 
 
 def test_fork_after_use_and_meanwhile() -> None:
@@ -431,16 +415,6 @@ def test_fork_after_use_and_meanwhile() -> None:
         threads = fastops.count_words(text, document="line", workers=4)
         spilled = fastops.count_words(text, document="line", memory_limit=2**20, workers=1)
         return (threads.total(), len(threads)) == (spilled.total(), len(spilled)) == (len(text.split()), want)
-    def wait(child, seconds=20.0):
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.002)
-        os.kill(child, 9)
-        os.waitpid(child, 0)
-        return "hangs"
     assert right()
     stop = threading.Event()
     def go_on():
@@ -458,12 +432,12 @@ def test_fork_after_use_and_meanwhile() -> None:
                 code = 0 if right() else 3
             finally:
                 os._exit(code)
-        ends.append(wait(child))
+        ends.append(end(child, 20.0))
     stop.set()
     thread.join()
     assert ends == [0] * 40, ends
     """
-    run(MANY, code, timeout=60)
+    run(END, MANY, code, timeout=60)
 
 
 def test_a_table_is_read_while_it_grows() -> None:
