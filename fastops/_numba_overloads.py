@@ -250,7 +250,7 @@ def _row(op: str, multiplier: Multiplier, loop: tuple[str, str, int]) -> Any:
     return row
 
 
-@register_jitable  # type: ignore[untyped-decorator]
+@register_jitable
 def _bounds(x):  # type: ignore[no-untyped-def]
     low = high = np.intp(x.ctypes.data)
     for axis in range(x.ndim):
@@ -259,7 +259,7 @@ def _bounds(x):  # type: ignore[no-untyped-def]
     return low, high + x.itemsize
 
 
-@register_jitable  # type: ignore[untyped-decorator]
+@register_jitable
 def _overlap(x, y):  # type: ignore[no-untyped-def]
     (low, high), (first, last) = _bounds(x), _bounds(y)
     return x.size > 0 and y.size > 0 and low < last and first < high

@@ -497,7 +497,8 @@ class LinearAttention(_Heads):
         TypeError, ValueError
             What is no size, such as a tuple of them.
         """
-        for size in batch:
+        given: tuple[Any, ...] = batch
+        for size in given:
             if isinstance(size, (tuple, list)):
                 raise _validate.wrong_type("batch", "integers, an argument for each (new_state(*sizes))", size)
             _validate.integer("batch", size, 0)
