@@ -179,16 +179,20 @@ def reshaped(mask: AnyArray, shapes: Sequence[tuple[int, ...]]) -> str:
     return ""
 
 
-def _what_is_wrong(offsets: AnyArray, last: int) -> str:
-    """Of offsets of packed sequences that do not rise from 0 to `last`."""
-    if not len(offsets):
-        return "none"
-    if offsets[0] != 0:
-        return f"{offsets[0]} as the first"
+def check_offsets(offsets: AnyArray, last: int) -> None:
+    """Refuses offsets of packed sequences that do not rise from 0 to `last`."""
+    if len(offsets) and offsets[0] == 0 and offsets[-1] == last and rises(offsets):
+        return
     falls = np.flatnonzero(offsets[1:] < offsets[:-1])
-    if len(falls):
-        return f"{offsets[falls[0] + 1]} after {offsets[falls[0]]}"
-    return f"{offsets[-1]} as the last"
+    if not len(offsets):
+        got = "none"
+    elif offsets[0] != 0:
+        got = f"{offsets[0]} as the first"
+    elif len(falls):
+        got = f"{offsets[falls[0] + 1]} after {offsets[falls[0]]}"
+    else:
+        got = f"{offsets[-1]} as the last"
+    raise _validate.wrong_value("cu_seqlens", f"offsets that rise from 0 to {last}", Text(got))
 
 
 def rises(index: AnyArray) -> bool:
@@ -291,9 +295,7 @@ class Problem:
         self.inputs["cu_seqlens"] = index
         # A copy that no other thread changes after the check.
         own = np.array(index, dtype=np.int64, order="C")
-        if not len(own) or own[0] != 0 or own[-1] != self.nk or not rises(own):
-            got = Text(_what_is_wrong(own, self.nk))
-            raise _validate.wrong_value("cu_seqlens", f"offsets that rise from 0 to {self.nk}", got)
+        check_offsets(own, self.nk)
         return own
 
     def decay(self, value: object, options: LinearOptions) -> AnyArray | None:
