@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _validate
-from ._attention import Problem, floats
+from ._attention import Problem, floats, reshaped
 from ._validate import AnyArray, Text
 
 # Matrices of m x m are held whole.
@@ -56,6 +56,27 @@ def prepare(
     """Options and arrays of a call, checked."""
     if _validate.boolean("causal", causal):
         raise _validate.not_offered("causal", "False, since the means of segments hold keys after a row's own", causal)
+    made = options(p.d, num_landmarks, iterations, pinv, ridge, scale, init, normalize)
+    mask = _mask(p, key_mask)
+    taps = _taps(p, conv_weight)
+    pair: list[AnyArray] | list[None] = [None, None]
+    if landmarks is not None:
+        pair = _landmarks(p, landmarks)
+        made = made._replace(landmarks=pair[0].shape[2])
+    return made, NystromExtras(mask, taps, *pair)
+
+
+def options(
+    d: int,
+    num_landmarks: object,
+    iterations: object,
+    pinv: object,
+    ridge: object,
+    scale: object,
+    init: object,
+    normalize: object,
+) -> NystromOptions:
+    """The options, checked, for rows of `d` numbers."""
     m = _validate.integer("num_landmarks", num_landmarks, 1, MAX_LANDMARKS)
     steps = _validate.integer("iterations", iterations, 0, _MOST_STEPS)
     solver = _validate.choice("pinv", pinv, ("newton", "ridge"))
@@ -65,18 +86,12 @@ def prepare(
         raise _validate.wrong_value("ridge", f"None with pinv={solver!r}, which adds none", ridge)
     else:
         added = _validate.number("ridge", ridge, 0.0, open_low=True)
-    factor = p.d**-0.5 if scale is None else _validate.number("scale", scale, -np.inf, open_low=True)
+    factor = d**-0.5 if scale is None else _validate.number("scale", scale, -np.inf, open_low=True)
     start = _validate.choice("init", init, ("matrix", "batch"))
     if solver == "ridge" and start == "batch":
         raise _validate.wrong_value("init", "'matrix' with pinv='ridge', which begins nowhere", start)
     divides = _validate.boolean("normalize", normalize)
-    mask = _mask(p, key_mask)
-    taps = _taps(p, conv_weight)
-    pair: list[AnyArray] | list[None] = [None, None]
-    if landmarks is not None:
-        pair = _landmarks(p, landmarks)
-        m = pair[0].shape[2]
-    return NystromOptions(m, steps, solver, added, factor, start == "batch", divides), NystromExtras(mask, taps, *pair)
+    return NystromOptions(m, steps, solver, added, factor, start == "batch", divides)
 
 
 def _mask(p: Problem, value: object) -> AnyArray | None:
@@ -85,12 +100,14 @@ def _mask(p: Problem, value: object) -> AnyArray | None:
         return None
     mask = _validate.array("key_mask", value)
     if mask.dtype != np.bool_:
-        raise _validate.wrong_type("key_mask", "of dtype bool (True where a key counts)", Text(str(mask.dtype)))
+        raise _validate.wrong_type("key_mask", "of dtype bool (True where a key counts)", _validate.dtype_of(mask))
     wanted = (*p.batch, p.nk)
     if mask.shape != wanted:
+        way = reshaped(mask, [wanted])
+        hint = f" ({way})" if way else ", one for all heads of a sample"
         raise _validate.wrong_value(
             "key_mask",
-            f"of shape {_validate.clip(str(wanted), 40)}, one for all heads of a sample",
+            f"of shape {_validate.clip(str(wanted), 40)}{hint}",
             Text(_validate.clip(str(mask.shape), 40)),
         )
     p.inputs["key_mask"] = mask

@@ -64,6 +64,11 @@ def describe(value: object) -> str:
     return f"an object of type {clip(type(value).__name__)}"
 
 
+def dtype_of(x: AnyArray) -> object:
+    """What came where an array of another dtype was wanted: that dtype, or what is no array at all."""
+    return x.item() if x.dtype == object and not x.ndim else Text(clip(str(x.dtype), 40))
+
+
 def clip(text: str, most: int = _MAX_TEXT) -> str:
     """The text, or its beginning and a mark where it is longer than `most` characters."""
     return text if len(text) <= most else text[: most - 3] + "..."
@@ -220,7 +225,7 @@ def float_arrays(**values: object) -> list[AnyArray]:
         return list(arrays.values())
     for name, item in arrays.items():
         if item.dtype.newbyteorder("=") not in FLOAT_DTYPES:
-            raise wrong_type(name, FLOAT_NAMES, Text(clip(str(item.dtype))))
+            raise wrong_type(name, FLOAT_NAMES, dtype_of(item))
     try:
         dtype = np.result_type(*(item.dtype for item in arrays.values()))
     except TypeError:  # float16 and bfloat16 have none
@@ -237,7 +242,7 @@ def byte_array(name: str, value: object) -> AnyArray:
     """`value` as a uint8 or int8 array."""
     result = array(name, value)
     if result.dtype not in (np.dtype(np.uint8), np.dtype(np.int8)):
-        raise wrong_type(name, "uint8 or int8", Text(clip(str(result.dtype))))
+        raise wrong_type(name, "uint8 or int8", dtype_of(result))
     return result
 
 
@@ -245,7 +250,7 @@ def table(name: str, value: object) -> tuple[AnyArray, int]:
     """`value` as a C-contiguous (256, 256) array of int32 (int64 where an entry exceeds it), and the largest magnitude."""
     result = array(name, value)
     if result.dtype.kind not in "iu":
-        raise wrong_type(name, "an integer array", Text(clip(str(result.dtype))))
+        raise wrong_type(name, "an integer array", dtype_of(result))
     if result.shape != (256, 256):
         raise wrong_value(name, "of shape (256, 256)", Text(str(result.shape)))
     try:

@@ -202,6 +202,35 @@ def test_nystrom_error_reads_a_file(tmp_path: Path) -> None:
     assert row[0] == "first"
 
 
+def test_nystrom_error_says_what_is_wrong_with_a_file(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.npz"
+    wanted = f"nystrom_error.py: error: {wrong} must be an .npz of arrays (3, heads, tokens, numbers) of floats, got"
+    good = np.zeros((3, 2, 300, 16), np.float32)
+    np.savez(tmp_path / "good.npz", x=good)
+    whole = (tmp_path / "good.npz").read_bytes()
+    np.save(tmp_path / "one.npy", good)
+    cases: list[tuple[bytes | dict[str, np.ndarray], str]] = [
+        (b"no archive", "another kind of file"),
+        (b"", "another kind of file"),
+        (whole[: len(whole) // 2], "another kind of file"),
+        ((tmp_path / "one.npy").read_bytes(), "another kind of file"),
+        ({}, "none"),
+        ({"q": good[0]}, "'q' of shape (2, 300, 16) and dtype float32"),
+        ({"qkv": good[:2]}, "'qkv' of shape (2, 2, 300, 16) and dtype float32"),
+        ({"qkv": good.astype(int)}, "'qkv' of shape (3, 2, 300, 16) and dtype int64"),
+        ({"qkv": np.array([None])}, "another kind of file"),
+    ]
+    for content, got in cases:
+        if isinstance(content, bytes):
+            wrong.write_bytes(content)
+        else:
+            np.savez(wrong, **content)  # type: ignore[arg-type]
+        command = [sys.executable, str(EXAMPLES / "nystrom_error.py"), str(wrong)]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert run.returncode == 2
+        assert run.stderr.splitlines()[-1] == f"{wanted} {got}"
+
+
 def with_torch(program: str, *arguments: str) -> list[str]:
     """What a program that needs torch prints, on one thread."""
     pytest.importorskip("torch", reason="torch is not installed")

@@ -189,9 +189,7 @@ _linear_fits, _softmax_fits, _nystrom_fits, _step_fits = map(
 def _check_values(cu_seqlens: Any, decay: Any, total: int) -> None:
     """The values of arguments that are there before anything runs; those of a trace are checked when they come."""
     if _ops.is_known(cu_seqlens):
-        index = np.asarray(cu_seqlens)
-        if not len(index) or index[0] != 0 or index[-1] != total or not _attention.rises(index):
-            raise _validate.wrong_value("cu_seqlens", f"offsets that rise from 0 to {total}", Text("others"))
+        _attention.check_offsets(np.asarray(cu_seqlens), total)
     if _ops.is_known(decay):
         logs = np.asarray(decay)
         if np.count_nonzero(logs <= 0) != logs.size:

@@ -47,8 +47,7 @@ def _triple(q: Any, k: Any, v: Any) -> list[Tensor]:
     ):
         return [q, k, v]
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise _validate.wrong_type(name, "a torch.Tensor", x)
+        _ops.want_tensor(name, x)
     return _ops.floats(q=q, k=k, v=v)
 
 
