@@ -189,9 +189,11 @@ template <class F> FASTOPS_INLINE F log2_of_parts(IntOf<F> exponent, IntOf<F> ma
 template <class F, class Constants> FASTOPS_INLINE F log2(F a, const Constants& k) {
   using N = Unit<F>;
   using I = typename N::I;
-  const I raw = bits<I>(a);
-  if (__builtin_expect(!simd::any((raw < N::kMinNormal) | (raw < k.flush_below) | (raw >= N::kInfinity)), 1))
-    return log2_of_parts<F>((raw >> N::kMantissaBits) - N::kBias, raw & N::kMantissa);
+  if constexpr (!std::is_arithmetic_v<F>) {
+    const I raw = bits<I>(a);
+    if (__builtin_expect(!simd::any((raw < N::kMinNormal) | (raw < k.flush_below) | (raw >= N::kInfinity)), 1))
+      return log2_of_parts<F>((raw >> N::kMantissaBits) - N::kBias, raw & N::kMantissa);
+  }
   const Operand<F> p = split(a, k);
   const auto negative = (p.sign != 0) & (p.zero == 0);
   const auto special = p.special | negative;
