@@ -14,7 +14,7 @@ from ._validate import AnyArray, Text
 # Matrices of m x m are held whole.
 MAX_LANDMARKS = 4096
 # About the cut-off of six steps of the iteration: they multiply small singular values by 3.25 each.
-_RIDGE = 1 / 1178
+RIDGE = 1 / 1178
 _MOST_STEPS = 2**31 - 1
 
 
@@ -81,7 +81,7 @@ def options(
     steps = _validate.integer("iterations", iterations, 0, _MOST_STEPS)
     solver = _validate.choice("pinv", pinv, ("newton", "ridge"))
     if ridge is None:
-        added = _RIDGE
+        added = RIDGE
     elif solver != "ridge":
         raise _validate.wrong_value("ridge", f"None with pinv={solver!r}, which adds none", ridge)
     else:
@@ -92,6 +92,16 @@ def options(
         raise _validate.wrong_value("init", "'matrix' with pinv='ridge', which begins nowhere", start)
     divides = _validate.boolean("normalize", normalize)
     return NystromOptions(m, steps, solver, added, factor, start == "batch", divides)
+
+
+def kernel_size(conv_kernel_size: object) -> int | None:
+    """The taps of a layer's convolution."""
+    if conv_kernel_size is None:
+        return None
+    size = _validate.integer("conv_kernel_size", conv_kernel_size, 1)
+    if not size % 2:
+        raise _validate.wrong_value("conv_kernel_size", "an odd number", size)
+    return size
 
 
 def _mask(p: Problem, value: object) -> AnyArray | None:

@@ -307,6 +307,7 @@ def test_symbolic_shapes(kind: Any) -> None:
         (fk.NystromAttention, {"conv_kernel_size": 4}, "conv_kernel_size must be an odd number, got 4"),
         (fk.NystromAttention, {"ridge": 0.1}, "ridge must be None with pinv='newton'"),
         (fk.NystromAttention, {"pinv": "ridge", "init": "batch"}, "init must be 'matrix' with pinv='ridge'"),
+        (fk.NystromAttention, {"num_landmarks": 5000}, "num_landmarks must be an integer in [1, 4096], got 5000"),
         (fk.NystromAttention, {"pinv": "svd"}, "pinv must be 'newton' or 'ridge', got 'svd'"),
         (fk.SoftmaxAttention, {"logn": "rows"}, "logn must be 'keys', got 'rows'"),
         (fk.SoftmaxAttention, {"output_shape": 0}, "output_shape must be an integer >= 1, got 0"),

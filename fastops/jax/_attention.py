@@ -968,7 +968,7 @@ def _nystrom_attributes(options: NystromOptions, q: Any, q_landmarks: Any) -> di
         "normalize": options.normalize,
         "tokens_first": options.layout == "bnhd",
     }
-    ridge = _nystrom._RIDGE if options.ridge is None else options.ridge
+    ridge = _nystrom.RIDGE if options.ridge is None else options.ridge
     return {**{name: np.int32(x) for name, x in whole.items()}, "ridge": np.float64(ridge), "scale": np.float64(scale)}
 
 

@@ -568,11 +568,7 @@ class NystromAttention(_Heads):
         self.num_landmarks, self.iterations, self.pinv, self.init = made.landmarks, made.iterations, pinv, init
         self.ridge, self.scale = None if ridge is None else made.ridge, None if scale is None else made.scale
         self.normalize = made.normalize
-        self.conv_kernel_size = None
-        if conv_kernel_size is not None:
-            self.conv_kernel_size = _validate.integer("conv_kernel_size", conv_kernel_size, 1)
-            if not self.conv_kernel_size % 2:
-                raise _validate.wrong_value("conv_kernel_size", "an odd number", self.conv_kernel_size)
+        self.conv_kernel_size = _nystrom.kernel_size(conv_kernel_size)
 
     def _own_weights(self) -> None:
         self._conv = None

@@ -578,11 +578,8 @@ class NystromAttention(_Heads):
         self.num_landmarks, self.iterations, self.pinv, self.init = made.landmarks, made.iterations, pinv, init
         self.ridge, self.scale = None if ridge is None else made.ridge, None if scale is None else made.scale
         self.normalize = made.normalize
-        taps = None
-        if conv_kernel_size is not None:
-            size = _validate.integer("conv_kernel_size", conv_kernel_size, 1)
-            if not size % 2:
-                raise _validate.wrong_value("conv_kernel_size", "an odd number", size)
+        taps, size = None, _nystrom.kernel_size(conv_kernel_size)
+        if size is not None:
             taps = torch.nn.Parameter(torch.empty(num_heads, size, device=device, dtype=dtype))
             torch.nn.init.uniform_(taps, -(size**-0.5), size**-0.5)
         self.register_parameter("conv_weight", taps)
