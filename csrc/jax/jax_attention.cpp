@@ -171,7 +171,8 @@ ffi::Error take_offsets(const Samples& s, const AnyBuffer& x, std::size_t sample
   } else {
     for (std::size_t i = 1; i < n && got.empty(); ++i)
       if ((*own)[i] < (*own)[i - 1]) got = std::to_string((*own)[i]) + " after " + std::to_string((*own)[i - 1]);
-    if (got.empty() && own->back() != static_cast<std::int64_t>(total)) got = std::to_string(own->back()) + " as the last";
+    if (got.empty() && own->back() != static_cast<std::int64_t>(total))
+      got = std::to_string(own->back()) + " as the last";
   }
   if (got.empty()) return ffi::Error::Success();
   return invalid("cu_seqlens must be offsets that rise from 0 to " + std::to_string(total) + ", got " + got);
