@@ -19,16 +19,19 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from . import _backend as _backends
-from . import _sources, _workers
+from . import _sources
 from ._backend import backend as _backend
 from ._counts import check_texts, column_of
 from ._rule import UTF8_BOM, Rule, TokenTooLong, check_bom, not_utf8
 from ._sources import PIECE, Source, Stopped, Stream, encoded
-from ._validate import wrong_type
+from ._validate import default_workers, wrong_type
 from .reference.wordcount import documents_of, transform
+
+if TYPE_CHECKING:
+    from . import _workers
 
 Tokenizer = Callable[[str], Iterable[str]]
 # A counter and a table of any backend.
@@ -60,7 +63,7 @@ class Options:
     @property
     def count(self) -> int:
         """The number of workers."""
-        return self.workers if self.workers is not None else _workers.default_workers()
+        return self.workers if self.workers is not None else default_workers()
 
     @property
     def skip(self) -> bool:
@@ -1097,6 +1100,8 @@ def span_blocks(fd: int, start: int, stop: int) -> Iterator[bytes]:
 
 
 def _crew(job: _FileJob, run: _Run) -> _workers.Crew:
+    from . import _workers  # and with it multiprocessing, of which threads have no use
+
     _workers.pickled("tokenizer", job.tokenizer)
     options = Options(
         workers=job.options.count,

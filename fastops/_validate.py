@@ -8,6 +8,7 @@ contents of an array.
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -122,6 +123,11 @@ def choice(name: str, value: object, choices: Sequence[str]) -> str:
     if not isinstance(value, str):
         raise wrong_type(name, " or ".join(repr(item) for item in choices), value)
     raise wrong_choice(name, choices, value)
+
+
+def default_workers() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def integer(name: str, value: object, low: int, high: int = MAX_COUNT) -> int:

@@ -692,7 +692,11 @@ def parallel_apply(
         raise _validate.wrong_type("func", "callable", func)
     if not isinstance(iterable, Iterable):
         raise _validate.wrong_type("iterable", "an iterable", iterable)
-    count = default_workers() if workers is None else _validate.integer("workers", workers, 1, _validate.MAX_THREADS)
+    count = (
+        _validate.default_workers()
+        if workers is None
+        else _validate.integer("workers", workers, 1, _validate.MAX_THREADS)
+    )
     if callback is not None and not callable(callback):
         raise _validate.wrong_type("callback", "callable or None", callback)
     ordered = _validate.boolean("ordered", ordered)
@@ -736,8 +740,3 @@ def _loaded(index: int, answer: bytes) -> Any:
         return pickle.loads(answer)
     except Exception as problem:
         raise TypeError(f"the result of item {index} cannot be unpickled: {_one_line(problem)}") from problem
-
-
-def default_workers() -> int:
-    """The CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
