@@ -587,8 +587,12 @@ def _exactly(channel: socket.socket, size: int) -> bytearray:
 
 
 def _write(channel: socket.socket, message: bytes) -> None:
-    channel.sendall(_LENGTH.pack(len(message)))
-    channel.sendall(message)
+    length = _LENGTH.pack(len(message))
+    if len(message) < _AHEAD:
+        channel.sendall(length + message)  # comes whole, whenever the worker is stopped
+    else:
+        channel.sendall(length)
+        channel.sendall(message)
 
 
 class _Apply:
