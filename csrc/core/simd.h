@@ -532,6 +532,29 @@ FASTOPS_INLINE void store_parts(char* to, std::size_t stride, i32 v) {
 #endif
 }
 
+// Of as many entries as two vectors have, the one that each index names; bits of the index above that are ignored.
+FASTOPS_INLINE u16 lookup_pair(u16 low, u16 high, u16 index) {
+#if defined(FASTOPS_AVX512)
+  return (u16)_mm512_permutex2var_epi16((__m512i)low, (__m512i)index, (__m512i)high);
+#else
+  u16 r{};
+  for (std::size_t i = 0; i < kLanes<u16>; ++i) {
+    const std::size_t at = index[i] % (2 * kLanes<u16>);
+    r[i] = at < kLanes<u16> ? low[at] : high[at - kLanes<u16>];
+  }
+  return r;
+#endif
+}
+// `yes` where the lane's bit is set.
+FASTOPS_INLINE u16 select_bits(std::uint32_t mask, u16 yes, u16 no) {
+#if defined(FASTOPS_AVX512)
+  return (u16)_mm512_mask_blend_epi16(mask, (__m512i)no, (__m512i)yes);
+#else
+  for (std::size_t i = 0; i < kLanes<u16>; ++i) no[i] = (mask >> i & 1) != 0 ? yes[i] : no[i];
+  return no;
+#endif
+}
+
 // Sums of neighbouring signed 16-bit elements.
 FASTOPS_INLINE i32 add_pairs16(i32 v) {
 #if defined(FASTOPS_AVX512)
