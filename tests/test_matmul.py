@@ -483,6 +483,23 @@ def test_lut_matmul(backend: ModuleType, target: str, shape: tuple[int, int, int
         assert_same_bits(out, want)
 
 
+# For each way of looking up: few rows, few columns, neither; columns in several blocks; more steps than a 32-bit sum takes.
+@pytest.mark.parametrize("shape", [(3, 127, 515), (40, 33, 90), (40, 19, 405), (34, 3, 2100), (2, 65541, 33)], ids=str)
+def test_lut_matmul_of_many_terms(native: ModuleType, target: str, shape: tuple[int, int, int]):
+    a, b = byte_matrices(*shape, "u1", "u1")
+    table = np.random.default_rng(1).integers(0, 2**16, (256, 256)).astype(np.int32)
+    want = table_product(a, b, table)
+    for dtype in (np.int32, np.int64) if shape[1] < 2**15 else (np.int64,):
+        out = np.empty(want.shape, dtype)
+        native.lut_matmul(a, b, table, out=out)
+        assert_same_bits(out, want.astype(dtype))
+        native.lut_matmul(np.asfortranarray(a), b[:, ::-1], table, out=out[:, ::-1])
+        assert_same_bits(out, want.astype(dtype))
+        turned = np.empty(want.T.shape, dtype)
+        native.lut_matmul(b.T, np.ascontiguousarray(a.T), np.ascontiguousarray(table.T), out=turned)
+        assert_same_bits(turned, np.ascontiguousarray(want.T).astype(dtype))
+
+
 def test_lut_matmul_front_end(backend: ModuleType, target: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fastops.mitchell, "_backend", backend)
     a, b = byte_matrices(5, 9, 7, "u1", "u1")

@@ -50,8 +50,8 @@ template <class T> struct Extremes {
   FASTOPS_INLINE void add(I u) {
     const I magnitude = u & B::kMagnitude, below = (magnitude - 1) & B::kMagnitude;
     zero |= magnitude == 0;
-    least = select(below < least, below, least);
-    most = select(magnitude > most, magnitude, most);
+    least = simd::min(least, below);
+    most = simd::max(most, magnitude);
   }
   FASTOPS_INLINE unsigned char flags() const {
     const bool far = simd::any((least < 2 * B::kOne - B::kLarge - 1) | (most >= B::kLarge));

@@ -45,6 +45,9 @@ constexpr std::size_t kBlocksWanted = 8;
 constexpr std::size_t kFreshRows = 120;
 constexpr std::size_t kFreshCols = 1536;
 
+// Of a table product, halved for more blocks down to this.
+constexpr std::size_t kLutCols = 512;
+
 // Where each matrix of a batch lies.
 struct Pointers {
   const void* const* a;
@@ -757,9 +760,12 @@ fastops_status lut_matmul(std::size_t batch, const std::uint8_t* const* a, const
   const std::size_t down_size = kernels.rows[p.width == 2 ? 0 : p.width == 4 ? 1 : 2];
   const std::size_t down = ceil_div(p.rows, down_size);
   std::size_t across_size = min_of(p.cols, kernels.cols);
+  std::size_t blocks = 0;
+  while (across_size > kLutCols && checked_product({batch, down, ceil_div(p.cols, across_size)}, &blocks) &&
+         blocks < kBlocksWanted)
+    across_size = ceil_div(across_size, 2);
   across_size = ceil_div(p.cols, ceil_div(p.cols, across_size));
   const std::size_t across = ceil_div(p.cols, across_size);
-  std::size_t blocks = 0;
   if (!checked_product({batch, down, across}, &blocks)) return FASTOPS_INVALID;
   const unsigned workers = worker_count();
   Workspace own_table, scratch;

@@ -127,6 +127,24 @@ unsigned char pack_b(const Product<T>& product, std::size_t col, std::size_t k0,
     PatchRow row(patches, k0);
     if (patches.stride_w == 1 && is_native<T>(b)) {
       const PatchRuns<T, S::kCols> runs(b, at, n);
+      if constexpr (kBody == TileBody::kLog) {
+        if (n == S::kCols) {
+          // Elements past the end of a run are looked at as well: the flags may forbid what they need not.
+          Extremes<T> seen;
+          bool zeros = false;
+          const auto change = [&](F x) {
+            seen.add(bits<I>(x));
+            return bits<F>(cut<T>(bits<I>(x), product.keep));
+          };
+          // The last row by way of the buffer: another panel may begin where this one ends.
+          for (std::size_t k = k0; k < k1; ++k, row.advance(patches), to += S::kCols) {
+            for (std::size_t j = 0; j < S::kCols; j += 64 / sizeof(T)) __builtin_prefetch(to + 16 * S::kCols + j, 1);
+            zeros |= runs.write(patches, row, k + 1 < k1 ? to : buffer, change);
+          }
+          std::memcpy(to - S::kCols, buffer, S::kCols * sizeof(T));
+          return seen.flags() | flag_if(zeros, kZeros);
+        }
+      }
       for (std::size_t k = k0; k < k1; k += kReadAhead) {
         const std::size_t some = min_of(kReadAhead, k1 - k);
         for (std::size_t q = 0; q < some; ++q, row.advance(patches)) runs.read(patches, row, buffer + q * 2 * S::kCols);

@@ -82,11 +82,15 @@ template <class T, std::size_t kCols> class PatchRuns {
         width_(static_cast<std::ptrdiff_t>(b.patches->width)),
         whole_(static_cast<std::ptrdiff_t>(b.patches->channels) * height_ * width_ - std::ptrdiff_t{kCols}) {
     const Patches& p = *b.patches;
-    for (std::size_t done = 0; done < n; ++runs_) {
-      const std::size_t size = min_of(n - done, p.out_width - at.x);
-      run_[runs_] = {done, static_cast<std::ptrdiff_t>(size), static_cast<std::ptrdiff_t>(at.image) * p.image_stride,
-                     static_cast<std::ptrdiff_t>(at.y * p.stride_h) - static_cast<std::ptrdiff_t>(p.padding_h),
-                     static_cast<std::ptrdiff_t>(at.x) - static_cast<std::ptrdiff_t>(p.padding_w)};
+    for (std::size_t done = 0; done < n;) {
+      const std::size_t size = n - done < p.out_width - at.x ? n - done : p.out_width - at.x;
+      Run& run = run_[runs_++];
+      run.first = static_cast<std::int32_t>(done);
+      run.size = static_cast<std::int32_t>(size);
+      run.image = static_cast<std::ptrdiff_t>(at.image) * p.image_stride;
+      run.y = static_cast<std::ptrdiff_t>(at.y * p.stride_h) - static_cast<std::ptrdiff_t>(p.padding_h);
+      run.x = static_cast<std::ptrdiff_t>(at.x) - static_cast<std::ptrdiff_t>(p.padding_w);
+      run.offset = run.y * width_ + run.x;
       done += size;
       at.x = 0;
       if (++at.y == p.out_height) {
@@ -116,11 +120,59 @@ template <class T, std::size_t kCols> class PatchRuns {
       }
     }
   }
+  // The same straight into a panel, what change(vector) makes of it; whether zeros of the padding are among it. Each
+  // run is written by whole vectors, over what the one before has written past its end; the last, past the row's end.
+  template <class Change>
+  FASTOPS_INLINE bool write(const Patches& p, const PatchRow& row, T* panel, Change&& change) const {
+    using F = typename Bits<T>::F;
+    constexpr std::ptrdiff_t kWidth = Bits<T>::kWidth;
+    const std::ptrdiff_t down = static_cast<std::ptrdiff_t>(row.kernel_row * p.dilation_h);
+    const std::ptrdiff_t right = static_cast<std::ptrdiff_t>(row.kernel_col * p.dilation_w);
+    const std::ptrdiff_t moved = (static_cast<std::ptrdiff_t>(row.channel) * height_ + down) * width_ + right;
+    bool zeros = false;
+    for (std::size_t r = 0; r < runs_; ++r) {
+      const Run& run = run_[r];
+      const std::ptrdiff_t y = run.y + down, x = run.x + right, offset = run.offset + moved;
+      const bool inside = y >= 0 && y < height_;
+      const T* const from = data_ + run.image + offset;
+      T* const to = panel + run.first;
+      if (inside && offset >= 0 &&
+          offset <= whole_ + std::ptrdiff_t{kCols} - (run.size + kWidth - 1) / kWidth * kWidth) {
+        for (std::ptrdiff_t i = 0; i < run.size; i += kWidth) store(to + i, change(load<F>(from + i)));
+        if (x >= 0 && x + run.size <= width_) continue;
+        // The compiler shall not call memset for these few.
+        for (std::ptrdiff_t i = 0; i < -x && i < run.size; ++i) {
+          to[i] = T{};
+          __asm__ volatile("");
+        }
+        for (std::ptrdiff_t i = run.size; i > 0 && i > width_ - x; --i) {
+          to[i - 1] = T{};
+          __asm__ volatile("");
+        }
+      } else {
+        for (std::ptrdiff_t i = 0; i < run.size; i += kWidth) {
+          F v{};
+          if (inside) v = change(some(from + i, max_of(-x - i, 0), min_of(min_of(width_ - x, run.size) - i, kWidth)));
+          store(to + i, v);
+        }
+      }
+      zeros = true;
+    }
+    return zeros;
+  }
 
  private:
+  static constexpr std::ptrdiff_t min_of(std::ptrdiff_t a, std::ptrdiff_t b) { return a < b ? a : b; }
+  static constexpr std::ptrdiff_t max_of(std::ptrdiff_t a, std::ptrdiff_t b) { return a < b ? b : a; }
+  // Elements begin .. end of a vector; the others are zero.
+  static __attribute__((noinline)) typename Bits<T>::F some(const T* from, std::ptrdiff_t begin, std::ptrdiff_t end) {
+    alignas(64) T part[Bits<T>::kWidth] = {};
+    for (std::ptrdiff_t i = begin; i < end; ++i) part[i] = from[i];
+    return load<typename Bits<T>::F>(part);
+  }
   struct Run {
-    std::size_t first;
-    std::ptrdiff_t size, image, y, x;  // y, x: of the image, for the first kernel position
+    std::int32_t first, size;
+    std::ptrdiff_t image, y, x, offset;  // y, x, offset: of the image, for the first kernel position
   };
   const T* data_;
   std::ptrdiff_t height_, width_, whole_;  // the last offset from which kCols elements can be read

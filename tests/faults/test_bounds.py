@@ -124,7 +124,14 @@ def test_products_stay_inside(target: str) -> None:
         out = result.at_end((m, n), np.int64)
         fastops.lut_matmul(u, v, table, out=out)
         assert np.array_equal(out, fastops.lut_matmul(u.copy(), v.copy(), table))
-    for h, w_ in ((3, 3), (4, 7), (8, 16), (5, 17)):
+    for m, k, n in ((5, 400, 70), (33, 8, 401), (40, 33, 97)):
+        for place in (Guarded.at_end, Guarded.at_start):
+            u, v = fill(place(first, (m, k), np.uint8)), fill(place(second, (k, n), np.uint8))
+            out = place(result, (m, n), np.int32)
+            fastops.lut_matmul(u, v, table, out=out)
+            assert np.array_equal(out, fastops.lut_matmul(u.copy(), v.copy(), table))
+            fastops.lut_matmul(fill(place(first, (k, m), np.uint8)).T, fill(place(second, (n, k), np.uint8)).T, table, out=out)
+    for h, w_ in ((3, 3), (4, 7), (8, 16), (5, 17), (8, 9)):
         for c, o, kernel in ((1, 1, 1), (3, 5, 2), (4, 6, 3)):
             x, w = fill(first.at_end((2, c, h, w_), np.float32)), fill(second.at_end((o, c, kernel, kernel), np.float32))
             y = fastops.mitchell_conv2d(x, w, padding=1)

@@ -80,6 +80,41 @@ void lookup() {
   }
 }
 
+void lookup_of_pairs() {
+  constexpr std::size_t n = simd::kLanes<simd::u16>;
+  simd::u16 low{}, high{}, index{};
+  for (std::size_t i = 0; i < n; ++i) {
+    low[i] = static_cast<std::uint16_t>(3 * i + 1);
+    high[i] = static_cast<std::uint16_t>(60000 - i);
+  }
+  for (std::size_t first = 0; first < 256; ++first) {
+    for (std::size_t i = 0; i < n; ++i) index[i] = static_cast<std::uint16_t>((first + 7 * i) % 256);
+    const simd::u16 found = simd::lookup_pair(low, high, index);
+    const std::uint32_t mask = static_cast<std::uint32_t>(first * 0x01030507u);
+    const simd::u16 chosen = simd::select_bits(mask, low, high);
+    for (std::size_t i = 0; i < n; ++i) {
+      const std::size_t at = index[i] % (2 * n);
+      CHECK(found[i] == (at < n ? low[at] : high[at - n]), "index %d", int(index[i]));
+      CHECK(chosen[i] == ((mask >> i & 1) != 0 ? low[i] : high[i]), "mask %x lane %zu", mask, i);
+    }
+  }
+}
+
+template <class V, class T> void extremes() {
+  constexpr std::size_t n = simd::kLanes<V>;
+  Random random{2};
+  for (int round = 0; round < 100; ++round) {
+    V a{}, b{};
+    for (std::size_t i = 0; i < n; ++i) {
+      a[i] = static_cast<T>(random.next());
+      b[i] = static_cast<T>(random.next());
+    }
+    const V most = simd::max(a, b), least = simd::min(a, b);
+    for (std::size_t i = 0; i < n; ++i)
+      CHECK(most[i] == (a[i] < b[i] ? b[i] : a[i]) && least[i] == (a[i] < b[i] ? a[i] : b[i]), "lane %zu", i);
+  }
+}
+
 void streaming() {
   alignas(64) float out[2 * simd::kLanes<simd::f32>] = {};
   alignas(64) double wide[2 * simd::kLanes<simd::f64>] = {};
@@ -127,6 +162,9 @@ __attribute__((noinline)) int run() {
   arithmetic<simd::f32, float>();
   arithmetic<simd::f64, double>();
   lookup();
+  lookup_of_pairs();
+  extremes<simd::i32, std::int32_t>();
+  extremes<simd::i64, std::int64_t>();
   streaming();
   flush();
   return check_result("test_simd");
