@@ -128,6 +128,7 @@ PYBIND11_MODULE(FASTOPS_CUDA_MODULE, m) {
       .def("share", &Memory::share, "From now on it may be in use on any stream.");
   m.def("to_dlpack", &to_dlpack, py::arg("memory"), py::arg("shape"), py::arg("code"), py::arg("bits"));
   m.def("from_dlpack", &from_dlpack, py::arg("capsule"));
+  bind_attention(m);
   bind_mitchell(m);
   bind_optim(m);
 }
