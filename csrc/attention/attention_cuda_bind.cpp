@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Linear attention on a GPU for Python: arrays as (address, strides of the batch, head, row, column), and its workspace.
+// Linear attention on a GPU for Python: arrays as (address, strides of the batch, head, row, column), and its
+// workspace.
 #include <cstring>
 
 #include "cuda/cuda_bind.h"

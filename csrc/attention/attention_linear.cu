@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Linear attention on a GPU, by chunks of tokens: the chunks' sums f(k) v at once, a scan over them, then every row from
-// the sums before its chunk and the weights within it. The gradients of q, k and v are products of the same form.
+// Linear attention on a GPU, by chunks of tokens: the chunks' sums f(k) v at once, a scan over them, then every row
+// from the sums before its chunk and the weights within it. The gradients of q, k and v are products of the same form.
 #include "attention/attention_math.h"
 #include "cuda/device.h"
 
@@ -8,17 +8,17 @@ namespace fastops::FASTOPS_LEVEL {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kTile = 64;     // rows and columns of a block's result; a warp has 16 rows
-constexpr int kColumns = 8;   // tiles of 8 columns, of which a thread has two numbers in two rows
-constexpr int kScanAhead = 8; // chunks whose sums are under way at once
+constexpr int kTile = 64;      // rows and columns of a block's result; a warp has 16 rows
+constexpr int kColumns = 8;    // tiles of 8 columns, of which a thread has two numbers in two rows
+constexpr int kScanAhead = 8;  // chunks whose sums are under way at once
 // Logarithms (base 2) of decays below it count as it: two to their power are 0.
 constexpr double kLeastDecay = -256.0;
 
 using Sums = float[kColumns][4];
 
-// Arithmetics: the type in shared memory, and d (16 x 64) += a (16 x depth) b (depth x 64) by a warp. Shared rows are so
-// long that reads along them and across them spread over the banks. a is stored as (row, step) or, turned, (step, row), b as
-// (column, step) or, turned, (step, column).
+// Arithmetics: the type in shared memory, and d (16 x 64) += a (16 x depth) b (depth x 64) by a warp. Shared rows are
+// so long that reads along them and across them spread over the banks. a is stored as (row, step) or, turned, (step,
+// row), b as (column, step) or, turned, (step, column).
 struct ByBf16 {
   using S = std::uint16_t;
   static constexpr int kPitch = kTile + 8;
@@ -101,25 +101,29 @@ struct Decay {
   int whole;
   float part;  // in [0, 1)
 };
+FASTOPS_DEVICE float decay_between(const Decay& later, const Decay& earlier) {
+  return fast_exp2(static_cast<float>(later.whole - earlier.whole) + (later.part - earlier.part));
+}
 struct Norm {
   float down, root;  // |x| = root / down, down a power of two
 };
-// What the kernels of a call share. Positions count tokens of a sequence so that a query sees the keys up to its own and
-// chunks begin at multiples of their length: key j is at `lead` + j, query i at `shift` + i. Without causality both are 0.
+// What the kernels of a call share. Positions count tokens of a sequence so that a query sees the keys up to its own
+// and chunks begin at multiples of their length: key j is at `lead` + j, query i at `shift` + i. Without causality both
+// are 0.
 struct Call {
   gpu::LinearAttention of;
-  int group, chunk;               // query heads of a key head; tokens of a chunk
-  std::size_t state;              // numbers in a chunk's sums: S, then z
-  int lead, shift;                // without offsets
+  int group, chunk;                 // query heads of a key head; tokens of a chunk
+  std::size_t state;                // numbers in a chunk's sums: S, then z
+  int lead, shift;                  // without offsets
   std::int64_t chunks_k, chunks_q;  // of a sequence without offsets; with them, of all sequences at most
-  std::int64_t* begins;           // with offsets: where sequences begin, and where their chunks do
+  std::int64_t* begins;             // with offsets: where sequences begin, and where their chunks do
   std::int64_t* first_chunks;
-  Decay* decays;                  // (batch, heads_kv, keys): the logarithm from the chunk's begin up to and with the token
-  float* chunk_decays;            // (chunks, heads_kv)
+  Decay* decays;        // (batch, heads_kv, keys): the logarithm from the chunk's begin up to and with the token
+  Decay* chunk_decays;  // (chunks, heads_kv)
   Norm *norms_q, *norms_k;
-  float* states;                  // (chunks, heads_kv, state): sums of each chunk, then those before it
-  float* totals;                  // (sequences, heads_kv, state)
-  float *inverses, *biases;       // (batch, heads_q, queries): 1 / denominator, -dy.y
+  float* states;                     // (chunks, heads_kv, state): sums of each chunk, then those before it
+  float* totals;                     // (sequences, heads_kv, state)
+  float *inverses, *biases;          // (batch, heads_q, queries): 1 / denominator, -dy.y
   float *features_dq, *features_dk;  // gradients in features, of the cosine map
 };
 
@@ -211,7 +215,10 @@ struct Source {
 FASTOPS_DEVICE void set_source(Source* to, const Call& call, Kind kind, const Place& at, std::int64_t head_q) {
   const gpu::LinearAttention& of = call.of;
   const bool of_keys = kind == Kind::kKeys || kind == Kind::kValues;
-  const gpu::Heads& x = kind == Kind::kQueries ? of.q : kind == Kind::kKeys ? of.k : kind == Kind::kValues ? of.v : of.dy;
+  const gpu::Heads& x = kind == Kind::kQueries  ? of.q
+                        : kind == Kind::kKeys   ? of.k
+                        : kind == Kind::kValues ? of.v
+                                                : of.dy;
   const std::int64_t head = of_keys ? head_q / call.group : head_q;
   const std::ptrdiff_t item = item_of(of.dtype);
   to->data = head_of(call, x, item, at.batch, head, at.begin);
@@ -299,8 +306,8 @@ template <class A> FASTOPS_DEVICE void read_pack(const char* data, fastops_dtype
 // The rows from a position on and the columns from `column` on to shared memory, features where the source is mapped,
 // times a factor for each row (null: 1); zeros where there is no row. Whether some number is not finite.
 template <class A>
-FASTOPS_DEVICE bool load_tile(typename A::S* to, const Call& call, const Source& from, int head, int position, int column,
-                              const float* factors) {
+FASTOPS_DEVICE bool load_tile(typename A::S* to, const Call& call, const Source& from, int head, int position,
+                              int column, const float* factors) {
   constexpr int kRows = kThreads * 8 / kTile, kAhead = 2;
   const char* const data = from.data + head * from.head;
   const Norm* const norms = from.norms == nullptr ? nullptr : from.norms + head * from.norms_head;
@@ -384,23 +391,20 @@ FASTOPS_DEVICE void load_along(Along* to, const Call& call, const Place& at, int
   float factor = 1.0f, bias = 0.0f;
   if (with_inverses) {
     const bool exists = query >= 0 && query < at.queries;
-    const std::int64_t i = (at.batch * static_cast<std::int64_t>(call.of.heads_q) + head_q) *
-                               static_cast<std::int64_t>(call.of.queries) +
-                           at.begin + query;
+    const std::int64_t i =
+        (at.batch * static_cast<std::int64_t>(call.of.heads_q) + head_q) * static_cast<std::int64_t>(call.of.queries) +
+        at.begin + query;
     factor = exists ? call.inverses[i] : 0.0f;
     bias = exists ? call.biases[i] : 0.0f;
   }
   to->factor[t] = factor;
   to->bias[t] = bias;
 }
-FASTOPS_DEVICE float decay_between(const Decay& later, const Decay& earlier) {
-  return fast_exp2(static_cast<float>(later.whole - earlier.whole) + (later.part - earlier.part));
-}
 FASTOPS_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 FASTOPS_DEVICE int rounded_up(int n, int to) { return (n + to - 1) / to * to; }
 
-// Sums of a chunk: of f(k) v and f(k), or, for the gradient of the state, of f(q) dy / denominator and f(q) times what the
-// denominator's own gradient is. A block makes 64 features by 64 values of them.
+// Sums of a chunk: of f(k) v and f(k), or, for the gradient of the state, of f(q) dy / denominator and f(q) times what
+// the denominator's own gradient is. A block makes 64 features by 64 values of them.
 template <class A>
 __global__ void __launch_bounds__(kThreads) sums_kernel(const __grid_constant__ Call call, bool of_queries) {
   using S = typename A::S;
@@ -413,7 +417,8 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const __grid_constant__ 
   const auto across = static_cast<unsigned>((values + kTile - 1) / kTile);
   const auto down = static_cast<unsigned>((features + kTile - 1) / kTile);
   const auto heads = static_cast<unsigned>(of.heads_kv);
-  const int e0 = static_cast<int>(blockIdx.x % across) * kTile, f0 = static_cast<int>(blockIdx.x / across % down) * kTile;
+  const int e0 = static_cast<int>(blockIdx.x % across) * kTile,
+            f0 = static_cast<int>(blockIdx.x / across % down) * kTile;
   const unsigned rest = blockIdx.x / across / down, head = rest % heads, index = rest / heads;
   const Place at = place_of(call, index, of_queries);
   if (!at.exists) return;
@@ -421,13 +426,13 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const __grid_constant__ 
   const std::int64_t head_q = static_cast<std::int64_t>(head) * call.group;
   if (t < 2)
     set_source(&sources[t], call,
-               t == 0 ? (of_queries ? Kind::kQueries : Kind::kKeys) : (of_queries ? Kind::kGradients : Kind::kValues), at,
-               head_q);
+               t == 0 ? (of_queries ? Kind::kQueries : Kind::kKeys) : (of_queries ? Kind::kGradients : Kind::kValues),
+               at, head_q);
   __syncthreads();
 
   const int first = at.chunk * call.chunk;
   const bool with_decay = call.decays != nullptr, with_inverses = of_queries && call.inverses != nullptr;
-  const float whole = with_decay ? call.chunk_decays[static_cast<std::size_t>(index) * heads + head] : 0.0f;
+  const Decay all = with_decay ? call.chunk_decays[static_cast<std::size_t>(index) * heads + head] : Decay{0, 0.0f};
   const int depth_f = smaller(features - f0, kTile), depth_e = smaller(values - e0, kTile);
   Sums d = {};
   float sum = 0.0f;
@@ -438,8 +443,7 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const __grid_constant__ 
       if (t < kTile) {
         float factor = along.factor[t];
         const Decay decay = along.decay[t];
-        const float so_far = static_cast<float>(decay.whole) + decay.part;
-        if (with_decay) factor *= fast_exp2(of_queries ? so_far : whole - so_far);
+        if (with_decay) factor *= of_queries ? decay_between(decay, Decay{0, 0.0f}) : decay_between(all, decay);
         factors[t] = factor;
         weights[t] = of_queries ? factor * along.bias[t] : factor;
       }
@@ -462,13 +466,14 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const __grid_constant__ 
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int f = g + i / 2 * 8, e = n * 8 + c + i % 2;
-      if (f < depth_f && e < depth_e) to[static_cast<std::size_t>(f0 + f) * of.values + static_cast<std::size_t>(e0 + e)] = d[n][i];
+      if (f < depth_f && e < depth_e)
+        to[static_cast<std::size_t>(f0 + f) * of.values + static_cast<std::size_t>(e0 + e)] = d[n][i];
     }
   if (e0 == 0 && t < depth_f) to[of.features * of.values + static_cast<std::size_t>(f0 + t)] = sum;
 }
 
-// The sums before each chunk (after it, backwards) in place of its own, and those over all chunks. A thread has one number
-// of a state.
+// The sums before each chunk (after it, backwards) in place of its own, and those over all chunks. A thread has one
+// number of a state.
 struct Scan {
   gpu::LinearState from, to;
   bool backward, of_queries;
@@ -492,28 +497,30 @@ __global__ void __launch_bounds__(2 * kThreads) scan_kernel(const __grid_constan
   };
   float running = scan.from.s != nullptr ? *place(scan.from) : 0.0f;
   for (std::int64_t done = 0; done < count; done += kScanAhead) {
-    float own[kScanAhead], keep[kScanAhead];
+    float own[kScanAhead], keep[kScanAhead];  // keep: what is left of the sums after the chunk
 #pragma unroll
     for (int j = 0; j < kScanAhead; ++j) {
       const std::int64_t c = first + (scan.backward ? count - 1 - done - j : done + j);
       const bool exists = done + j < count;
       own[j] = exists ? call.states[(static_cast<std::size_t>(c) * heads + head) * call.state + i] : 0.0f;
-      keep[j] = exists && call.decays != nullptr ? call.chunk_decays[static_cast<std::size_t>(c) * heads + head] : 0.0f;
+      keep[j] = exists && call.decays != nullptr
+                    ? decay_between(call.chunk_decays[static_cast<std::size_t>(c) * heads + head], Decay{0, 0.0f})
+                    : 1.0f;
     }
 #pragma unroll
     for (int j = 0; j < kScanAhead; ++j) {
       if (done + j >= count) continue;
       const std::int64_t c = first + (scan.backward ? count - 1 - done - j : done + j);
       call.states[(static_cast<std::size_t>(c) * heads + head) * call.state + i] = running;
-      running = call.decays != nullptr ? simd::fma(running, fast_exp2(keep[j]), own[j]) : running + own[j];
+      running = simd::fma(running, keep[j], own[j]);
     }
   }
   if (call.totals != nullptr) call.totals[which * call.state + i] = running;
   if (scan.to.s != nullptr) *place(scan.to) = running;
 }
 
-// Rows of a result: sum over the tokens that a row sees of (a.b) c, and a times the state M. Queries see earlier keys, keys
-// are seen by later queries.
+// Rows of a result: sum over the tokens that a row sees of (a.b) c, and a times the state M. Queries see earlier keys,
+// keys are seen by later queries.
 //                 a      b      c      M      then
 enum class Role {
   kForward,       // f(q)   f(k)   v      S      / denominator
@@ -536,12 +543,13 @@ FASTOPS_DEVICE void limited_product(Sums& d, const typename A::S* w, const typen
       for (int i = 0; i < 4; ++i) {
         const int at = row + i / 2 * 8;
         if (later ? k < at : k > at) continue;
-        d[n][i] = simd::fma(A::get(w[i / 2 * 8 * A::kPitch + k]), A::get(y[k * A::kPitch + n * 8 + c + i % 2]), d[n][i]);
+        d[n][i] =
+            simd::fma(A::get(w[i / 2 * 8 * A::kPitch + k]), A::get(y[k * A::kPitch + n * 8 + c + i % 2]), d[n][i]);
       }
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ Call call, const Role role) {
+__global__ void __launch_bounds__(kThreads, 4) rows_kernel(const __grid_constant__ Call call, const Role role) {
   using S = typename A::S;
   constexpr int kSize = kTile * A::kPitch;
   alignas(16) __shared__ S x[kSize], y[kSize], third[A::kKeepsRows ? kSize : 8];
@@ -554,7 +562,9 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
   const bool of_keys = is_of_keys(role), later = of_keys;
   const auto heads = static_cast<unsigned>(of_keys ? of.heads_kv : of.heads_q);
   const int values = static_cast<int>(of.values), features = static_cast<int>(of.features);
-  const int width = role == Role::kForward || role == Role::kValues ? values : role == Role::kDenominators ? 1 : static_cast<int>(of.dim);
+  const int width = role == Role::kForward || role == Role::kValues ? values
+                    : role == Role::kDenominators                   ? 1
+                                                                    : static_cast<int>(of.dim);
   const int depth = role == Role::kQueries || role == Role::kKeys ? values : features;
   const auto across = static_cast<unsigned>((width + kTile - 1) / kTile);
   const auto tiles = static_cast<unsigned>(call.chunk / kTile);
@@ -564,7 +574,8 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
   const Place at = place_of(call, index, !of_keys);
   if (!at.exists) return;
   const int begin = at.chunk * call.chunk, position = begin + tile * kTile;
-  const std::int64_t head_q = of_keys ? static_cast<std::int64_t>(head) * call.group : head, head_k = head_q / call.group;
+  const std::int64_t head_q = of_keys ? static_cast<std::int64_t>(head) * call.group : head,
+                     head_k = head_q / call.group;
   const int t = static_cast<int>(threadIdx.x), warp = t / 32, g = t % 32 / 4 + warp * 16, c = t % 4 * 2;
   const int own = warp * 16 * A::kPitch;
   constexpr Kind kinds[] = {Kind::kQueries, Kind::kKeys, Kind::kValues, Kind::kGradients};
@@ -574,13 +585,17 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
   if (position >= out_rows.last || position + kTile <= out_rows.first) return;
   const Source& a = sources[role == Role::kQueries ? 3 : role == Role::kKeys ? 2 : of_keys ? 1 : 0];
   const Source& b = sources[role == Role::kQueries ? 2 : role == Role::kKeys ? 3 : of_keys ? 0 : 1];
-  const Source& third_source = sources[role == Role::kForward ? 2 : role == Role::kQueries ? 1 : role == Role::kKeys ? 0 : 3];
+  const Source& third_source = sources[role == Role::kForward   ? 2
+                                       : role == Role::kQueries ? 1
+                                       : role == Role::kKeys    ? 0
+                                                                : 3];
   const bool normalizes = of.normalize, with_decay = call.decays != nullptr;
   const bool is_gradient = role >= Role::kQueries, with_inverses = is_gradient && normalizes;
 
   load_along(&rows, call, at, position, head_q, with_inverses && !of_keys);
   // The sums before the chunk; without causality those of all.
-  const std::size_t chunk_state = static_cast<std::size_t>(of.causal ? index : at.sequence) * of.heads_kv + static_cast<std::size_t>(head_k);
+  const std::size_t chunk_state =
+      static_cast<std::size_t>(of.causal ? index : at.sequence) * of.heads_kv + static_cast<std::size_t>(head_k);
   const float* const state = (of.causal ? call.states : call.totals) + chunk_state * call.state;
   const float* const state_z = state + of.features * of.values;
   const bool is_turned = role == Role::kQueries || role == Role::kKeys;
@@ -615,8 +630,15 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
 #pragma unroll 1
       for (int operand = is_loaded ? 1 : 0; operand < 2; ++operand) {
         const bool of_a = operand == 0;
-        load_tile<A>(of_a ? x : y, call, of_a ? a : is_state ? state_source : b, of_a ? 0 : r,
-                     of_a ? position : is_state ? (turned ? n0 : k0) : p, !of_a && is_state && !turned ? n0 : k0, nullptr);
+        load_tile<A>(of_a ? x : y, call,
+                     of_a       ? a
+                     : is_state ? state_source
+                                : b,
+                     of_a ? 0 : r,
+                     of_a       ? position
+                     : is_state ? (turned ? n0 : k0)
+                                : p,
+                     !of_a && is_state && !turned ? n0 : k0, nullptr);
       }
       is_loaded = keeps;
       if (!is_state && panel == 0) load_along(&columns, call, at, p, head_q + r, with_inverses && of_keys);
@@ -634,15 +656,15 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
     if (is_state) {
       // The state decays up to the row, or from it on.
       of_state += __shfl_xor_sync(~0u, of_state, 1);
-      const float whole = with_decay && later ? call.chunk_decays[static_cast<std::size_t>(index) * of.heads_kv + head] : 0.0f;
+      const Decay all = with_decay && later ? call.chunk_decays[static_cast<std::size_t>(index) * of.heads_kv + head]
+                                            : Decay{0, 0.0f};
       if (t % 2 == 0) state_sums[t / 2] = of_state;
       __syncwarp();
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = g + half * 8;
         const Decay decay = rows.decay[row];
-        const float so_far = static_cast<float>(decay.whole) + decay.part;
-        const float factor = !with_decay ? 1.0f : fast_exp2(later ? whole - so_far : so_far);
+        const float factor = !with_decay ? 1.0f : later ? decay_between(all, decay) : decay_between(decay, all);
         const float extra = role == Role::kQueries ? rows.bias[row] : 1.0f;
         denominators[half] = t % 4 == 0 ? state_sums[row] * factor : 0.0f;
 #pragma unroll
@@ -705,13 +727,15 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
     if (t % 2 != 0 || !exists) return;
     const float denominator = state_sums[t / 2];
     const std::int64_t i = (at.batch * heads + head) * static_cast<std::int64_t>(of.queries) + at.begin + row;
-    // Of less than the least normal number there may be no inverse.
-    call.inverses[i] = denominator < 0x1p-126f && denominator > -0x1p-126f ? 0.0f : 1.0f / denominator;
+    // Of smaller ones the inverse times a feature might overflow.
+    call.inverses[i] = denominator < 0x1p-100f && denominator > -0x1p-100f ? 0.0f : 1.0f / denominator;
     call.biases[i] = -sum;
     return;
   }
 
-  float* const of_features = role == Role::kQueries ? call.features_dq : role == Role::kKeys ? call.features_dk : nullptr;
+  float* const of_features = role == Role::kQueries ? call.features_dq
+                             : role == Role::kKeys  ? call.features_dk
+                                                    : nullptr;
   const auto length = static_cast<std::int64_t>(of_keys ? of.keys : of.queries);
   const std::int64_t flat = (at.batch * heads + head) * length + at.begin;
   S* const own_w = w + own;
@@ -721,7 +745,8 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
     const int row = g + half * 8, p = position + row;
     float factor = 1.0f;
     if (role == Role::kForward && normalizes) factor = denominators[half];
-    const bool divides = role == Role::kForward && normalizes, empty = divides && factor < 0x1p-126f && factor > -0x1p-126f;
+    const bool divides = role == Role::kForward && normalizes,
+               empty = divides && factor < 0x1p-126f && factor > -0x1p-126f;
     if (role == Role::kQueries) factor = of.scale * rows.factor[row];
 #pragma unroll
     for (int n = 0; n < kColumns; ++n)
@@ -737,7 +762,10 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
   }
   if (of_features != nullptr) return;
   __syncwarp();
-  const gpu::Heads& target = role == Role::kForward ? of.out : role == Role::kQueries ? of.dq : role == Role::kKeys ? of.dk : of.dv;
+  const gpu::Heads& target = role == Role::kForward   ? of.out
+                             : role == Role::kQueries ? of.dq
+                             : role == Role::kKeys    ? of.dk
+                                                      : of.dv;
   const fastops_dtype dtype = of.dtype;
   for (int i = t % 32; i < 16 * kTile / 8; i += 32) {
     const int r = i / (kTile / 8), at_column = i % (kTile / 8) * 8, column = n0 + at_column;
@@ -753,7 +781,8 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
 #pragma unroll
       for (int j = 0; j < 8; ++j)
         if (column + j < width)
-          v[j] = map_gradient(of.map, element_of(out_rows.data, row * out_rows.row + (column + j) * out_rows.col, dtype), v[j]);
+          v[j] = map_gradient(of.map,
+                              element_of(out_rows.data, row * out_rows.row + (column + j) * out_rows.col, dtype), v[j]);
     }
     char* data = const_cast<char*>(head_of(call, target, item_of(dtype), at.batch, head, at.begin + row));
     const std::ptrdiff_t step = target.col;
@@ -821,8 +850,14 @@ __global__ void __launch_bounds__(kThreads) sequences_kernel(const __grid_consta
   }
 }
 
-// Logarithms of the decay from the begin of a chunk up to each of its tokens. Sums of steep ones are in double precision, and
-// kept as a whole number and a fraction: their differences are what counts.
+FASTOPS_DEVICE Decay split(double logarithm) {
+  // (Of nan there is no whole number.)
+  const int whole = logarithm == logarithm ? static_cast<int>(logarithm) : 0;
+  const int down = whole - (logarithm < whole);
+  return {down, static_cast<float>(logarithm - down)};
+}
+// Logarithms of the decay from the begin of a chunk up to each of its tokens. Sums of steep ones are in double
+// precision, and kept as a whole number and a fraction: their differences are what counts.
 __global__ void __launch_bounds__(kThreads) decays_kernel(const __grid_constant__ Call call, std::size_t warps) {
   const gpu::LinearAttention& of = call.of;
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -847,12 +882,10 @@ __global__ void __launch_bounds__(kThreads) decays_kernel(const __grid_constant_
       if (lane >= d) own += other;
     }
     own += sum;
-    const bool is_number = own == own;
-    const int whole = is_number ? static_cast<int>(own) - (own < static_cast<int>(own)) : 0;
-    if (key >= 0 && key < at.keys) to[key] = {whole, static_cast<float>(own - whole)};
+    if (key >= 0 && key < at.keys) to[key] = split(own);
     sum = __shfl_sync(~0u, own, 31u);
   }
-  if (lane == 0) call.chunk_decays[i] = static_cast<float>(sum);
+  if (lane == 0) call.chunk_decays[i] = split(sum);
 }
 
 FASTOPS_DEVICE float sum_of_warp(float v) {
@@ -910,8 +943,7 @@ __global__ void __launch_bounds__(kThreads) unit_gradients_kernel(const __grid_c
   for (const std::size_t length : of.batch) batches *= length;
   if (batch >= batches) return;
   const auto batch_index = static_cast<std::int64_t>(batch), head_index = static_cast<std::int64_t>(head);
-  const char* const data =
-      head_of(call, x, item_of(of.dtype), batch_index, head_index, static_cast<std::int64_t>(row));
+  const char* const data = head_of(call, x, item_of(of.dtype), batch_index, head_index, static_cast<std::int64_t>(row));
   const float* const df = (of_queries ? call.features_dq : call.features_dk) + i * of.dim;
   const Norm norm = (of_queries ? call.norms_q : call.norms_k)[i];
   bool is_hidden = false;
@@ -947,10 +979,12 @@ __global__ void __launch_bounds__(kStepThreads) step_kernel(const __grid_constan
   FASTOPS_DYNAMIC_SHARED(memory);
   __shared__ float shared[kStepThreads];
   const gpu::LinearAttention& of = call.of;
-  const auto dim = static_cast<int>(of.dim), features = static_cast<int>(of.features), values = static_cast<int>(of.values);
+  const auto dim = static_cast<int>(of.dim), features = static_cast<int>(of.features),
+             values = static_cast<int>(of.values);
   float *const kf = reinterpret_cast<float*>(memory), *const qf = kf + features;
   const std::size_t index = blockIdx.x;
-  const auto batch = static_cast<std::int64_t>(index / of.heads_kv), head = static_cast<std::int64_t>(index % of.heads_kv);
+  const auto batch = static_cast<std::int64_t>(index / of.heads_kv),
+             head = static_cast<std::int64_t>(index % of.heads_kv);
   const int t = static_cast<int>(threadIdx.x);
   const std::ptrdiff_t item = item_of(of.dtype);
   // The features of a row.
@@ -1080,7 +1114,8 @@ Prepared prepare(const gpu::LinearAttention& of, void* workspace, bool gradient)
     call.shift = static_cast<int>(call.lead + keys - queries);
   } else {
     const std::int64_t longest = queries > keys ? queries : keys;
-    std::int64_t n = p.batches * heads * tiles(of.features) * tiles(of.values) * divided_up(longest, kTile) / kEnoughBlocks;
+    std::int64_t n =
+        p.batches * heads * tiles(of.features) * tiles(of.values) * divided_up(longest, kTile) / kEnoughBlocks;
     n = n < 1 ? 1 : n > 64 ? 64 : n;
     call.chunk = static_cast<int>(n) * kTile;
   }
@@ -1100,7 +1135,8 @@ Prepared prepare(const gpu::LinearAttention& of, void* workspace, bool gradient)
     to = parts.take<std::remove_reference_t<decltype(*to)>>(static_cast<std::size_t>(n));
   };
   const std::int64_t state = static_cast<std::int64_t>(call.state) * heads;
-  const std::int64_t rows_q = p.batches * static_cast<std::int64_t>(of.heads_q) * queries, rows_k = p.batches * heads * keys;
+  const std::int64_t rows_q = p.batches * static_cast<std::int64_t>(of.heads_q) * queries,
+                     rows_k = p.batches * heads * keys;
   take(call.states, state * (p.chunks_k > p.chunks_q ? p.chunks_k : p.chunks_q));
   if (!of.causal) take(call.totals, state * p.sequences);
   if (of.offsets != nullptr) {
@@ -1260,8 +1296,8 @@ Status linear_attention_step(const LinearAttention& of, Stream stream) noexcept 
   const std::int64_t blocks = level::batches_of(of) * static_cast<std::int64_t>(of.heads_kv);
   if (blocks == 0) return 0;
   if (blocks > 0x7fffffff || of.features > kMostStepFeatures) return kTooLarge;
-  FASTOPS_LAUNCH(level::step_kernel, static_cast<unsigned>(blocks), level::kStepThreads, 2 * of.features * sizeof(float),
-                 stream, call);
+  FASTOPS_LAUNCH(level::step_kernel, static_cast<unsigned>(blocks), level::kStepThreads,
+                 2 * of.features * sizeof(float), stream, call);
   return level::launched();
 }
 

@@ -180,8 +180,8 @@ FASTOPS_DEVICE float to_tf32(float x) {
 #endif
 }
 
-// d (16 x 8) += a (16 x 8) b (8 x 8) by the lanes of a warp, of TF32. a[0] holds (g, t), a[1] row g + 8, a[2] and a[3] the
-// same 4 columns further; b[0] holds (t, g), b[1] 4 rows further; d as above. (PTX ISA, mma.m16n8k8.)
+// d (16 x 8) += a (16 x 8) b (8 x 8) by the lanes of a warp, of TF32. a[0] holds (g, t), a[1] row g + 8, a[2] and a[3]
+// the same 4 columns further; b[0] holds (t, g), b[1] 4 rows further; d as above. (PTX ISA, mma.m16n8k8.)
 FASTOPS_DEVICE void multiply_tile_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
 #if defined(__CUDACC__)
   const auto word = [](float x) { return simd::bits<std::uint32_t>(x); };
@@ -204,8 +204,8 @@ FASTOPS_DEVICE void multiply_tile_tf32(float (&d)[4], const float (&a)[4], const
 #endif
 }
 
-// Four matrices of 8 x 8 numbers of 16 bits from shared memory: matrix i has its rows where the lanes 8i .. 8i + 7 say, 16
-// bytes each. r[i] holds (g, 2t) and (g, 2t + 1) of it, or of its transpose. (PTX ISA, ldmatrix.)
+// Four matrices of 8 x 8 numbers of 16 bits from shared memory: matrix i has its rows where the lanes 8i .. 8i + 7 say,
+// 16 bytes each. r[i] holds (g, 2t) and (g, 2t + 1) of it, or of its transpose. (PTX ISA, ldmatrix.)
 template <bool kTransposed> FASTOPS_DEVICE void load_matrices(std::uint32_t (&r)[4], const std::uint16_t* row) {
 #if defined(__CUDACC__)
   const auto at = static_cast<unsigned>(__cvta_generic_to_shared(row));

@@ -12,8 +12,8 @@
 
 namespace fastops::gpu {
 
-using Stream = void*;  // cudaStream_t
-using Status = int;    // cudaError_t; 0: no error
+using Stream = void*;                   // cudaStream_t
+using Status = int;                     // cudaError_t; 0: no error
 inline constexpr Status kTooLarge = 9;  // cudaErrorInvalidConfiguration
 
 // The runtime.
@@ -113,8 +113,8 @@ Status adamw_step(const TensorTable& table, const fastops_adamw& step, Stream st
 
 // Linear attention.
 
-// Rows of heads; strides in elements. `packs`: groups of 8 elements lie together and are aligned to their size, 16 bytes
-// at most.
+// Rows of heads; strides in elements. `packs`: groups of 8 elements lie together and are aligned to their size, 16
+// bytes at most.
 struct Heads {
   const void* data;
   std::ptrdiff_t batch[kBatchDimensions], head, row, col;

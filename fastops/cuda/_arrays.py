@@ -306,7 +306,9 @@ def same_memory(a: View, b: View) -> bool:
         if 0 in x.shape:
             return False
         steps = [(n - 1) * stride * _SIZES[x.dtype] for n, stride in zip(x.shape, x.strides, strict=True)]
-        ends.append((x.data + sum(s for s in steps if s < 0), x.data + sum(s for s in steps if s > 0) + _SIZES[x.dtype]))
+        ends.append(
+            (x.data + sum(s for s in steps if s < 0), x.data + sum(s for s in steps if s > 0) + _SIZES[x.dtype])
+        )
     return a.device == b.device and ends[0][0] < ends[1][1] and ends[1][0] < ends[0][1]
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from .. import _attention, _validate
 from .._attention import LinearOptions, Problem
 from .._validate import Text, clip
-from ._arrays import DTYPES, FLOATS, Call, View, empty_like, is_torch, returned, same_memory
+from . import _arrays
+from ._arrays import DTYPES, FLOATS, Call, View, is_torch, returned, same_memory
 
 __all__ = ["linear_attention", "linear_attention_backward", "linear_attention_step_"]
 
@@ -71,7 +72,9 @@ class _Linear:
         if self.step:
             for name, x in given.items():
                 if x.ndim < 1:
-                    raise _validate.wrong_value(name, "of shape (..., H, D), the rows of one token", Text("a 0-d array"))
+                    raise _validate.wrong_value(
+                        name, "of shape (..., H, D), the rows of one token", Text("a 0-d array")
+                    )
             given = {name: x[..., np.newaxis, :] for name, x in given.items()}
         self.p = p = Problem(layout, *(given.pop(name) for name in "qkv"), **given)
         self.options = _options(p.d, options)
@@ -204,10 +207,8 @@ class _Linear:
 
     def new(self, shape: tuple[int, ...], code: int) -> tuple[Any, View]:
         """An array of the caller's kind."""
-        from ._arrays import view
-
-        made = empty_like(self.call.like, shape, code, self.call.device, self.call.stream)
-        return made, view("a result", made, self.call.stream)
+        made = _arrays.empty_like(self.call.like, shape, code, self.call.device, self.call.stream)
+        return made, _arrays.view("a result", made, self.call.stream)
 
     def new_state(self, name: str) -> tuple[Any, ...]:
         """Memory for a state."""
@@ -227,7 +228,16 @@ class _Linear:
         if not p.b * p.hq:
             return
         shape, rows = _walked(p.batch, self.rows)
-        options = (self.dtype, _MAPS.index(o.feature_map), o.causal, o.normalize, o.eps, o.kernel_eps, o.scale, self.tf32)
+        options = (
+            self.dtype,
+            _MAPS.index(o.feature_map),
+            o.causal,
+            o.normalize,
+            o.eps,
+            o.kernel_eps,
+            o.scale,
+            self.tf32,
+        )
         tokens = (1, 1) if self.step else (p.nq, p.nk)
         sizes = (*shape, p.hq, p.hkv, *tokens, p.d, o.features(p.d), p.e, self.sequences or 0)
         arrays = {**self.numbers, **rows}
@@ -242,9 +252,9 @@ class _Linear:
         return tuple(returned(self.call.like, x) for x in results)
 
 
-def _is_host(value: object) -> bool:
+def _is_host(value: Any) -> bool:
     if is_torch(value):
-        return value.device.type == "cpu"  # type: ignore[attr-defined]
+        return str(value.device.type) == "cpu"
     return isinstance(value, (list, tuple, np.ndarray))
 
 
