@@ -649,3 +649,119 @@ def test_gradients_that_do_not_fit_are_refused(shim: Shim) -> None:
         cuda.linear_attention_backward(on_gpu(1, 2, 5, 3), x, x, x, x)
     with pytest.raises(ValueError, match=r"^d_state\[0\] must be of shape"):
         cuda.linear_attention_backward(x, x, x, x, x, d_state=(x, x))
+
+
+# --- torch -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torch_on(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """torch, and the device of its tensors: for the shim tensors of the CPU that say they are on a GPU."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("fastops.torch")
+    if not isinstance(gpu, Shim):
+        return torch, "cuda"
+
+    def through(name: str) -> Any:
+        function = getattr(cuda, name)
+
+        def into(x: Any) -> Any:
+            if isinstance(x, (tuple, list)):
+                return type(x)(map(into, x))
+            return Fake(x.detach().numpy()) if isinstance(x, torch.Tensor) else x
+
+        def out_of(x: Any) -> Any:
+            return tuple(map(out_of, x)) if isinstance(x, tuple) else torch.from_numpy(gpu.get(x))
+
+        return lambda *args, **options: out_of(
+            function(*map(into, args), **{key: into(x) for key, x in options.items()}, stream=1)
+        )
+
+    for name in ("linear_attention", "linear_attention_backward", "linear_attention_step_"):
+        monkeypatch.setattr(cuda, name, through(name))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    return torch, "cpu"
+
+
+@both
+def test_torch_differentiates_on_the_gpu(torch_on: Any, causal: bool) -> None:
+    from fastops import torch as ft
+
+    torch, device = torch_on
+    arrays = arrays_of(30, 2, 4, 2, 70, 70, 8, 5)
+    state = state_of(30, *arrays)
+    leaves = [torch.tensor(x, device=device, requires_grad=True) for x in (*arrays, *state)]
+    mask = np.random.default_rng(30).random((2, 70)) < 0.8
+    y, last = ft.linear_attention(
+        *leaves[:3],
+        causal=causal,
+        key_mask=torch.tensor(mask, device=device),
+        initial_state=leaves[3:],
+        return_state=True,
+    )
+    weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) for i, x in enumerate((y, *last))]
+    sum((x * w.to(device)).sum() for x, w in zip((y, *last), weights, strict=True)).backward()
+    options = {"causal": causal, "key_mask": mask, "initial_state": tuple(map(wide, state))}
+    want, _ = cpu.linear_attention(*map(wide, arrays), **options, return_state=True)
+    dy, *d_state = (wide(x.numpy()) for x in weights)
+    dq, dk, dv, first = cpu.linear_attention_backward(dy, *map(wide, arrays), want, **options, d_state=d_state)
+    for leaf, exact in zip(leaves, (dq, dk, dv, *first), strict=True):
+        found = wide(leaf.grad.cpu().numpy())
+        assert np.abs(found - exact).max() <= 1e-5 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("kind", ["heads", "tokens", "packed", "sums", "rows alone", "two axes"])
+def test_torch_differentiates_decays_on_the_gpu(torch_on: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastops import torch as ft
+
+    torch, device = torch_on
+    n = 40 if kind == "rows alone" else 30
+    arrays = arrays_of(32, 1 if kind == "packed" else 2, 4, 2, n, 30, 5, 3)
+    rng = np.random.default_rng(32)
+    decay = -rng.random(2 if kind == "heads" else (*arrays[1].shape[:2], 30)).astype(F32)
+    state = state_of(32, *arrays, sequences=3 if kind == "packed" else None)
+    options: dict[str, Any] = {"causal": True, "key_mask": rng.random((*arrays[1].shape[:1], 30)) < 0.8}
+    if kind == "packed":
+        options["cu_seqlens"] = np.array([0, 11, 11, 30])
+    if kind == "sums":
+        options["normalize"] = False
+    if kind == "two axes":
+        arrays, decay = [x[0, 0] for x in arrays], decay[0, 0]
+        state, options["key_mask"] = tuple(x[0, 0] for x in state), options["key_mask"][0]
+    found = []
+    for on_gpu, where, dtype in ((True, device, torch.float32), (False, "cpu", torch.float64)):
+        if where == "cpu":
+            monkeypatch.setattr(torch.Tensor, "is_cuda", on_gpu, raising=False)
+        leaf = torch.tensor(decay, device=where, dtype=dtype, requires_grad=True)
+        tensors = [torch.tensor(x, device=where, dtype=dtype) for x in (*arrays, *state)]
+        given = {key: torch.tensor(x, device=where) if isinstance(x, np.ndarray) else x for key, x in options.items()}
+        y, last = ft.linear_attention(*tensors[:3], **given, decay=leaf, initial_state=tensors[3:], return_state=True)
+        weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) for i, x in enumerate((y, *last))]
+        sum((x * w.to(x)).sum() for x, w in zip((y, *last), weights, strict=True)).backward()
+        found.append(wide(leaf.grad.cpu().numpy()))
+    assert np.abs(found[0] - found[1]).max() <= 2e-5 * np.abs(found[1]).max()
+
+
+def test_torch_steps_are_the_rows_of_a_call(torch_on: Any) -> None:
+    from fastops import torch as ft
+
+    torch, device = torch_on
+    q, k, v = (torch.tensor(x, device=device) for x in arrays_of(31, 1, 2, 1, 6, 6, 4, 3))
+    want = ft.linear_attention(q, k, v, causal=True)
+    nothing = [x[:, :, :0] for x in (q, k, v)]
+    _, state = ft.linear_attention(*nothing, causal=True, return_state=True)
+    for i in range(6):
+        row = ft.linear_attention_step_(q[:, :, i], k[:, :, i], v[:, :, i], state)
+        torch.testing.assert_close(row, want[:, :, i], atol=1e-5, rtol=1e-5)
+    assert state[0]._version == 6
+
+
+def test_torch_says_what_the_gpu_has_not(torch_on: Any) -> None:
+    from fastops import torch as ft
+
+    torch, device = torch_on
+    x = torch.ones(1, 1, 3, 2, device=device)
+    with pytest.raises(NotImplementedError, match=r"^feature_map must be .* on a GPU, got 'softmax'"):
+        ft.linear_attention(x, x, x, feature_map="softmax")
+    with pytest.raises(TypeError, match=r"^q must be of dtype float16 or bfloat16 or float32, got float64"):
+        ft.linear_attention(x.double(), x.double(), x.double())

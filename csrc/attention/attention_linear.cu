@@ -548,7 +548,8 @@ FASTOPS_DEVICE void limited_product(Sums& d, const typename A::S* w, const typen
       }
 }
 
-template <class A>
+// Two kernels: of the first two roles and of the others.
+template <class A, bool kGradient>
 __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const __grid_constant__ Call call, const Role role) {
   using S = typename A::S;
   constexpr int kSize = kTile * A::kPitch;
@@ -559,13 +560,13 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const __grid_constant
   __shared__ Along rows, columns;
   __shared__ float z[kTile], state_sums[kTile];
   const gpu::LinearAttention& of = call.of;
-  const bool of_keys = is_of_keys(role), later = of_keys;
+  const bool of_keys = kGradient && is_of_keys(role), later = of_keys;
   const auto heads = static_cast<unsigned>(of_keys ? of.heads_kv : of.heads_q);
   const int values = static_cast<int>(of.values), features = static_cast<int>(of.features);
-  const int width = role == Role::kForward || role == Role::kValues ? values
-                    : role == Role::kDenominators                   ? 1
-                                                                    : static_cast<int>(of.dim);
-  const int depth = role == Role::kQueries || role == Role::kKeys ? values : features;
+  const bool is_turned = kGradient && role != Role::kValues, is_dq = kGradient && role == Role::kQueries;
+  const bool is_y = !kGradient && role == Role::kForward;
+  const int width = is_turned ? static_cast<int>(of.dim) : kGradient || is_y ? values : 1;
+  const int depth = is_turned ? values : features;
   const auto across = static_cast<unsigned>((width + kTile - 1) / kTile);
   const auto tiles = static_cast<unsigned>(call.chunk / kTile);
   const int n0 = static_cast<int>(blockIdx.x % across) * kTile;
@@ -583,14 +584,11 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const __grid_constant
   __syncthreads();
   const Source& out_rows = sources[of_keys ? 1 : 0];
   if (position >= out_rows.last || position + kTile <= out_rows.first) return;
-  const Source& a = sources[role == Role::kQueries ? 3 : role == Role::kKeys ? 2 : of_keys ? 1 : 0];
-  const Source& b = sources[role == Role::kQueries ? 2 : role == Role::kKeys ? 3 : of_keys ? 0 : 1];
-  const Source& third_source = sources[role == Role::kForward   ? 2
-                                       : role == Role::kQueries ? 1
-                                       : role == Role::kKeys    ? 0
-                                                                : 3];
+  const Source& a = sources[is_dq ? 3 : is_turned ? 2 : of_keys ? 1 : 0];
+  const Source& b = sources[is_dq ? 2 : is_turned ? 3 : of_keys ? 0 : 1];
+  const Source& third_source = sources[is_y ? 2 : is_dq ? 1 : is_turned ? 0 : 3];
   const bool normalizes = of.normalize, with_decay = call.decays != nullptr;
-  const bool is_gradient = role >= Role::kQueries, with_inverses = is_gradient && normalizes;
+  const bool with_inverses = kGradient && normalizes;
 
   load_along(&rows, call, at, position, head_q, with_inverses && !of_keys);
   // The sums before the chunk; without causality those of all.
@@ -598,7 +596,6 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const __grid_constant
       static_cast<std::size_t>(of.causal ? index : at.sequence) * of.heads_kv + static_cast<std::size_t>(head_k);
   const float* const state = (of.causal ? call.states : call.totals) + chunk_state * call.state;
   const float* const state_z = state + of.features * of.values;
-  const bool is_turned = role == Role::kQueries || role == Role::kKeys;
   if (t == 0) set_state_source(&state_source, call, state);
   if (t < kTile) z[t] = is_turned && n0 + t < static_cast<int>(of.features) ? state_z[n0 + t] : 0.0f;
 
@@ -647,9 +644,9 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const __grid_constant
         A::template product<false, false>(weights, x + own, y, steps, tokens);
       else if (turned)
         A::template product<false, false>(d, x + own, y, steps, most);
-      else if (role != Role::kDenominators)
+      else if (kGradient || is_y)
         A::template product<false, true>(d, x + own, y, steps, most);
-      if (is_state && !is_gradient && normalizes)
+      if (is_state && !kGradient && normalizes)
         for (int k = t % 2; k < steps && k0 + k < features; k += 2)
           of_state = simd::fma(A::get(x[t / 2 * A::kPitch + k]), state_z[k0 + k], of_state);
     }
@@ -665,13 +662,14 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const __grid_constant
         const int row = g + half * 8;
         const Decay decay = rows.decay[row];
         const float factor = !with_decay ? 1.0f : later ? decay_between(all, decay) : decay_between(decay, all);
-        const float extra = role == Role::kQueries ? rows.bias[row] : 1.0f;
+        const float extra = is_dq ? rows.bias[row] : 1.0f;
         denominators[half] = t % 4 == 0 ? state_sums[row] * factor : 0.0f;
 #pragma unroll
         for (int n = 0; n < kColumns; ++n)
 #pragma unroll
           for (int i = 0; i < 2; ++i)
-            d[n][half * 2 + i] = simd::fma(extra, z[n * 8 + c + i], d[n][half * 2 + i]) * factor;
+            d[n][half * 2 + i] =
+                (is_turned ? simd::fma(extra, z[n * 8 + c + i], d[n][half * 2 + i]) : d[n][half * 2 + i]) * factor;
       }
       continue;
     }
@@ -686,7 +684,7 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const __grid_constant
         const int row = g + i / 2 * 8, col = n * 8 + c + i % 2;
         float weight = weights[n][i];
         if (is_turned) weight += rows.bias[row] + columns.bias[col];
-        if (is_gradient) weight *= columns.factor[col];
+        if (kGradient) weight *= columns.factor[col];
         if (with_decay)
           weight *= later ? decay_between(columns.decay[col], rows.decay[row])
                           : decay_between(rows.decay[row], columns.decay[col]);
@@ -695,7 +693,7 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const __grid_constant
         denominators[i / 2] += A::get(stored);
         own_w[(row - warp * 16) * A::kPitch + col] = stored;
       }
-    if (role == Role::kDenominators) continue;
+    if (!kGradient && !is_y) continue;
     __syncthreads();
     const bool wild = load_tile<A>(y, call, third_source, r, p, n0, nullptr);
     if (__syncthreads_or(wild) && diagonal)
@@ -710,7 +708,7 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const __grid_constant
     denominators[half] += __shfl_xor_sync(~0u, denominators[half], 2);
     denominators[half] += of.eps;
   }
-  if (role == Role::kDenominators) {
+  if (!kGradient && !is_y) {
     __syncwarp();
 #pragma unroll
     for (int half = 0; half < 2; ++half)
@@ -733,9 +731,7 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const __grid_constant
     return;
   }
 
-  float* const of_features = role == Role::kQueries ? call.features_dq
-                             : role == Role::kKeys  ? call.features_dk
-                                                    : nullptr;
+  float* const of_features = !is_turned ? nullptr : is_dq ? call.features_dq : call.features_dk;
   const auto length = static_cast<std::int64_t>(of_keys ? of.keys : of.queries);
   const std::int64_t flat = (at.batch * heads + head) * length + at.begin;
   S* const own_w = w + own;
@@ -744,10 +740,9 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const __grid_constant
   for (int half = 0; half < 2; ++half) {
     const int row = g + half * 8, p = position + row;
     float factor = 1.0f;
-    if (role == Role::kForward && normalizes) factor = denominators[half];
-    const bool divides = role == Role::kForward && normalizes,
-               empty = divides && factor < 0x1p-126f && factor > -0x1p-126f;
-    if (role == Role::kQueries) factor = of.scale * rows.factor[row];
+    if (is_y && normalizes) factor = denominators[half];
+    const bool divides = is_y && normalizes, empty = divides && factor < 0x1p-126f && factor > -0x1p-126f;
+    if (is_dq) factor = of.scale * rows.factor[row];
 #pragma unroll
     for (int n = 0; n < kColumns; ++n)
 #pragma unroll
@@ -762,10 +757,7 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const __grid_constant
   }
   if (of_features != nullptr) return;
   __syncwarp();
-  const gpu::Heads& target = role == Role::kForward   ? of.out
-                             : role == Role::kQueries ? of.dq
-                             : role == Role::kKeys    ? of.dk
-                                                      : of.dv;
+  const gpu::Heads& target = is_y ? of.out : is_dq ? of.dq : is_turned ? of.dk : of.dv;
   const fastops_dtype dtype = of.dtype;
   for (int i = t % 32; i < 16 * kTile / 8; i += 32) {
     const int r = i / (kTile / 8), at_column = i % (kTile / 8) * 8, column = n0 + at_column;
@@ -1257,7 +1249,8 @@ class Launches {
                                                                               : of.dim;
     const std::int64_t tiles = divided_up(static_cast<std::int64_t>(width), kTile) * (call_.chunk / kTile);
     by_arithmetic([&](auto arithmetic) {
-      const auto kernel = rows_kernel<decltype(arithmetic)>;
+      const auto kernel =
+          role >= Role::kQueries ? rows_kernel<decltype(arithmetic), true> : rows_kernel<decltype(arithmetic), false>;
       run((of_keys ? p_.chunks_k : p_.chunks_q) * static_cast<std::int64_t>(of_keys ? of.heads_kv : of.heads_q) * tiles,
           [&](unsigned blocks) { FASTOPS_LAUNCH(kernel, blocks, kThreads, 0, stream_, call_, role); });
     });
