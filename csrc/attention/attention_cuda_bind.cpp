@@ -35,10 +35,13 @@ void* address_of(const py::dict& arrays, const char* name) {
   return arrays.contains(name) ? reinterpret_cast<void*>(arrays[name].cast<std::uintptr_t>()) : nullptr;
 }
 LinearState state_of(const py::dict& arrays, const char* name) {
-  if (!arrays.contains(name)) return {nullptr, nullptr};
+  LinearState state{};
+  if (!arrays.contains(name)) return state;
   const py::tuple given = arrays[name].cast<py::tuple>();
-  return {reinterpret_cast<float*>(given[0].cast<std::uintptr_t>()),
-          reinterpret_cast<float*>(given[1].cast<std::uintptr_t>())};
+  float** const parts[] = {&state.s, &state.z, &state.m};
+  for (std::size_t i = 0; i < given.size() && i < 3; ++i)
+    *parts[i] = reinterpret_cast<float*>(given[i].cast<std::uintptr_t>());
+  return state;
 }
 
 LinearAttention call_of(const py::tuple& options, const py::tuple& sizes, const py::dict& arrays) {
@@ -48,7 +51,7 @@ LinearAttention call_of(const py::tuple& options, const py::tuple& sizes, const 
   if (dtype < FASTOPS_F16 || dtype > FASTOPS_F32) throw py::type_error("arrays must be of 2 or 4 bytes");
   call.dtype = static_cast<fastops_dtype>(dtype);
   call.map = static_cast<fastops_feature_map>(options[1].cast<int>());
-  if (call.map < FASTOPS_MAP_ELU || call.map > FASTOPS_MAP_COSINE) throw py::value_error("a map that is not here");
+  if (call.map < FASTOPS_MAP_ELU || call.map > FASTOPS_MAP_SOFTMAX) throw py::value_error("a map that is not here");
   call.causal = options[2].cast<bool>();
   call.normalize = options[3].cast<bool>();
   call.eps = options[4].cast<float>();
@@ -66,7 +69,7 @@ LinearAttention call_of(const py::tuple& options, const py::tuple& sizes, const 
   call.features = n[9];
   call.values = n[10];
   call.sequences = n[11];
-  if (call.dim == 0 || call.values == 0 || call.features < call.dim)
+  if (call.dim == 0 || call.values == 0 || call.features == 0)
     throw py::value_error("sizes of rows must be at least 1");
   if (call.queries > kMostTokens || call.keys > kMostTokens || call.features > kMostNumbers ||
       call.values > kMostNumbers)
@@ -84,6 +87,13 @@ LinearAttention call_of(const py::tuple& options, const py::tuple& sizes, const 
   call.decay_dtype = static_cast<fastops_dtype>(arrays.contains("decay_dtype") ? arrays["decay_dtype"].cast<int>() : 2);
   if (call.decay_dtype < FASTOPS_F16 || call.decay_dtype > FASTOPS_F64) throw py::type_error("decay must be of floats");
   call.decay = heads_of(arrays, "decay", kItem[call.decay_dtype]);
+  call.projection = address_of(arrays, "projection");
+  const int projection = arrays.contains("projection_dtype") ? arrays["projection_dtype"].cast<int>() : FASTOPS_F32;
+  if (projection < FASTOPS_F16 || projection > FASTOPS_F64) throw py::type_error("projection must be of floats");
+  call.projection_dtype = static_cast<fastops_dtype>(projection);
+  if (call.map == FASTOPS_MAP_FAVOR ? call.projection == nullptr : call.features < call.dim)
+    throw py::value_error("features must fit the map");
+  if (call.map >= FASTOPS_MAP_EXP && call.decay.data != nullptr) throw py::value_error("exponential maps have no decay");
   call.offsets = address_of(arrays, "cu_seqlens");
   call.wide_offsets = arrays.contains("wide_offsets") && arrays["wide_offsets"].cast<bool>();
   call.initial = state_of(arrays, "initial_state");

@@ -121,11 +121,22 @@ struct Call {
   Decay* decays;        // (batch, heads_kv, keys): the logarithm from the chunk's begin up to and with the token
   Decay* chunk_decays;  // (chunks, heads_kv)
   Norm *norms_q, *norms_k;
+  // Of exponential maps: features made beforehand, in units of 2 to the largest exponent so far of the feature, and the units
+  // of the rows.
+  float *features_q, *features_k;    // (batch, heads, rows, features)
+  float* tops;                       // (batch, heads_q, queries); null with the softmax map
+  float* references;                 // the exponents: (chunks or, without causality, sequences, heads_kv, features)
+  float* maxima;                     // (chunks, heads_kv, features)
   float* states;                     // (chunks, heads_kv, state): sums of each chunk, then those before it
   float* totals;                     // (sequences, heads_kv, state)
   float *inverses, *biases;          // (batch, heads_q, queries): 1 / denominator, -dy.y
-  float *features_dq, *features_dk;  // gradients in features, of the cosine map
+  float *features_dq, *features_dk;  // gradients in features, of the cosine map and the exponential ones
 };
+// No exponent yet.
+constexpr float kNone = -1e38f;
+FASTOPS_HD bool has_exponents(fastops_feature_map map) { return map >= FASTOPS_MAP_EXP; }
+// 2 to the difference of exponents, which are integers: exact. Of none and none it is 1.
+FASTOPS_DEVICE float power_between(float from, float to) { return attention::times_power(1.0f, from - to); }
 
 // Where a chunk is.
 struct Place {
@@ -241,6 +252,19 @@ FASTOPS_DEVICE void set_source(Source* to, const Call& call, Kind kind, const Pl
   to->packs = x.packs && to->columns % 8 == 0;
   to->is_mapped = kind == Kind::kQueries || kind == Kind::kKeys;
   to->factor = kind == Kind::kQueries ? of.scale : 1.0f;
+  if (call.references == nullptr || !to->is_mapped) return;
+  // Features that were made before.
+  const auto features = static_cast<std::ptrdiff_t>(of.features);
+  const float* const made = kind == Kind::kQueries ? call.features_q : call.features_k;
+  to->data = reinterpret_cast<const char*>(made + (flat + at.begin) * features);
+  to->head = static_cast<std::ptrdiff_t>(rows) * features * 4;
+  to->row = features;
+  to->col = 1;
+  to->columns = static_cast<int>(features);
+  to->dtype = FASTOPS_F32;
+  to->packs = features % 8 == 0;
+  to->is_mapped = false;
+  to->factor = 1.0f;
 }
 // A state's S, read as rows.
 FASTOPS_DEVICE void set_state_source(Source* to, const Call& call, const float* state) {
@@ -495,9 +519,22 @@ __global__ void __launch_bounds__(2 * kThreads) scan_kernel(const __grid_constan
   const auto place = [&](const gpu::LinearState& state) {
     return i < in_s ? state.s + which * in_s + i : state.z + which * call.of.features + (i - in_s);
   };
+  // The units of exponential maps: those of the sums so far, and of each chunk's.
+  const std::size_t features = call.of.features, feature = i < in_s ? i / call.of.values : i - in_s;
+  const bool has_units = call.references != nullptr, moves = has_units && call.of.causal;
+  const auto unit_of = [&](std::int64_t c) {
+    return call.references[(static_cast<std::size_t>(c) * heads + head) * features + feature];
+  };
+  const float given = has_units && call.of.initial.m != nullptr ? call.of.initial.m[which * features + feature] : kNone;
+  const float begin = given > kNone ? given : kNone;
+  float unit = begin;
+  if (scan.backward && count > 0 && moves) unit = unit_of(first + count - 1);
+  // Without causality all have one unit.
+  const float all = has_units && !moves ? power_between(begin, unit_of(static_cast<std::int64_t>(sequence))) : 1.0f;
   float running = scan.from.s != nullptr ? *place(scan.from) : 0.0f;
+  if (!scan.backward) running *= all;
   for (std::int64_t done = 0; done < count; done += kScanAhead) {
-    float own[kScanAhead], keep[kScanAhead];  // keep: what is left of the sums after the chunk
+    float own[kScanAhead], keep[kScanAhead];  // keep: what is left of the sums before, in the units of the chunk
 #pragma unroll
     for (int j = 0; j < kScanAhead; ++j) {
       const std::int64_t c = first + (scan.backward ? count - 1 - done - j : done + j);
@@ -506,16 +543,24 @@ __global__ void __launch_bounds__(2 * kThreads) scan_kernel(const __grid_constan
       keep[j] = exists && call.decays != nullptr
                     ? decay_between(call.chunk_decays[static_cast<std::size_t>(c) * heads + head], Decay{0, 0.0f})
                     : 1.0f;
+      if (moves && exists) {
+        const float next = !scan.backward ? unit_of(c) : c > first ? unit_of(c - 1) : begin;
+        keep[j] = scan.backward ? power_between(next, unit) : power_between(unit, next);
+        unit = next;
+      }
     }
 #pragma unroll
     for (int j = 0; j < kScanAhead; ++j) {
       if (done + j >= count) continue;
       const std::int64_t c = first + (scan.backward ? count - 1 - done - j : done + j);
+      if (moves && !scan.backward) running *= keep[j];
       call.states[(static_cast<std::size_t>(c) * heads + head) * call.state + i] = running;
-      running = simd::fma(running, keep[j], own[j]);
+      running = moves ? running + own[j] : simd::fma(running, keep[j], own[j]);
+      if (moves && scan.backward) running *= keep[j];
     }
   }
   if (call.totals != nullptr) call.totals[which * call.state + i] = running;
+  if (scan.backward) running *= all;
   if (scan.to.s != nullptr) *place(scan.to) = running;
 }
 
@@ -565,7 +610,9 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const __grid_constant
   const int values = static_cast<int>(of.values), features = static_cast<int>(of.features);
   const bool is_turned = kGradient && role != Role::kValues, is_dq = kGradient && role == Role::kQueries;
   const bool is_y = !kGradient && role == Role::kForward;
-  const int width = is_turned ? static_cast<int>(of.dim) : kGradient || is_y ? values : 1;
+  const bool has_units = call.references != nullptr;
+  const int dim = has_units ? features : static_cast<int>(of.dim);
+  const int width = is_turned ? dim : kGradient || is_y ? values : 1;
   const int depth = is_turned ? values : features;
   const auto across = static_cast<unsigned>((width + kTile - 1) / kTile);
   const auto tiles = static_cast<unsigned>(call.chunk / kTile);
@@ -588,7 +635,7 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const __grid_constant
   const Source& b = sources[is_dq ? 2 : is_turned ? 3 : of_keys ? 0 : 1];
   const Source& third_source = sources[is_y ? 2 : is_dq ? 1 : is_turned ? 0 : 3];
   const bool normalizes = of.normalize, with_decay = call.decays != nullptr;
-  const bool with_inverses = kGradient && normalizes;
+  const bool with_inverses = kGradient && call.inverses != nullptr;
 
   load_along(&rows, call, at, position, head_q, with_inverses && !of_keys);
   // The sums before the chunk; without causality those of all.
@@ -706,8 +753,15 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const __grid_constant
   for (int half = 0; half < 2; ++half) {
     denominators[half] += __shfl_xor_sync(~0u, denominators[half], 1);
     denominators[half] += __shfl_xor_sync(~0u, denominators[half], 2);
-    denominators[half] += of.eps;
+    if (!has_units) denominators[half] += of.eps;
   }
+  const auto length = static_cast<std::int64_t>(of_keys ? of.keys : of.queries);
+  const std::int64_t flat = (at.batch * heads + head) * length + at.begin;
+  // Of exponential maps sums are in units of 2^top.
+  const auto top_of = [&](int row) {
+    return has_units && call.tops != nullptr && row >= 0 && row < at.queries ? call.tops[flat + row] : 0.0f;
+  };
+  const auto scaled_eps = [&](float top) { return has_units && of.eps != 0.0f ? of.eps * math::exp2(-top) : 0.0f; };
   if (!kGradient && !is_y) {
     __syncwarp();
 #pragma unroll
@@ -723,8 +777,13 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const __grid_constant
       sum = simd::fma(element_of(dy, e * of.dy.col, of.dtype), element_of(result, e * of.y.col, of.dtype), sum);
     sum += __shfl_xor_sync(~0u, sum, 1);
     if (t % 2 != 0 || !exists) return;
-    const float denominator = state_sums[t / 2];
-    const std::int64_t i = (at.batch * heads + head) * static_cast<std::int64_t>(of.queries) + at.begin + row;
+    const float top = top_of(row), denominator = state_sums[t / 2] + scaled_eps(top);
+    const std::int64_t i = flat + row;
+    if (!normalizes) {
+      call.inverses[i] = math::exp2(top);
+      call.biases[i] = 0.0f;
+      return;
+    }
     // Of smaller ones the inverse times a feature might overflow.
     call.inverses[i] = denominator < 0x1p-100f && denominator > -0x1p-100f ? 0.0f : 1.0f / denominator;
     call.biases[i] = -sum;
@@ -732,17 +791,19 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const __grid_constant
   }
 
   float* const of_features = !is_turned ? nullptr : is_dq ? call.features_dq : call.features_dk;
-  const auto length = static_cast<std::int64_t>(of_keys ? of.keys : of.queries);
-  const std::int64_t flat = (at.batch * heads + head) * length + at.begin;
   S* const own_w = w + own;
   __syncwarp();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = g + half * 8, p = position + row;
     float factor = 1.0f;
-    if (is_y && normalizes) factor = denominators[half];
+    const float top = is_y ? top_of(p - out_rows.first) : 0.0f;
+    if (is_y && normalizes)
+      factor = denominators[half] + scaled_eps(top);
+    else if (is_y && has_units)
+      factor = math::exp2(top);
     const bool divides = is_y && normalizes, empty = divides && factor < 0x1p-126f && factor > -0x1p-126f;
-    if (is_dq) factor = of.scale * rows.factor[row];
+    if (is_dq) factor = (has_units ? 1.0f : of.scale) * rows.factor[row];
 #pragma unroll
     for (int n = 0; n < kColumns; ++n)
 #pragma unroll
@@ -955,6 +1016,319 @@ __global__ void __launch_bounds__(kThreads) unit_gradients_kernel(const __grid_c
   }
 }
 
+// Exponential maps: exp(x) = y 2^n with an integer n, so a unit 2^m changes no bit of a sum. Before the call's own kernels
+// features are made in units of 2^m, m the largest n of a feature up to the chunk (without causality of all); what later
+// chunks hold changes no row.
+
+// How far a row's largest weight lies above 1: early rows of a chunk see keys far below its largest.
+constexpr float kLift = 60.0f;
+
+// Logarithms of the features of a head's rows.
+struct Logits {
+  const char* data;
+  std::ptrdiff_t row, col;
+  fastops_dtype dtype;
+  float factor;
+  FASTOPS_DEVICE float at(std::ptrdiff_t r, std::ptrdiff_t d) const {
+    return element_of(data, r * row + d * col, dtype) * factor;
+  }
+};
+FASTOPS_DEVICE std::int64_t flat_row(const Call& call, bool of_queries, const Place& at, std::int64_t head) {
+  const auto heads = static_cast<std::int64_t>(of_queries ? call.of.heads_q : call.of.heads_kv);
+  return (at.batch * heads + head) * static_cast<std::int64_t>(of_queries ? call.of.queries : call.of.keys) + at.begin;
+}
+FASTOPS_DEVICE Logits logits_of(const Call& call, bool of_queries, const Place& at, std::int64_t head) {
+  const gpu::LinearAttention& of = call.of;
+  if (of.map == FASTOPS_MAP_FAVOR) {
+    // Made by project_kernel, in the place of the features.
+    const auto features = static_cast<std::ptrdiff_t>(of.features);
+    const float* const made = of_queries ? call.features_q : call.features_k;
+    return {reinterpret_cast<const char*>(made + flat_row(call, of_queries, at, head) * features), features, 1,
+            FASTOPS_F32, 1.0f};
+  }
+  const gpu::Heads& x = of_queries ? of.q : of.k;
+  return {head_of(call, x, item_of(of.dtype), at.batch, head, at.begin), x.row, x.col, of.dtype, of.scale};
+}
+FASTOPS_DEVICE float share_of(const Call& call) {
+  return call.of.map == FASTOPS_MAP_FAVOR ? 1.0f / simd::sqrt(static_cast<float>(call.of.features)) : 1.0f;
+}
+// The units of a chunk.
+FASTOPS_DEVICE const float* units_of(const Call& call, std::size_t index, const Place& at, std::size_t head) {
+  const std::size_t which = call.of.causal ? index : static_cast<std::size_t>(at.sequence);
+  return call.references + (which * call.of.heads_kv + head) * call.of.features;
+}
+FASTOPS_DEVICE bool is_hidden(const Call& call, const Place& at, std::int64_t head, int key) {
+  const gpu::Heads& mask = call.of.mask;
+  return mask.data != nullptr && *head_of(call, mask, 1, at.batch, head, at.begin + key) == 0;
+}
+// A row of q or k by its number among all.
+struct RowOf {
+  std::int64_t batch, head, row;
+  bool exists;
+};
+FASTOPS_DEVICE RowOf row_of(const Call& call, bool of_queries) {
+  const gpu::LinearAttention& of = call.of;
+  const std::size_t heads = of_queries ? of.heads_q : of.heads_kv, rows = of_queries ? of.queries : of.keys;
+  const std::size_t i = (static_cast<std::size_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
+  std::size_t batches = 1;
+  for (const std::size_t length : of.batch) batches *= length;
+  const std::size_t batch = i / rows / heads;
+  return {static_cast<std::int64_t>(batch), static_cast<std::int64_t>(i / rows % heads),
+          static_cast<std::int64_t>(i % rows), batch < batches};
+}
+
+// FAVOR+: W x' - |x'|^2 / 2, x' = sqrt(scale) x. A warp for each row.
+__global__ void __launch_bounds__(kThreads) project_kernel(const __grid_constant__ Call call, bool of_queries) {
+  const gpu::LinearAttention& of = call.of;
+  const RowOf row = row_of(call, of_queries);
+  if (!row.exists) return;
+  const gpu::Heads& x = of_queries ? of.q : of.k;
+  const int lane = static_cast<int>(threadIdx.x) % 32, dim = static_cast<int>(of.dim);
+  const char* const data = head_of(call, x, item_of(of.dtype), row.batch, row.head, row.row);
+  float square = 0.0f;
+  for (int d = lane; d < dim; d += 32) {
+    const float v = element_of(data, d * x.col, of.dtype);
+    square = simd::fma(v, v, square);
+  }
+  square = 0.5f * of.scale * sum_of_warp(square);
+  const float root = simd::sqrt(of.scale);
+  const std::size_t i = (static_cast<std::size_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
+  float* const to = (of_queries ? call.features_q : call.features_k) + i * of.features;
+  for (std::size_t f = static_cast<std::size_t>(lane); f < of.features; f += 32) {
+    float sum = 0.0f;
+    for (int d = 0; d < dim; ++d)
+      sum = simd::fma(element_of(of.projection, static_cast<std::ptrdiff_t>(f) * dim + d, of.projection_dtype) * root,
+                      element_of(data, d * x.col, of.dtype), sum);
+    to[f] = sum - square;
+  }
+}
+
+// Of a launch by features: the feature of a thread, its chunk or sequence, and its key head.
+struct Feature {
+  std::size_t index, head, feature;
+  bool exists;
+};
+FASTOPS_DEVICE Feature feature_of(const Call& call) {
+  const auto pieces = static_cast<unsigned>((call.of.features + kThreads - 1) / kThreads);
+  const unsigned rest = blockIdx.x / pieces;
+  const std::size_t f = blockIdx.x % pieces * static_cast<std::size_t>(kThreads) + threadIdx.x;
+  return {rest / call.of.heads_kv, rest % call.of.heads_kv, f, f < call.of.features};
+}
+// The largest exponents of the keys of a chunk.
+__global__ void __launch_bounds__(kThreads) maxima_kernel(const __grid_constant__ Call call) {
+  const Feature my = feature_of(call);
+  const Place at = place_of(call, static_cast<std::int64_t>(my.index), false);
+  if (!my.exists || !at.exists) return;
+  const auto head = static_cast<std::int64_t>(my.head);
+  const Logits logits = logits_of(call, false, at, head);
+  float top = kNone;
+  for (int p = at.chunk * call.chunk; p < (at.chunk + 1) * call.chunk; ++p) {
+    const int key = p - at.lead;
+    if (key < 0 || key >= at.keys || is_hidden(call, at, head, key)) continue;
+    const float n = attention::split_exp(logits.at(key, static_cast<std::ptrdiff_t>(my.feature))).n;
+    top = n > top ? n : top;
+  }
+  call.maxima[(my.index * call.of.heads_kv + my.head) * call.of.features + my.feature] = top;
+}
+// The units of every chunk, or of all, and of the last state.
+__global__ void __launch_bounds__(kThreads) references_kernel(const __grid_constant__ Call call) {
+  const Feature my = feature_of(call);
+  if (!my.exists) return;
+  const std::size_t heads = call.of.heads_kv, features = call.of.features;
+  std::int64_t count = call.chunks_k, first = static_cast<std::int64_t>(my.index) * count;
+  if (call.of.offsets != nullptr) {
+    first = call.first_chunks[my.index];
+    count = call.first_chunks[my.index + 1] - first;
+  }
+  const std::size_t which = (my.index * heads + my.head) * features + my.feature;
+  const float given = call.of.initial.m != nullptr ? call.of.initial.m[which] : kNone;
+  float top = given > kNone ? given : kNone;
+  for (std::int64_t done = 0; done < count; done += kScanAhead) {
+    float own[kScanAhead];
+#pragma unroll
+    for (int j = 0; j < kScanAhead; ++j)
+      own[j] = done + j < count
+                   ? call.maxima[(static_cast<std::size_t>(first + done + j) * heads + my.head) * features + my.feature]
+                   : kNone;
+#pragma unroll
+    for (int j = 0; j < kScanAhead; ++j) {
+      top = own[j] > top ? own[j] : top;
+      if (call.of.causal && done + j < count)
+        call.references[(static_cast<std::size_t>(first + done + j) * heads + my.head) * features + my.feature] = top;
+    }
+  }
+  if (!call.of.causal) call.references[which] = top;
+  if (call.of.final.m != nullptr) call.of.final.m[which] = top > kNone ? top : -__builtin_inff();
+}
+// Features of the keys of a chunk.
+__global__ void __launch_bounds__(kThreads) key_powers_kernel(const __grid_constant__ Call call) {
+  const std::size_t index = blockIdx.x / call.of.heads_kv, head = blockIdx.x % call.of.heads_kv;
+  const Place at = place_of(call, static_cast<std::int64_t>(index), false);
+  if (!at.exists) return;
+  const Logits logits = logits_of(call, false, at, static_cast<std::int64_t>(head));
+  const float* const units = units_of(call, index, at, head);
+  const auto features = static_cast<int>(call.of.features);
+  float* const to = call.features_k + flat_row(call, false, at, static_cast<std::int64_t>(head)) * features;
+  const float share = share_of(call);
+  for (int p = at.chunk * call.chunk; p < (at.chunk + 1) * call.chunk; ++p) {
+    const int key = p - at.lead;
+    if (key < 0 || key >= at.keys) continue;
+    for (int d = static_cast<int>(threadIdx.x); d < features; d += kThreads) {
+      const attention::Exponential<float> e = attention::split_exp(logits.at(key, d));
+      to[static_cast<std::ptrdiff_t>(key) * features + d] = attention::times_power(e.y, e.n - units[d]) * share;
+    }
+  }
+}
+FASTOPS_DEVICE float most_of_warp(float v) {
+  for (unsigned d = 16; d != 0; d /= 2) {
+    const float other = __shfl_xor_sync(~0u, v, d);
+    v = other > v ? other : v;
+  }
+  return v;
+}
+// Features of the queries of a chunk in units that make the largest of a row's weights 2^kLift; of the softmax map those
+// that add up to 1.
+__global__ void __launch_bounds__(kThreads) query_powers_kernel(const __grid_constant__ Call call) {
+  const std::size_t index = blockIdx.x / call.of.heads_q, head = blockIdx.x % call.of.heads_q;
+  const Place at = place_of(call, static_cast<std::int64_t>(index), true);
+  if (!at.exists) return;
+  const Logits logits = logits_of(call, true, at, static_cast<std::int64_t>(head));
+  const float* const units = units_of(call, index, at, head / static_cast<std::size_t>(call.group));
+  const auto features = static_cast<int>(call.of.features);
+  const std::int64_t flat = flat_row(call, true, at, static_cast<std::int64_t>(head));
+  const bool is_softmax = call.of.map == FASTOPS_MAP_SOFTMAX;
+  const float share = share_of(call);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int first = at.chunk * call.chunk - at.shift;
+  for (int row = first + static_cast<int>(threadIdx.x) / 32; row < first + call.chunk; row += kThreads / 32) {
+    if (row < 0 || row >= at.queries) continue;
+    float top = 2 * kNone;
+    for (int d = lane; d < features; d += 32) {
+      const float n = attention::split_exp(logits.at(row, d)).n + (is_softmax ? 0.0f : units[d]);
+      top = n <= top ? top : n;
+    }
+    top = most_of_warp(top);
+    float* const to = call.features_q + (flat + row) * features;
+    float sum = 0.0f;
+    for (int d = lane; d < features; d += 32) {
+      const attention::Exponential<float> e = attention::split_exp(logits.at(row, d));
+      const float n = e.n + (is_softmax ? 0.0f : units[d]);
+      const float v = attention::times_power(e.y, n - top + (is_softmax ? 0.0f : kLift)) * share;
+      sum += v;
+      to[d] = v;
+    }
+    if (is_softmax) {
+      sum = sum_of_warp(sum);
+      for (int d = lane; d < features; d += 32) to[d] /= sum;
+    } else if (lane == 0) {
+      call.tops[flat + row] = top - kLift;
+    }
+  }
+}
+// The softmax map: features of the queries by the sums that they see.
+__global__ void __launch_bounds__(kThreads) divide_kernel(const __grid_constant__ Call call) {
+  const Feature my = feature_of(call);
+  const Place at = place_of(call, static_cast<std::int64_t>(my.index), true);
+  if (!my.exists || !at.exists) return;
+  const gpu::LinearAttention& of = call.of;
+  const auto head = static_cast<std::int64_t>(my.head);
+  const auto features = static_cast<std::ptrdiff_t>(of.features);
+  const std::size_t which = of.causal ? my.index : static_cast<std::size_t>(at.sequence);
+  float z = (of.causal ? call.states : call.totals)[(which * of.heads_kv + my.head) * call.state +
+                                                    of.features * of.values + my.feature];
+  const float* const kf = call.features_k + flat_row(call, false, at, head) * features;
+  for (int p = at.chunk * call.chunk; p < (at.chunk + 1) * call.chunk; ++p) {
+    const int key = p - at.lead, row = p - at.shift;
+    if (of.causal && key >= 0 && key < at.keys && !is_hidden(call, at, head, key))
+      z += kf[key * features + static_cast<std::ptrdiff_t>(my.feature)];
+    if (row < 0 || row >= at.queries) continue;
+    for (int r = 0; r < call.group; ++r) {
+      float* const f = call.features_q + (flat_row(call, true, at, head * call.group + r) + row) * features + my.feature;
+      *f = z == 0.0f ? 0.0f : *f / z;
+    }
+  }
+}
+// What the sums' gradients add: to the chunk's own (of_keys: to those of its keys, of the rows from each on).
+__global__ void __launch_bounds__(kThreads) shares_kernel(const __grid_constant__ Call call, bool of_keys) {
+  const Feature my = feature_of(call);
+  const Place at = place_of(call, static_cast<std::int64_t>(my.index), true);
+  if (!my.exists || !at.exists) return;
+  const gpu::LinearAttention& of = call.of;
+  const auto head = static_cast<std::int64_t>(my.head);
+  const auto features = static_cast<std::ptrdiff_t>(of.features);
+  float sum = 0.0f;
+  for (int p = (at.chunk + 1) * call.chunk - 1; p >= at.chunk * call.chunk; --p) {
+    const int key = p - at.lead, row = p - at.shift;
+    if (row >= 0 && row < at.queries)
+      for (int r = 0; r < call.group; ++r)
+        sum += call.features_dq[(flat_row(call, true, at, head * call.group + r) + row) * features +
+                                static_cast<std::ptrdiff_t>(my.feature)];
+    if (of_keys && key >= 0 && key < at.keys)
+      call.features_dk[(flat_row(call, false, at, head) + key) * features + static_cast<std::ptrdiff_t>(my.feature)] +=
+          sum;
+  }
+  if (!of_keys)
+    call.states[(my.index * of.heads_kv + my.head) * call.state + of.features * of.values + my.feature] += sum;
+}
+// Gradients of rows from those of their features; of the softmax map's queries it leaves what the keys' sums get.
+__global__ void __launch_bounds__(kThreads) power_gradients_kernel(const __grid_constant__ Call call, bool of_queries) {
+  const gpu::LinearAttention& of = call.of;
+  const RowOf my = row_of(call, of_queries);
+  if (!my.exists) return;
+  const std::size_t i = (static_cast<std::size_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
+  const gpu::Heads &x = of_queries ? of.q : of.k, &target = of_queries ? of.dq : of.dk;
+  const int lane = static_cast<int>(threadIdx.x) % 32, dim = static_cast<int>(of.dim);
+  const auto features = static_cast<int>(of.features);
+  const char* const data = head_of(call, x, item_of(of.dtype), my.batch, my.head, my.row);
+  char* const to = const_cast<char*>(head_of(call, target, item_of(of.dtype), my.batch, my.head, my.row));
+  const float* const f = (of_queries ? call.features_q : call.features_k) + i * of.features;
+  float* const df = (of_queries ? call.features_dq : call.features_dk) + i * of.features;
+  bool hidden = false;
+  if (!of_queries && of.mask.data != nullptr) hidden = *head_of(call, of.mask, 1, my.batch, my.head, my.row) == 0;
+  const bool divides = of_queries && of.map == FASTOPS_MAP_SOFTMAX;
+  // In the exponents; hidden keys' features may be nan.
+  float sum = 0.0f;
+  for (int d = lane; d < features; d += 32) {
+    const float e = hidden ? 0.0f : f[d] * df[d];
+    sum += e;
+    if (!divides) df[d] = e;
+  }
+  sum = sum_of_warp(sum);
+  __syncwarp();
+  if (of.map == FASTOPS_MAP_FAVOR) {
+    const float root = simd::sqrt(of.scale);
+    for (int d = lane; d < dim; d += 32) {
+      float v = 0.0f;
+      for (int j = 0; j < features; ++j)
+        v = simd::fma(df[j], element_of(of.projection, static_cast<std::ptrdiff_t>(j) * dim + d, of.projection_dtype), v);
+      const float gradient = root * (v - root * element_of(data, d * x.col, of.dtype) * sum);
+      set_element(to, d * target.col, of.dtype, hidden ? 0.0f : gradient);
+    }
+    return;
+  }
+  if (!divides) {
+    for (int d = lane; d < dim; d += 32) set_element(to, d * target.col, of.dtype, of.scale * df[d]);
+    return;
+  }
+  float top = 2 * kNone, total = 0.0f;
+  for (int d = lane; d < dim; d += 32) {
+    const float n = attention::split_exp(element_of(data, d * x.col, of.dtype) * of.scale).n;
+    top = n <= top ? top : n;
+  }
+  top = most_of_warp(top);
+  for (int d = lane; d < dim; d += 32) {
+    const auto e = attention::split_exp(element_of(data, d * x.col, of.dtype) * of.scale);
+    total += attention::times_power(e.y, e.n - top);
+  }
+  total = sum_of_warp(total);
+  for (int d = lane; d < dim; d += 32) {
+    const auto e = attention::split_exp(element_of(data, d * x.col, of.dtype) * of.scale);
+    const float p = attention::times_power(e.y, e.n - top) / total, a = f[d] * df[d];
+    set_element(to, d * target.col, of.dtype, of.scale * (a - p * sum));
+    df[d] = p == 0.0f ? 0.0f : -a * f[d] / p;
+  }
+}
+
 // One token: a block for each head of the state. Threads lie along the values, and in slices of the features.
 constexpr int kStepThreads = 256, kSlices = kStepThreads / 32;
 FASTOPS_DEVICE float sum_of_block(float v, float* shared) {
@@ -973,7 +1347,7 @@ __global__ void __launch_bounds__(kStepThreads) step_kernel(const __grid_constan
   const gpu::LinearAttention& of = call.of;
   const auto dim = static_cast<int>(of.dim), features = static_cast<int>(of.features),
              values = static_cast<int>(of.values);
-  float *const kf = reinterpret_cast<float*>(memory), *const qf = kf + features;
+  float *const kf = reinterpret_cast<float*>(memory), *const qf = kf + features, *const keeps = qf + features;
   const std::size_t index = blockIdx.x;
   const auto batch = static_cast<std::int64_t>(index / of.heads_kv),
              head = static_cast<std::int64_t>(index % of.heads_kv);
@@ -1002,34 +1376,82 @@ __global__ void __launch_bounds__(kStepThreads) step_kernel(const __grid_constan
     for (int d = t; d < features; d += kStepThreads) {
       const float v = d < dim ? element_of(data, d * x.col, of.dtype) : 1.0f;
       float f = v;
+      if (of.map == FASTOPS_MAP_FAVOR) {
+        const float root = simd::sqrt(of.scale);
+        f = 0.0f;
+        float square = 0.0f;
+        for (int i = 0; i < dim; ++i) {
+          const float own = element_of(data, i * x.col, of.dtype);
+          square = simd::fma(own, own, square);
+          f = simd::fma(element_of(of.projection, static_cast<std::ptrdiff_t>(d) * dim + i, of.projection_dtype) * root,
+                        own, f);
+        }
+        f -= 0.5f * of.scale * square;
+      }
       if (of.map == FASTOPS_MAP_ELU) f = attention::elu_feature(v);
       if (of.map == FASTOPS_MAP_RELU) f = attention::rectified(v) + of.kernel_eps;
       if (of.map == FASTOPS_MAP_RELU2) f = simd::fma(attention::rectified(v), attention::rectified(v), of.kernel_eps);
       if (of.map == FASTOPS_MAP_COSINE && d < dim) f = v * norm.down / norm.root;
-      to[d] = f * factor;
+      // Of the softmax and exp maps too this is the exponent; of FAVOR it is without a factor.
+      to[d] = of.map == FASTOPS_MAP_FAVOR ? f : f * factor;
     }
   };
+  const bool has_units = has_exponents(of.map), is_softmax = of.map == FASTOPS_MAP_SOFTMAX;
+  float* const m = has_units ? of.final.m + index * of.features : nullptr;
+  const float share = share_of(call);
   float keep = 1.0f;
   if (of.decay.data != nullptr) {
     const char* const data = head_of(call, of.decay, item_of(of.decay_dtype), batch, head, 0);
     const float g = element_of(data, 0, of.decay_dtype);
     keep = math::exp(g > 0.0f ? 0.0f : g);
   }
-  load(of.k, head, 1.0f, kf);
+  load(of.k, head, has_units ? of.scale : 1.0f, kf);
   float *const s = of.final.s + index * of.features * of.values, *const z = of.final.z + index * of.features;
   const char* const v = head_of(call, of.v, item, batch, head, 0);
-  for (int d = t; d < features; d += kStepThreads) z[d] = simd::fma(keep, z[d], kf[d]);
+  for (int d = t; d < features; d += kStepThreads) {
+    float own = keep;
+    if (has_units) {
+      const attention::Exponential<float> e = attention::split_exp(kf[d]);
+      const float before = m[d] > kNone ? m[d] : kNone, unit = e.n > before ? e.n : before;
+      own = power_between(before, unit);
+      kf[d] = attention::times_power(e.y, e.n - unit) * share;
+      m[d] = unit;
+    }
+    keeps[d] = own;
+    z[d] = simd::fma(own, z[d], kf[d]);
+  }
   for (int r = 0; r < call.group; ++r) {
     const std::int64_t head_q = head * call.group + r;
     __syncthreads();
     load(of.q, head_q, of.scale, qf);
     __syncthreads();
-    float denominator = 1.0f;
+    float denominator = 1.0f, eps = of.eps;
     bool is_empty = false;
-    if (of.normalize) {
+    if (has_units) {
+      float top = 2 * kNone, sum = 0.0f;
+      for (int d = 0; d < features; ++d) {
+        const float n = attention::split_exp(qf[d]).n + (is_softmax ? 0.0f : m[d]);
+        top = n <= top ? top : n;
+      }
+      __syncthreads();
+      for (int d = t; d < features; d += kStepThreads) {
+        const attention::Exponential<float> e = attention::split_exp(qf[d]);
+        qf[d] = attention::times_power(e.y, e.n + (is_softmax ? 0.0f : m[d]) - top) * share;
+        sum += qf[d];
+      }
+      if (is_softmax) {
+        sum = sum_of_block(sum, shared);
+        for (int d = t; d < features; d += kStepThreads) qf[d] = z[d] == 0.0f ? 0.0f : qf[d] / sum / z[d];
+      } else {
+        denominator = math::exp2(-top);
+        eps = eps != 0.0f ? eps * denominator : 0.0f;
+      }
+      __syncthreads();
+    }
+    if (of.normalize && !is_softmax) {
       float sum = 0.0f;
       for (int d = t; d < features; d += kStepThreads) sum = simd::fma(qf[d], z[d], sum);
-      denominator = sum_of_block(sum, shared) + of.eps;
+      denominator = sum_of_block(sum, shared) + eps;
       is_empty = denominator < 0x1p-126f && denominator > -0x1p-126f;
     }
     char* const out = const_cast<char*>(head_of(call, of.out, item, batch, head_q, 0));
@@ -1041,7 +1463,7 @@ __global__ void __launch_bounds__(kStepThreads) step_kernel(const __grid_constan
         for (int d = t / 32; d < features; d += kSlices) {
           float* const at = s + static_cast<std::size_t>(d) * of.values + static_cast<std::size_t>(e);
           float now = *at;
-          if (r == 0) *at = now = simd::fma(kf[d], value, keep * now);
+          if (r == 0) *at = now = simd::fma(kf[d], value, keeps[d] * now);
           sum = simd::fma(qf[d], now, sum);
         }
       }
@@ -1101,7 +1523,7 @@ Prepared prepare(const gpu::LinearAttention& of, void* workspace, bool gradient)
   const auto tiles = [](std::size_t n) { return divided_up(static_cast<std::int64_t>(n), kTile); };
   if (of.causal) {
     // Twice as long where writing and reading the sums would be most of the work.
-    call.chunk = of.features * of.values >= kTile * kTile ? 2 * kTile : kTile;
+    call.chunk = of.features * of.values >= kTile * kTile && !has_exponents(of.map) ? 2 * kTile : kTile;
     call.lead = queries > keys ? static_cast<int>(divided_up(queries - keys, call.chunk) * call.chunk) : 0;
     call.shift = static_cast<int>(call.lead + keys - queries);
   } else {
@@ -1147,7 +1569,22 @@ Prepared prepare(const gpu::LinearAttention& of, void* workspace, bool gradient)
       take(call.features_dk, rows_k * static_cast<std::int64_t>(of.dim));
     }
   }
-  if (gradient && of.normalize) {
+  const bool is_softmax = of.map == FASTOPS_MAP_SOFTMAX;
+  if (has_exponents(of.map)) {
+    const auto features = static_cast<std::int64_t>(of.features);
+    // Each feature is divided by its own sum.
+    if (is_softmax) call.of.normalize = false;
+    take(call.features_q, rows_q * features);
+    take(call.features_k, rows_k * features);
+    if (!is_softmax) take(call.tops, rows_q);
+    take(call.maxima, p.chunks_k * heads * features);
+    take(call.references, (of.causal ? p.chunks_k : p.sequences) * heads * features);
+    if (gradient) {
+      take(call.features_dq, rows_q * features);
+      take(call.features_dk, rows_k * features);
+    }
+  }
+  if (gradient && !is_softmax && (of.normalize || has_exponents(of.map))) {
     take(call.inverses, rows_q);
     take(call.biases, rows_q);
   }
@@ -1163,6 +1600,7 @@ class Launches {
   gpu::Status forward() noexcept {
     before();
     sums(false, {call_.of.initial, call_.of.final, false, false});
+    divide();
     rows(Role::kForward);
     return status_;
   }
@@ -1170,11 +1608,17 @@ class Launches {
     const gpu::LinearAttention& of = call_.of;
     before();
     sums(false, {of.initial, {}, false, false});
-    if (of.normalize) rows(Role::kDenominators);
+    divide();
+    if (call_.inverses != nullptr) rows(Role::kDenominators);
     rows(Role::kQueries);
+    if (has_exponents(of.map)) chain(true);
     sums(true, {of.d_final, of.d_initial, true, true});
     rows(Role::kKeys);
     rows(Role::kValues);
+    if (has_exponents(of.map)) {
+      shares(true);
+      chain(false);
+    }
     if (of.map == FASTOPS_MAP_COSINE)
       for (const bool of_queries : {true, false})
         by_warps(of_queries ? rows_q() : rows_k(), [&](unsigned blocks) {
@@ -1218,6 +1662,45 @@ class Launches {
         by_warps(of_queries ? rows_q() : rows_k(), [&](unsigned blocks) {
           FASTOPS_LAUNCH(norms_kernel, blocks, kThreads, 0, stream_, call_, of_queries);
         });
+    if (has_exponents(of.map)) exponents();
+  }
+  // Launches by chunks and heads, a thread for each feature.
+  template <class F> void by_features(std::int64_t items, const F& launch) noexcept {
+    run(items * static_cast<std::int64_t>(call_.of.heads_kv) *
+            divided_up(static_cast<std::int64_t>(call_.of.features), kThreads),
+        launch);
+  }
+  void exponents() noexcept {
+    const gpu::LinearAttention& of = call_.of;
+    if (of.map == FASTOPS_MAP_FAVOR)
+      for (const bool of_queries : {true, false})
+        by_warps(of_queries ? rows_q() : rows_k(), [&](unsigned blocks) {
+          FASTOPS_LAUNCH(project_kernel, blocks, kThreads, 0, stream_, call_, of_queries);
+        });
+    by_features(p_.chunks_k,
+                [&](unsigned blocks) { FASTOPS_LAUNCH(maxima_kernel, blocks, kThreads, 0, stream_, call_); });
+    by_features(p_.sequences,
+                [&](unsigned blocks) { FASTOPS_LAUNCH(references_kernel, blocks, kThreads, 0, stream_, call_); });
+    run(p_.chunks_k * static_cast<std::int64_t>(of.heads_kv),
+        [&](unsigned blocks) { FASTOPS_LAUNCH(key_powers_kernel, blocks, kThreads, 0, stream_, call_); });
+    run(p_.chunks_q * static_cast<std::int64_t>(of.heads_q),
+        [&](unsigned blocks) { FASTOPS_LAUNCH(query_powers_kernel, blocks, kThreads, 0, stream_, call_); });
+  }
+  // The softmax map's features of the queries by the sums of the keys', and what its gradient adds to theirs.
+  void divide() noexcept {
+    if (call_.of.map != FASTOPS_MAP_SOFTMAX) return;
+    by_features(p_.chunks_q,
+                [&](unsigned blocks) { FASTOPS_LAUNCH(divide_kernel, blocks, kThreads, 0, stream_, call_); });
+  }
+  void shares(bool of_keys) noexcept {
+    if (call_.of.map != FASTOPS_MAP_SOFTMAX || (of_keys && !call_.of.causal)) return;
+    by_features(p_.chunks_q,
+                [&](unsigned blocks) { FASTOPS_LAUNCH(shares_kernel, blocks, kThreads, 0, stream_, call_, of_keys); });
+  }
+  void chain(bool of_queries) noexcept {
+    by_warps(of_queries ? rows_q() : rows_k(), [&](unsigned blocks) {
+      FASTOPS_LAUNCH(power_gradients_kernel, blocks, kThreads, 0, stream_, call_, of_queries);
+    });
   }
   template <class F> void by_arithmetic(const F& f) noexcept {
     if (call_.of.dtype == FASTOPS_BF16)
@@ -1237,6 +1720,7 @@ class Launches {
       run((of_queries ? p_.chunks_q : p_.chunks_k) * heads * pieces,
           [&](unsigned blocks) { FASTOPS_LAUNCH(kernel, blocks, kThreads, 0, stream_, call_, of_queries); });
     });
+    if (of_queries) shares(false);
     const auto used = static_cast<std::int64_t>(of.features * of.values + of.features);
     run(divided_up(used, 2 * kThreads) * heads * p_.sequences,
         [&](unsigned blocks) { FASTOPS_LAUNCH(scan_kernel, blocks, 2 * kThreads, 0, stream_, call_, scan); });
@@ -1246,6 +1730,7 @@ class Launches {
     const bool of_keys = role >= Role::kKeys;
     const std::size_t width = role == Role::kForward || role == Role::kValues ? of.values
                               : role == Role::kDenominators                   ? 1
+                              : has_exponents(of.map)                         ? of.features
                                                                               : of.dim;
     const std::int64_t tiles = divided_up(static_cast<std::int64_t>(width), kTile) * (call_.chunk / kTile);
     by_arithmetic([&](auto arithmetic) {
@@ -1290,7 +1775,7 @@ Status linear_attention_step(const LinearAttention& of, Stream stream) noexcept 
   if (blocks == 0) return 0;
   if (blocks > 0x7fffffff || of.features > kMostStepFeatures) return kTooLarge;
   FASTOPS_LAUNCH(level::step_kernel, static_cast<unsigned>(blocks), level::kStepThreads,
-                 2 * of.features * sizeof(float), stream, call);
+                 3 * of.features * sizeof(float), stream, call);
   return level::launched();
 }
 

@@ -123,7 +123,7 @@ struct Heads {
 inline constexpr std::size_t kMostTokens = std::size_t{1} << 30, kMostNumbers = std::size_t{1} << 20;
 // C order: (sequences or batch, heads_kv, features, values) and without the last axis, or null.
 struct LinearState {
-  float *s, *z;
+  float *s, *z, *m;  // m: of exponential maps; not of gradients
 };
 struct LinearAttention {
   fastops_dtype dtype;  // F16, BF16 or F32
@@ -133,7 +133,9 @@ struct LinearAttention {
   std::size_t heads_q, heads_kv, queries, keys, dim, features, values;  // at most kMostTokens, kMostNumbers
   float eps, kernel_eps, scale;
   Heads q, k, v, out;
-  Heads mask, decay;  // mask: a byte a key
+  Heads mask, decay;       // mask: a byte a key
+  const void* projection;  // of FAVOR: (features, dim), C order
+  fastops_dtype projection_dtype;
   fastops_dtype decay_dtype;
   // `sequences` + 1 of them, int32 or int64 (wide_offsets), or null. They are clamped: the host has not seen them.
   const void* offsets;
@@ -149,7 +151,7 @@ std::size_t linear_attention_workspace(const LinearAttention& call, bool gradien
 Status linear_attention(const LinearAttention& call, void* workspace, Stream stream) noexcept;
 Status linear_attention_backward(const LinearAttention& call, void* workspace, Stream stream) noexcept;
 // One token: queries = keys = 1, `final` is the state, changed in place; features at most kMostStepFeatures.
-inline constexpr std::size_t kMostStepFeatures = 4096;
+inline constexpr std::size_t kMostStepFeatures = 3072;
 Status linear_attention_step(const LinearAttention& call, Stream stream) noexcept;
 
 }  // namespace fastops::gpu
