@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import tolerance
 from gpu_arrays import PLATFORMS, Fake, Shim, open_platform
-from quadratic import Definition, wide
+from quadratic import DECAYING, EXPONENTIAL, Definition, wide
 from samples import FLOATS, assert_same_bits
 
+import fastops
 from fastops import attention as cpu
 from fastops import cuda, reference
 from fastops.cuda import _arrays, _attention
@@ -21,6 +22,8 @@ from fastops.cuda import _arrays, _attention
 F32 = FLOATS["f32"]
 NAMES = tuple(name for name in FLOATS if name != "f64")
 MAPS = _attention._MAPS
+# With decay on a GPU.
+PLAIN = tuple(name for name in DECAYING if name not in EXPONENTIAL)
 both = pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
 every_map = pytest.mark.parametrize("feature_map", MAPS)
 every_dtype = pytest.mark.parametrize("name", NAMES)
@@ -57,21 +60,27 @@ def arrays_of(seed: int, b: int, h: int, heads: int, n: int, m: int, d: int, e: 
     return [rng.standard_normal(shape).astype(FLOATS[name]) for shape in shapes]
 
 
-def of_map(feature_map: str) -> dict[str, Any]:
-    # Weights next to 0 have gradients next to infinity; those of the identity cancel.
-    return {"feature_map": feature_map, **({"kernel_eps": 0.1} if feature_map.startswith("relu") else {})}
+def of_map(feature_map: str, d: int) -> dict[str, Any]:
+    # Weights next to 0 have gradients next to infinity.
+    options: dict[str, Any] = {"feature_map": feature_map}
+    if feature_map.startswith("relu"):
+        options["kernel_eps"] = 0.1
+    if feature_map == "favor":
+        options["projection"] = fastops.favor_projection(d, 6, rng=3).astype(F32)
+    return options
 
 
-def state_of(seed: int, *arrays: Any, sequences: int | None = None, feature_map: str = "elu") -> tuple[Any, Any]:
-    """What a state may be: sums of positive features."""
+def state_of(
+    seed: int, *arrays: Any, sequences: int | None = None, feature_map: str = "elu", scale: float | None = None
+) -> tuple[Any, ...]:
+    """What a state may be: the sums over some keys."""
     k, v = arrays[1:3]
     rng = np.random.default_rng(seed)
     lead = (k.shape[0] if sequences is None else sequences, k.shape[1])
-    features = k.shape[3] + (feature_map == "cosine")
-    z = rng.random((*lead, features)).astype(F32) * 5
-    if feature_map == "cosine":
-        z[..., -1] = 40
-    return (rng.standard_normal((*lead, features, v.shape[3])) * z[..., np.newaxis]).astype(F32), z
+    own = [rng.standard_normal((*lead, 9, x.shape[3])) for x in (k, v)]
+    options = {**of_map(feature_map, k.shape[3]), "scale": scale}
+    _, state = cpu.linear_attention(own[0][:, :, :1], *own, **options, return_state=True)
+    return tuple(x.astype(F32) for x in state)
 
 
 def put(gpu: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +103,7 @@ def in_float64(arrays: list[Any], options: dict[str, Any]) -> tuple[list[Any], d
     def moved(key: str, x: Any) -> Any:
         if isinstance(x, tuple):
             return tuple(map(wide, x))
-        return wide(x) if key == "decay" else x
+        return wide(x) if key in ("decay", "projection") else x
 
     return [wide(x) for x in arrays], {key: moved(key, x) for key, x in options.items() if key != "tf32"}
 
@@ -112,40 +121,49 @@ def check(gpu: Any, arrays: list[Any], **options: Any) -> None:
     assert y.dtype == arrays[0].dtype
     assert y.shape == want.shape
     fraction = fraction_of(arrays, bool(options.get("tf32")))
-    size = magnitude(arrays, options, want)
-    bound = tolerance.attention(size, want, 0.0, y.dtype)
+    size, exponent = magnitude(arrays, options, want)
+    bound = tolerance.attention(size, want, exponent, y.dtype)
     if fraction > tolerance.rounding(np.dtype(F32)):
-        bound = tolerance.attention_on_tensor_cores(size, want, 0.0, y.dtype, fraction)
+        bound = tolerance.attention_on_tensor_cores(size, want, exponent, y.dtype, fraction)
     assert (np.abs(wide(y) - want) <= bound).all(), np.abs(wide(y) - want).max(initial=0)
-    terms = {
-        **given,
-        "feature_map": "identity" if options.get("feature_map") == "identity" else given.get("feature_map"),
-    }
-    for got, exact_sum in zip(state, want_state, strict=True):
-        assert got.dtype == F32
+    for got, exact_sum in zip(in_units(state, want_state), want_state, strict=True):
         assert got.shape == exact_sum.shape
-        most = np.abs(exact_sum).max(initial=1.0) + math.sqrt(arrays[1].shape[-2]) * 4
-        assert np.abs(wide(got) - exact_sum).max(initial=0) <= (4 * fraction + 64 * 2.0**-24) * most, terms[
-            "feature_map"
-        ]
+        finite = exact_sum[np.isfinite(exact_sum)]
+        most = np.abs(finite).max(initial=1.0) + math.sqrt(arrays[1].shape[-2]) * 4
+        same = (got == exact_sum) | (np.abs(got - exact_sum) <= (4 * fraction + (64 + 4 * exponent) * 2.0**-24) * most)
+        assert same.all()
+    assert all(x.dtype == F32 for x in state)
 
 
-def magnitude(arrays: list[Any], options: dict[str, Any], want: Any) -> Any:
-    """The sums of magnitudes behind a result."""
+def in_units(state: Any, of: Any) -> list[Any]:
+    """The sums of a state in the units of another one."""
+    if len(state) == 2:
+        return [wide(x) for x in state]
+    seen = np.isfinite(of[2])
+    assert (np.isfinite(state[2]) == seen).all()
+    power = 2.0 ** np.where(seen, wide(state[2]) - np.where(seen, of[2], 0), 0)
+    return [wide(state[0]) * power[..., np.newaxis], wide(state[1]) * power, of[2]]
+
+
+def magnitude(arrays: list[Any], options: dict[str, Any], want: Any) -> tuple[Any, float]:
+    """The sums of magnitudes behind a result, and the largest exponent."""
     layout, offsets = options.get("layout", "bhnd"), options.get("cu_seqlens")
     known = {key: x for key, x in options.items() if key not in ("layout", "cu_seqlens", "tf32", "initial_state")}
     exact = [x.swapaxes(1, 2) for x in arrays] if layout == "bnhd" else arrays
     state = options.get("initial_state")
     found = np.zeros(want.swapaxes(1, 2).shape if layout == "bnhd" else want.shape)
     ends = [0, exact[0].shape[2]] if offsets is None else list(offsets)
+    exponent = 0.0
     for i, (low, high) in enumerate(itertools.pairwise(ends)):
         tokens = slice(low, high) if offsets is not None else slice(None)
         part = known | {key: known[key][..., tokens] for key in ("key_mask",) if key in known}
         if "decay" in known and known["decay"].ndim > 1:
             part["decay"] = known["decay"][..., tokens]
         own = None if state is None else tuple(x[i : i + 1] if offsets is not None else x for x in state)
-        found[:, :, tokens] = Definition(*(x[:, :, tokens] for x in exact), **part, initial_state=own).result()[1]
-    return found.swapaxes(1, 2) if layout == "bnhd" else found
+        definition = Definition(*(x[:, :, tokens] for x in exact), **part, initial_state=own)
+        found[:, :, tokens] = definition.result()[1]
+        exponent = max(exponent, definition.exponent())
+    return found.swapaxes(1, 2) if layout == "bnhd" else found, exponent
 
 
 # --- results -----------------------------------------------------------------------------------------------------------------
@@ -165,7 +183,7 @@ SIZES = [
 @both
 def test_linear_attention_is_within_tolerance(gpu: Any, causal: bool, feature_map: str, name: str) -> None:
     for seed, sizes in enumerate(SIZES if feature_map in ("elu", "cosine") else SIZES[1:4]):
-        check(gpu, arrays_of(seed, *sizes, name), causal=causal, **of_map(feature_map))
+        check(gpu, arrays_of(seed, *sizes, name), causal=causal, **of_map(feature_map, sizes[5]))
 
 
 @every_dtype
@@ -198,18 +216,33 @@ def conditions(causal: bool, heads: int, m: int, seed: int) -> dict[str, dict[st
     return found
 
 
+def cases(kind: str, causal: bool, name: str) -> list[tuple[int, str, list[Any], dict[str, Any]]]:
+    """Maps and lengths under a condition: seeds, maps, arrays and options."""
+    if "decay" in kind and not causal:
+        pytest.skip("decay is of causal calls")
+    found = []
+    sizes = [(150, 150), (40, 200), (200, 70)]
+    maps = ["elu", "relu", "cosine", *(() if "decay" in kind else EXPONENTIAL)]
+    for seed, feature_map in enumerate(maps):
+        n, m = sizes[seed % 3]
+        options = {**of_map(feature_map, 12), **conditions(causal, 2, m, seed)[kind]}
+        if feature_map == "softmax":
+            options.pop("eps", None)
+            options.pop("normalize", None)
+        found.append((seed, feature_map, arrays_of(seed, 2, 4, 2, n, m, 12, 9, name), options))
+    return found
+
+
 @every_dtype
 @both
 @pytest.mark.parametrize("kind", conditions(True, 2, 9, 0))
 @pytest.mark.parametrize("with_state", [False, True], ids=["", "state"])
 def test_conditions_are_within_tolerance(gpu: Any, with_state: bool, kind: str, causal: bool, name: str) -> None:
-    for seed, (n, m, feature_map) in enumerate([(150, 150, "elu"), (40, 200, "relu"), (200, 70, "cosine")]):
-        options = conditions(causal, 2, m, seed).get(kind)
-        if options is None:
-            pytest.skip("decay is of causal calls")
-        arrays = arrays_of(seed, 2, 4, 2, n, m, 12, 9, name)
-        state = {"initial_state": state_of(seed, *arrays, feature_map=feature_map)} if with_state else {}
-        check(gpu, arrays, causal=causal, **of_map(feature_map), **options, **state)
+    for seed, feature_map, arrays, options in cases(kind, causal, name):
+        state = {}
+        if with_state:
+            state["initial_state"] = state_of(seed, *arrays, feature_map=feature_map, scale=options.get("scale"))
+        check(gpu, arrays, causal=causal, **options, **state)
 
 
 @every_dtype
@@ -219,8 +252,11 @@ def test_packed_sequences_are_within_tolerance(gpu: Any, causal: bool, name: str
     arrays = arrays_of(3, 1, 4, 2, 200, 200, 12, 9, name)
     options: dict[str, Any] = {"causal": causal, "cu_seqlens": ends}
     check(gpu, arrays, **options)
-    options["initial_state"] = state_of(4, *arrays, sequences=5)
     options["key_mask"] = np.random.default_rng(5).random((1, 200)) < 0.7
+    for feature_map in EXPONENTIAL:
+        state = state_of(4, *arrays, sequences=5, feature_map=feature_map)
+        check(gpu, arrays, **options, **of_map(feature_map, 12), initial_state=state)
+    options["initial_state"] = state_of(4, *arrays, sequences=5)
     check(gpu, arrays, **options)
     if causal:
         check(gpu, arrays, **options, decay=np.array([-0.1, -0.01], F32))
@@ -311,14 +347,26 @@ def test_tf32_is_within_its_tolerance(gpu: Any, causal: bool) -> None:
 @every_map
 def test_no_key_changes_an_earlier_row(gpu: Any, feature_map: str, name: str) -> None:
     q, k, v = arrays_of(11, 1, 2, 1, 200, 200, 12, 9, name)
-    want = forward(gpu, [q, k, v], causal=True, **of_map(feature_map))[0]
+    want = forward(gpu, [q, k, v], causal=True, **of_map(feature_map, 12))[0]
     for at, value in ((199, 30.0), (100, np.nan), (100, np.inf), (64, np.nan)):
         other, values = k.copy(), v.copy()
         other[:, :, at] = value
         values[:, :, at] = value
-        got = forward(gpu, [q, other, values], causal=True, **of_map(feature_map))[0]
+        got = forward(gpu, [q, other, values], causal=True, **of_map(feature_map, 12))[0]
         assert_same_bits(got[:, :, :at], want[:, :, :at])
         assert (wide(got[:, :, at:]) != wide(want[:, :, at:])).any()
+
+
+@pytest.mark.parametrize("feature_map", ["exp", "softmax"])
+def test_keys_far_below_a_later_one_count_in_their_rows(gpu: Any, feature_map: str) -> None:
+    arrays = arrays_of(24, 1, 2, 1, 60, 60, 4, 3)
+    arrays[1][:, :, 20] = 60.0
+    arrays[1][:, :, 40:, 1] = 70.0
+    options = {"causal": True, "feature_map": feature_map, "scale": 1.0}
+    check(gpu, arrays, **options)
+    check_gradients(gpu, 24, arrays, **options)
+    arrays[1] += 1000.0
+    check(gpu, arrays, **options)
 
 
 @both
@@ -339,10 +387,10 @@ def test_what_is_not_finite_stays_in_its_head(gpu: Any, causal: bool) -> None:
 def test_hidden_keys_may_hold_anything(gpu: Any, causal: bool, feature_map: str) -> None:
     arrays = arrays_of(13, 1, 2, 1, 100, 100, 6, 5)
     mask = np.random.default_rng(13).random((1, 100)) < 0.6
-    want = forward(gpu, arrays, causal=causal, key_mask=mask, **of_map(feature_map))
+    want = forward(gpu, arrays, causal=causal, key_mask=mask, **of_map(feature_map, arrays[0].shape[-1]))
     for x in arrays[1:]:
         x[0, 0, ~mask[0]] = np.nan
-    got = forward(gpu, arrays, causal=causal, key_mask=mask, **of_map(feature_map))
+    got = forward(gpu, arrays, causal=causal, key_mask=mask, **of_map(feature_map, arrays[0].shape[-1]))
     for x, y in zip((got[0], *got[1]), (want[0], *want[1]), strict=True):
         assert_same_bits(x, y)
 
@@ -352,10 +400,10 @@ def test_hidden_keys_may_hold_anything(gpu: Any, causal: bool, feature_map: str)
 def test_rows_without_keys_are_zero(gpu: Any, causal: bool, feature_map: str) -> None:
     arrays = arrays_of(14, 1, 2, 1, 9, 9, 4, 3)
     for mask in (np.zeros((1, 9), bool), np.arange(9)[np.newaxis] > 4):
-        y, state = forward(gpu, arrays, causal=causal, key_mask=mask, **of_map(feature_map))
+        y, state = forward(gpu, arrays, causal=causal, key_mask=mask, **of_map(feature_map, arrays[0].shape[-1]))
         rows = y[:, :, : 5 if mask.any() and causal else 0 if mask.any() else 9]
         assert not rows.any()
-        assert mask.any() or not any(x.any() for x in state)
+        assert mask.any() or not any(x.any() for x in state[:2])
     assert not forward(gpu, [arrays[0], *(x[:, :, :0] for x in arrays[1:])], causal=causal)[0].any()
 
 
@@ -388,11 +436,13 @@ def test_long_sequences_lose_nothing(gpu: Any) -> None:
 @pytest.mark.parametrize("decays", [False, True], ids=["", "decay"])
 def test_steps_are_the_rows_of_a_call(gpu: Any, decays: bool, feature_map: str, name: str) -> None:
     arrays = arrays_of(16, 2, 4, 2, 7, 7, 9, 37, name)
-    options: dict[str, Any] = {**of_map(feature_map), "scale": 0.7}
+    if decays and feature_map not in PLAIN:
+        pytest.skip("decay is not of this map")
+    options: dict[str, Any] = {**of_map(feature_map, 9), "scale": 0.7}
     g = -np.random.default_rng(16).random((2, 2, 7)).astype(F32)
     if decays:
         g[..., 4] = -np.inf
-    state = state_of(16, *arrays, feature_map=feature_map)
+    state = state_of(16, *arrays, feature_map=feature_map, scale=0.7)
     exact, given = in_float64(arrays, options)
     more = {"decay": wide(g)} if decays else {}
     want, want_state = cpu.linear_attention(
@@ -406,8 +456,8 @@ def test_steps_are_the_rows_of_a_call(gpu: Any, decays: bool, feature_map: str, 
         size = np.abs(want[:, :, i]) + 4.0
         bound = tolerance.attention(size, want[:, :, i], 0.0, arrays[0].dtype)
         assert (np.abs(wide(gpu.get(y)) - want[:, :, i]) <= bound).all()
-    for got, exact_sum in zip(moved, want_state, strict=True):
-        assert np.abs(wide(gpu.get(got)) - exact_sum).max() <= 64 * 2.0**-24 * np.abs(exact_sum).max()
+    for got, exact_sum in zip(in_units([gpu.get(x) for x in moved], want_state), want_state, strict=True):
+        assert np.abs(got - exact_sum).max() <= 64 * 2.0**-24 * np.abs(exact_sum).max()
 
 
 def test_a_step_takes_rows_of_a_longer_array(gpu: Any) -> None:
@@ -439,17 +489,23 @@ def check_gradients(gpu: Any, seed: int, arrays: list[Any], **options: Any) -> N
     exact, given = in_float64(arrays, options)
     y, final = cpu.linear_attention(*exact, **given, return_state=True)
     dy = rng.standard_normal(y.shape).astype(arrays[0].dtype)
-    d_state = tuple(rng.standard_normal(x.shape).astype(F32) for x in final)
+    d_state = tuple(rng.standard_normal(x.shape).astype(F32) for x in final[:2])
+    own = d_state
+    if len(final) == 3:
+        # They are taken at the call's own m.
+        seen = np.isfinite(final[2])
+        m = np.where(seen, wide(forward(gpu, arrays, **options)[1][2]) - np.where(seen, final[2], 0), 0)
+        own = (wide(d_state[0]) * 2.0 ** -m[..., np.newaxis], wide(d_state[1]) * 2.0**-m)
     found = backward(gpu, dy, *arrays, y.astype(arrays[0].dtype), d_state=d_state, **options)
-    dq, dk, dv, *first = cpu.linear_attention_backward(wide(dy), *exact, y, d_state=tuple(map(wide, d_state)), **given)
+    dq, dk, dv, *first = cpu.linear_attention_backward(wide(dy), *exact, y, d_state=tuple(map(wide, own)), **given)
     fraction = fraction_of(arrays, bool(options.get("tf32")))
-    size = magnitude(arrays, options, y).max(initial=0) + 1.0
+    size, exponent = magnitude(arrays, options, y)
     features = max(np.abs(wide(x)).max(initial=1.0) for x in arrays[:2])
-    most = float(np.abs(wide(dy)).max(initial=0) * size * features)
+    most = float(np.abs(wide(dy)).max(initial=0) * (size.max(initial=0) + 1.0) * features)
     for got, want in zip(found, (dq, dk, dv, *itertools.chain(*first)), strict=True):
         assert got.shape == want.shape
         whole = np.abs(want).max(initial=0) + most
-        bound = tolerance.attention_gradient(whole, 0.0, got.dtype, arrays[0].dtype)
+        bound = tolerance.attention_gradient(whole, exponent, got.dtype, arrays[0].dtype)
         if fraction > tolerance.rounding(np.dtype(F32)):
             bound += tolerance.gradient_on_tensor_cores(whole, fraction)
         assert np.abs(wide(got) - want).max(initial=0) <= bound
@@ -460,20 +516,16 @@ def check_gradients(gpu: Any, seed: int, arrays: list[Any], **options: Any) -> N
 @both
 def test_gradients_are_within_tolerance(gpu: Any, causal: bool, feature_map: str, name: str) -> None:
     for seed, sizes in enumerate(SIZES if feature_map in ("elu", "cosine") else SIZES[1:4]):
-        check_gradients(gpu, seed, arrays_of(seed, *sizes, name), causal=causal, **of_map(feature_map))
+        check_gradients(gpu, seed, arrays_of(seed, *sizes, name), causal=causal, **of_map(feature_map, sizes[5]))
 
 
 @every_dtype
 @both
 @pytest.mark.parametrize("kind", conditions(True, 2, 9, 0))
 def test_gradients_under_conditions_are_within_tolerance(gpu: Any, kind: str, causal: bool, name: str) -> None:
-    for seed, (n, m, feature_map) in enumerate([(150, 150, "elu"), (40, 200, "relu"), (200, 70, "cosine")]):
-        options = conditions(causal, 2, m, seed).get(kind)
-        if options is None:
-            pytest.skip("decay is of causal calls")
-        arrays = arrays_of(seed, 2, 4, 2, n, m, 12, 9, name)
-        state = state_of(seed, *arrays, feature_map=feature_map)
-        check_gradients(gpu, seed, arrays, causal=causal, **of_map(feature_map), **options, initial_state=state)
+    for seed, feature_map, arrays, options in cases(kind, causal, name):
+        state = state_of(seed, *arrays, feature_map=feature_map, scale=options.get("scale"))
+        check_gradients(gpu, seed, arrays, causal=causal, **options, initial_state=state)
 
 
 @every_dtype
@@ -486,12 +538,12 @@ def test_gradients_of_head_sizes_are_within_tolerance(gpu: Any, causal: bool, na
 @both
 def test_gradients_of_packed_sequences_are_within_tolerance(gpu: Any, causal: bool) -> None:
     ends = [0, 0, 130, 131, 200, 200]
-    for feature_map in ("elu", "cosine"):
+    for feature_map in ("elu", "cosine", *EXPONENTIAL):
         arrays = arrays_of(18, 1, 4, 2, 200, 200, 12, 9)
-        options: dict[str, Any] = {"causal": causal, "cu_seqlens": ends, **of_map(feature_map)}
+        options: dict[str, Any] = {"causal": causal, "cu_seqlens": ends, **of_map(feature_map, 12)}
         options["initial_state"] = state_of(19, *arrays, sequences=5, feature_map=feature_map)
         check_gradients(gpu, 18, arrays, **options)
-        if causal:
+        if causal and feature_map in PLAIN:
             check_gradients(gpu, 18, arrays, **options, decay=np.array([-0.1, -0.01], F32))
 
 
@@ -517,13 +569,13 @@ def test_gradients_in_tf32_are_within_its_tolerance(gpu: Any, causal: bool) -> N
 @every_map
 def test_no_row_reaches_the_gradient_of_a_later_key(gpu: Any, feature_map: str) -> None:
     arrays = arrays_of(22, 1, 2, 1, 200, 200, 12, 9)
-    y = forward(gpu, arrays, causal=True, **of_map(feature_map))[0]
-    want = backward(gpu, y, *arrays, y, causal=True, **of_map(feature_map))
+    y = forward(gpu, arrays, causal=True, **of_map(feature_map, 12))[0]
+    want = backward(gpu, y, *arrays, y, causal=True, **of_map(feature_map, 12))
     q, k, v = (x.copy() for x in arrays)
     q[:, :, 100] = np.nan
     dy = y.copy()
     dy[:, :, 100] = np.inf
-    got = backward(gpu, dy, q, k, v, y, causal=True, **of_map(feature_map))
+    got = backward(gpu, dy, q, k, v, y, causal=True, **of_map(feature_map, 12))
     for x, exact in zip(got[1:], want[1:], strict=True):
         assert_same_bits(x[:, :, 101:], exact[:, :, 101:])
     rows = np.arange(200) != 100
@@ -535,11 +587,11 @@ def test_no_row_reaches_the_gradient_of_a_later_key(gpu: Any, feature_map: str) 
 def test_gradients_of_hidden_keys_are_zero(gpu: Any, causal: bool, feature_map: str) -> None:
     arrays = arrays_of(23, 1, 2, 1, 100, 100, 6, 5)
     mask = np.random.default_rng(23).random((1, 100)) < 0.6
-    options = {"causal": causal, "key_mask": mask, **of_map(feature_map)}
+    options = {"causal": causal, "key_mask": mask, **of_map(feature_map, 6)}
     for x in arrays[1:]:
         x[0, 0, ~mask[0]] = np.nan
     y = forward(gpu, arrays, **options)[0]
-    state = state_of(23, *arrays, feature_map=feature_map)
+    state = state_of(23, *arrays, feature_map=feature_map)[:2]
     for gradient in backward(gpu, y, *arrays, y, **options, d_state=state):
         assert np.isfinite(gradient).all()
         assert gradient.shape[1] == 2 or not gradient[0, 0, ~mask[0]].any()
@@ -577,10 +629,18 @@ def test_arrays_that_do_not_fit_are_refused(shim: Shim) -> None:
 
 
 def test_options_that_do_not_fit_are_refused(shim: Shim) -> None:
-    refused(NotImplementedError, r"^feature_map must be 'elu' or .* on a GPU, got 'exp'", feature_map="exp")
+    refused(
+        NotImplementedError,
+        r"^decay must be None with feature_map='exp' on a GPU",
+        feature_map="exp",
+        decay=on_gpu(2),
+        causal=True,
+    )
     refused(ValueError, r"^feature_map must be .*; did you mean 'elu'\?", feature_map="elo")
     refused(ValueError, r"^kernel_eps must be None with feature_map='elu'", kernel_eps=1.0)
-    refused(ValueError, r"^projection must be None with feature_map='elu'", projection=np.ones((2, 4)))
+    refused(ValueError, r"^projection must be None with feature_map='elu'", projection=on_gpu(2, 4))
+    refused(ValueError, r"^projection must be of shape \(m, 4\)", projection=on_gpu(2, 3), feature_map="favor")
+    refused(ValueError, r"^projection must be given", feature_map="favor")
     refused(TypeError, r"^tf32 must be ", tf32=1)
     refused(TypeError, r"^return_state must be ", return_state=1)
     refused(ValueError, r"^layout must be ", layout="nope")
@@ -592,8 +652,8 @@ def test_options_that_do_not_fit_are_refused(shim: Shim) -> None:
     refused(TypeError, r"^decay must be of dtype float16", decay=on_gpu(2, dtype=np.int32), causal=True)
     refused(ValueError, r"^cu_seqlens must be offsets that rise from 0 to 5", cu_seqlens=[0, 4])
     refused(TypeError, r"^cu_seqlens must be a 1-D array of int32 or int64", cu_seqlens=on_gpu(3))
-    refused(TypeError, r"^initial_state must be a tuple of 2 arrays", initial_state=on_gpu(3))
-    refused(ValueError, r"^initial_state must be 2 arrays", initial_state=(on_gpu(3),))
+    refused(TypeError, r"^initial_state must be a tuple of arrays", initial_state=on_gpu(3))
+    refused(ValueError, r"^initial_state must be 2 arrays \(S, z\), got 1", initial_state=(on_gpu(3),))
     s, z = on_gpu(1, 2, 4, 4), on_gpu(1, 2, 4)
     refused(ValueError, r"^initial_state\[1\] must be of shape \(1, 2, 4\), got", initial_state=(s, s))
     refused(
@@ -618,7 +678,7 @@ def test_steps_that_do_not_fit_are_refused(shim: Shim) -> None:
     x, s, z = on_gpu(1, 2, 4), np.zeros((1, 2, 4, 4), F32), np.zeros((1, 2, 4), F32)
     step = cuda.linear_attention_step_
     for state, kind, text in (
-        (None, TypeError, r"^state must be a tuple of 2 arrays"),
+        (None, TypeError, r"^state must be a tuple of arrays"),
         ((Fake(s), Fake(s)), ValueError, r"^state\[1\] must be of shape \(1, 2, 4\)"),
         ((Fake(s, read_only=True), Fake(z)), ValueError, r"^state\[0\] must be writable"),
         (
@@ -637,7 +697,7 @@ def test_steps_that_do_not_fit_are_refused(shim: Shim) -> None:
     with pytest.raises(ValueError, match=r"^decay must be of shape \(2,\) or \(1, 2\), got \(3,\)"):
         step(x, x, x, (Fake(s), Fake(z)), decay=on_gpu(3))
     long = on_gpu(1, 1, 5000)
-    with pytest.raises(ValueError, match=r"^q must be of rows with at most 4096 features, got 5000"):
+    with pytest.raises(ValueError, match=r"^q must be of rows with at most 3072 features, got 5000"):
         step(long, long, on_gpu(1, 1, 1), (on_gpu(1, 1, 5000, 1), on_gpu(1, 1, 5000)))
     assert not s.any()
     assert not z.any()
@@ -684,28 +744,33 @@ def torch_on(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @both
-def test_torch_differentiates_on_the_gpu(torch_on: Any, causal: bool) -> None:
+@pytest.mark.parametrize("feature_map", ["elu", "softmax"])
+def test_torch_differentiates_on_the_gpu(torch_on: Any, feature_map: str, causal: bool) -> None:
     from fastops import torch as ft
 
     torch, device = torch_on
     arrays = arrays_of(30, 2, 4, 2, 70, 70, 8, 5)
-    state = state_of(30, *arrays)
-    leaves = [torch.tensor(x, device=device, requires_grad=True) for x in (*arrays, *state)]
+    state = state_of(30, *arrays, feature_map=feature_map)
+    leaves = [torch.tensor(x, device=device, requires_grad=i < 5) for i, x in enumerate((*arrays, *state))]
     mask = np.random.default_rng(30).random((2, 70)) < 0.8
     y, last = ft.linear_attention(
         *leaves[:3],
         causal=causal,
+        feature_map=feature_map,
         key_mask=torch.tensor(mask, device=device),
         initial_state=leaves[3:],
         return_state=True,
     )
-    weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) for i, x in enumerate((y, *last))]
-    sum((x * w.to(device)).sum() for x, w in zip((y, *last), weights, strict=True)).backward()
-    options = {"causal": causal, "key_mask": mask, "initial_state": tuple(map(wide, state))}
-    want, _ = cpu.linear_attention(*map(wide, arrays), **options, return_state=True)
-    dy, *d_state = (wide(x.numpy()) for x in weights)
-    dq, dk, dv, first = cpu.linear_attention_backward(dy, *map(wide, arrays), want, **options, d_state=d_state)
-    for leaf, exact in zip(leaves, (dq, dk, dv, *first), strict=True):
+    weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) for i, x in enumerate((y, *last[:2]))]
+    sum((x * w.to(device)).sum() for x, w in zip((y, *last), weights, strict=False)).backward()
+    options = {"causal": causal, "feature_map": feature_map, "key_mask": mask, "initial_state": tuple(map(wide, state))}
+    want, final = cpu.linear_attention(*map(wide, arrays), **options, return_state=True)
+    dy, ds, dz = (wide(x.numpy()) for x in weights)
+    if len(final) == 3:
+        m = wide(last[2].cpu().numpy()) - final[2]
+        ds, dz = ds * 2.0 ** -m[..., np.newaxis], dz * 2.0**-m
+    dq, dk, dv, first = cpu.linear_attention_backward(dy, *map(wide, arrays), want, **options, d_state=(ds, dz))
+    for leaf, exact in zip(leaves, (dq, dk, dv, *first), strict=False):
         found = wide(leaf.grad.cpu().numpy())
         assert np.abs(found - exact).max() <= 1e-5 * np.abs(exact).max()
 
@@ -761,7 +826,8 @@ def test_torch_says_what_the_gpu_has_not(torch_on: Any) -> None:
 
     torch, device = torch_on
     x = torch.ones(1, 1, 3, 2, device=device)
-    with pytest.raises(NotImplementedError, match=r"^feature_map must be .* on a GPU, got 'softmax'"):
-        ft.linear_attention(x, x, x, feature_map="softmax")
+    decay = torch.full((1,), -0.1, device=device)
+    with pytest.raises(NotImplementedError, match=r"^decay must be None with feature_map='exp' on a GPU"):
+        ft.linear_attention(x, x, x, feature_map="exp", decay=decay, causal=True)
     with pytest.raises(TypeError, match=r"^q must be of dtype float16 or bfloat16 or float32, got float64"):
         ft.linear_attention(x.double(), x.double(), x.double())

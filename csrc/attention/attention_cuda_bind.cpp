@@ -93,7 +93,8 @@ LinearAttention call_of(const py::tuple& options, const py::tuple& sizes, const 
   call.projection_dtype = static_cast<fastops_dtype>(projection);
   if (call.map == FASTOPS_MAP_FAVOR ? call.projection == nullptr : call.features < call.dim)
     throw py::value_error("features must fit the map");
-  if (call.map >= FASTOPS_MAP_EXP && call.decay.data != nullptr) throw py::value_error("exponential maps have no decay");
+  if (call.map >= FASTOPS_MAP_EXP && call.decay.data != nullptr)
+    throw py::value_error("exponential maps have no decay");
   call.offsets = address_of(arrays, "cu_seqlens");
   call.wide_offsets = arrays.contains("wide_offsets") && arrays["wide_offsets"].cast<bool>();
   call.initial = state_of(arrays, "initial_state");

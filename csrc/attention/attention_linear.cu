@@ -121,8 +121,8 @@ struct Call {
   Decay* decays;        // (batch, heads_kv, keys): the logarithm from the chunk's begin up to and with the token
   Decay* chunk_decays;  // (chunks, heads_kv)
   Norm *norms_q, *norms_k;
-  // Of exponential maps: features made beforehand, in units of 2 to the largest exponent so far of the feature, and the units
-  // of the rows.
+  // Of exponential maps: features made beforehand, in units of 2 to the largest exponent so far of the feature, and the
+  // units of the rows.
   float *features_q, *features_k;    // (batch, heads, rows, features)
   float* tops;                       // (batch, heads_q, queries); null with the softmax map
   float* references;                 // the exponents: (chunks or, without causality, sequences, heads_kv, features)
@@ -1016,9 +1016,9 @@ __global__ void __launch_bounds__(kThreads) unit_gradients_kernel(const __grid_c
   }
 }
 
-// Exponential maps: exp(x) = y 2^n with an integer n, so a unit 2^m changes no bit of a sum. Before the call's own kernels
-// features are made in units of 2^m, m the largest n of a feature up to the chunk (without causality of all); what later
-// chunks hold changes no row.
+// Exponential maps: exp(x) = y 2^n with an integer n, so a unit 2^m changes no bit of a sum. Before the call's own
+// kernels features are made in units of 2^m, m the largest n of a feature up to the chunk (without causality of all);
+// what later chunks hold changes no row.
 
 // How far a row's largest weight lies above 1: early rows of a chunk see keys far below its largest.
 constexpr float kLift = 60.0f;
@@ -1186,8 +1186,8 @@ FASTOPS_DEVICE float most_of_warp(float v) {
   }
   return v;
 }
-// Features of the queries of a chunk in units that make the largest of a row's weights 2^kLift; of the softmax map those
-// that add up to 1.
+// Features of the queries of a chunk in units that make the largest of a row's weights 2^kLift; of the softmax map
+// those that add up to 1.
 __global__ void __launch_bounds__(kThreads) query_powers_kernel(const __grid_constant__ Call call) {
   const std::size_t index = blockIdx.x / call.of.heads_q, head = blockIdx.x % call.of.heads_q;
   const Place at = place_of(call, static_cast<std::int64_t>(index), true);
@@ -1234,8 +1234,9 @@ __global__ void __launch_bounds__(kThreads) divide_kernel(const __grid_constant_
   const auto head = static_cast<std::int64_t>(my.head);
   const auto features = static_cast<std::ptrdiff_t>(of.features);
   const std::size_t which = of.causal ? my.index : static_cast<std::size_t>(at.sequence);
-  float z = (of.causal ? call.states : call.totals)[(which * of.heads_kv + my.head) * call.state +
-                                                    of.features * of.values + my.feature];
+  float z =
+      (of.causal ? call.states
+                 : call.totals)[(which * of.heads_kv + my.head) * call.state + of.features * of.values + my.feature];
   const float* const kf = call.features_k + flat_row(call, false, at, head) * features;
   for (int p = at.chunk * call.chunk; p < (at.chunk + 1) * call.chunk; ++p) {
     const int key = p - at.lead, row = p - at.shift;
@@ -1243,7 +1244,8 @@ __global__ void __launch_bounds__(kThreads) divide_kernel(const __grid_constant_
       z += kf[key * features + static_cast<std::ptrdiff_t>(my.feature)];
     if (row < 0 || row >= at.queries) continue;
     for (int r = 0; r < call.group; ++r) {
-      float* const f = call.features_q + (flat_row(call, true, at, head * call.group + r) + row) * features + my.feature;
+      float* const f =
+          call.features_q + (flat_row(call, true, at, head * call.group + r) + row) * features + my.feature;
       *f = z == 0.0f ? 0.0f : *f / z;
     }
   }
@@ -1300,7 +1302,8 @@ __global__ void __launch_bounds__(kThreads) power_gradients_kernel(const __grid_
     for (int d = lane; d < dim; d += 32) {
       float v = 0.0f;
       for (int j = 0; j < features; ++j)
-        v = simd::fma(df[j], element_of(of.projection, static_cast<std::ptrdiff_t>(j) * dim + d, of.projection_dtype), v);
+        v = simd::fma(df[j], element_of(of.projection, static_cast<std::ptrdiff_t>(j) * dim + d, of.projection_dtype),
+                      v);
       const float gradient = root * (v - root * element_of(data, d * x.col, of.dtype) * sum);
       set_element(to, d * target.col, of.dtype, hidden ? 0.0f : gradient);
     }

@@ -20,7 +20,7 @@ __all__ = ["linear_attention", "linear_attention_backward", "linear_attention_st
 _DTYPES = FLOATS[:3]
 _F32 = DTYPES.index("float32")
 # As the compiled module numbers them.
-_MAPS = ("elu", "relu", "relu2", "identity", "cosine")
+_MAPS = ("elu", "relu", "relu2", "identity", "cosine", "exp", "favor", "softmax")
 _BATCH = 4
 _WIDE = np.dtype(np.float32)
 State = Sequence[Any]
@@ -55,13 +55,13 @@ class _Linear:
         *,
         tf32: bool = False,
     ) -> None:
-        self._states = {name: _pair(name, x) for name, x in conditions.items() if name.endswith("state")}
+        self._states = {name: _parts(name, x) for name, x in conditions.items() if name.endswith("state")}
         offsets = conditions.get("cu_seqlens")
         self._host_offsets = offsets is not None and _is_host(offsets)
         flat = {f"{name}[{i}]": x for name, pair in self._states.items() for i, x in enumerate(pair or ())}
         more = {"cu_seqlens": None if self._host_offsets else offsets, "out": out, **flat}
-        for name in ("key_mask", "decay"):
-            more[name] = conditions.get(name)
+        more |= {name: conditions.get(name) for name in ("key_mask", "decay")}
+        more["projection"] = options[-1]
         self.call = call = Call(stream, **arrays, **more)
         for name in (*arrays, *(key for key, x in more.items() if x is not None)):
             if name not in call.views:
@@ -76,8 +76,8 @@ class _Linear:
                         name, "of shape (..., H, D), the rows of one token", Text("a 0-d array")
                     )
             given = {name: x[..., np.newaxis, :] for name, x in given.items()}
-        self.p = p = Problem(layout, *(given.pop(name) for name in "qkv"), **given)
-        self.options = _options(p.d, options)
+        self.p = Problem(layout, *(given.pop(name) for name in "qkv"), **given)
+        self.options = self._options(options)
         self.tf32 = _validate.boolean("tf32", tf32)
         self.rows = {name: self._operand(call.views[name]) for name in arrays}
         self.numbers: dict[str, Any] = {}
@@ -90,6 +90,18 @@ class _Linear:
                 self.numbers[name] = self._state(name)
 
     # Arguments.
+
+    def _options(self, given: tuple[object, ...]) -> LinearOptions:
+        causal, feature_map, normalize, eps, kernel_eps, scale, _ = given
+        x = self.call.views.get("projection")
+        if x is not None:
+            self.call.dtype(FLOATS, "projection")
+        options = _attention.linear_options(
+            self.p.d, _WIDE, causal, feature_map, normalize, eps, kernel_eps, scale, None if x is None else _shape_of(x)
+        )
+        if x is not None and not _is_contiguous(x):
+            raise _validate.wrong_value("projection", "C-contiguous on a GPU", Text("other strides"))
+        return options
 
     def _operand(self, x: View) -> _Rows:
         """Strides of an array like q, in the caller's order of axes."""
@@ -145,6 +157,10 @@ class _Linear:
         if x is None:
             return
         self.call.dtype(FLOATS, "decay")
+        if self.options.feature_map in _attention.EXPONENTIAL:
+            raise _validate.not_offered(
+                "decay", f"None with feature_map={self.options.feature_map!r} on a GPU", Text("one")
+            )
         p = self.p
         if self.step:
             head, token = ((p.hkv,), (*p.batch, p.hkv)) if p.heads else ((), ())
@@ -162,14 +178,19 @@ class _Linear:
                 self.rows["decay"] = _Rows(x.data, (0,) * len(p.batch), x.strides[0], 0, 0)
         self.numbers["decay_dtype"] = x.dtype
 
-    def state_shapes(self) -> list[tuple[int, ...]]:
-        """The shapes of S and z."""
+    def state_shapes(self, name: str) -> list[tuple[int, ...]]:
+        """The shapes of S and z, and of m but for gradients."""
         offsets = None if self.sequences is None else np.zeros(self.sequences + 1, np.int64)
-        return self.p.state_shapes(self.options, offsets)
+        return self.p.state_shapes(self.options, offsets)[: 2 if name.startswith("d_") else 3]
 
-    def _state(self, name: str) -> tuple[int, int]:
+    def _state(self, name: str) -> tuple[int, ...]:
         found = []
-        for i, shape in enumerate(self.state_shapes()):
+        shapes = self.state_shapes(name)
+        count = len(self._states[name] or ())
+        if count != len(shapes):
+            wanted = f"{len(shapes)} arrays ({', '.join('Szm'[: len(shapes)])})"
+            raise _validate.wrong_value(name, wanted, Text(str(count)))
+        for i, shape in enumerate(shapes):
             x = self.call.views[f"{name}[{i}]"]
             if x.dtype != _F32:
                 raise _validate.wrong_type(f"{name}[{i}]", "of dtype float32", Text(x.dtype_name))
@@ -178,7 +199,7 @@ class _Linear:
             if not _is_contiguous(x):
                 raise _validate.wrong_value(f"{name}[{i}]", "C-contiguous", Text("other strides"))
             found.append(x.data)
-        return found[0], found[1]
+        return tuple(found)
 
     # Results.
 
@@ -212,7 +233,7 @@ class _Linear:
 
     def new_state(self, name: str) -> tuple[Any, ...]:
         """Memory for a state."""
-        made = [self.new(shape, _F32) for shape in self.state_shapes()]
+        made = [self.new(shape, _F32) for shape in self.state_shapes(name)]
         self.numbers[name] = tuple(memory.data for _, memory in made)
         return tuple(x for x, _ in made)
 
@@ -241,6 +262,9 @@ class _Linear:
         tokens = (1, 1) if self.step else (p.nq, p.nk)
         sizes = (*shape, p.hq, p.hkv, *tokens, p.d, o.features(p.d), p.e, self.sequences or 0)
         arrays = {**self.numbers, **rows}
+        if o.projection is not None:
+            w = self.call.views["projection"]
+            arrays |= {"projection": w.data, "projection_dtype": w.dtype}
         where = (self.call.device, self.call.stream)
         if self.step:
             native.linear_attention_step(options, sizes, arrays, *where)
@@ -267,22 +291,12 @@ def _is_contiguous(x: View) -> bool:
     return True
 
 
-def _pair(name: str, state: object) -> tuple[Any, Any] | None:
+def _parts(name: str, state: object) -> tuple[Any, ...] | None:
     if state is None:
         return None
     if not isinstance(state, (tuple, list)):
-        raise _validate.wrong_type(name, "a tuple of 2 arrays (S, z)", state)
-    if len(state) != 2:
-        raise _validate.wrong_value(name, "2 arrays (S, z)", Text(str(len(state))))
-    return state[0], state[1]
-
-
-def _options(d: int, given: tuple[object, ...]) -> LinearOptions:
-    causal, feature_map, normalize, eps, kernel_eps, scale, projection = given
-    name = _validate.choice("feature_map", feature_map, _attention.FEATURE_MAPS)
-    if name not in _MAPS:
-        raise _validate.not_offered("feature_map", " or ".join(map(repr, _MAPS)) + " on a GPU", name)
-    return _attention.linear_options(d, _WIDE, causal, name, normalize, eps, kernel_eps, scale, projection)
+        raise _validate.wrong_type(name, "a tuple of arrays (S, z)", state)
+    return tuple(state)
 
 
 def _walked(batch: tuple[int, ...], arrays: dict[str, _Rows]) -> tuple[tuple[int, ...], dict[str, _Rows]]:
@@ -342,7 +356,7 @@ def linear_attention(
         Likewise.
     causal : bool
         Row i sees the keys j <= i + M - N.
-    feature_map : {"elu", "relu", "relu2", "identity", "cosine"}
+    feature_map : {"elu", "relu", "relu2", "identity", "exp", "softmax", "favor", "cosine"}
         What turns rows into features.
     normalize : bool, optional
         Divide by the sum of the weights.
@@ -351,9 +365,9 @@ def linear_attention(
     kernel_eps : float, optional
         Added to the features of "relu" and "relu2".
     scale : float, optional
-        A factor of every weight.
-    projection : None
-        Of maps that are not here.
+        Within the exponent or of the weights.
+    projection : (m, D) array of floats, optional
+        The directions of "favor", C-contiguous, on the same GPU.
     key_mask : (..., M) or (..., H_kv, M) bool array, optional
         On the same GPU; True where a key counts.
     cu_seqlens : (S + 1,) int array_like, optional
@@ -362,7 +376,7 @@ def linear_attention(
     decay : (H_kv,) or (..., H_kv, M) array of floats, optional
         On the same GPU: logarithms of the decay at each key. Its numbers are not looked at beforehand: positive ones count as 0.
     initial_state : tuple of float32 arrays, optional
-        S and z to begin with, C-contiguous, on the same GPU.
+        S and z, and m for "exp", "softmax" and "favor", to begin with: C-contiguous, on the same GPU.
     return_state : bool
         Return the sums over all keys too.
     layout : {"bhnd", "bnhd"}
@@ -379,7 +393,7 @@ def linear_attention(
     y : (..., H, N, E) array
         `out`, or a new array of the library of `q`. The call returns before the kernels have run.
     state : tuple of arrays
-        With `return_state`: S (..., H_kv, F, E) and z (..., H_kv, F), float32.
+        With `return_state`: S (..., H_kv, F, E) and z (..., H_kv, F), and m like z for "exp", "softmax" and "favor", float32.
 
     Raises
     ------
@@ -390,7 +404,7 @@ def linear_attention(
     ValueError
         As `fastops.linear_attention`; arrays on different devices; more than four leading dimensions that cannot be walked as one.
     NotImplementedError
-        The maps "exp", "softmax" and "favor".
+        A `decay` with "exp".
 
     Notes
     -----
@@ -455,9 +469,9 @@ def linear_attention_step_(
     kernel_eps : float, optional
         Added to the features of "relu" and "relu2".
     scale : float, optional
-        A factor of every weight.
-    projection : None
-        Of maps that are not here.
+        Within the exponent or of the weights.
+    projection : array, optional
+        The directions of "favor".
     decay : (H_kv,) or (..., H_kv) array, optional
         Logarithms of the token's decay.
     out : (..., H, E) array, optional
@@ -475,7 +489,7 @@ def linear_attention_step_(
     RuntimeError, TypeError, NotImplementedError
         As `linear_attention`.
     ValueError
-        As `linear_attention`; a state of other shapes, read-only, or overlapping another argument; more than 4096 features.
+        As `linear_attention`; a state of other shapes, read-only, or overlapping another argument; more than 3072 features.
 
     Notes
     -----
@@ -492,13 +506,14 @@ def linear_attention_step_(
     """
     options = (True, feature_map, normalize, eps, kernel_eps, scale, projection)
     if state is None:
-        raise _validate.wrong_type("state", "a tuple of 2 arrays (S, z)", state)
+        raise _validate.wrong_type("state", "a tuple of arrays (S, z)", state)
     arrays = {"q": q, "k": k, "v": v}
     call = _Linear(stream, arrays, out, {"decay": decay, "state": state}, _attention._STEP, options)
-    for name in ("state[0]", "state[1]"):
+    parts = [f"state[{i}]" for i in range(len(state))]
+    for name in parts:
         if call.call.views[name].read_only:
             raise _validate.wrong_value(name, "writable", Text("a read-only array"))
-    call.want_apart("state[0]", "state[1]")
+    call.want_apart(*parts)
     most = call.call.native.most_step_features
     if call.options.features(call.p.d) > most:
         raise _validate.wrong_value("q", f"of rows with at most {most} features", call.options.features(call.p.d))
@@ -557,8 +572,8 @@ def linear_attention_backward(
         As `linear_attention`.
     scale : float, optional
         As `linear_attention`.
-    projection : None
-        Of maps that are not here.
+    projection : array, optional
+        The directions of "favor".
     key_mask : bool array, optional
         As `linear_attention`; the gradients of masked keys and values are 0.
     cu_seqlens : (S + 1,) int array_like, optional

@@ -108,7 +108,7 @@ def _linear_kernel(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> tuple[Tensor,
         )
     y, state = found if with_state else (found, ())
     parts = [_tensor(x) for x in (y, *state)]
-    return (*parts, *(_nothing(q) for _ in range(4 - len(parts))))  # type: ignore[return-value]
+    return (*parts, *(_nothing(q) for _ in range(4 - len(parts))))
 
 
 def _cuda() -> Any:
@@ -161,7 +161,7 @@ def _linear_backward_kernel(
         own = (x.detach() for x in (dy, q, k, v, y))
         found = _cuda().linear_attention_backward(*own, **_cuda_conditions(extras, options), d_state=end)
         last = found[3] if len(found) > 3 else (_nothing(q), _nothing(q))
-        return (*map(_tensor, (*found[:3], *last)),)  # type: ignore[return-value]
+        return (*map(_tensor, (*found[:3], *last)),)
     d_state = None if ds is None or dz is None else (array("d_state[0]", ds), array("d_state[1]", dz))
     operands = (array(name, x) for name, x in (("dy", dy), ("q", q), ("k", k), ("v", v), ("y", y)))
     found = attention.linear_attention_backward(*operands, **_conditions(extras, options), d_state=d_state)
@@ -252,9 +252,8 @@ def _decay_on_cuda(operands: Sequence[Any], extras: Sequence[Tensor | None], opt
         x = x if rank > 2 else x.unsqueeze(1 - axes)
         return x.reshape((math.prod(x.shape[: 1 - axes]), *x.shape[1 - axes :]))
 
-    dy, ds, dz, q, k, v, y, dv, last_s, last_z = (
-        None if x is None else merged(x.detach(), 3 if i in (2, 9) else 4) for i, x in enumerate(turned)
-    )
+    own: list[Any] = [None if x is None else merged(x.detach(), 3 if i in (2, 9) else 4) for i, x in enumerate(turned)]
+    dy, ds, dz, q, k, v, y, dv, last_s, last_z = own
     b, h, m = k.shape[:3]
     n = q.shape[2]
     per_token = decay.ndim > 1 or (rank == 2 and decay.shape == (m,))
@@ -298,11 +297,8 @@ def _decay_on_cuda(operands: Sequence[Any], extras: Sequence[Tensor | None], opt
         sums = (last_s.to(wide) * ds.to(wide)).sum((-1, -2)) + (last_z.to(wide) * dz.to(wide)).sum(-1)
         full = full + (sums.unsqueeze(-1) if offsets is None else sums[which].T)
     axes = [i for i in range(3) if logs.shape[i] == 1 and full.shape[i] != 1]
-    return (
-        full.sum(axes, keepdim=True).reshape(decay.shape).to(decay.dtype)
-        if axes
-        else full.reshape(decay.shape).to(decay.dtype)
-    )
+    found = full.sum(axes, keepdim=True) if axes else full
+    return torch.reshape(found, decay.shape).to(decay.dtype)
 
 
 def _decay_fake(*args: Any) -> Tensor:
@@ -422,7 +418,7 @@ def linear_attention(
     ValueError
         As `fastops.linear_attention`.
     NotImplementedError
-        A second derivative; on a GPU the maps "exp", "softmax" and "favor".
+        A second derivative; on a GPU a `decay` with "exp".
 
     Notes
     -----
@@ -485,7 +481,7 @@ def _step_kernel(
     kernel_eps: float | None,
     scale: float | None,
 ) -> Tensor:
-    options = {
+    options: dict[str, Any] = {
         "feature_map": feature_map,
         "normalize": normalize,
         "eps": eps,
