@@ -285,6 +285,13 @@ def test_offsets_on_the_gpu_stay_within_the_arrays(shim: Shim) -> None:
     for ends in ([0, 90, 20, 100], [-5, 50, 10**9], [100, 0, 100, 0, 100], [0, 100, 0, 100, 0, 100]):
         y = cuda.linear_attention(*map(shim.put, arrays), cu_seqlens=Fake(np.array(ends)), causal=True, stream=1)
         assert shim.get(y).shape == (1, 1, 100, 4)
+    # Those that fall begin where the last one ended, also beyond the threads that read them.
+    falling = Fake(np.array([0, 100] * 150))
+    options = {"causal": True, "stream": 1, "return_state": True}
+    y, (_, z) = cuda.linear_attention(*map(shim.put, arrays), cu_seqlens=falling, **options)
+    assert_same_bits(shim.get(y), forward(shim, arrays, causal=True)[0])
+    assert shim.get(z)[0].all()
+    assert not shim.get(z)[1:].any()
 
 
 @every_dtype
@@ -357,6 +364,18 @@ def test_no_key_changes_an_earlier_row(gpu: Any, feature_map: str, name: str) ->
         assert (wide(got[:, :, at:]) != wide(want[:, :, at:])).any()
 
 
+@pytest.mark.parametrize("feature_map", EXPONENTIAL)
+@both
+def test_units_rise_and_fall_with_the_keys(gpu: Any, causal: bool, feature_map: str) -> None:
+    q, k, v = arrays_of(25, 1, 2, 1, 300, 300, 4, 3)
+    size = np.abs(np.linspace(-4, 4, 300)).astype(F32)[:, np.newaxis]
+    options = {"causal": causal, **of_map(feature_map, 4), "scale": 1.0}
+    for keys in (k * size, k * (4 - size), np.abs(k) * size):
+        state = state_of(25, q, keys, v, feature_map=feature_map, scale=1.0)
+        check(gpu, [q, keys, v], **options, initial_state=state)
+        check_gradients(gpu, 25, [q, keys, v], **options, initial_state=state)
+
+
 @pytest.mark.parametrize("feature_map", ["exp", "softmax"])
 def test_keys_far_below_a_later_one_count_in_their_rows(gpu: Any, feature_map: str) -> None:
     arrays = arrays_of(24, 1, 2, 1, 60, 60, 4, 3)
@@ -365,8 +384,13 @@ def test_keys_far_below_a_later_one_count_in_their_rows(gpu: Any, feature_map: s
     options = {"causal": True, "feature_map": feature_map, "scale": 1.0}
     check(gpu, arrays, **options)
     check_gradients(gpu, 24, arrays, **options)
+    # Far beyond what a float's exponential holds; the definition's does not either.
     arrays[1] += 1000.0
-    check(gpu, arrays, **options)
+    y, _ = forward(gpu, arrays, **options)
+    exact, given = in_float64(arrays, options)
+    want = cpu.linear_attention(*exact, **given)
+    bound = tolerance.attention(np.asarray(2 * np.abs(arrays[2]).max()), want, 1100.0, y.dtype)
+    assert (np.abs(wide(y) - want) <= bound).all()
 
 
 @both

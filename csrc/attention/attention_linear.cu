@@ -338,6 +338,30 @@ FASTOPS_DEVICE bool load_tile(typename A::S* to, const Call& call, const Source&
   const auto features = from.is_mapped ? static_cast<int>(call.of.features) : from.columns;
   const int t = static_cast<int>(threadIdx.x);
   float sum = 0.0f;
+  if constexpr (std::is_same_v<A, ByBf16>) {
+    // Values as they are.
+    if (from.packs && !from.is_mapped && factors == nullptr && from.dtype == FASTOPS_BF16) {
+      constexpr int kLoads = kTile / kRows;
+      using Words = Vector<std::uint32_t, 4>;
+      Words v[kLoads];
+      const int row = t / (kTile / 8), c = t % (kTile / 8) * 8, col = column + c;
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const int p = position + row + i * kRows;
+        v[i] = lives(from, p) && col < from.columns ? load_vector<Words>(data + ((p - from.first) * from.row + col) * 2)
+                                                    : Words{};
+      }
+      std::uint32_t wild = 0;
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        // An exponent of ones carries into the sign.
+#pragma unroll
+        for (int j = 0; j < 4; ++j) wild |= ((v[i].v[j] & 0x7f807f80u) + 0x00800080u) & 0x80008000u;
+        store_vector(to + (row + i * kRows) * A::kPitch + c, v[i]);
+      }
+      return wild != 0;
+    }
+  }
   if (from.packs) {
     const int c = t % (kTile / 8) * 8, col = column + c;
     const std::ptrdiff_t item = item_of(from.dtype);
