@@ -11,7 +11,7 @@
 #include "mitchell/mitchell_bind.h"
 #include "optim/optim_bind.h"
 #include "wordcount/wordcount_bind.h"
-#include "wordcount/wordcount_tokenizers_bind.h"
+#include "wordcount/wordcount_zh_bind.h"
 
 namespace py = pybind11;
 
@@ -78,5 +78,5 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   fastops::bind_optim(m);
   fastops::bind_attention(m);
   fastops::bind_wordcount(m);
-  fastops::bind_tokenizers(m);
+  fastops::bind_wordcount_zh(m);
 }

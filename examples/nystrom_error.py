@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import sysconfig
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,22 @@ def trained(text: Array, length: int, steps: int, rng: np.random.Generator) -> d
     return {f"layer {i}": np.stack([x[0] for x in layer[2:5]]) for i, layer in enumerate(kept)}
 
 
+def read(path: str, length: int) -> dict[str, Array]:
+    """The layers of a file, at most `length` tokens of each; ValueError says what else it holds."""
+    wanted = f"{path} must be an .npz of arrays (3, heads, tokens, numbers) of floats"
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in sorted(file.files)}
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
+        raise ValueError(f"{wanted}, got another kind of file") from None
+    if not arrays:
+        raise ValueError(f"{wanted}, got none")
+    for name, x in arrays.items():
+        if x.ndim != 4 or x.shape[0] != 3 or not x.size or x.dtype.kind != "f":
+            raise ValueError(f"{wanted}, got {name!r} of shape {x.shape} and dtype {x.dtype}")
+    return {name: x[:, :, :length].astype(np.float32) for name, x in arrays.items()}
+
+
 def distance(y: Array, exact: Array) -> float:
     """Of a result to the exact one, over its size."""
     return float(np.linalg.norm(y - exact) / np.linalg.norm(exact))
@@ -238,8 +255,10 @@ def main(argv: list[str] | None = None) -> int:
         if path and not os.path.isfile(path):
             parser.error(f"no file {path!r}")
     if options.file:
-        with np.load(options.file) as arrays:
-            layers = {name: arrays[name][:, :, : options.length].astype(np.float32) for name in sorted(arrays.files)}
+        try:
+            layers = read(options.file, options.length)
+        except ValueError as error:
+            parser.error(str(error))
         print(f"q, k and v of {options.file}")
     else:
         text = np.fromfile(options.text, np.uint8) if options.text else bytes_of_modules(500_000)

@@ -49,6 +49,15 @@ class LinearOptions(NamedTuple):
         return 3 if self.feature_map in EXPONENTIAL else 2
 
 
+def layer_features(feature_map: object, num_features: object) -> tuple[str, int | None]:
+    """The feature map of a layer, and of how many directions it draws its features."""
+    name = _validate.choice("feature_map", feature_map, FEATURE_MAPS)
+    if (num_features is None) == (name == "favor"):
+        wanted = "given with feature_map='favor' and with no other"
+        raise _validate.wrong_value("num_features", wanted, num_features)
+    return name, None if num_features is None else _validate.integer("num_features", num_features, 1)
+
+
 def compute_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """The dtype of features, sums and states."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
@@ -112,9 +121,7 @@ def floats(name: str, value: object, dtype: np.dtype[Any]) -> AnyArray:
     """`value` as an array of `dtype`; of axes with stride 0 one element is converted."""
     result = _validate.array(name, value)
     if result.dtype.newbyteorder("=") not in _validate.FLOAT_DTYPES:
-        raise _validate.wrong_type(
-            name, f"of dtype {_validate.FLOAT_NAMES}", Text(_validate.clip(str(result.dtype), 40))
-        )
+        raise _validate.wrong_type(name, f"of dtype {_validate.FLOAT_NAMES}", _validate.dtype_of(result))
     if result.dtype == dtype and result.dtype.isnative:
         # Misaligned: one copy, here of all elements.
         return result if result.flags.aligned else result.copy()
@@ -171,6 +178,30 @@ def memory_errors() -> Iterator[None]:
         yield
     except SystemError:
         raise MemoryError from None
+
+
+def reshaped(mask: AnyArray, shapes: Sequence[tuple[int, ...]]) -> str:
+    """What makes a mask with axes of length 1 too many, as other libraries broadcast it, one of those shapes; or nothing."""
+    for shape in shapes:
+        if [n for n in mask.shape if n != 1] == [n for n in shape if n != 1]:
+            return f"its reshape({_validate.clip(str(shape), 30)})"
+    return ""
+
+
+def check_offsets(offsets: AnyArray, last: int) -> None:
+    """Refuses offsets of packed sequences that do not rise from 0 to `last`."""
+    if len(offsets) and offsets[0] == 0 and offsets[-1] == last and rises(offsets):
+        return
+    falls = np.flatnonzero(offsets[1:] < offsets[:-1])
+    if not len(offsets):
+        got = "none"
+    elif offsets[0] != 0:
+        got = f"{offsets[0]} as the first"
+    elif len(falls):
+        got = f"{offsets[falls[0] + 1]} after {offsets[falls[0]]}"
+    else:
+        got = f"{offsets[-1]} as the last"
+    raise _validate.wrong_value("cu_seqlens", f"offsets that rise from 0 to {last}", Text(got))
 
 
 def rises(index: AnyArray) -> bool:
@@ -246,15 +277,13 @@ class Problem:
             return None
         mask = _validate.array("key_mask", value)
         if mask.dtype != np.bool_:
-            raise _validate.wrong_type("key_mask", "of dtype bool (True where a key counts)", Text(str(mask.dtype)))
+            raise _validate.wrong_type("key_mask", "of dtype bool (True where a key counts)", _validate.dtype_of(mask))
         shapes = [(*self.batch, self.nk)] + ([(*self.batch, self.hkv, self.nk)] if self.heads else [])
         if mask.shape not in shapes:
             wanted = " or ".join(_validate.clip(str(shape), 35) for shape in shapes)
-            raise _validate.wrong_value(
-                "key_mask",
-                f"of shape {wanted} (for a mask of pairs, torch's scaled_dot_product_attention)",
-                Text(_validate.clip(str(mask.shape), 35)),
-            )
+            hint = reshaped(mask, shapes) or "for a mask of pairs, torch's scaled_dot_product_attention"
+            got = Text(_validate.clip(str(mask.shape), 35))
+            raise _validate.wrong_value("key_mask", f"of shape {wanted} ({hint})", got)
         self.inputs["key_mask"] = mask
         if mask.ndim == len(self.batch) + 1:
             mask = mask[..., np.newaxis, :]
@@ -275,8 +304,7 @@ class Problem:
         self.inputs["cu_seqlens"] = index
         # A copy that no other thread changes after the check.
         own = np.array(index, dtype=np.int64, order="C")
-        if not len(own) or own[0] != 0 or own[-1] != self.nk or not rises(own):
-            raise _validate.wrong_value("cu_seqlens", f"offsets that rise from 0 to {self.nk}", Text("others"))
+        check_offsets(own, self.nk)
         return own
 
     def decay(self, value: object, options: LinearOptions) -> AnyArray | None:
@@ -386,7 +414,7 @@ def state_arrays(name: str, value: object, shapes: Sequence[tuple[int, ...]], dt
     for i, (item, shape) in enumerate(zip(value, shapes, strict=True)):
         x = _validate.array(f"{name}[{i}]", item)
         if x.dtype != dtype:
-            raise _validate.wrong_type(f"{name}[{i}]", f"of dtype {dtype}", Text(_validate.clip(str(x.dtype), 40)))
+            raise _validate.wrong_type(f"{name}[{i}]", f"of dtype {dtype}", _validate.dtype_of(x))
         _validate.same_shape(f"{name}[{i}]", x, shape)
         arrays.append(x)
     return arrays
@@ -428,19 +456,21 @@ def prepare_step(
     inputs = {name: _validate.array(name, value) for name, value in named.items()}
     for name, x in inputs.items():
         if x.ndim < 1:
-            raise _validate.wrong_value(name, "of shape (..., H, D), the rows of one token", Text("a 0-d array"))
+            got = _validate.dtype_of(x) if x.dtype == object else Text("a 0-d array")
+            raise _validate.wrong_value(name, "of shape (..., H, D), the rows of one token", got)
         if x.ndim >= _MOST:
             raise _validate.wrong_value(name, f"of less than {_MOST} dimensions", Text(str(x.ndim)))
+    given_q = inputs["q"].shape
+    of_state = state[0] if isinstance(state, (tuple, list)) and state else None
+    # As many axes as S: the one of tokens is still there, and k or S would be what does not fit.
+    same = getattr(of_state, "ndim", None) == inputs["k"].ndim == len(given_q)
+    if same and len(given_q) > 1 and (given_q[-2] == 1 or len(given_q) > 3):
+        wanted = "of shape (..., H, D), without an axis of tokens"
+        raise _validate.wrong_value("q, k and v", wanted, Text(_validate.clip(str(given_q), 40)))
     # A step is a problem of one token.
     p = Problem(_STEP, *(x[..., np.newaxis, :] for x in inputs.values()))
     checked = linear_options(p.d, p.wide, True, *options)
     shapes = p.state_shapes(checked, None)
-    given_q = inputs["q"].shape
-    of_state = state[0] if isinstance(state, (tuple, list)) and state else None
-    # As many axes as S: the one of tokens is still there, and S would be what does not fit.
-    if len(given_q) > 1 and given_q[-2] == 1 and getattr(of_state, "ndim", None) == len(given_q):
-        wanted = "of shape (..., H, D), without an axis of tokens"
-        raise _validate.wrong_value("q, k and v", wanted, Text(_validate.clip(str(given_q), 40)))
     arrays = state_arrays("state", state, shapes, p.wide)
     for i, x in enumerate(arrays):
         name = f"state[{i}]"

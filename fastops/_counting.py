@@ -14,20 +14,24 @@ import sys
 import threading
 import time
 import unicodedata
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from . import _backend as _backends
-from . import _sources, _workers
+from . import _sources
 from ._backend import backend as _backend
 from ._counts import check_texts, column_of
 from ._rule import UTF8_BOM, Rule, TokenTooLong, check_bom, not_utf8
 from ._sources import PIECE, Source, Stopped, Stream, encoded
-from ._validate import wrong_type
+from ._validate import default_workers, wrong_type
 from .reference.wordcount import documents_of, transform
+
+if TYPE_CHECKING:
+    from . import _workers
 
 Tokenizer = Callable[[str], Iterable[str]]
 # A counter and a table of any backend.
@@ -59,7 +63,7 @@ class Options:
     @property
     def count(self) -> int:
         """The number of workers."""
-        return self.workers if self.workers is not None else _workers.default_workers()
+        return self.workers if self.workers is not None else default_workers()
 
     @property
     def skip(self) -> bool:
@@ -92,7 +96,8 @@ class _Run:
         self.done = 0
         self.completed = 0
         self.skipped: list[tuple[int, str, str]] = []
-        self._counters: list[Counter] = []
+        # Weakly: a counter whose input failed goes with all that it holds.
+        self._counters: weakref.WeakSet[Counter] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._total = total
         self._next = 0.0
@@ -141,7 +146,7 @@ class _Run:
     def watch(self, counter: Counter) -> Counter:
         """A counter that is to stop with the run."""
         with self._lock:
-            self._counters.append(counter)
+            self._counters.add(counter)
         return counter
 
     def end(self) -> None:
@@ -698,7 +703,7 @@ def count_texts(texts: object, rule: Rule, tokenizer: Tokenizer | None, options:
         if tokenizer is not None and options.count > 1 and options.approx is None:
             table = _texts_in_processes(batches, job, run)
         elif options.count == 1 or options.one_counter:
-            table = _text_loop(_watched(batches, run), job, run, 1)
+            table = _text_loop(_watched(batches, run), job, run)
         else:
             table = _texts_in_threads(batches, job, run)
         if isinstance(texts, (str, bytes, bytearray, memoryview)) and not rule.lines and not run.skipped:
@@ -831,11 +836,11 @@ def _watched(batches: Iterator[_Batch], run: _Run) -> Iterator[_Batch]:
         yield batch
 
 
-def _text_loop(batches: Iterator[_Batch], job: _FileJob, run: _Run, share: int) -> Table:
+def _text_loop(batches: Iterator[_Batch], job: _FileJob, run: _Run) -> Table:
     """Counts the batches that come."""
     rule = job.rule
     whole = _backend.word_table(docs=rule.doc_freq) if job.options.skip else None
-    counter = run.watch(job.counter(1, share))
+    counter = run.watch(job.counter())
     for batch in batches:
         if run.stop.is_set():
             raise Stopped
@@ -849,7 +854,7 @@ def _text_loop(batches: Iterator[_Batch], job: _FileJob, run: _Run, share: int) 
                 raise
             failed = True
         if failed:
-            counter = run.watch(job.counter(1, share))
+            counter = run.watch(job.counter())
             _halved(batch, job, run, whole)
     return counter.finish() if whole is None else whole
 
@@ -919,7 +924,7 @@ def _texts_in_threads(batches: Iterator[_Batch], job: _FileJob, run: _Run) -> Ta
     first = next(batches, None)
     second = next(batches, None) if first is not None else None
     if first is None or second is None:
-        return _text_loop(iter(() if first is None else (first,)), job, run, 1)
+        return _text_loop(iter(() if first is None else (first,)), job, run)
     waiting: queue.Queue[_Batch | None] = queue.Queue(maxsize=workers + 1)
 
     def put(batch: _Batch | None) -> None:
@@ -953,7 +958,7 @@ def _texts_in_threads(batches: Iterator[_Batch], job: _FileJob, run: _Run) -> Ta
                 return
             yield batch
 
-    return _merged(_in_threads(run, [lambda: _text_loop(taken(), job, run, workers)] * workers, produce), job.rule)
+    return _merged(_in_threads(run, [lambda: _text_loop(taken(), job, run)] * workers, produce), job.rule)
 
 
 # Worker processes, for tokenizers that are Python functions.
@@ -966,7 +971,7 @@ class _CountJob:
         self._job = job
         self._backend = _backend.__name__.rpartition(".")[2]
         self._counter: Counter = None
-        self._tables: list[Table] = []
+        self._whole: Table = None
         self._run: _Run | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -1095,6 +1100,8 @@ def span_blocks(fd: int, start: int, stop: int) -> Iterator[bytes]:
 
 
 def _crew(job: _FileJob, run: _Run) -> _workers.Crew:
+    from . import _workers  # and with it multiprocessing, of which threads have no use
+
     _workers.pickled("tokenizer", job.tokenizer)
     options = Options(
         workers=job.options.count,

@@ -737,10 +737,7 @@ class WordCounts(_Numbers):
         >>> one.words(), other.words()
         (['the', 'in', 'middle', 'of'], ['night'])
         """
-        tables = self._table.split(_validate.integer("k", k, 1, 2**16))
-        for table in tables:
-            table.documents, table.error_bound = self._table.documents, self._table.error_bound
-        return [self._with(table) for table in tables]
+        return [self._with(table) for table in self._table.split(_validate.integer("k", k, 1, 2**16))]
 
     def encode(
         self, texts: object, *, as_csr: bool = False, **options: Any

@@ -2,13 +2,14 @@
 """fastops inside Numba's `@njit`: the ufuncs on scalars and arrays, the matrix product, and `Multiplier` objects.
 
 Numba calls `register` by the entry point `numba_extensions` when it compiles its first function. Compiled code calls
-libfastops by name, so that it can be cached; what a `Multiplier` needs is in the code itself, as data.
+libfastops by a table, so that it can be cached; what a `Multiplier` needs is in the code itself, as data.
 """
 
 from __future__ import annotations
 
 import ctypes
 import struct
+import zlib
 from typing import Any, Final
 
 import numba
@@ -17,6 +18,7 @@ from llvmlite import binding, ir
 from numba import extending
 from numba.core import cgutils as _cgutils
 from numba.core import errors, imputils
+from numba.core.typing import templates
 from numba.np import numpy_support
 
 from . import _backend
@@ -29,6 +31,7 @@ TypingError: Any = errors.TypingError
 lower_constant: Any = imputils.lower_constant
 as_dtype: Any = numpy_support.as_dtype
 from_dtype: Any = numpy_support.from_dtype
+builtin_registry: Any = templates.builtin_registry
 NativeValue: Any = extending.NativeValue
 intrinsic: Any = extending.intrinsic
 models: Any = extending.models
@@ -61,14 +64,26 @@ _SYMBOLS: Final = (
     "fastops_mitchell_matmul_flat",
     *(f"fastops_{name}_{kind}" for name in (*(f"mitchell_{op}" for op in _SCALARS), "lmul") for kind in ("f32", "f64")),
 )
+# FASTOPS_ABI_VERSION of the header.
+_ABI: Final = 1
 _NO_MEMORY: Final = "fastops has no memory for a result"
+# Numba's cache outlives versions and choices of a backend, and a symbol that is missing ends the process. So compiled code knows
+# one symbol, a table of functions that begins with what says which functions these are, or with 0 where there are none.
+_TABLE: Final = "fastops_functions"
+_KIND: Final = zlib.crc32("\n".join((str(_ABI), *_SYMBOLS)).encode())
+_table: Final = (ctypes.c_uint64 * (1 + len(_SYMBOLS)))()
+_ABSENT: Final = (
+    "the backend must be the native one of the version of fastops that this function was compiled for, got another "
+    "(delete Numba's cache, or choose FASTOPS_BACKEND=native)"
+)
 
 _registered = False
 
 
 def register() -> None:
-    """Makes the native backend's functions known to Numba; nothing where another backend was chosen."""
+    """Makes the native backend's functions known to Numba; where another backend was chosen, none."""
     global _registered
+    binding.add_symbol(_TABLE, ctypes.addressof(_table))
     if _registered or getattr(_backend, "name", None) != "native":
         return
     _registered = True
@@ -78,9 +93,8 @@ def register() -> None:
 
     # A library finds the symbols of those it is linked to, so these are of the very libfastops that Python uses.
     library = ctypes.CDLL(_core.__file__)
-    for name in _SYMBOLS:
-        address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
-        binding.add_symbol(name, address)
+    _table[1:] = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in _SYMBOLS]
+    _table[0] = _KIND
     _register_multiplier()
     _register_matmul()
     for (op, multiplier), ufunc in list(mitchell._ufuncs.items()):
@@ -90,10 +104,32 @@ def register() -> None:
 def add(op: str, multiplier: Multiplier, ufunc: Any) -> None:
     """Makes one ufunc known to Numba."""
     if _registered:
-        overload(ufunc, strict=False)(_element_wise(op, multiplier))
+
+        def of_arrays() -> None:
+            """In the ufunc's place: Numba makes a loop over scalars of what it knows to be a ufunc."""
+
+        overload(of_arrays, strict=False)(_element_wise(op, multiplier))
+        kind = next(kind for value, kind in reversed(builtin_registry.globals) if value is of_arrays)
+        builtin_registry.register_global(ufunc, kind)
 
 
 # What compiled code calls.
+
+
+def _function(context: Any, builder: Any, result: Any, arguments: list[Any], name: str) -> Any:
+    """A function of the library, by the table; compiled code raises where the table is of another kind or empty."""
+    word = ir.IntType(64)
+    kind = ir.ArrayType(word, len(_table))
+    table = builder.module.globals.get(_TABLE) or cgutils.add_global_variable(builder.module, kind, _TABLE)
+
+    def item(index: int) -> Any:
+        value = builder.load(builder.gep(table, [ir.Constant(word, 0), ir.Constant(word, index)]))
+        value.set_metadata("invariant.load", builder.module.add_metadata([]))
+        return value
+
+    with builder.if_then(builder.icmp_unsigned("!=", item(0), ir.Constant(word, _KIND)), likely=False):
+        context.call_conv.return_user_exc(builder, RuntimeError, (_ABSENT,))
+    return builder.inttoptr(item(1 + _SYMBOLS.index(name)), ir.FunctionType(result, arguments).as_pointer())
 
 
 def _parameters(op: str, multiplier: Multiplier) -> bytes:
@@ -126,17 +162,13 @@ def _handle(context: Any, builder: Any, op: str, multiplier: Multiplier) -> Any:
         made = cgutils.alloca_once(builder, pointer)
         builder.store(ir.Constant(pointer, None), made)
         status = ir.IntType(32)
-        create = cgutils.get_or_insert_function(
-            module, ir.FunctionType(status, [pointer, pointer]), "fastops_mitchell_create"
-        )
+        create = _function(context, builder, status, [pointer, pointer], "fastops_mitchell_create")
         builder.call(create, [builder.bitcast(constant, pointer), builder.bitcast(made, pointer)])
         new = builder.load(made)
         swapped = builder.cmpxchg(cell, ir.Constant(pointer, None), new, "acq_rel", "acquire")
         builder.store(new, found)
         with builder.if_then(builder.not_(builder.extract_value(swapped, 1)), likely=False):
-            destroy = cgutils.get_or_insert_function(
-                module, ir.FunctionType(ir.VoidType(), [pointer]), "fastops_mitchell_destroy"
-            )
+            destroy = _function(context, builder, ir.VoidType(), [pointer], "fastops_mitchell_destroy")
             builder.call(destroy, [new])
             builder.store(builder.extract_value(swapped, 0), found)
     return builder.load(found)
@@ -148,8 +180,8 @@ def _call_apply(
     """Calls fastops_mitchell_apply with pairs of address and stride."""
 
     pointer, word, status = cgutils.voidptr_t, ir.IntType(64), ir.IntType(32)
-    kind = ir.FunctionType(status, [pointer, status, status, *[pointer, word] * 3, word])
-    function = cgutils.get_or_insert_function(builder.module, kind, "fastops_mitchell_apply")
+    arguments = [pointer, status, status, *[pointer, word] * 3, word]
+    function = _function(context, builder, status, arguments, "fastops_mitchell_apply")
     return builder.call(
         function,
         [
@@ -167,12 +199,12 @@ def _element(op: str, multiplier: Multiplier, loop: tuple[str, str, int]) -> Any
 
     operand, result = from_dtype(np.dtype(loop[0])), from_dtype(np.dtype(loop[1]))
     quick = {Multiplier(): f"mitchell_{op}", Multiplier("lmul"): "lmul" if op == "mul" else ""}.get(multiplier, "")
-    if quick and loop[0] in ("f4", "f8"):
-        kind = "f32" if loop[0] == "f4" else "f64"
-        count = 2 if op in _BINARY else 1
-        return types.ExternalFunction(f"fastops_{quick}_{kind}", result(*[operand] * count))
+    quick = f"fastops_{quick}_{'f32' if loop[0] == 'f4' else 'f64'}" if quick and loop[0] in ("f4", "f8") else ""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if quick:
+            number = context.get_value_type(operand)
+            return builder.call(_function(context, builder, number, [number] * len(args), quick), args)
         places = [cgutils.alloca_once_value(builder, value) for value in args]
         places = [places[0], places[-1], cgutils.alloca_once(builder, context.get_value_type(result), zfill=True)]
         zero = ir.Constant(ir.IntType(64), 0)
@@ -216,6 +248,21 @@ def _row(op: str, multiplier: Multiplier, loop: tuple[str, str, int]) -> Any:
         return types.int32(a, position, position, b, position, position, out, position, position, position), generate
 
     return row
+
+
+@register_jitable
+def _bounds(x):  # type: ignore[no-untyped-def]
+    low = high = np.intp(x.ctypes.data)
+    for axis in range(x.ndim):
+        reach = x.strides[axis] * (x.shape[axis] - 1)
+        low, high = low + min(reach, 0), high + max(reach, 0)
+    return low, high + x.itemsize
+
+
+@register_jitable
+def _overlap(x, y):  # type: ignore[no-untyped-def]
+    (low, high), (first, last) = _bounds(x), _bounds(y)
+    return x.size > 0 and y.size > 0 and low < last and first < high
 
 
 # Element-wise operations.
@@ -360,14 +407,24 @@ def _on_arrays(
     new = _is_none(out)
 
     @register_jitable
+    def changes(x, to):  # type: ignore[no-untyped-def]
+        """Whether `to`, written from its beginning, changes elements of `x` that are still to be read."""
+        if not _overlap(x, to):
+            return False
+        return x.shape != to.shape or x.strides != to.strides or x.ctypes.data != to.ctypes.data or size != result_size
+
+    @register_jitable
     def into(a, b, shape, out):  # type: ignore[no-untyped-def]
         if new:
             to = np.empty(shape, result)
+            status = rows(a, b, to)
         else:
             to = out
             if to.shape != shape:
                 raise ValueError("out must have the shape of the result")
-        if rows(a, b, to) != 0:
+            # As NumPy: the result is that of the operands as they were.
+            status = rows(a.copy(), b.copy(), to) if changes(a, to) or changes(b, to) else rows(a, b, to)
+        if status != 0:
             raise MemoryError(_NO_MEMORY)
         return to
 
@@ -375,6 +432,9 @@ def _on_arrays(
 
         def binary(x1, x2, out=None):  # type: ignore[no-untyped-def]
             a, b = first(x1), second(x2)
+            for axis in range(1, 1 + min(a.ndim, b.ndim)):
+                if a.shape[-axis] != b.shape[-axis] and a.shape[-axis] != 1 and b.shape[-axis] != 1:
+                    raise ValueError("x1 and x2 must have shapes that broadcast with each other")
             return into(a, b, np.broadcast_shapes(a.shape, b.shape), out)
 
         return binary
@@ -545,28 +605,15 @@ def _matmul(a: Any, b: Any, multiplier: Multiplier, out: Any) -> Any:
             raise MemoryError(_NO_MEMORY)
         return to
 
-    @register_jitable
-    def bounds(x):  # type: ignore[no-untyped-def]
-        low = high = np.intp(x.ctypes.data)
-        for axis in range(x.ndim):
-            reach = x.strides[axis] * (x.shape[axis] - 1)
-            low, high = low + min(reach, 0), high + max(reach, 0)
-        return low, high + x.itemsize
-
-    @register_jitable
-    def overlap(x, y):  # type: ignore[no-untyped-def]
-        (low, high), (first, last) = bounds(x), bounds(y)
-        return x.size > 0 and y.size > 0 and low < last and first < high
-
     if new:
         check = register_jitable(lambda a, b, out: None)
     else:
 
         @register_jitable
         def check(a, b, out):  # type: ignore[no-untyped-def]
-            if overlap(out, a):
+            if _overlap(out, a):
                 raise ValueError("out must be memory apart from a, got an array that overlaps a")
-            if overlap(out, b):
+            if _overlap(out, b):
                 raise ValueError("out must be memory apart from b, got an array that overlaps b")
 
     def impl(a, b, multiplier=None, out=None):  # type: ignore[no-untyped-def]
@@ -599,8 +646,8 @@ def _matmul_call(multiplier: Multiplier, code: int) -> Any:
                     builder.store(builder.add(builder.load(place), base), place)
                 lists.append(builder.bitcast(places.data, pointer))
             shapes = [builder.bitcast(builder.gep(made[6].data, [ir.Constant(word, 4 * i)]), pointer) for i in range(3)]
-            kind = ir.FunctionType(status, [pointer, status, word, *[pointer] * 6])
-            function = cgutils.get_or_insert_function(builder.module, kind, "fastops_mitchell_matmul_flat")
+            arguments = [pointer, status, word, *[pointer] * 6]
+            function = _function(context, builder, status, arguments, "fastops_mitchell_matmul_flat")
             pairs = [item for pair in zip(lists, shapes, strict=True) for item in pair]
             handle = _handle(context, builder, "mul", multiplier)
             return builder.call(function, [handle, ir.Constant(status, code), count, *pairs])

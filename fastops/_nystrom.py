@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _validate
-from ._attention import Problem, floats
+from ._attention import Problem, floats, reshaped
 from ._validate import AnyArray, Text
 
 # Matrices of m x m are held whole.
 MAX_LANDMARKS = 4096
 # About the cut-off of six steps of the iteration: they multiply small singular values by 3.25 each.
-_RIDGE = 1 / 1178
+RIDGE = 1 / 1178
 _MOST_STEPS = 2**31 - 1
 
 
@@ -56,27 +56,52 @@ def prepare(
     """Options and arrays of a call, checked."""
     if _validate.boolean("causal", causal):
         raise _validate.not_offered("causal", "False, since the means of segments hold keys after a row's own", causal)
-    m = _validate.integer("num_landmarks", num_landmarks, 1, MAX_LANDMARKS)
-    steps = _validate.integer("iterations", iterations, 0, _MOST_STEPS)
-    solver = _validate.choice("pinv", pinv, ("newton", "ridge"))
-    if ridge is None:
-        added = _RIDGE
-    elif solver != "ridge":
-        raise _validate.wrong_value("ridge", f"None with pinv={solver!r}, which adds none", ridge)
-    else:
-        added = _validate.number("ridge", ridge, 0.0, open_low=True)
-    factor = p.d**-0.5 if scale is None else _validate.number("scale", scale, -np.inf, open_low=True)
-    start = _validate.choice("init", init, ("matrix", "batch"))
-    if solver == "ridge" and start == "batch":
-        raise _validate.wrong_value("init", "'matrix' with pinv='ridge', which begins nowhere", start)
-    divides = _validate.boolean("normalize", normalize)
+    made = options(p.d, num_landmarks, iterations, pinv, ridge, scale, init, normalize)
     mask = _mask(p, key_mask)
     taps = _taps(p, conv_weight)
     pair: list[AnyArray] | list[None] = [None, None]
     if landmarks is not None:
         pair = _landmarks(p, landmarks)
-        m = pair[0].shape[2]
-    return NystromOptions(m, steps, solver, added, factor, start == "batch", divides), NystromExtras(mask, taps, *pair)
+        made = made._replace(landmarks=pair[0].shape[2])
+    return made, NystromExtras(mask, taps, *pair)
+
+
+def options(
+    d: int,
+    num_landmarks: object,
+    iterations: object,
+    pinv: object,
+    ridge: object,
+    scale: object,
+    init: object,
+    normalize: object,
+) -> NystromOptions:
+    """The options, checked, for rows of `d` numbers."""
+    m = _validate.integer("num_landmarks", num_landmarks, 1, MAX_LANDMARKS)
+    steps = _validate.integer("iterations", iterations, 0, _MOST_STEPS)
+    solver = _validate.choice("pinv", pinv, ("newton", "ridge"))
+    if ridge is None:
+        added = RIDGE
+    elif solver != "ridge":
+        raise _validate.wrong_value("ridge", f"None with pinv={solver!r}, which adds none", ridge)
+    else:
+        added = _validate.number("ridge", ridge, 0.0, open_low=True)
+    factor = d**-0.5 if scale is None else _validate.number("scale", scale, -np.inf, open_low=True)
+    start = _validate.choice("init", init, ("matrix", "batch"))
+    if solver == "ridge" and start == "batch":
+        raise _validate.wrong_value("init", "'matrix' with pinv='ridge', which begins nowhere", start)
+    divides = _validate.boolean("normalize", normalize)
+    return NystromOptions(m, steps, solver, added, factor, start == "batch", divides)
+
+
+def kernel_size(conv_kernel_size: object) -> int | None:
+    """The taps of a layer's convolution."""
+    if conv_kernel_size is None:
+        return None
+    size = _validate.integer("conv_kernel_size", conv_kernel_size, 1)
+    if not size % 2:
+        raise _validate.wrong_value("conv_kernel_size", "an odd number", size)
+    return size
 
 
 def _mask(p: Problem, value: object) -> AnyArray | None:
@@ -85,12 +110,14 @@ def _mask(p: Problem, value: object) -> AnyArray | None:
         return None
     mask = _validate.array("key_mask", value)
     if mask.dtype != np.bool_:
-        raise _validate.wrong_type("key_mask", "of dtype bool (True where a key counts)", Text(str(mask.dtype)))
+        raise _validate.wrong_type("key_mask", "of dtype bool (True where a key counts)", _validate.dtype_of(mask))
     wanted = (*p.batch, p.nk)
     if mask.shape != wanted:
+        way = reshaped(mask, [wanted])
+        hint = f" ({way})" if way else ", one for all heads of a sample"
         raise _validate.wrong_value(
             "key_mask",
-            f"of shape {_validate.clip(str(wanted), 40)}, one for all heads of a sample",
+            f"of shape {_validate.clip(str(wanted), 40)}{hint}",
             Text(_validate.clip(str(mask.shape), 40)),
         )
     p.inputs["key_mask"] = mask

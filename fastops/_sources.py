@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, cast
 
-from ._rule import DecodeError
+from ._rule import UTF8_BOM, DecodeError
 from ._validate import Text, wrong_type
 
 PIECE = 2**20
@@ -627,7 +627,7 @@ def jsonl(name: str, blocks: Iterable[bytes], field: str, errors: str) -> Iterat
         batch = []
         for line in run.split(b"\n"):
             number += 1
-            record = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            record = line.removeprefix(UTF8_BOM) if number == 1 else line
             if record and not record.isspace():
                 batch.append(encoded(_field(name, number, offset, record, field, errors)))
             offset += len(line) + 1
@@ -683,7 +683,9 @@ def arrow_documents(array: Any, most: int = PIECE) -> Iterator[list[bytes]]:
         valid = None if not chunk.null_count else chunk.is_valid().to_numpy(zero_copy_only=False)
         start = 0
         while start < len(chunk):
-            stop = max(int(np.searchsorted(offsets, offsets[start] + most, "right")) - 1, start + 1)
+            # In the dtype of the offsets, which another one would copy, and in which the sum may overflow.
+            end = offsets.dtype.type(min(int(offsets[start]) + most, int(offsets[-1])))
+            stop = max(int(np.searchsorted(offsets, end, "right")) - 1, start + 1)
             stop = min(stop, start + 2**16, len(chunk))
             cuts = offsets[start : stop + 1].tolist()
             batch = [bytes(view[a:b]) for a, b in itertools.pairwise(cuts)]

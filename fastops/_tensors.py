@@ -109,7 +109,31 @@ EG_ROLES = _step_roles()
 ADAPTIVE_EG_ROLES = _step_roles("momentum", "update", "gain")
 
 
-class TensorList(Sequence[Any]):
+class FixedList(Sequence[Any]):
+    """Tensors that stay those of a list, whatever becomes of their contents."""
+
+    __slots__ = ("_arrays",)
+
+    _arrays: tuple[Any, ...]
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._arrays[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._arrays)
+
+    def __repr__(self) -> str:
+        package = type(self).__module__.rpartition("._")[0]
+        return f"<{package}.{type(self).__name__} of {len(self._arrays)} arrays>"
+
+    def __reduce__(self) -> Any:
+        raise _validate.no_pickle("a TensorList", "it stands for memory of this process; pickle a list of its arrays")
+
+
+class TensorList(FixedList):
     """A list of tensors that many calls use: it keeps them alive, and the native backend what it knows of them.
 
     Give it wherever a function takes a list of arrays. Each call verifies, from the fields of the array objects, that every
@@ -145,7 +169,7 @@ class TensorList(Sequence[Any]):
     array([0.5, 0.5, 0.5], dtype=float32)
     """
 
-    __slots__ = ("_arrays", "_busy", "_plan", "_verify")
+    __slots__ = ("_busy", "_plan", "_verify")
 
     def __init__(self, arrays: Iterable[Any], *, verify: bool = True) -> None:
         self._arrays = tuple(as_list("arrays", arrays))
@@ -165,21 +189,6 @@ class TensorList(Sequence[Any]):
         >>> fastops.TensorList([np.zeros(3)], verify=False).refresh()
         """
         self._plan = None
-
-    def __len__(self) -> int:
-        return len(self._arrays)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._arrays[index]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._arrays)
-
-    def __repr__(self) -> str:
-        return f"<fastops.TensorList of {len(self._arrays)} arrays>"
-
-    def __reduce__(self) -> Any:
-        raise _validate.no_pickle("a TensorList", "it stands for memory of this process; pickle a list of its arrays")
 
 
 @contextlib.contextmanager
@@ -203,7 +212,7 @@ def as_list(name: str, value: object) -> list[Any]:
     """The tensors of an argument: those of a list, tuple, `TensorList` or other iterable; an array alone is a list of one."""
     if isinstance(value, (list, tuple)):
         return list(value)
-    if isinstance(value, TensorList):
+    if isinstance(value, FixedList):
         return list(value._arrays)
     if isinstance(value, (str, bytes, dict, set, frozenset)):
         raise _validate.wrong_type(name, "a list of arrays", value)
@@ -269,7 +278,7 @@ def _from_torch(name: str, tensor: Any) -> AnyArray:
         raise _validate.wrong_type(name, "of a dtype that NumPy knows", Text("bfloat16 without ml_dtypes"))
     try:
         plain = tensor.detach()
-        if not _within_storage(plain):
+        if not within_storage(plain):
             raise _validate.wrong_value(name, "a tensor whose storage holds its elements", Text("one resized to fewer"))
         if bfloat16 is not None:
             import torch
@@ -285,7 +294,7 @@ def _from_torch(name: str, tensor: Any) -> AnyArray:
         ) from None
 
 
-def _within_storage(tensor: Any) -> bool:
+def within_storage(tensor: Any) -> bool:
     """Whether a tensor's storage, which can be resized under it, holds all its elements."""
     if not tensor.numel():
         return True
@@ -306,7 +315,7 @@ def are_plain(tensors: Iterable[Any]) -> bool:
         reach = map(operator.add, map(kind.storage_offset, listed), map(kind.numel, listed))
         needed = map(operator.mul, reach, map(kind.element_size, listed))
         return all(
-            (dense and want <= have) or _within_storage(tensor)
+            (dense and want <= have) or within_storage(tensor)
             for tensor, dense, want, have in zip(listed, map(kind.is_contiguous, listed), needed, held, strict=True)
         )
     return False

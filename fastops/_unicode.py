@@ -46,10 +46,12 @@ _CASE_CATEGORIES = (
 
 
 def _two_stages(values: NDArray[Any]) -> tuple[NDArray[np.uint16], NDArray[Any]]:
-    places: dict[bytes, int] = {}
     rows = values.reshape(-1, _PAGE)
-    which = [places.setdefault(row.tobytes(), len(places)) for row in rows]
-    return np.array(which, np.uint16), np.frombuffer(b"".join(places), values.dtype)
+    places = {bytes(rows[0].nbytes): 0}
+    which = np.zeros(len(rows), np.uint16)
+    for page in np.flatnonzero(rows.any(axis=1)).tolist():  # most pages are all zeros
+        which[page] = places.setdefault(rows[page].tobytes(), len(places))
+    return which, np.frombuffer(b"".join(places), values.dtype)
 
 
 def _code_points(codes: range = range(sys.maxunicode + 1)) -> str:
@@ -69,15 +71,21 @@ def _beside_sigma(cased_or_not: list[str]) -> tuple[list[int], list[int]]:
     return cased, ignored
 
 
-@lru_cache(maxsize=2)
-def classes(case: bool) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
-    """White space and letters of every code point, and with `case` what stands beside a sigma."""
+@lru_cache(maxsize=4)
+def classes(letters: bool, case: bool) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
+    """White space of every code point, with `letters` these too, with `case` what stands beside a sigma."""
     values = np.zeros(sys.maxunicode + 1, np.uint8)
     for codes in _ASSIGNED:
         characters = _code_points(codes)
-        for pattern, bit in ((r"\s+", SPACE), (r"\w+", WORD)):
-            for match in re.finditer(pattern, characters):
-                values[codes.start + match.start() : codes.start + match.end()] |= bit
+        # What str.split leaves lies between the white space; the characters are in order.
+        place = codes.start
+        for piece in characters.split():
+            values[place : ord(piece[0])] = SPACE
+            place = ord(piece[-1]) + 1
+        values[place : codes.stop] = SPACE
+        if letters:
+            for match in re.finditer(r"\w+", characters):
+                values[codes.start + match.start() : codes.start + match.end()] |= WORD
     if case:
         category = unicodedata.category
         lettered = _code_points(_LETTERED) + _code_points(_TAGS)

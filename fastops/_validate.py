@@ -8,6 +8,7 @@ contents of an array.
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -64,6 +65,11 @@ def describe(value: object) -> str:
     return f"an object of type {clip(type(value).__name__)}"
 
 
+def dtype_of(x: AnyArray) -> object:
+    """What came where an array of another dtype was wanted: that dtype, or what is no array at all."""
+    return x.item() if x.dtype == object and not x.ndim else Text(clip(str(x.dtype), 40))
+
+
 def clip(text: str, most: int = _MAX_TEXT) -> str:
     """The text, or its beginning and a mark where it is longer than `most` characters."""
     return text if len(text) <= most else text[: most - 3] + "..."
@@ -117,6 +123,11 @@ def choice(name: str, value: object, choices: Sequence[str]) -> str:
     if not isinstance(value, str):
         raise wrong_type(name, " or ".join(repr(item) for item in choices), value)
     raise wrong_choice(name, choices, value)
+
+
+def default_workers() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def integer(name: str, value: object, low: int, high: int = MAX_COUNT) -> int:
@@ -220,7 +231,7 @@ def float_arrays(**values: object) -> list[AnyArray]:
         return list(arrays.values())
     for name, item in arrays.items():
         if item.dtype.newbyteorder("=") not in FLOAT_DTYPES:
-            raise wrong_type(name, FLOAT_NAMES, Text(clip(str(item.dtype))))
+            raise wrong_type(name, FLOAT_NAMES, dtype_of(item))
     try:
         dtype = np.result_type(*(item.dtype for item in arrays.values()))
     except TypeError:  # float16 and bfloat16 have none
@@ -237,7 +248,7 @@ def byte_array(name: str, value: object) -> AnyArray:
     """`value` as a uint8 or int8 array."""
     result = array(name, value)
     if result.dtype not in (np.dtype(np.uint8), np.dtype(np.int8)):
-        raise wrong_type(name, "uint8 or int8", Text(clip(str(result.dtype))))
+        raise wrong_type(name, "uint8 or int8", dtype_of(result))
     return result
 
 
@@ -245,7 +256,7 @@ def table(name: str, value: object) -> tuple[AnyArray, int]:
     """`value` as a C-contiguous (256, 256) array of int32 (int64 where an entry exceeds it), and the largest magnitude."""
     result = array(name, value)
     if result.dtype.kind not in "iu":
-        raise wrong_type(name, "an integer array", Text(clip(str(result.dtype))))
+        raise wrong_type(name, "an integer array", dtype_of(result))
     if result.shape != (256, 256):
         raise wrong_value(name, "of shape (256, 256)", Text(str(result.shape)))
     try:

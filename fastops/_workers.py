@@ -21,8 +21,8 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from multiprocessing import connection, reduction
 from typing import Any, Self, TypeVar, overload
 
@@ -217,6 +217,29 @@ def _one_line(problem: BaseException) -> str:
     return _validate.clip(f"{type(problem).__name__}: {problem}".partition("\n")[0], 160)
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the end: half a process, half started or half ended, would be left behind.
+
+    A process that is started inside inherits that SIGINT is blocked, and cannot answer Ctrl-C with a traceback before it
+    ignores it. To block it here does not do: another thread of the program may take the signal.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    came: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda *about: came.append(about))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])
+
+
 class Crew:
     """Worker processes that run one job; a context manager that leaves none behind.
 
@@ -259,26 +282,26 @@ class Crew:
         return self
 
     def __exit__(self, *error: object) -> None:
-        while self._workers:
-            worker = self._workers.pop()
-            worker.end()
-        while self._files:
-            os.close(self._files.pop())
+        with _uninterrupted():
+            while self._workers:
+                self._workers.pop().end()
+            while self._files:
+                os.close(self._files.pop())
 
     def _start(self) -> None:
-        shared = None
-        if self._tables:
-            shared = _anonymous()
-            self._files.append(shared)
-        # Ctrl-C is for the parent: a worker that is being started must not answer it with a traceback.
-        main = threading.current_thread() is threading.main_thread()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if main else None
-        try:
-            worker = _Worker(self._context, len(self._workers) + 1, shared)
-            self._workers.append(worker)
-        finally:
-            if before is not None:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with _uninterrupted():
+            shared = None
+            if self._tables:
+                shared = _anonymous()
+                self._files.append(shared)
+            unset = multiprocessing.get_start_method(allow_none=True) is None
+            try:
+                worker = _Worker(self._context, len(self._workers) + 1, shared)
+                self._workers.append(worker)
+            finally:
+                # To start one by spawn settles multiprocessing's own default, fork, as if the program had asked for it.
+                if unset:
+                    multiprocessing.set_start_method(None, force=True)
         worker.channel.send(self._job)
 
     def run(
@@ -564,8 +587,12 @@ def _exactly(channel: socket.socket, size: int) -> bytearray:
 
 
 def _write(channel: socket.socket, message: bytes) -> None:
-    channel.sendall(_LENGTH.pack(len(message)))
-    channel.sendall(message)
+    length = _LENGTH.pack(len(message))
+    if len(message) < _AHEAD:
+        channel.sendall(length + message)  # comes whole, whenever the worker is stopped
+    else:
+        channel.sendall(length)
+        channel.sendall(message)
 
 
 class _Apply:
@@ -669,7 +696,11 @@ def parallel_apply(
         raise _validate.wrong_type("func", "callable", func)
     if not isinstance(iterable, Iterable):
         raise _validate.wrong_type("iterable", "an iterable", iterable)
-    count = default_workers() if workers is None else _validate.integer("workers", workers, 1, _validate.MAX_THREADS)
+    count = (
+        _validate.default_workers()
+        if workers is None
+        else _validate.integer("workers", workers, 1, _validate.MAX_THREADS)
+    )
     if callback is not None and not callable(callback):
         raise _validate.wrong_type("callback", "callable or None", callback)
     ordered = _validate.boolean("ordered", ordered)
@@ -680,12 +711,15 @@ def parallel_apply(
     results = _results(job, iterable, count, ordered, timeout)
     if callback is None:
         return results
-    for result in results:
-        callback(result)
+    with closing(results):
+        for result in results:
+            callback(result)
     return None
 
 
-def _results(job: bytes, iterable: Iterable[Any], workers: int, ordered: bool, timeout: float | None) -> Iterator[Any]:
+def _results(
+    job: bytes, iterable: Iterable[Any], workers: int, ordered: bool, timeout: float | None
+) -> Generator[Any, None, None]:
     due = 0
     early: dict[int, bytes] = {}
 
@@ -710,8 +744,3 @@ def _loaded(index: int, answer: bytes) -> Any:
         return pickle.loads(answer)
     except Exception as problem:
         raise TypeError(f"the result of item {index} cannot be unpickled: {_one_line(problem)}") from problem
-
-
-def default_workers() -> int:
-    """The CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,7 +13,6 @@ import numpy as np
 _POINTS = 2000
 _INK = "#333333"
 _COLOUR = "#2a7fbf"
-KINDS = (".png", ".svg")
 
 
 def picture(counts: Sequence[int] | np.ndarray[Any, Any], words: Sequence[str], kind: str) -> bytes:

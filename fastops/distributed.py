@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from . import _backend as _backends
 from . import _counting, _sources, _validate
 from ._backend import backend as _backend
-from ._rule import Rule, WorkerDied
+from ._rule import WorkerDied
 from ._validate import Text
 from .wordcount import Progress, _files, _of_records, _options, _result, rule_of
 
@@ -212,11 +212,6 @@ class _Task:
 
     def __init__(self, job: _counting._FileJob) -> None:
         self._job = job
-
-    @property
-    def rule(self) -> Rule:
-        """How words are counted."""
-        return self._job.rule
 
     def __call__(self, parts: list[Part]) -> tuple[list[bytes], int, list[Any]]:
         table, completed, skipped = _counting.count_parts(self._job, parts)

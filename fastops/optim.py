@@ -12,7 +12,7 @@ import numpy as np
 
 from . import _dlpack, _validate
 from ._backend import backend as _backend
-from ._tensors import AdamStep, EgStep, SgdStep, TensorList, as_list
+from ._tensors import AdamStep, EgStep, FixedList, SgdStep, as_list
 from ._validate import AnyArray, Text
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _is_sequence(value: object) -> bool:
 
 def _sized(name: str, tensors: Tensors) -> tuple[Tensors, int]:
     """The tensors as something that can be read more than once, and how many they are."""
-    many = tensors if isinstance(tensors, (list, tuple, TensorList)) else as_list(name, tensors)
+    many = tensors if isinstance(tensors, (list, tuple, FixedList)) else as_list(name, tensors)
     return many, len(many)
 
 

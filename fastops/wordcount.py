@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from . import _validate
-from ._counts import Tokenizer, WordCounts, check_texts, keys_of
+from ._counts import Tokenizer, WordCounts, keys_of
 from ._rule import DOCUMENTS, ERRORS, LOWERCASE, NORMALIZE, TOKENIZERS, DecodeError, Rule, TokenTooLong, WorkerDied
 from ._validate import Text
 
@@ -259,7 +259,6 @@ def count_words(
     )
     least = _validate.integer("min_count", min_count, 1)
     options = _options(approx, doc_freq, max_output_bytes, memory_limit, on_error, progress, timeout, workers)
-    check_texts("texts", texts)
     from ._counting import count_texts
 
     table, skipped = count_texts(texts, rule, function, options)

@@ -43,6 +43,43 @@ def pool_threads(at_least=0):
         time.sleep(0.01)
 """
 
+# Pieces for `run`: Ctrl-C on a call, and the end of a child of the child.
+INTERRUPT = """
+import signal, threading
+sent = None
+def send():
+    global sent
+    sent = time.monotonic()
+    os.kill(os.getpid(), signal.SIGINT)
+def interrupted(name, after, call):
+    # The call ends within 300 ms of Ctrl-C, or later where others crowd the CPUs.
+    timer = threading.Timer(after, send)
+    timer.start()
+    try:
+        call()
+        seen = None
+    except KeyboardInterrupt:
+        seen = time.monotonic()
+    timer.join()
+    assert seen is not None, "the call ended by itself: too short for this test" if sent is None else "not interrupted"
+    crowd = max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+    print(f"{name}: {1e3 * (seen - sent):.0f} ms, {crowd:.1f} runnable threads a CPU")
+    assert seen - sent < 0.3 * crowd, seen - sent
+"""
+END = """
+def end(child, seconds=10.0):
+    # The exit status of a child; "hangs" where it does not end.
+    stop = time.monotonic() + seconds
+    while time.monotonic() < stop:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return "hangs"
+"""
+
 
 def run(
     *code: str,

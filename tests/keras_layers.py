@@ -29,6 +29,8 @@ LAYERS = {
     "linear-favor": (fk.LinearAttention, {"feature_map": "favor", "num_features": 24, "seed": 3}),
     "linear-shared": (fk.LinearAttention, {"num_key_value_heads": 1, "value_dim": 3, "output_shape": 5}),
     "nystrom": (fk.NystromAttention, {"num_landmarks": 4}),
+    "nystrom-ridge": (fk.NystromAttention, {"num_landmarks": 4, "pinv": "ridge", "ridge": 0.01, "scale": 0.75}),
+    "nystrom-normalized": (fk.NystromAttention, {"num_landmarks": 4, "init": "batch", "normalize": True}),
     "nystrom-conv": (fk.NystromAttention, {"num_landmarks": 4, "conv_kernel_size": 3, "pinv": "ridge"}),
 }
 KINDS = [fk.SoftmaxAttention, fk.LinearAttention, fk.NystromAttention]
@@ -303,6 +305,9 @@ def test_symbolic_shapes(kind: Any) -> None:
         (fk.LinearAttention, {"decay": [-1.0, 1.0]}, "decay must be a finite number in"),
         (fk.LinearAttention, {"causal": 1}, "causal must be True or False, got 1"),
         (fk.NystromAttention, {"conv_kernel_size": 4}, "conv_kernel_size must be an odd number, got 4"),
+        (fk.NystromAttention, {"ridge": 0.1}, "ridge must be None with pinv='newton'"),
+        (fk.NystromAttention, {"pinv": "ridge", "init": "batch"}, "init must be 'matrix' with pinv='ridge'"),
+        (fk.NystromAttention, {"num_landmarks": 5000}, "num_landmarks must be an integer in [1, 4096], got 5000"),
         (fk.NystromAttention, {"pinv": "svd"}, "pinv must be 'newton' or 'ridge', got 'svd'"),
         (fk.SoftmaxAttention, {"logn": "rows"}, "logn must be 'keys', got 'rows'"),
         (fk.SoftmaxAttention, {"output_shape": 0}, "output_shape must be an integer >= 1, got 0"),

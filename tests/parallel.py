@@ -20,6 +20,14 @@ def pid(item: Any) -> int:
     return os.getpid()
 
 
+MARK = "as imported"
+
+
+def mark(item: Any) -> str:
+    """A worker that was forked has what its parent put here."""
+    return MARK
+
+
 def fails_at_3(item: int) -> int:
     if item == 3:
         raise ValueError(f"no good: {item}")

@@ -6,7 +6,8 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -1170,3 +1171,50 @@ def test_a_step_without_query_heads_changes_nothing(ops: ModuleType) -> None:
     with pytest.raises(ValueError, match="q must be"):
         ops.linear_attention_step_(q, k, k, state)
     assert not state[1].any()
+
+
+@pytest.mark.parametrize(
+    ("offsets", "got"),
+    [([0, 3, 5], "5 as the last"), ([1, 6], "1 as the first"), ([0, 4, 3, 6], "3 after 4"), ([0, 7], "7 as the last")],
+)
+def test_offsets_say_what_is_wrong(offsets: list[int], got: str) -> None:
+    x = np.ones((1, 2, 6, 4))
+    for function in (fastops.linear_attention, fastops.softmax_attention):
+        with pytest.raises(ValueError, match=rf"^cu_seqlens must be offsets that rise from 0 to 6, got {got}$"):
+            function(x, x, x, cu_seqlens=offsets)
+    with pytest.raises(ValueError, match=r"^cu_seqlens must be offsets that rise from 0 to 6, got none$"):
+        fastops.linear_attention(x, x, x, cu_seqlens=np.empty(0, np.int64))
+
+
+@pytest.mark.parametrize(("value", "got"), [(None, "None"), ({}, "an object of type dict"), ([None], "object")])
+def test_what_is_no_array_is_named_as_it_came(value: Any, got: str) -> None:
+    x = np.ones((1, 2, 6, 4))
+    calls: dict[str, Callable[[], object]] = {
+        "k": lambda: fastops.linear_attention(x, value, x),
+        "q": lambda: fastops.softmax_attention(value, x, x),
+        "v": lambda: fastops.nystrom_attention(x, x, value),
+        "a": lambda: fastops.mitchell_matmul(value, x),
+        r"state\[0\]": lambda: fastops.linear_attention_step_(x[0, 0], x[0, 0], x[0, 0], (value, value)),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=rf"^{name} must be .*float\d\d, got {got}$"):
+            call()
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1, 3), (1, 1, 4, 3), (1, 4, 6, 3), (2, 1, 4, 3)])
+def test_a_step_of_grouped_heads_names_its_axis_of_tokens(shape: tuple[int, ...]) -> None:
+    q = np.ones(shape)
+    k = np.ones(tuple(2 if n == 4 else n for n in shape))
+    state = np.ones((shape[0], 2, 3, 3)), np.ones((shape[0], 2, 3))
+    with pytest.raises(ValueError, match=rf"^q, k and v must be .* an axis of tokens, got {re.escape(str(shape))}$"):
+        fastops.linear_attention_step_(q, k, k, state)
+
+
+def test_a_mask_with_axes_of_length_1_says_how_to_take_them_off() -> None:
+    x = np.ones((2, 2, 6, 4))
+    mask = np.ones((2, 1, 1, 6), bool)
+    for function in (fastops.linear_attention, fastops.softmax_attention, fastops.nystrom_attention):
+        with pytest.raises(
+            ValueError, match=r"^key_mask must be of shape \(2, 6\).* \(its reshape\(\(2, 6\)\)\), got \(2, 1, 1, 6\)$"
+        ):
+            function(x, x, x, key_mask=mask)

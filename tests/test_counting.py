@@ -15,6 +15,7 @@ import random
 import threading
 import time
 import unicodedata
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -227,6 +228,30 @@ def test_a_skipped_file_leaves_nothing(workers: int, tokenizer: Any, files: list
 
 
 @pytest.mark.usefixtures("over_backend")
+def test_counters_of_failed_inputs_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / str(i) for i in range(20)]
+    for path in paths:
+        path.write_bytes(b"\xff\n")
+    texts = [b"\xff" * 2**20 for _ in range(20)]
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
+    make = _counting._backend.word_counter
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal most
+        counter = make(*args, **options)
+        alive.add(counter)
+        most = max(most, len(alive))
+        return counter
+
+    monkeypatch.setattr(_counting._backend, "word_counter", counted)
+    rule, options = Rule(errors="strict"), Options(workers=1, on_error="skip")
+    assert len(count_sources(paths, rule, None, options)[1]) == 20
+    assert len(count_texts(texts, rule, None, options)[1]) == 20
+    assert most < 5
+
+
+@pytest.mark.usefixtures("over_backend")
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("tokenizer", [None, Shorten])
 @pytest.mark.parametrize("workers", [1, 2])
@@ -425,8 +450,8 @@ def test_timeout(workers: int, tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "large"
     path.write_bytes(b"some words and more words\n" * 1_000_000)
     if tokenizer is None or workers > 1:
-        with pytest.raises(TimeoutError, match=r"timeout=0\.1 s"):
-            count_sources(path, Rule("word", ngrams=(1, 3)), tokenizer, Options(workers=workers, timeout=0.1))
+        with pytest.raises(TimeoutError, match=r"timeout=0\.01 s"):
+            count_sources(path, Rule("word", ngrams=(1, 3)), tokenizer, Options(workers=workers, timeout=0.01))
     assert time.monotonic() - start < 30
     assert threading.active_count() == before
 

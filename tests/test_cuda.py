@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -216,6 +218,22 @@ def exported(array: Any) -> Any:
 def test_bfloat16_comes_by_dlpack(shim: Shim) -> None:
     a, b = sample("bf16", 50, 1), sample("bf16", 50, 2)
     assert_same_bits(shim.get(cuda.mitchell_mul(exported(a), exported(b))), expected("mul", a, b))
+
+
+def test_dlpack_speaks_the_version_that_is_asked_for(shim: Shim) -> None:
+    result = cuda.mitchell_square(Fake(np.arange(6, dtype=np.float32).reshape(2, 3)))
+    for options, name in (
+        ({}, "dltensor"),
+        ({"max_version": (0, 8)}, "dltensor"),
+        ({"max_version": (1, 0), "dl_device": (2, 0), "copy": False}, "dltensor_versioned"),
+    ):
+        capsule = result.__dlpack__(stream=-1, **options)
+        assert f'"{name}"' in repr(capsule)
+        data, shape, *_ = _runtime.module().from_dlpack(capsule)
+        assert (data, shape) == (result._memory.address, (2, 3))
+    for options in ({"copy": True}, {"dl_device": (1, 0)}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            result.__dlpack__(**options)
 
 
 # --- streams and devices -----------------------------------------------------------------------------------------------------
@@ -668,7 +686,8 @@ def test_sgd_has_the_bits_of_the_cpu(gpu: Any, fused: Any, p: str, g: str) -> No
         check_lists(gpu, *steps, *lists, lr=0.1, **options)
 
 
-def test_a_list_is_read_anew_in_every_call_unless_it_says_not_to(shim: Shim) -> None:
+@pytest.mark.parametrize("decay", [0.5, [0.5]])
+def test_a_list_is_read_anew_in_every_call_unless_it_says_not_to(shim: Shim, decay: Any) -> None:
     first, second = np.zeros(5, np.float32), np.zeros(5, np.float32)
     params = [ones(5)]
     for verify, moved in ((True, second), (False, first)):
@@ -676,13 +695,13 @@ def test_a_list_is_read_anew_in_every_call_unless_it_says_not_to(shim: Shim) -> 
         tensor = FakeTensor(first)
         shadows = cuda.TensorList([tensor], verify=verify)
         kept = cuda.TensorList(params, verify=verify)
-        cuda.ema_update_(shadows, kept, 0.5, stream=1)
+        cuda.ema_update_(shadows, kept, decay, stream=1)
         assert first[0] == 0.5
         tensor.array = second
-        cuda.ema_update_(shadows, kept, 0.5, stream=1)
+        cuda.ema_update_(shadows, kept, decay, stream=1)
         assert (first[0], second[0]) == ((0.5, 0.5) if moved is second else (0.75, 0.0))
         shadows.refresh()
-        cuda.ema_update_(shadows, kept, 0.5, stream=1)
+        cuda.ema_update_(shadows, kept, decay, stream=1)
         assert second[0] == (0.75 if moved is second else 0.5)
 
 
@@ -697,6 +716,41 @@ def test_plans_are_shared_by_calls_with_the_same_memory(shim: Shim) -> None:
     assert native.plan(roles, ([ones(5), ones(6)], lists[1]), _arrays.describe, 1) is not plan
     native.forget_plans()
     assert native.plan(roles, lists, _arrays.describe, 1) is not plan
+
+
+def test_a_list_is_gone_with_its_last_reference(shim: Shim) -> None:
+    """Not when the collector runs: that may be long after the GPU's memory was wanted."""
+    arrays = [Fake(np.ones(3, np.float32)) for _ in range(2)]
+    params, shadows = (cuda.TensorList([x], verify=False) for x in arrays)
+    before = [weakref.ref(x) for x in arrays]
+    gc.disable()
+    try:
+        cuda.ema_update_(shadows, params, 0.5, stream=1)
+        del params, shadows, arrays
+        assert [x() for x in before] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_a_tensor_alone_is_a_list_also_where_it_refuses_the_interface(shim: Shim) -> None:
+    class Recorded(FakeTensor):
+        """As torch's tensors with requires_grad."""
+
+        requires_grad = True
+
+        @property
+        def __cuda_array_interface__(self) -> Any:
+            raise RuntimeError("requires grad")
+
+        def __len__(self) -> int:
+            raise AssertionError("it is no list")
+
+        def __dlpack__(self, **_: object) -> Any:
+            raise AssertionError("nor exported")
+
+    p, s = np.ones(3, np.float32), np.zeros(3, np.float32)
+    cuda.ema_update_(Fake(s), Recorded(p), 0.75, stream=1)
+    assert s.tolist() == [0.25] * 3
 
 
 def test_lists_that_do_not_fit_are_refused_before_anything_is_written(shim: Shim) -> None:

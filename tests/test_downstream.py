@@ -115,6 +115,24 @@ def test_cxx_program_computes_what_python_does(tmp_path: Path) -> None:
     assert numbers(text, "attention") == wanted.ravel().tolist()
 
 
+STANDARDS = [("cc", f"c{n}") for n in ("99", "11", "17", "2x")] + [("c++", f"c++{n}") for n in ("17", "20", "2b")]
+
+
+@pytest.mark.parametrize(("compiler", "standard"), STANDARDS)
+def test_header_has_no_warnings(compiler: str, standard: str, tmp_path: Path) -> None:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    source = tmp_path / ("header.c" if compiler == "cc" else "header.cpp")
+    source.write_text(
+        "#include <fastops/fastops.h>\nint main(void) { return fastops_abi_version() == FASTOPS_ABI_VERSION ? 0 : 1; }\n"
+    )
+    # As a header of one's own: warnings of system headers would be hidden.
+    warnings = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-Wshadow", "-Wconversion", "-Wundef"]
+    own = ["-Wstrict-prototypes", "-Wc++-compat"] if compiler == "cc" else ["-Wold-style-cast", "-fno-exceptions"]
+    include = folder("--include-dir")
+    run([compiler, f"-std={standard}", *warnings, *own, f"-I{include}", "-c", source, "-o", tmp_path / "header.o"])
+
+
 def test_version_that_is_not_there_is_refused(tmp_path: Path) -> None:
     if shutil.which("cmake") is None:
         pytest.skip("cmake is not installed")

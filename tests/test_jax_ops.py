@@ -688,7 +688,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "offsets": (
         lambda: fj.linear_attention(X[None], X[None], X[None], cu_seqlens=np.array([0, 2, 1, 3])),
         ValueError,
-        r"^cu_seqlens must be offsets that rise from 0 to 3, got others$",
+        r"^cu_seqlens must be offsets that rise from 0 to 3, got 1 after 2$",
     ),
     "state": (
         lambda: fj.linear_attention(X, X, X, initial_state=STATE[::-1]),

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -161,6 +164,72 @@ def test_arrays_go_to_out(native: ModuleType) -> None:
             into(x, x, wrong)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int16])
+def test_out_that_overlaps_is_as_numpy_has_it(dtype: type, native: ModuleType) -> None:
+    @numba.njit
+    def into(x, y, out):  # type: ignore[no-untyped-def]
+        return fastops.mitchell_mul(x, y, out)
+
+    @numba.njit
+    def root(x, out):  # type: ignore[no-untyped-def]
+        return fastops.mitchell_square(x, out)
+
+    wide = fastops.mitchell_mul(dtype(1), dtype(1)).dtype
+    views: dict[str, Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]] = {
+        "itself": lambda m: (m, m, m),
+        "shifted": lambda m: (m[:-1], m[:-1], m[1:]),
+        "shifted back": lambda m: (m[1:], m[1:], m[:-1]),
+        "reversed": lambda m: (m, m, m[::-1]),
+        "transposed": lambda m: (m, m, m.T),
+        "a row of it": lambda m: (m[3], m, m),
+        "every second": lambda m: (m[::2], m[::2], m[1::2]),
+        "a number of it": lambda m: (m[0, 1], m, m),
+    }
+    for name, view in views.items():
+        memory, wanted = (np.arange(1, 65).reshape(8, 8).astype(wide) for _ in range(2))
+        if wide == dtype:
+            into(*view(memory))
+            x, y, out = view(wanted)
+            fastops.mitchell_mul(x, y, out=out)
+            np.testing.assert_array_equal(memory, wanted, err_msg=name)
+            root(view(memory)[1], view(memory)[2])
+            fastops.mitchell_square(view(wanted)[1], out=view(wanted)[2])
+            np.testing.assert_array_equal(memory, wanted, err_msg=name)
+        else:
+            # Operands of half the width, in the same memory.
+            narrow, out = memory.ravel().view(dtype)[:64], memory.ravel()
+            want = fastops.mitchell_mul(narrow, narrow)
+            into(narrow, narrow, out)
+            np.testing.assert_array_equal(out, want)
+
+
+def test_shapes_that_do_not_fit_are_named(native: ModuleType) -> None:
+    for a, b in ((np.ones((4, 6)), np.ones((4, 5))), (np.ones(3), np.ones((2, 4)))):
+        with pytest.raises(ValueError, match=r"^x1 and x2 must have shapes that broadcast with each other$"):
+            mul(a, b)
+
+
+def test_operations_on_arrays_are_calls_of_the_kernels(native: ModuleType) -> None:
+    """Numba would make loops over scalars of what it knows to be a ufunc: some hundred times as slow here."""
+
+    @numba.njit
+    def root(x):  # type: ignore[no-untyped-def]
+        return fastops.mitchell_sqrt(x)
+
+    def quickest(f: Callable[[np.ndarray], Any], x: np.ndarray) -> float:
+        f(x)
+        times = []
+        for _ in range(20):
+            begin = time.perf_counter()
+            f(x)
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    x = np.random.default_rng(0).random(50_000)
+    np.testing.assert_array_equal(root(x), fastops.mitchell_sqrt(x))
+    assert quickest(root, x) < 10 * quickest(fastops.mitchell_sqrt, x)
+
+
 SHAPES = [
     ((5, 7), (7, 4)),
     ((3, 5, 7), (7, 4)),
@@ -298,6 +367,54 @@ def test_many_threads_make_a_multiplier_once_needed(native: ModuleType) -> None:
     for thread in threads:
         thread.join()
     assert seen == [float(m.mul(3.3, 3.3))] * 8
+
+
+def test_functions_of_another_version_are_refused(native: ModuleType) -> None:
+    from fastops import _core, _numba_overloads
+
+    assert ctypes.CDLL(_core.__file__).fastops_abi_version() == _numba_overloads._ABI
+    a = np.ones((2, 2))
+    calls = (lambda: mul(1.5, 1.5), lambda: mul(a, a), lambda: matmul(a, a), lambda: binary_scalars(1.5, 1.5))
+    for call in calls:
+        call()
+    table = _numba_overloads._table
+    kind, table[0] = table[0], 1
+    try:
+        for call in calls:
+            with pytest.raises(RuntimeError, match=r"^the backend must be the native one of the version"):
+                call()
+    finally:
+        table[0] = kind
+
+
+def test_cached_functions_without_their_backend_raise(tmp_path: Path) -> None:
+    """They ended the process."""
+    (tmp_path / "cached.py").write_text(
+        "import numba, numpy as np, fastops\n"
+        "from fastops import _numba_overloads\n"
+        "_numba_overloads.register()\n"
+        "@numba.njit(cache=True)\n"
+        "def use(x): return fastops.mitchell_mul(x, x)\n"
+        "for x in (1.5, np.ones(3)):\n"
+        "    try: print(use(x))\n"
+        "    except RuntimeError as error: print(error)\n"
+    )
+    said = []
+    for chosen in ("native", "reference", "native"):
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "cached.py")],
+            env={**os.environ, "FASTOPS_BACKEND": chosen},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.splitlines())
+    assert said[0] == said[2] == ["2.0", "[1. 1. 1.]"]
+    assert len(said[1]) == 2
+    assert all(line.startswith("the backend must be the native one") for line in said[1])
 
 
 @pytest.mark.parametrize("chosen", ["native", "reference"])

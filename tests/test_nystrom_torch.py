@@ -119,11 +119,14 @@ def test_the_recipe_of_the_pages_is_differentiable(ops: ModuleType, pinv: str) -
     generator = torch.Generator().manual_seed(2)
     shapes = (2, 2, 12, 3), (2, 1, 12, 3), (2, 1, 12, 2)
     arrays = [torch.randn(x, generator=generator, dtype=torch.float64, requires_grad=True) for x in shapes]
+    taps = torch.randn((2, 3), generator=generator, dtype=torch.float64, requires_grad=True)
     for options in ({}, {"key_mask": torch.arange(12) < torch.tensor([[12], [7]])}, {"normalize": True}):
         options = {"num_landmarks": 4, "pinv": pinv, **options}
-        assert torch.autograd.gradcheck(lambda *x, of=options: function.apply(*x, of), arrays)
+        assert torch.autograd.gradcheck(lambda *x, of=options: function.apply(*x, None, of), arrays)
+        assert torch.autograd.gradcheck(lambda *x, of=options: function.apply(*x, of), [*arrays, taps])
     for dtype in (torch.float32, torch.float16):
         narrow = [x.detach().to(dtype).requires_grad_() for x in arrays]
-        y = function.apply(*narrow, {"num_landmarks": 4, "pinv": pinv})
+        w = taps.detach().to(dtype).requires_grad_()
+        y = function.apply(*narrow, w, {"num_landmarks": 4, "pinv": pinv})
         y.sum().backward()
-        assert [x.grad.dtype for x in narrow] == [dtype] * 3
+        assert [x.grad.dtype for x in (*narrow, w)] == [dtype] * 4

@@ -169,6 +169,31 @@ def test_a_stopped_worker_is_waited_for_up_to_the_timeout(method: str) -> None:
     assert time.monotonic() - start < 10
 
 
+def test_workers_are_spawned_every_time() -> None:
+    """The first spawn of a process settles multiprocessing's default, fork; the program's choice stays open all the same."""
+    code = """
+    import multiprocessing, parallel
+    from fastops import parallel_apply
+    parallel.MARK = "inherited"
+    for turn in range(3):
+        assert list(parallel_apply(parallel.mark, [0, 1], 2)) == ["as imported"] * 2, turn
+        assert multiprocessing.get_start_method(allow_none=True) is None
+    multiprocessing.set_start_method("fork")
+    assert list(parallel_apply(parallel.mark, [0], 1)) == ["inherited"]
+    """
+    tests = str(Path(parallel.__file__).parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))}
+    done = subprocess.run(
+        [sys.executable, "-P", "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(code)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_stopped_worker_that_goes_on_is_no_error() -> None:
     results = parallel_apply(parallel.pid, range(40), 1)
@@ -189,7 +214,7 @@ def test_a_stopped_worker_does_not_hold_up_a_large_item() -> None:
 
     pids: list[int] = []
     channels: list[Any] = []
-    results = parallel_apply(parallel.same, items(), 1, timeout=0.5)
+    results = parallel_apply(parallel.same, items(), 1, timeout=2)
     real = _workers._Worker
 
     class Watched(real):  # type: ignore[misc, valid-type]
@@ -288,8 +313,11 @@ def test_errors_around_the_workers_end_them() -> None:
     def fails(result: object) -> None:
         raise LookupError("callback")
 
-    with pytest.raises(LookupError, match="callback"):
+    with pytest.raises(LookupError, match="callback") as caught:
         parallel_apply(parallel.same, range(100), 2, callback=fails)
+    # Not when the error is forgotten, whose traceback may be kept for long.
+    assert caught.value is not None
+    assert multiprocessing.active_children() == []
     # Left in the middle.
     for _ in parallel_apply(parallel.same, range(100), 2):
         break

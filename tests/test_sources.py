@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import mmap
 import os
 import random
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -378,6 +380,18 @@ def test_arrow_arrays_give_their_bytes() -> None:
     assert [len(batch) for batch in _sources.arrow_documents(arrays[0])] == [4, 1, 3]
     with pytest.raises(TypeError, match="texts must be an Arrow array of strings, got one of int64"):
         list(_sources.arrow_documents(pa.array([1])))
+
+
+def test_arrow_offsets_may_come_near_to_32_bits() -> None:
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    # Pages that nobody reads take no memory.
+    data = mmap.mmap(-1, 2**31)
+    words = [b"near", b"the", b"end"]
+    first = 2**31 - 1 - sum(map(len, words))
+    data[first : 2**31 - 1] = b"".join(words)
+    offsets = np.cumsum([first, *map(len, words)]).astype(np.int32)
+    array = pa.Array.from_buffers(pa.binary(), len(words), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
+    assert list(_sources.arrow_documents(array)) == [words]
 
 
 def test_parquet(tmp_path: Path) -> None:

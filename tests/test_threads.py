@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -147,3 +150,28 @@ def test_cpu_below_v2_is_refused_in_one_line(native: ModuleType, monkeypatch: py
     with pytest.raises(ImportError, match="x86-64-v2") as caught:
         importlib.reload(native)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="there is no /proc here")
+def test_workers_keep_their_cpus(native: ModuleType) -> None:
+    """A worker that sleeps is barred from its waker's CPU, and takes it back: none stays behind with fewer CPUs."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one CPU leaves no choice")
+    a, plain = np.ones((300, 300), np.float32), fastops.Multiplier()
+    fastops.set_num_threads(3)
+
+    def cpus() -> list[set[int]]:
+        tasks = [
+            int(path.parent.name) for path in Path("/proc/self/task").glob("*/comm") if path.read_text() == "fastops\n"
+        ]
+        return [os.sched_getaffinity(task) for task in tasks]
+
+    for _ in range(20):
+        native.mitchell_matmul(a, a, multiplier=plain)
+        time.sleep(0.002)  # the workers fall asleep
+    end = time.monotonic() + 5
+    while any(has != os.sched_getaffinity(0) for has in cpus()) and time.monotonic() < end:
+        native.mitchell_matmul(a, a, multiplier=plain)
+        time.sleep(0.01)
+    assert len(cpus()) >= 2
+    assert all(has == os.sched_getaffinity(0) for has in cpus())

@@ -190,8 +190,32 @@ def test_nystrom_attention_layer() -> None:
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"pinv": "ridge", "ridge": 0.01},
+        {"scale": 0.75},
+        {"init": "batch"},
+        {"normalize": True},
+        {"iterations": 2, "normalize": np.True_},
+    ],
+)
+def test_nystrom_attention_layer_passes_its_options_on(options: dict[str, Any]) -> None:
+    x = torch.randn(2, 30, 12)
+    layer = ft.NystromAttention(12, 3, num_landmarks=4, **options)
+    q, k, v = (p(x).unflatten(-1, (3, 4)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    want = layer.out_proj(ft.nystrom_attention(q, k, v, num_landmarks=4, layout="bnhd", **options).flatten(-2))
+    np.testing.assert_array_equal(layer(x).detach(), want.detach())
+    plain = ft.NystromAttention(12, 3, num_landmarks=4)
+    plain.load_state_dict(layer.state_dict())
+    assert not torch.equal(plain(x), layer(x))
+
+
+@pytest.mark.parametrize(
     ("call", "text"),
     [
+        (lambda: ft.NystromAttention(12, 4, ridge=0.1), "ridge must be None with pinv='newton'"),
+        (lambda: ft.NystromAttention(12, 4, pinv="ridge", init="batch"), "init must be 'matrix' with pinv='ridge'"),
+        (lambda: ft.NystromAttention(12, 4, scale=float("nan")), "scale must be a finite number"),
         (lambda: ft.LinearAttention(10, 4), "num_heads must be a divisor of embed_dim=10"),
         (lambda: ft.LinearAttention(12, 4, kv_heads=3), "kv_heads must be a divisor"),
         (lambda: ft.LinearAttention(12, 4, feature_map="favor"), "num_features must be given"),
@@ -208,6 +232,54 @@ def test_nystrom_attention_layer() -> None:
 def test_wrong_layers_are_named(call: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         call()
+
+
+def test_wrong_inputs_of_layers_are_named() -> None:
+    layer, x = ft.LinearAttention(8, 4, kv_heads=2, causal=True), torch.randn(2, 5, 8)
+    _, state = layer(x, return_state=True)
+    row = r"x must be of shape \(2, 8\), the row of one token for each state, got"
+    calls: list[tuple[Any, type[Exception], str]] = [
+        (lambda: layer.step(x[:, :1], state), ValueError, rf"^{row} \(2, 1, 8\)$"),
+        (lambda: layer.step(x, state), ValueError, rf"^{row} \(2, 5, 8\)$"),
+        (
+            lambda: layer.step(x[:, 0, :7], state),
+            ValueError,
+            r"^x must be of rows of embed_dim=8 numbers, got shape \(2, 7\)",
+        ),
+        (
+            lambda: layer.new_state((2,)),
+            TypeError,
+            r"^batch must be integers, an argument for each \(.*\), got \(2,\)$",
+        ),
+        (lambda: layer.new_state(x.shape[:1]), TypeError, r"^batch must be integers, an argument for each"),
+        (lambda: layer.new_state(-1), ValueError, r"^batch must be an integer >= 0, got -1$"),
+        (
+            lambda: layer(x.numpy()),
+            TypeError,
+            r"^x must be a torch.Tensor \(torch.from_numpy shares .*\), got an array",
+        ),
+        (lambda: layer(x, x[..., :3]), ValueError, r"^context must be of rows of embed_dim=8 numbers"),
+        (lambda: layer(None), TypeError, r"^x must be a torch.Tensor, got None$"),
+        (
+            lambda: layer(x, key_mask=torch.ones(2, 1, 1, 5, dtype=torch.bool)),
+            ValueError,
+            r"^key_mask must be of shape \(2, 5\) or \(2, 2, 5\) \(its reshape\(\(2, 5\)\)\), got \(2, 1, 1, 5\)$",
+        ),
+        (
+            lambda: ft.NystromAttention(8, 2)(x, key_mask=torch.ones(2, 1, 1, 5, dtype=torch.bool)),
+            ValueError,
+            r"^key_mask must be of shape \(2, 5\) \(its reshape\(\(2, 5\)\)\), got \(2, 1, 1, 5\)$",
+        ),
+    ]
+    for call, error, text in calls:
+        with pytest.raises(error, match=text):
+            call()
+
+
+def test_a_mask_of_numpys_lets_what_is_hidden_decay_nothing() -> None:
+    layer, x = ft.LinearAttention(8, 2, causal=True, decay=(-0.5, -1.0)), torch.randn(2, 5, 8)
+    mask = torch.arange(5).expand(2, 5) < 3
+    torch.testing.assert_close(layer(x, key_mask=mask.numpy()), layer(x, key_mask=mask), rtol=0, atol=0)
 
 
 def test_a_decay_of_one_number_is_named() -> None:

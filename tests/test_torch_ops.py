@@ -315,6 +315,8 @@ OPERATORS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
 }
 
 
+# Of torch 2.14: its own check reads gradients of what is no leaf.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name: str) -> None:
     op, args = OPERATORS[name]()
@@ -618,6 +620,8 @@ def test_a_second_derivative_is_refused() -> None:
         first.sum().backward()
 
 
+# Of torch 2.14: its own forward mode.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_forward_mode_is_refused() -> None:
     """Tangents would be lost silently."""

@@ -23,8 +23,10 @@ def expanded(pages: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def test_classes_white_space_and_letters_are_those_of_python() -> None:
-    found = expanded(*_unicode.classes(case=False))
-    assert np.array_equal(found & _unicode.SPACE != 0, [char.isspace() for char in EVERY])
+    found = expanded(*_unicode.classes(letters=True, case=False))
+    spaces = [char.isspace() for char in EVERY]
+    assert np.array_equal(found & _unicode.SPACE != 0, spaces)
+    assert np.array_equal(expanded(*_unicode.classes(letters=False, case=False)), spaces)
     word = re.compile(r"\w")
     assert np.array_equal(found & _unicode.WORD != 0, [word.match(char) is not None for char in EVERY])
 

@@ -451,6 +451,23 @@ def test_other_encodings_are_refused(backend: ModuleType, mark: bytes, lines: bo
         check(count(backend, late, rule), [late], rule)
 
 
+@pytest.mark.parametrize("how", ["file", "feed"])
+def test_the_first_error_of_a_text_is_named_by_any_number_of_workers(
+    backend: ModuleType, how: str, tmp_path: pathlib.Path
+) -> None:
+    """Also where a worker is sooner at a later one."""
+    data = bytearray((b"words " * 10 + b"end\n") * (2**23 // 64))
+    data[2**20 - 30] = 0xFF
+    for begin in range(2**20, len(data), 2**18):
+        data[begin + 3] = 0xFE
+    path = tmp_path / "text"
+    path.write_bytes(data)
+    for _ in range(3):
+        counter = backend.word_counter(Rule(errors="strict"), workers=4)
+        with path.open("rb") as file, pytest.raises(DecodeError, match=f"0xff at byte {2**20 - 30} "):
+            counter.file(file.fileno(), 0, len(data)) if how == "file" else feed(counter, bytes(data))
+
+
 @pytest.mark.parametrize("lines", [True, False], ids=["line", "file"])
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_strict_names_the_byte(backend: ModuleType, tokenizer: str, lines: bool) -> None:

@@ -44,9 +44,15 @@ bool is_double(const Shape& s) noexcept { return s.dtype == FASTOPS_F64; }
 std::size_t item_size(int dtype) noexcept { return dtype == FASTOPS_F64 ? 8 : dtype == FASTOPS_F32 ? 4 : 2; }
 std::size_t compute_size(const Shape& s) noexcept { return is_double(s) ? 8 : 4; }
 
+// The result, the largest that is written in full: other arrays may have strides of 0.
+bool fits_memory(std::size_t batch, std::size_t heads, std::size_t queries, std::size_t values) noexcept {
+  std::size_t size = 0;
+  return checked_product({batch, heads, queries, values, 8}, &size);
+}
 bool is_valid(const Shape& s, const int64_t* offsets, std::size_t sequences) noexcept {
   if (s.dtype < FASTOPS_F16 || s.dtype > FASTOPS_F64) return false;
   if (s.heads_kv == 0 ? s.heads_q != 0 : s.heads_q % s.heads_kv != 0) return false;
+  if (!fits_memory(s.batch, s.heads_q, s.queries, s.values)) return false;
   if (offsets == nullptr) return true;
   if (s.batch != 1 || s.queries != s.keys || offsets[0] != 0) return false;
   for (std::size_t i = 0; i < sequences; ++i)
@@ -310,6 +316,7 @@ bool is_valid_nystrom(const fastops_nystrom_attention& s, const void* conv, cons
   if (s.dtype < FASTOPS_F16 || s.dtype > FASTOPS_F64 || s.landmarks == 0 || s.landmarks > 65536) return false;
   if (s.iterations > std::size_t{1} << 31) return false;
   if (s.heads_kv == 0 ? s.heads_q != 0 : s.heads_q % s.heads_kv != 0) return false;
+  if (!fits_memory(s.batch, s.heads_q, s.queries, s.values)) return false;
   if ((conv != nullptr) && (s.taps % 2 == 0 || s.queries != s.keys)) return false;
   return (q_landmarks == nullptr) == (k_landmarks == nullptr);
 }

@@ -33,6 +33,7 @@ template <class T, class Body>
 FASTOPS_INLINE void map_row(const T* x, T* f, std::size_t n, std::size_t padded_n, Body body) {
   using V = Vector<T>;
   std::size_t i = 0;
+#pragma GCC unroll 2
   for (; i + kWidth<T> <= n; i += kWidth<T>) store(f + i, body(load<V>(x + i)));
   if (i < n) {
     const V v = body(load<V>(x + i));
@@ -326,14 +327,24 @@ template <class T> class Pass {
   std::size_t finite_rows(std::size_t t, std::size_t n) const noexcept {
     const bool cut = head_.values != call_.values;
     const auto finite = [&](std::size_t first, std::size_t last) {
-      V sum{};
+      // Several sums, since each addition waits for the one before.
+      constexpr std::size_t kSums = 4;
+      V sums[kSums] = {};
+      const auto add = [&](const T* row, std::size_t width) FASTOPS_BODY {
+        std::size_t d = 0;
+        for (; d + kSums * W <= width; d += kSums * W)
+#pragma GCC unroll 4
+          for (std::size_t i = 0; i < kSums; ++i) sums[i] = simd::fma(load<V>(row + d + i * W), V{}, sums[i]);
+        for (; d < width; d += W) sums[0] = simd::fma(load<V>(row + d), V{}, sums[0]);
+      };
       for (std::size_t j = first; j < last; ++j) {
-        for (std::size_t d = 0; d < dp_; d += W) sum = simd::fma(load<V>(x_[j] + d), V{}, sum);
-        for (std::size_t e = 0; e < vp_; e += W) sum = simd::fma(load<V>(v_[j] + e), V{}, sum);
+        add(x_[j], dp_);
+        add(v_[j], vp_);
         if (cut && live_[j] &&
             !finite_row(call_.dtype, row_at(call_.dtype, head_.v.data, head_.v.row, t + j), call_.values))
           return false;
       }
+      const V sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
       return !simd::any(sum != sum);
     };
     if (finite(0, n)) return n;

@@ -53,6 +53,23 @@ void park(Word& word, std::uint32_t value, std::int64_t ns) noexcept {
 }
 void wake(Word& word, int count) noexcept { syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, count, nullptr, nullptr, 0); }
 void reset_parking() noexcept {}
+
+// The CPUs that a thread may run on; a mask of fixed size fails on machines with more CPUs than it holds.
+struct Affinity {
+  static constexpr int kBits = 64;
+  unsigned long bits[128];
+  long bytes;
+  explicit Affinity(int thread) noexcept : bytes(syscall(SYS_sched_getaffinity, thread, sizeof bits, bits)) {}
+  void set(int thread) const noexcept { syscall(SYS_sched_setaffinity, thread, bytes, bits); }
+  bool has(int cpu) const noexcept { return cpu / 8 < bytes; }
+  void add(int cpu) noexcept { bits[cpu / kBits] |= 1ul << cpu % kBits; }
+  void remove(int cpu) noexcept { bits[cpu / kBits] &= ~(1ul << cpu % kBits); }
+  bool empty() const noexcept {
+    unsigned long any = 0;
+    for (long i = 0; i < bytes / static_cast<long>(sizeof bits[0]); ++i) any |= bits[i];
+    return any == 0;
+  }
+};
 #else
 pthread_mutex_t parking_lock = PTHREAD_MUTEX_INITIALIZER;
 pthread_cond_t parking = PTHREAD_COND_INITIALIZER;
@@ -105,9 +122,62 @@ constexpr std::uint32_t kPlace = 1u << 16, kPlaces = 0x7fffu << 16, kInside = 0x
 unsigned started = 0;  // the owner's
 bool fork_handled = false;
 
+#if defined(__linux__)
+// Where a guest's CPUs are idle, a hypervisor shows them as taken away, and Linux starts a thread that is woken on the
+// CPU of the thread that wakes it, behind it, for some milliseconds. So the owner bars its own CPU to workers that
+// sleep, and they take it back when they are awake.
+struct Worker {
+  std::atomic<int> thread;  // 0 while awake
+  std::atomic<int> barred;  // the CPU and one
+};
+constexpr unsigned kSpread = 16;  // two system calls a worker
+Worker workers[kSpread];
+
+void fall_asleep(unsigned worker) noexcept {
+  if (worker < kSpread) workers[worker].thread.store(static_cast<int>(syscall(SYS_gettid)), std::memory_order_release);
+}
+void awake(unsigned worker) noexcept {
+  if (worker >= kSpread) return;
+  workers[worker].thread.store(0, std::memory_order_relaxed);
+  const int barred = workers[worker].barred.exchange(0, std::memory_order_acquire);
+  if (barred == 0) return;
+  Affinity mine(0);
+  if (!mine.has(barred - 1)) return;
+  mine.add(barred - 1);
+  mine.set(0);
+}
+void make_room() noexcept {
+  unsigned cpu;
+  if (started > kSpread || syscall(SYS_getcpu, &cpu, nullptr, nullptr) != 0) return;
+  const int here = static_cast<int>(cpu);
+  for (unsigned i = 0; i < started; ++i) {
+    const int thread = workers[i].thread.load(std::memory_order_acquire);
+    if (thread == 0) continue;
+    Affinity its(thread);
+    if (!its.has(here)) continue;
+    const int barred = workers[i].barred.load(std::memory_order_relaxed);
+    if (barred == here + 1) continue;
+    if (barred != 0) its.add(barred - 1);
+    its.remove(here);
+    if (its.empty()) continue;
+    workers[i].barred.store(here + 1, std::memory_order_release);
+    its.set(thread);
+  }
+}
+void forget_workers() noexcept {
+  for (Worker& worker : workers) worker.thread.store(0), worker.barred.store(0);
+}
+#else
+void fall_asleep(unsigned) noexcept {}
+void awake(unsigned) noexcept {}
+void make_room() noexcept {}
+void forget_workers() noexcept {}
+#endif
+
 // The child has neither workers nor another owner.
 void after_fork_in_child() noexcept {
   reset_parking();
+  forget_workers();
   gate.store(0);
   parked.store(0);
   started = 0;
@@ -132,11 +202,13 @@ void help_if_there_is_a_place() noexcept {
   if ((before & kInside) == 1 && (before & kOwnerSleeps) != 0) wake(gate, 1);
 }
 
-void* work(void* first_epoch) noexcept {
+void* work(void* first) noexcept {
 #if defined(__linux__)
   prctl(PR_SET_NAME, "fastops");
 #endif
-  auto seen = static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(first_epoch));
+  const auto birth = reinterpret_cast<std::uintptr_t>(first);  // the epoch, and above it the worker's number
+  auto seen = static_cast<std::uint32_t>(birth);
+  const auto self = static_cast<unsigned>(birth >> 32);
   for (;;) {
     std::uint32_t current;
     for (int spins = kSpins; (current = epoch.load(std::memory_order_acquire)) == seen;) {
@@ -144,9 +216,11 @@ void* work(void* first_epoch) noexcept {
         pause();
         continue;
       }
+      fall_asleep(self);
       parked.fetch_add(1);
       park(epoch, seen, -1);
       parked.fetch_sub(1);
+      awake(self);
     }
     seen = current;
     help_if_there_is_a_place();
@@ -171,8 +245,9 @@ unsigned start_threads(unsigned wanted) noexcept {
   constexpr int kFaults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT};
   for (int fault : kFaults) sigdelset(&all, fault);
   pthread_sigmask(SIG_SETMASK, &all, &before);
-  void* const seen = reinterpret_cast<void*>(std::uintptr_t{epoch.load()});
-  for (pthread_t id; started < wanted && pthread_create(&id, &attributes, work, seen) == 0;) ++started;
+  const std::uintptr_t seen = epoch.load();
+  const auto birth = [seen] { return reinterpret_cast<void*>(seen | std::uintptr_t{started} << 32); };
+  for (pthread_t id; started < wanted && pthread_create(&id, &attributes, work, birth()) == 0;) ++started;
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
   pthread_attr_destroy(&attributes);
   return started;
@@ -214,7 +289,10 @@ fastops_status run_shared(std::size_t blocks, Body body, void* context, unsigned
   raised.store(0, std::memory_order_relaxed);
   gate.store(helpers * kPlace, std::memory_order_release);
   epoch.fetch_add(1);
-  if (parked.load() > 0) wake(epoch, static_cast<int>(helpers));
+  if (parked.load() > 0) {
+    make_room();
+    wake(epoch, static_cast<int>(helpers));
+  }
 
   fastops_status status = FASTOPS_OK;
   // True where a handler that the poll ran has forked and this is the child: the workers and their blocks are lost.

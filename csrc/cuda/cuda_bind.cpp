@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <type_traits>
 
 #include "cuda/cuda_bind.h"
 
@@ -21,8 +22,7 @@ void raise_unless_ok(Status status) {
 
 Stream stream_of(std::uintptr_t handle) { return reinterpret_cast<Stream>(handle); }
 
-Memory::Memory(std::size_t bytes, int device, std::uintptr_t stream)
-    : device_(device), stream_(stream_of(stream)), bytes_(bytes) {
+Memory::Memory(std::size_t bytes, int device, std::uintptr_t stream) : device_(device), stream_(stream_of(stream)) {
   const OnDevice on(device);
   raise_unless_ok(on.status);
   raise_unless_ok(allocate(&data_, bytes, stream_));
@@ -36,40 +36,56 @@ namespace {
 
 // DLPack, in and out.
 
-struct Export {
-  DlManaged managed;
+// DLManagedTensor, for consumers that do not name a version.
+struct DlUnversioned {
+  DlTensor tensor;
+  void* context;
+  void (*destroy)(DlUnversioned* self);
+};
+template <class Managed> struct Export {
+  Managed managed;
   std::shared_ptr<Memory> memory;
   std::vector<std::int64_t> shape;
 };
-void destroy(DlManaged* managed) {
-  if (managed != nullptr) delete static_cast<Export*>(managed->context);
+template <class Managed> void destroy(Managed* managed) {
+  if (managed != nullptr) delete static_cast<Export<Managed>*>(managed->context);
 }
-constexpr const char* kVersioned = "dltensor_versioned";
+template <class Managed>
+constexpr const char* kCapsuleName = std::is_same_v<Managed, DlManaged> ? "dltensor_versioned" : "dltensor";
 
-py::object to_dlpack(const std::shared_ptr<Memory>& memory, const std::vector<std::int64_t>& shape, int code,
-                     int bits) {
-  auto* made = new Export{{1, 0, nullptr, &destroy, 0, {}}, memory, shape};
-  made->managed.context = made;
-  made->managed.tensor = {memory->data(),
-                          kDlCuda,
-                          memory->device(),
-                          static_cast<std::int32_t>(shape.size()),
-                          static_cast<std::uint8_t>(code),
-                          static_cast<std::uint8_t>(bits),
-                          1,
-                          made->shape.data(),
-                          nullptr,
-                          0};
+template <class Managed>
+py::object capsule_of(const std::shared_ptr<Memory>& memory, const std::vector<std::int64_t>& shape, int code,
+                      int bits) {
+  auto made = std::make_unique<Export<Managed>>();
+  made->memory = memory;
+  made->shape = shape;
+  Managed& managed = made->managed;
+  if constexpr (std::is_same_v<Managed, DlManaged>) managed.major = kDlMajor;
+  managed.context = made.get();
+  managed.destroy = &destroy<Managed>;
+  managed.tensor = {memory->data(),
+                    kDlCuda,
+                    memory->device(),
+                    static_cast<std::int32_t>(shape.size()),
+                    static_cast<std::uint8_t>(code),
+                    static_cast<std::uint8_t>(bits),
+                    1,
+                    made->shape.data(),
+                    nullptr,
+                    0};
   memory->share();
-  PyObject* capsule = PyCapsule_New(&made->managed, kVersioned, [](PyObject* self) {
+  constexpr const char* name = kCapsuleName<Managed>;
+  PyObject* capsule = PyCapsule_New(&managed, name, [](PyObject* self) {
     // Taken over by a consumer under another name.
-    if (PyCapsule_IsValid(self, kVersioned)) destroy(static_cast<DlManaged*>(PyCapsule_GetPointer(self, kVersioned)));
+    if (PyCapsule_IsValid(self, name)) destroy(static_cast<Managed*>(PyCapsule_GetPointer(self, name)));
   });
-  if (capsule == nullptr) {
-    delete made;
-    throw py::error_already_set();
-  }
+  if (capsule == nullptr) throw py::error_already_set();
+  made.release();
   return py::reinterpret_steal<py::object>(capsule);
+}
+py::object to_dlpack(const std::shared_ptr<Memory>& memory, const std::vector<std::int64_t>& shape, int code, int bits,
+                     bool versioned) {
+  return (versioned ? capsule_of<DlManaged> : capsule_of<DlUnversioned>)(memory, shape, code, bits);
 }
 
 // (address, shape, strides or None, (code, bits, lanes), read only); the capsule stays the caller's and keeps the
@@ -77,14 +93,14 @@ py::object to_dlpack(const std::shared_ptr<Memory>& memory, const std::vector<st
 py::tuple from_dlpack(const py::object& capsule) {
   const DlTensor* tensor = nullptr;
   bool read_only = false;
-  if (PyCapsule_IsValid(capsule.ptr(), kVersioned)) {
-    const auto* managed = static_cast<DlManaged*>(PyCapsule_GetPointer(capsule.ptr(), kVersioned));
+  if (const char* name = kCapsuleName<DlManaged>; PyCapsule_IsValid(capsule.ptr(), name)) {
+    const auto* managed = static_cast<DlManaged*>(PyCapsule_GetPointer(capsule.ptr(), name));
     if (managed->major != kDlMajor) throw py::type_error("the DLPack version must be 1");
     tensor = &managed->tensor;
     read_only = (managed->flags & 1) != 0;
-  } else if (PyCapsule_IsValid(capsule.ptr(), "dltensor")) {
-    // DLManagedTensor begins with the tensor; it cannot say that it is read-only.
-    tensor = static_cast<DlTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+  } else if (const char* old = kCapsuleName<DlUnversioned>; PyCapsule_IsValid(capsule.ptr(), old)) {
+    // It cannot say that it is read-only.
+    tensor = &static_cast<DlUnversioned*>(PyCapsule_GetPointer(capsule.ptr(), old))->tensor;
   } else {
     throw py::type_error("__dlpack__ must return a capsule that nobody has taken yet");
   }
@@ -126,7 +142,8 @@ PYBIND11_MODULE(FASTOPS_CUDA_MODULE, m) {
       .def_property_readonly("address",
                              [](const Memory& memory) { return reinterpret_cast<std::uintptr_t>(memory.data()); })
       .def("share", &Memory::share, "From now on it may be in use on any stream.");
-  m.def("to_dlpack", &to_dlpack, py::arg("memory"), py::arg("shape"), py::arg("code"), py::arg("bits"));
+  m.def("to_dlpack", &to_dlpack, py::arg("memory"), py::arg("shape"), py::arg("code"), py::arg("bits"),
+        py::arg("versioned"));
   m.def("from_dlpack", &from_dlpack, py::arg("capsule"));
   bind_attention(m);
   bind_mitchell(m);

@@ -22,6 +22,7 @@ constexpr std::int32_t kDlCuda = 2, kDlCudaManaged = 13;
 void raise_unless_ok(Status status);
 Stream stream_of(std::uintptr_t handle);
 
+// Memory of a device, in the order of the stream that it was made on until it is shared.
 class Memory {
  public:
   Memory(std::size_t bytes, int device, std::uintptr_t stream);
@@ -37,7 +38,6 @@ class Memory {
   void* data_ = nullptr;
   int device_;
   Stream stream_;
-  std::size_t bytes_;
   std::atomic<bool> shared_{false};
 };
 

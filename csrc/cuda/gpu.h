@@ -38,9 +38,9 @@ class OnDevice {
   int before_ = -1;
 };
 
-// Memory in the order of a stream. `at_once`: it may be in use on other streams, so the release waits for all of them.
+// Memory in the order of a stream. `shared`: it may be in use on other streams, so the release waits for all of them.
 Status allocate(void** p, std::size_t bytes, Stream stream) noexcept;
-void release(void* p, Stream stream, bool at_once) noexcept;
+void release(void* p, Stream stream, bool shared) noexcept;
 // Copies host memory, which may change when the call has returned, without waiting for the stream.
 Status upload(void* to, const void* from, std::size_t bytes, Stream stream) noexcept;
 // What `later` gets from here on runs after all that `earlier` has got.

@@ -74,8 +74,8 @@ OnDevice::~OnDevice() {
 Status allocate(void** p, std::size_t bytes, Stream stream) noexcept {
   return status_of(cudaMallocAsync(p, bytes == 0 ? 1 : bytes, stream_of(stream)));
 }
-void release(void* p, Stream stream, bool at_once) noexcept {
-  (void)status_of(at_once ? cudaFree(p) : cudaFreeAsync(p, stream_of(stream)));
+void release(void* p, Stream stream, bool shared) noexcept {
+  (void)status_of(shared ? cudaFree(p) : cudaFreeAsync(p, stream_of(stream)));
 }
 Status upload(void* to, const void* from, std::size_t bytes, Stream stream) noexcept {
   const std::lock_guard<std::mutex> lock(g_mutex);

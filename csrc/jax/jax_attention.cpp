@@ -163,10 +163,19 @@ ffi::Error take_offsets(const Samples& s, const AnyBuffer& x, std::size_t sample
   own->resize(n);
   for (std::size_t i = 0; i < n; ++i)
     (*own)[i] = wide ? static_cast<const std::int64_t*>(data)[i] : static_cast<const std::int32_t*>(data)[i];
-  bool fine = n > 0 && own->front() == 0 && own->back() == static_cast<std::int64_t>(total);
-  for (std::size_t i = 1; i < n; ++i) fine = fine && (*own)[i] >= (*own)[i - 1];
-  if (fine) return ffi::Error::Success();
-  return invalid("cu_seqlens must be offsets that rise from 0 to " + std::to_string(total) + ", got others");
+  std::string got;
+  if (n == 0) {
+    got = "none";
+  } else if (own->front() != 0) {
+    got = std::to_string(own->front()) + " as the first";
+  } else {
+    for (std::size_t i = 1; i < n && got.empty(); ++i)
+      if ((*own)[i] < (*own)[i - 1]) got = std::to_string((*own)[i]) + " after " + std::to_string((*own)[i - 1]);
+    if (got.empty() && own->back() != static_cast<std::int64_t>(total))
+      got = std::to_string(own->back()) + " as the last";
+  }
+  if (got.empty()) return ffi::Error::Success();
+  return invalid("cu_seqlens must be offsets that rise from 0 to " + std::to_string(total) + ", got " + got);
 }
 bool are_offsets(const Samples& s, const AnyBuffer& x) {
   return !s.has(x) || x.element_type() == ffi::DataType::S32 || x.element_type() == ffi::DataType::S64;

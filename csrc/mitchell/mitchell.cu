@@ -188,7 +188,7 @@ bool is_contiguous(const gpu::Elementwise& call, const std::ptrdiff_t* stride) n
 bool is_contiguous(const gpu::Elementwise& call, const gpu::Operand& x) noexcept {
   return x.data == nullptr || is_contiguous(call, x.stride);
 }
-// Of four elements at least.
+// To a pack.
 bool is_aligned(const void* p) noexcept { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
 
 template <class T>

@@ -66,6 +66,8 @@ Array array_of(const py::handle& x) {
   return a;
 }
 
+bool is_empty(const Array& x) { return std::find(x.shape.begin(), x.shape.end(), 0) != x.shape.end(); }
+
 void want_aligned(const Array& x, std::size_t item, const char* name) {
   if (x.data % item != 0) throw py::value_error(std::string(name) + " must be aligned to its elements");
 }
@@ -161,8 +163,7 @@ void apply(const Multiplier& multiplier, int op, int dtype, const py::object& a,
     call.a.stride[d] = strides[1][i];
     call.b.stride[d] = strides[2][i];
   }
-  for (const std::ptrdiff_t length : r.shape)
-    if (length == 0) return;
+  if (is_empty(r)) return;
   const py::gil_scoped_release unlocked;
   const OnDevice on(device);
   Status status = on.status;
@@ -205,8 +206,6 @@ Matmul matmul_of(const Array& a, const Array& b, const Array& out) {
   call.b = matrices_of(b, strides[2]);
   return call;
 }
-bool is_empty(const Array& x) { return std::find(x.shape.begin(), x.shape.end(), 0) != x.shape.end(); }
-
 void matmul(const Multiplier& multiplier, int dtype, const py::object& a, const py::object& b, const py::object& out,
             int device, std::uintptr_t stream) {
   const Array x = array_of(a), y = array_of(b), r = array_of(out);

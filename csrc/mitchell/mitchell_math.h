@@ -178,9 +178,22 @@ template <class F, class Constants> FASTOPS_INLINE F rsqrt(F a, const Constants&
   return select(special, ieee, half_log<F>(-p.exponent, c + c - p.mantissa));
 }
 // e + x, one rounding.
+template <class F> FASTOPS_INLINE F log2_of_parts(IntOf<F> exponent, IntOf<F> mantissa) {
+  using N = Unit<F>;
+  using I = typename N::I;
+  // The exponent as a float: 1.5 2^M + e, less 1.5 2^M.
+  const F magic = constant_of<F>(1.5 * static_cast<double>(N::kMinNormal));
+  const F whole = bits<F>(bits<I>(magic) + exponent) - magic;
+  return whole + (bits<F>(mantissa | N::kOne) - constant_of<F>(1));
+}
 template <class F, class Constants> FASTOPS_INLINE F log2(F a, const Constants& k) {
   using N = Unit<F>;
   using I = typename N::I;
+  if constexpr (!std::is_arithmetic_v<F>) {
+    const I raw = bits<I>(a);
+    if (__builtin_expect(!simd::any((raw < N::kMinNormal) | (raw < k.flush_below) | (raw >= N::kInfinity)), 1))
+      return log2_of_parts<F>((raw >> N::kMantissaBits) - N::kBias, raw & N::kMantissa);
+  }
   const Operand<F> p = split(a, k);
   const auto negative = (p.sign != 0) & (p.zero == 0);
   const auto special = p.special | negative;
@@ -188,11 +201,7 @@ template <class F, class Constants> FASTOPS_INLINE F log2(F a, const Constants& 
   const F infinite = -(one / simd::opaque(select(p.zero, F{}, one)));  // -1 where the operand is not zero
   const F passed = select(p.special & (negative == 0), p.value, one);
   const F ieee = select(p.zero, infinite, passed) * invalid_where<F>(negative);
-  // The exponent as a float: 1.5 2^M + e, less 1.5 2^M.
-  const F magic = constant_of<F>(1.5 * static_cast<double>(N::kMinNormal));
-  const F exponent = bits<F>(bits<I>(magic) + p.exponent) - magic;
-  const F fraction = bits<F>(p.mantissa | N::kOne) - one;
-  return select(special, ieee, exponent + fraction);
+  return select(special, ieee, log2_of_parts<F>(p.exponent, p.mantissa));
 }
 // 2^floor(a) (1 + a - floor(a)); where 1 + a - floor(a) needs rounding the result is normal, so it rounds once.
 template <class F, class Constants> FASTOPS_INLINE F exp2(F a, const Constants& k) {

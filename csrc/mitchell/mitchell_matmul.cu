@@ -93,13 +93,6 @@ template <int kLength> struct Mover {
   }
 };
 
-// Values that the short step cannot multiply: they could overflow, or vanish, within it.
-template <class T> FASTOPS_DEVICE bool is_odd(T x) {
-  using B = Bits<T>;
-  const auto magnitude = bits<typename B::Int>(x) & B::kMagnitude;
-  return magnitude >= B::kLarge || (magnitude < 2 * B::kSmallest && magnitude != 0);
-}
-
 // The float of a sum of bits times the scale, added. A zero in b leaves a mantissa without exponent, which counts as
 // zero.
 FASTOPS_DEVICE float log_step(std::int32_t b, std::int32_t mantissa, float scale, float acc) {
@@ -185,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, 2) matmul_kernel(const __grid_consta
         at_b[S::kSize] = y.second;
       } else {
         const T x = clean<T>(from_a[e], arithmetic.keep), y = clean<T>(from_b[e], arithmetic.keep);
-        odd = odd || is_odd(x) || is_odd(y);
+        odd = odd || is_odd<T>(x) || is_odd<T>(y);
         const Int u = bits<Int>(x);
         Int c = arithmetic.c, mantissa, scale;
         if constexpr (kBody == Body::kSegments) {

@@ -69,6 +69,22 @@ struct Plan {
   std::size_t cols_kept;
 };
 
+// Rows of a block, some `rows`, so that two and four threads end together as nearly as may be: of nine blocks one of
+// two threads has five.
+std::size_t even_rows(std::size_t all, std::size_t rows, std::size_t across, const TileShape& shape) noexcept {
+  const std::size_t down = ceil_div(all, rows);
+  std::size_t best = rows, least = ~std::size_t{0};
+  for (std::size_t d = max_of(down - 1, 1); d < down + 5; ++d) {
+    const std::size_t block = ceil_div(ceil_div(all, d), shape.rows) * shape.rows;
+    if (block > shape.block) continue;
+    const std::size_t blocks = ceil_div(all, block) * across;
+    // Rows that the thread with most of them takes, times the threads.
+    const std::size_t longest = max_of(ceil_div(blocks, 2) * 2, ceil_div(blocks, 4) * 4) * block;
+    if (longest < least) least = longest, best = block;
+  }
+  return best;
+}
+
 template <class T> Plan make_plan(const Product<T>& p) noexcept {
   const TileShape& shape = matmul_kernels<T>().shape[static_cast<int>(p.body)];
   const std::size_t steps = static_cast<std::size_t>(p.steps);
@@ -99,8 +115,7 @@ template <class T> Plan make_plan(const Product<T>& p) noexcept {
     };
     shrink(shape.block / 2, 512);
     if (!plan.fresh) shrink(shape.block / 5, 128);
-    // Even shares: not one short block at the end.
-    plan.block_rows = ceil_div(ceil_div(p.rows, ceil_div(p.rows, plan.block_rows)), shape.rows) * shape.rows;
+    plan.block_rows = even_rows(p.rows, plan.block_rows, ceil_div(cols, plan.block_cols), shape);
   }
   plan.scratch = ceil_div(shape.scratch, 64) * 64 + 64;
   if (!plan.direct) {
@@ -412,12 +427,20 @@ Patches patches_of(const fastops_conv2d& s) noexcept {
 
 bool conv_fits(const fastops_conv2d& s) noexcept {
   std::size_t size = 0;
+  constexpr std::size_t most = static_cast<std::size_t>(-1) / 8;  // of a side: sums of a few cannot wrap
+  for (const std::size_t side : {s.height, s.width, s.padding_h, s.padding_w})
+    if (side > most) return false;
+  if (!checked_product({s.dilation_h, s.kernel_height}, &size) ||
+      !checked_product({s.dilation_w, s.kernel_width}, &size))
+    return false;
   return s.groups != 0 && s.channels % s.groups == 0 && s.filters % s.groups == 0 && s.stride_h != 0 &&
          s.stride_w != 0 && s.dilation_h != 0 && s.dilation_w != 0 && s.kernel_height != 0 && s.kernel_width != 0 &&
          s.dilation_h * (s.kernel_height - 1) < s.height + 2 * s.padding_h &&
          s.dilation_w * (s.kernel_width - 1) < s.width + 2 * s.padding_w &&
          checked_product({s.batch, s.channels, s.height, s.width, 8}, &size) &&
-         checked_product({s.filters, s.channels / s.groups, s.kernel_height, s.kernel_width, 8}, &size);
+         checked_product({s.filters, s.channels / s.groups, s.kernel_height, s.kernel_width, 8}, &size) &&
+         checked_product({s.height + 2 * s.padding_h, s.width + 2 * s.padding_w}, &size) &&
+         checked_product({s.batch, s.filters, patches_of(s).out_height, patches_of(s).out_width, 8}, &size);
 }
 
 const void* element_at(const void* data, fastops_dtype dtype, std::size_t index) noexcept {
@@ -776,9 +799,13 @@ template <class F> fastops_status compute(fastops_dtype dtype, F&& f) noexcept {
   return dtype == FASTOPS_F64 ? f(double{}) : f(float{});
 }
 
+// Of the three only the result must be that large in memory: operands may have strides of 0.
 bool multiply_to(const fastops_matrix& a, const fastops_matrix& b, const fastops_matrix& out) noexcept {
-  return a.cols == b.rows && out.rows == a.rows && out.cols == b.cols;
+  std::size_t size = 0;
+  return a.cols == b.rows && out.rows == a.rows && out.cols == b.cols &&
+         checked_product({out.rows, out.cols, 8}, &size);
 }
+bool is_gradient(fastops_gradient mode) noexcept { return static_cast<unsigned>(mode) <= FASTOPS_GRADIENT_MIMIC; }
 bool same_size(const fastops_matrix& a, const fastops_matrix& b) noexcept {
   return a.rows == b.rows && a.cols == b.cols;
 }
@@ -808,7 +835,8 @@ fastops_status fastops_mitchell_matmul_grad_a(const fastops_mitchell* m, fastops
                                               const void* const* b, fastops_matrix shape_b, const void* const* dy,
                                               fastops_matrix shape_dy, void* const* da, fastops_matrix shape_da,
                                               fastops_poll poll) noexcept {
-  if (!is_float(dtype) || !multiply_to(shape_a, shape_b, shape_dy) || !same_size(shape_a, shape_da))
+  if (!is_gradient(mode) || !is_float(dtype) || !multiply_to(shape_a, shape_b, shape_dy) ||
+      !same_size(shape_a, shape_da))
     return FASTOPS_INVALID;
   const Pointers pointers{dy, b, a, da};
   const fastops_matrix right = transpose(shape_b);
@@ -822,7 +850,8 @@ fastops_status fastops_mitchell_matmul_grad_b(const fastops_mitchell* m, fastops
                                               const void* const* b, fastops_matrix shape_b, const void* const* dy,
                                               fastops_matrix shape_dy, void* const* db, fastops_matrix shape_db,
                                               fastops_poll poll) noexcept {
-  if (!is_float(dtype) || !multiply_to(shape_a, shape_b, shape_dy) || !same_size(shape_b, shape_db))
+  if (!is_gradient(mode) || !is_float(dtype) || !multiply_to(shape_a, shape_b, shape_dy) ||
+      !same_size(shape_b, shape_db))
     return FASTOPS_INVALID;
   // "mimic" multiplies a's elements by dy's, in this order.
   const Pointers pointers{a, dy, b, db};
@@ -834,14 +863,14 @@ fastops_status fastops_mitchell_matmul_grad_b(const fastops_mitchell* m, fastops
 
 fastops_status fastops_mitchell_conv2d(const fastops_mitchell* m, fastops_dtype dtype, const fastops_conv2d* shape,
                                        const void* x, const void* w, void* out, fastops_poll poll) noexcept {
-  if (!is_float(dtype) || !conv_fits(*shape)) return FASTOPS_INVALID;
+  if (shape == nullptr || !is_float(dtype) || !conv_fits(*shape)) return FASTOPS_INVALID;
   return compute(dtype, [&](auto t) { return conv2d<decltype(t)>(m, dtype, *shape, x, w, out, poll); });
 }
 
 fastops_status fastops_mitchell_conv2d_grad(const fastops_mitchell* m, fastops_gradient mode, fastops_dtype dtype,
                                             const fastops_conv2d* shape, const void* x, const void* w, const void* dy,
                                             void* dx, void* dw, fastops_poll poll) noexcept {
-  if (!is_float(dtype) || !conv_fits(*shape)) return FASTOPS_INVALID;
+  if (shape == nullptr || !is_gradient(mode) || !is_float(dtype) || !conv_fits(*shape)) return FASTOPS_INVALID;
   return compute(dtype, [&](auto t) {
     using T = decltype(t);
     fastops_status status = FASTOPS_OK;

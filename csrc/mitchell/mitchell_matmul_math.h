@@ -84,17 +84,31 @@ template <class T> FASTOPS_INLINE typename Bits<T>::I is_large(typename Bits<T>:
   return (bits<typename Bits<T>::I>(x) & Bits<T>::kMagnitude) >= Bits<T>::kLarge;
 }
 
+// Values that the short step cannot multiply: they could overflow, or vanish, within it.
+template <class T> FASTOPS_INLINE typename Bits<T>::I is_odd(typename Bits<T>::F x) {
+  using B = Bits<T>;
+  using I = typename B::I;
+  const I magnitude = bits<I>(x) & B::kMagnitude;
+  return (magnitude >= B::kLarge) | ((magnitude < 2 * B::kSmallest) & (magnitude != 0));
+}
+
 template <class T> struct Pair {
   typename Bits<T>::F first, second;
 };
+
+// Whether a value is packed as one number, which is the same on both sides, and that number.
+FASTOPS_HD constexpr bool is_single(Pack pack) { return pack == Pack::kRaw || pack == Pack::kPower; }
+template <class T>
+FASTOPS_INLINE typename Bits<T>::F pack_single(Pack pack, typename Bits<T>::F x, typename Bits<T>::Int keep) {
+  return pack == Pack::kRaw ? x : power<T>(clean<T>(x, keep));
+}
 
 template <class T, class Product> FASTOPS_INLINE Pair<T> pack_pair_a(const Product& product, typename Bits<T>::F x) {
   using B = Bits<T>;
   using F = typename B::F;
   using I = typename B::I;
-  if (product.pack_a == Pack::kRaw) return {x, F{}};
+  if (is_single(product.pack_a)) return {pack_single<T>(product.pack_a, x, product.keep), F{}};
   x = clean<T>(x, product.keep);
-  if (product.pack_a == Pack::kPower) return {power<T>(x), F{}};
   if (product.pack_a != Pack::kEquation) {
     const F rest = residue<T>(x, product.corrections);
     const auto special = (bits<I>(x) & B::kMagnitude) >= B::kInfinity;
@@ -111,9 +125,8 @@ template <class T, class Product> FASTOPS_INLINE Pair<T> pack_pair_b(const Produ
   using B = Bits<T>;
   using F = typename B::F;
   using I = typename B::I;
-  if (product.pack_b == Pack::kRaw) return {x, F{}};
+  if (is_single(product.pack_b)) return {pack_single<T>(product.pack_b, x, product.keep), F{}};
   x = clean<T>(x, product.keep);
-  if (product.pack_b == Pack::kPower) return {power<T>(x), F{}};
   const auto special = (bits<I>(x) & B::kMagnitude) >= B::kInfinity;
   if (product.pack_b == Pack::kEquation) return {x, select(special, F{}, power<T>(x))};
   const F rest = residue<T>(x, product.corrections);
@@ -121,18 +134,18 @@ template <class T, class Product> FASTOPS_INLINE Pair<T> pack_pair_b(const Produ
   return {x, select(special, F{}, x - rest)};
 }
 
-// The mantissa of a with the constant, brought into [0, 1) by moving a unit into the exponent of `scale`: then b = 0
-// stays below the smallest normal (which the tile reads as zero) and no other b overflows but those flagged.
-template <class T> struct LogEntry {
-  typename Bits<T>::Int mantissa;
-  T scale;
-};
-
 // As clean(), but subnormals stay: kAny tells of them.
 template <class T> FASTOPS_INLINE typename Bits<T>::I cut(typename Bits<T>::I u, typename Bits<T>::Int keep) {
   return select((u & Bits<T>::kMagnitude) > Bits<T>::kInfinity, u, u & keep);
 }
 
+template <class T> struct LogEntry {
+  typename Bits<T>::Int mantissa;
+  T scale;
+};
+
+// The mantissa of a with the constant, brought into [0, 1) by moving a unit into the exponent of `scale`: then b = 0
+// stays below the smallest normal (which the tile reads as zero) and no other b overflows but those flagged.
 template <class T>
 FASTOPS_INLINE void log_entry(typename Bits<T>::I u, typename Bits<T>::I c, typename Bits<T>::I* mantissa,
                               typename Bits<T>::I* scale) {
@@ -152,11 +165,9 @@ FASTOPS_INLINE void log_entry(typename Bits<T>::I u, typename Bits<T>::I c, type
 template <class T>
 FASTOPS_INLINE typename Bits<T>::I log_b(typename Bits<T>::F x, typename Bits<T>::Int keep,
                                          typename Bits<T>::I* result) {
-  using B = Bits<T>;
-  using I = typename B::I;
-  const I u = bits<I>(clean<T>(x, keep)), magnitude = u & B::kMagnitude;
-  *result = u;
-  return (magnitude >= B::kLarge) | ((magnitude < 2 * B::kSmallest) & (magnitude != 0));
+  x = clean<T>(x, keep);
+  *result = bits<typename Bits<T>::I>(x);
+  return is_odd<T>(x);
 }
 
 // A term with any operands, for panels that hold huge, tiny, infinite or nan values: b is moved away from the ends of

@@ -7,8 +7,10 @@
 namespace fastops {
 namespace {
 
-// The plain multiplier, or another by its constant.
-const fastops_mitchell& multiplier(double c) noexcept {
+constexpr double kLmulConstant = 0x1p-4;
+
+// The plain multiplier, or L-Mul's.
+const fastops_mitchell& multiplier(bool is_lmul) noexcept {
   struct Own {
     fastops_mitchell m;
     explicit Own(double constant) noexcept : m() {
@@ -17,8 +19,8 @@ const fastops_mitchell& multiplier(double c) noexcept {
       set_constants(m, params);
     }
   };
-  static const Own plain(0.0), lmul(0.0625);
-  return c == 0.0 ? plain.m : lmul.m;
+  static const Own plain(0.0), lmul(kLmulConstant);
+  return is_lmul ? lmul.m : plain.m;
 }
 
 template <class F> struct Bits;
@@ -52,13 +54,15 @@ template <class F> bool is_normal(typename Bits<F>::U magnitude) noexcept {
   return magnitude - (typename N::U{1} << N::kMantissa) < N::kNormals;
 }
 
-template <class F> __attribute__((noinline)) F any_element(fastops_mitchell_op op, F a, F b, double c) noexcept {
+template <class F>
+__attribute__((noinline)) F any_element(fastops_mitchell_op op, F a, F b, bool is_lmul = false) noexcept {
   F result = 0;
-  fastops_mitchell_apply(&multiplier(c), op, Bits<F>::kType, &a, sizeof a, &b, sizeof b, &result, sizeof result, 1);
+  fastops_mitchell_apply(&multiplier(is_lmul), op, Bits<F>::kType, &a, sizeof a, &b, sizeof b, &result, sizeof result,
+                         1);
   return result;
 }
 
-// kLmul: the constant 2^-4.
+// kLmul: with that constant.
 template <class F, bool kLmul = false> F mul(F a, F b) noexcept {
   using N = Bits<F>;
   using U = typename N::U;
@@ -66,7 +70,7 @@ template <class F, bool kLmul = false> F mul(F a, F b) noexcept {
   const U sum = x - N::kOne + y + (kLmul ? U{1} << (N::kMantissa - 4) : U{0});
   if (__builtin_expect(is_normal<F>(x) && is_normal<F>(y) && is_normal<F>(sum), 1))
     return number<F>(sum | ((bits(a) ^ bits(b)) & N::kSign));
-  return any_element<F>(FASTOPS_MUL, a, b, kLmul ? 0.0625 : 0.0);
+  return any_element<F>(FASTOPS_MUL, a, b, kLmul);
 }
 
 template <class F> F div(F a, F b) noexcept {
@@ -74,24 +78,24 @@ template <class F> F div(F a, F b) noexcept {
   const typename N::U x = bits(a) & ~N::kSign, y = bits(b) & ~N::kSign, sum = x - y + N::kOne;
   if (__builtin_expect(is_normal<F>(x) && is_normal<F>(y) && is_normal<F>(sum), 1))
     return number<F>(sum | ((bits(a) ^ bits(b)) & N::kSign));
-  return any_element<F>(FASTOPS_DIV, a, b, 0.0);
+  return any_element<F>(FASTOPS_DIV, a, b);
 }
 
 template <class F> F square(F a) noexcept {
   using N = Bits<F>;
   const typename N::U x = bits(a) & ~N::kSign, sum = x - N::kOne + x;
   if (__builtin_expect(is_normal<F>(x) && is_normal<F>(sum), 1)) return number<F>(sum);
-  return any_element<F>(FASTOPS_SQUARE, a, a, 0.0);
+  return any_element<F>(FASTOPS_SQUARE, a, a);
 }
 
 template <class F> F reciprocal(F a) noexcept {
   using N = Bits<F>;
   const typename N::U x = bits(a) & ~N::kSign, sum = N::kOne - x + N::kOne;
   if (__builtin_expect(is_normal<F>(x) && is_normal<F>(sum), 1)) return number<F>(sum | (bits(a) & N::kSign));
-  return any_element<F>(FASTOPS_RECIPROCAL, a, a, 0.0);
+  return any_element<F>(FASTOPS_RECIPROCAL, a, a);
 }
 
-template <class F> F unary(fastops_mitchell_op op, F a) noexcept { return any_element<F>(op, a, a, 0.0); }
+template <class F> F unary(fastops_mitchell_op op, F a) noexcept { return any_element<F>(op, a, a); }
 
 }  // namespace
 }  // namespace fastops

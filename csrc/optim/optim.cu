@@ -50,12 +50,10 @@ template <class To, class From> FASTOPS_DEVICE To converted(typename From::S s) 
 
 // Moving averages.
 
-template <class S, class P> struct EmaStep {
-  using T = typename S::E;
+// What every average reads.
+template <class S, class P> struct Followed {
   void* shadow;
   const void* parameter;
-  Lerp<T> lerp;
-  bool copies;
 
   template <int W> struct Loaded {
     Values<S, W> s;
@@ -64,6 +62,14 @@ template <class S, class P> struct EmaStep {
   template <int W> FASTOPS_DEVICE Loaded<W> load(std::size_t i) const {
     return {get<S, W>(shadow, i), get<P, W>(parameter, i)};
   }
+};
+
+template <class S, class P> struct EmaStep : Followed<S, P> {
+  using T = typename S::E;
+  template <int W> using Loaded = typename Followed<S, P>::template Loaded<W>;
+  Lerp<T> lerp;
+  bool copies;
+
   template <int W> FASTOPS_DEVICE void finish(std::size_t i, const Loaded<W>& x) const {
     Values<S, W> r;
 #pragma unroll
@@ -71,25 +77,17 @@ template <class S, class P> struct EmaStep {
       const T p = converted<T, P>(x.p.v[j]);
       r.v[j] = S::put(copies ? p : lerp(S::get(x.s.v[j]), p));
     }
-    put<S, W>(shadow, i, r);
+    put<S, W>(this->shadow, i, r);
   }
 };
 
 // bfloat16 shadows, rounded at random by the element's number in its tensor.
-template <class P> struct RandomEmaStep {
-  void* shadow;
-  const void* parameter;
+template <class P> struct RandomEmaStep : Followed<BF16, P> {
+  template <int W> using Loaded = typename Followed<BF16, P>::template Loaded<W>;
   Lerp<float> lerp;
   bool copies;
   RandomBits random;
 
-  template <int W> struct Loaded {
-    Values<BF16, W> s;
-    Values<P, W> p;
-  };
-  template <int W> FASTOPS_DEVICE Loaded<W> load(std::size_t i) const {
-    return {get<BF16, W>(shadow, i), get<P, W>(parameter, i)};
-  }
   template <int W> FASTOPS_DEVICE void finish(std::size_t i, const Loaded<W>& x) const {
     Values<BF16, W> r;
 #pragma unroll
@@ -100,7 +98,7 @@ template <class P> struct RandomEmaStep {
       const float moved = copies ? p : lerp(BF16::get(x.s.v[j]), p);
       r.v[j] = static_cast<std::uint16_t>(round_randomly(moved, (e & 16) == 0 ? hash & 0xffffu : hash >> 16));
     }
-    put<BF16, W>(shadow, i, r);
+    put<BF16, W>(this->shadow, i, r);
   }
 };
 
@@ -139,13 +137,13 @@ __global__ void __launch_bounds__(kThreads)
   with_dtype(tensor.dtype[0], [&](auto p) {
     using P = decltype(p);
     if (tensor.dtype[1] == FASTOPS_F32) {
-      const EmaStep<F32, P> step{shadow, parameter, Lerp<float>(w), copies};
+      const EmaStep<F32, P> step{{shadow, parameter}, Lerp<float>(w), copies};
       run<4>(step, range.first, range.last, packs);
     } else if (tensor.dtype[1] == FASTOPS_F64) {
-      const EmaStep<F64, P> step{shadow, parameter, Lerp<double>(w), copies};
+      const EmaStep<F64, P> step{{shadow, parameter}, Lerp<double>(w), copies};
       run<2>(step, range.first, range.last, packs);
     } else if (random) {
-      const RandomEmaStep<P> step{shadow, parameter, Lerp<float>(w), copies, RandomBits(seed, chunk.tensor)};
+      const RandomEmaStep<P> step{{shadow, parameter}, Lerp<float>(w), copies, RandomBits(seed, chunk.tensor)};
       run<4>(step, range.first, range.last, packs);
     }
   });
@@ -219,7 +217,6 @@ template <class T, class G> struct SgdStep {
   using E = typename T::E;
   const gpu::Tensor& tensor;
   const SgdRule<E>& rule;
-  void* shadow;
 
   template <int W> struct Loaded {
     Values<T, W> p, m, shadow;
@@ -230,7 +227,7 @@ template <class T, class G> struct SgdStep {
     x.g = get<G, W>(tensor.at[1], i);
     if (rule.moves || rule.sgd.decays) x.p = get<T, W>(tensor.at[0], i);
     if (rule.has_momentum) x.m = get<T, W>(tensor.at[2], i);
-    if (rule.follower.present) x.shadow = get<T, W>(shadow, i);
+    if (rule.follower.present) x.shadow = get<T, W>(shadow(), i);
     return x;
   }
   template <int W> FASTOPS_DEVICE void finish(std::size_t i, Loaded<W> x) const {
@@ -246,40 +243,34 @@ template <class T, class G> struct SgdStep {
     }
     if (rule.has_momentum) put<T, W>(tensor.at[2], i, x.m);
     if (rule.moves) put<T, W>(tensor.at[0], i, x.p);
-    if (rule.follower.present) put<T, W>(shadow, i, x.shadow);
+    if (rule.follower.present) put<T, W>(shadow(), i, x.shadow);
     if (rule.follower.zero_grad) put<G, W>(tensor.at[1], i, Values<G, W>{});
   }
+  FASTOPS_DEVICE void* shadow() const { return rule.has_momentum ? tensor.at[3] : tensor.at[2]; }
 };
 
-__global__ void __launch_bounds__(kThreads)
-    adamw_kernel(gpu::TensorTable table, const __grid_constant__ Rules<AdamRule> rules) {
+// The step of one chunk: float64 by itself, float32 with gradients of any dtype that is no wider.
+template <template <class, class> class Step, template <class> class Rule>
+FASTOPS_DEVICE void take_step(const gpu::TensorTable& table, const Rules<Rule>& rules) {
   const gpu::Chunk chunk = table.chunks[blockIdx.x];
   const gpu::Tensor tensor = table.tensors[chunk.tensor];
   const Range range = range_of(chunk, tensor);
   const bool packs = tensor.packs != 0;
-  if (tensor.dtype[0] == FASTOPS_F64)
-    return run<1>(AdamStep<F64, F64>{tensor, rules.wide}, range.first, range.last, packs);
+  if (tensor.dtype[0] == FASTOPS_F64) return run<1>(Step<F64, F64>{tensor, rules.wide}, range.first, range.last, packs);
   with_dtype(tensor.dtype[1], [&](auto g) {
     using G = decltype(g);
-    if constexpr (!std::is_same_v<G, F64>)
-      run<2>(AdamStep<F32, G>{tensor, rules.single}, range.first, range.last, packs);
+    if constexpr (!std::is_same_v<G, F64>) run<2>(Step<F32, G>{tensor, rules.single}, range.first, range.last, packs);
   });
 }
 
 __global__ void __launch_bounds__(kThreads)
+    adamw_kernel(gpu::TensorTable table, const __grid_constant__ Rules<AdamRule> rules) {
+  take_step<AdamStep>(table, rules);
+}
+
+__global__ void __launch_bounds__(kThreads)
     sgd_kernel(gpu::TensorTable table, const __grid_constant__ Rules<SgdRule> rules) {
-  const gpu::Chunk chunk = table.chunks[blockIdx.x];
-  const gpu::Tensor tensor = table.tensors[chunk.tensor];
-  const Range range = range_of(chunk, tensor);
-  const bool packs = tensor.packs != 0;
-  void* const shadow = rules.wide.has_momentum ? tensor.at[3] : tensor.at[2];
-  if (tensor.dtype[0] == FASTOPS_F64)
-    return run<1>(SgdStep<F64, F64>{tensor, rules.wide, shadow}, range.first, range.last, packs);
-  with_dtype(tensor.dtype[1], [&](auto g) {
-    using G = decltype(g);
-    if constexpr (!std::is_same_v<G, F64>)
-      run<2>(SgdStep<F32, G>{tensor, rules.single, shadow}, range.first, range.last, packs);
-  });
+  take_step<SgdStep>(table, rules);
 }
 
 }  // namespace

@@ -156,7 +156,7 @@ fastops_status WordCounter::memory(const std::uint8_t* data, std::size_t size, s
   const fastops_status status = parallel_run(
       blocks,
       [&](std::size_t block, unsigned worker) noexcept {
-        if (failed_.load(std::memory_order_relaxed)) return;
+        if (!is_wanted(block)) return;
         // The lines that begin in the block.
         const std::uint8_t* first = data;
         const std::uint8_t* const stop = block + 1 < blocks ? data + (block + 1) * kBlock : end;
@@ -171,7 +171,7 @@ fastops_status WordCounter::memory(const std::uint8_t* data, std::size_t size, s
         Stream<Tally>& stream = all_[worker].stream;
         stream.consume(first, static_cast<std::size_t>(after - first),
                        offset + static_cast<std::uint64_t>(first - data), true);
-        if (!stream.ok()) failed_.store(true, std::memory_order_relaxed);
+        note_failure(all_[worker], block);
       },
       static_cast<double>(size) * kNanosecondsPerByte, poll, workers_);
   return take_errors(status);
@@ -248,8 +248,8 @@ fastops_status WordCounter::end(fastops_poll) noexcept {
   return take_errors(FASTOPS_OK);
 }
 
-void WordCounter::some_texts(Worker& worker, const void* const* data, const std::size_t* sizes,
-                             std::size_t count) noexcept {
+void WordCounter::some_texts(Worker& worker, const void* const* data, const std::size_t* sizes, std::size_t count,
+                             std::size_t block) noexcept {
   Stream<Tally>& stream = worker.stream;
   // A line end more keeps tokens of neighbours apart: where documents do not matter, small texts are counted together,
   // but for those in which something may be wrong at a place to be named.
@@ -257,7 +257,7 @@ void WordCounter::some_texts(Worker& worker, const void* const* data, const std:
                         (rule_.errors == FASTOPS_ERRORS_REPLACE || rule_.errors == FASTOPS_ERRORS_ESCAPE) &&
                         rule_.max_token_bytes >= kBlock / 4;
   std::size_t held = 0;
-  for (std::size_t i = 0; i <= count && stream.ok() && !failed_.load(std::memory_order_relaxed); ++i) {
+  for (std::size_t i = 0; i <= count && stream.ok() && is_wanted(block); ++i) {
     const std::size_t size = i < count ? sizes[i] : kBlock;
     if (held > 0 && held + size + 1 > kBlock) {
       stream.consume(worker.buffer.get<std::uint8_t>(), held, 0, true);
@@ -300,8 +300,8 @@ fastops_status WordCounter::texts(const void* const* data, const std::size_t* si
       blocks,
       [&](std::size_t block, unsigned worker) noexcept {
         const std::size_t first = count * block / blocks;
-        some_texts(all_[worker], data + first, sizes + first, count * (block + 1) / blocks - first);
-        if (!all_[worker].stream.ok()) failed_.store(true, std::memory_order_relaxed);
+        some_texts(all_[worker], data + first, sizes + first, count * (block + 1) / blocks - first, block);
+        note_failure(all_[worker], block);
       },
       bytes * kNanosecondsPerByte, poll, workers_);
   return take_errors(status);
@@ -325,7 +325,7 @@ fastops_status WordCounter::end_document() noexcept {
 }
 
 // The lines that begin in [start, stop), by blocks; the last one may end later.
-void WordCounter::lines_of_file(Worker& worker, int fd, std::uint64_t start, std::uint64_t stop,
+void WordCounter::lines_of_file(Worker& worker, int fd, std::uint64_t start, std::uint64_t stop, std::size_t block,
                                 fastops_poll poll) noexcept {
   Stream<Tally>& stream = worker.stream;
   std::uint64_t at = start > 0 ? start - 1 : 0;  // of the next byte to be read
@@ -334,8 +334,7 @@ void WordCounter::lines_of_file(Worker& worker, int fd, std::uint64_t start, std
   std::size_t held = 0, tried = 0;               // tried: of those held, how many could not be cut
   bool last = false;
   first = at;
-  while (!last && stream.ok() && !failed_.load(std::memory_order_relaxed) &&
-         !(poll.function != nullptr && asked_to_stop(poll))) {
+  while (!last && stream.ok() && is_wanted(block) && !(poll.function != nullptr && asked_to_stop(poll))) {
     if (!worker.buffer.grow(held + kRead)) {
       stream.no_memory();
       return;
@@ -394,7 +393,7 @@ fastops_status WordCounter::file(int fd, std::uint64_t start, std::uint64_t stop
   if (start == stop) return FASTOPS_OK;
   if (serial()) {
     const fastops_status status = parallel_run(
-        1, [&](std::size_t, unsigned) noexcept { lines_of_file(all_[0], fd, start, stop, poll); }, 0, poll, 1);
+        1, [&](std::size_t, unsigned) noexcept { lines_of_file(all_[0], fd, start, stop, 0, poll); }, 0, poll, 1);
     return take_errors(stopped_ ? FASTOPS_INTERRUPTED : status);
   }
   const std::uint64_t size = stop - start;
@@ -402,10 +401,10 @@ fastops_status WordCounter::file(int fd, std::uint64_t start, std::uint64_t stop
   const fastops_status status = parallel_run(
       spans,
       [&](std::size_t span, unsigned worker) noexcept {
-        if (failed_.load(std::memory_order_relaxed)) return;
+        if (!is_wanted(span)) return;
         const std::uint64_t from = start + span * kSpan;
-        lines_of_file(all_[worker], fd, from, span + 1 < spans ? from + kSpan : stop, {nullptr, nullptr});
-        if (!all_[worker].stream.ok()) failed_.store(true, std::memory_order_relaxed);
+        lines_of_file(all_[worker], fd, from, span + 1 < spans ? from + kSpan : stop, span, {nullptr, nullptr});
+        note_failure(all_[worker], span);
       },
       static_cast<double>(size) * kNanosecondsPerByte, poll, workers_);
   return take_errors(status);
@@ -416,7 +415,7 @@ fastops_status WordCounter::gather(fastops_poll poll, fastops_words* words) noex
   if (spill_.used() || budget_.used > budget_.limit / 2) {
     for (unsigned i = 0; i < made_; ++i)
       if (!all_[i].tally.spill()) return take_errors(FASTOPS_OK);
-    if (!words->table.back_by_files()) return FASTOPS_NO_MEMORY;
+    words->table.back_by_files();
     for (unsigned part = 0; part < Spill::kParts; ++part) {
       if (poll.function != nullptr && poll.function(poll.context) != 0) return FASTOPS_INTERRUPTED;
       if (!spill_.read(part, &words->table)) {

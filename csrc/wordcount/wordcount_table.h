@@ -109,10 +109,7 @@ class Table {
   explicit Table(bool with_documents = false) noexcept : with_documents_(with_documents) {}
 
   // Its memory comes from unlinked files from now on; the table is empty.
-  bool back_by_files() noexcept {
-    file_backed_ = true;
-    return true;
-  }
+  void back_by_files() noexcept { file_backed_ = true; }
 
   // Room for `entries` more keys, of `long_bytes` bytes in those above 16. The memory it would newly take is
   // needed(...).

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import _validate
+from .. import _tensors, _validate
 from .._validate import Text, clip
 from . import _runtime
 
@@ -116,19 +116,40 @@ class Array:
     def __dlpack_device__(self) -> tuple[int, int]:
         return _DEVICES[0], self.device
 
-    def __dlpack__(self, *, stream: int | None = None, **_: object) -> object:
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> object:
+        if copy:
+            raise _validate.wrong_value("copy", "False: an Array gives its own memory", copy)
+        if dl_device not in (None, self.__dlpack_device__()):
+            raise _validate.wrong_value("dl_device", f"{self.__dlpack_device__()}, where the array is", dl_device)
         name = self.dtype.rstrip("0123456789")
         code = next(code for code, text in _CODES.items() if text == name)
         if stream is None:
             stream = 1
         if stream != -1 and not same_stream(stream, self._stream):
             _runtime.module().wait(stream, self._stream, self.device)
-        return _runtime.module().to_dlpack(self._memory, self.shape, code, 8 * _SIZES[self._code])
+        # Who does not say that it knows versions must get what was before them.
+        versioned = max_version is not None and max_version[0] >= 1
+        return _runtime.module().to_dlpack(self._memory, self.shape, code, 8 * _SIZES[self._code], versioned)
 
 
 def same_stream(a: int, b: int) -> bool:
     """Whether two handles are one stream: 0 and 1 both name the legacy default stream."""
     return a == b or {a, b} == {0, 1}
+
+
+def interface_of(value: object) -> Any:
+    """The `__cuda_array_interface__` of an array; None where it has none, or refuses it."""
+    try:
+        return getattr(value, "__cuda_array_interface__", None)
+    except Exception:  # noqa: BLE001 - jax raises for bfloat16 and for arrays elsewhere, torch within autograd
+        return None
 
 
 def is_torch(value: object) -> bool:
@@ -163,9 +184,7 @@ def _from_torch(name: str, tensor: Any, in_place: bool) -> View:
         raise _validate.wrong_type(name, f"of dtype {_validate.FLOAT_NAMES}", Text(clip(dtype, 20)))
     if tensor.is_neg():
         raise _validate.wrong_type(name, "a tensor that holds its values", Text("a lazy negative (its resolve_neg())"))
-    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    needed = (tensor.storage_offset() + reach) * tensor.element_size()
-    if tensor.numel() and needed > tensor.untyped_storage().nbytes():
+    if not _tensors.within_storage(tensor):
         raise _validate.wrong_value(name, "a tensor whose storage holds its elements", Text("one resized to fewer"))
     return View(
         tensor.data_ptr(),
@@ -243,12 +262,7 @@ def view(name: str, value: Any, stream: int = 1, *, in_place: bool = False) -> V
     """Where the memory of an array on a GPU is; it is not copied. `in_place`: autograd may know the tensor."""
     if is_torch(value):
         return _from_torch(name, value, in_place)
-    found = None
-    if not isinstance(value, np.ndarray):
-        try:
-            found = getattr(value, "__cuda_array_interface__", None)
-        except Exception:  # noqa: BLE001 - jax raises for bfloat16 and for arrays elsewhere
-            found = None
+    found = None if isinstance(value, np.ndarray) else interface_of(value)
     if found is not None:
         result = _from_interface(name, value, found)
         if result is not None:
@@ -290,10 +304,7 @@ def current_stream(values: Sequence[Any], device: int | None = None) -> int:
             return int(torch.cuda.current_stream(value.device if device is None else device).cuda_stream)
         if type(value).__module__.partition(".")[0] == "cupy":
             return int(sys.modules["cupy"].cuda.get_current_stream().ptr)
-        try:
-            found = getattr(value, "__cuda_array_interface__", None)
-        except Exception:  # noqa: BLE001 - as above
-            found = None
+        found = interface_of(value)
         if found is not None and found.get("stream"):
             return int(found["stream"])
     return 1

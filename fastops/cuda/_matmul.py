@@ -81,10 +81,8 @@ def mitchell_matmul(
 
     Raises
     ------
-    RuntimeError
-        No GPU.
-    TypeError
-        An array that is not on a GPU, of another dtype, or within autograd.
+    RuntimeError, TypeError
+        As `mitchell_mul`.
     ValueError
         Shapes that do not multiply, arrays on different devices, an `out` that does not fit or overlaps an operand.
 

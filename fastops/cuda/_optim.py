@@ -4,20 +4,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .. import _tensors, _validate, optim
-from .._tensors import Role
+from .._tensors import FixedList, Role
 from . import _runtime
-from ._arrays import current_stream, describe, handle
+from ._arrays import current_stream, describe, handle, interface_of, is_torch
 
 __all__ = ["TensorList", "adamw_step_", "ema_update_", "sgd_step_"]
 
 Tensors = Iterable[Any]
 
 
-class TensorList(Sequence[Any]):
+class TensorList(FixedList):
     """A fixed list of tensors on a GPU that many calls use.
 
     Parameters
@@ -46,12 +46,12 @@ class TensorList(Sequence[Any]):
     ...     shadows = fastops.cuda.TensorList([torch.zeros(3, device="cuda")], verify=False)
     """
 
-    __slots__ = ("_arrays", "_held", "_plans", "_tensors", "_verify", "_version")
+    __slots__ = ("_held", "_plans", "_tensors", "_verify", "_version")
 
     def __init__(self, arrays: Iterable[Any], *, verify: bool = True) -> None:
         self._arrays = tuple(_as_list("arrays", arrays))
         self._verify = _validate.boolean("verify", verify)
-        # By roles and lists: the versions that these had, their plan, and the lists, so that their addresses stay theirs.
+        # By roles and lists: the versions that these had, their plan, and the other lists, so that their addresses stay theirs.
         self._plans: dict[tuple[Any, ...], tuple[list[int], Any, tuple[Any, ...]]] = {}
         self._version = 0
         self._held: tuple[Any, ...] = ()
@@ -81,26 +81,9 @@ class TensorList(Sequence[Any]):
         if not self._held:
             self._held = tuple(x.detach() if hasattr(x, "detach") else x for x in self._arrays)
 
-    def __len__(self) -> int:
-        return len(self._arrays)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._arrays[index]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._arrays)
-
-    def __repr__(self) -> str:
-        return f"<fastops.cuda.TensorList of {len(self._arrays)} arrays>"
-
-    def __reduce__(self) -> Any:
-        raise _validate.no_pickle("a TensorList", "it stands for memory of this process; pickle a list of its arrays")
-
 
 def _as_list(name: str, value: object) -> list[Any]:
-    if isinstance(value, TensorList):
-        return list(value._arrays)
-    if hasattr(value, "__cuda_array_interface__") and not hasattr(value, "data_ptr"):
+    if not is_torch(value) and interface_of(value) is not None:
         return [value]
     return _tensors.as_list(name, value)
 
@@ -131,7 +114,7 @@ class _Step:
             for value in values:
                 value._hold()
             plan = self.native.plan(self._roles, self._lists, describe, self.stream)
-            found = kept._plans[key] = versions, plan, tuple(values)
+            found = kept._plans[key] = versions, plan, tuple(x for x in values if x is not kept)
         return found[1]
 
     def done(self) -> None:
@@ -193,15 +176,11 @@ def ema_update_(
     ...     shadows, params = [torch.zeros(3, device="cuda")], [torch.ones(3, device="cuda")]
     ...     fastops.cuda.ema_update_(shadows, params, decay=0.75)
     """
-    shadows, weights = optim._ema_weights(_sized(shadows), decay)
+    shadows, weights = optim._ema_weights(shadows, decay)
     chosen = optim._seed(rounding, seed)
     step = _Step(_tensors.ema_roles(1), [params, shadows], stream)
     step.native.ema_update(step.plan, weights, chosen, step.stream)
     step.done()
-
-
-def _sized(value: Tensors) -> Any:
-    return value._arrays if isinstance(value, TensorList) and value._verify else value
 
 
 def sgd_step_(
@@ -228,20 +207,12 @@ def sgd_step_(
         As in `fastops.sgd_step_`, on one GPU and without gaps.
     momentum_buffers : list of arrays or None
         Likewise.
-    lr, momentum, dampening : float
-        As in `fastops.sgd_step_`.
-    nesterov : bool
-        As in `fastops.sgd_step_`.
-    weight_decay : float
-        As in `fastops.sgd_step_`.
-    accumulate : (i, k), optional
+    lr, momentum, dampening, nesterov, weight_decay, accumulate : float, bool or (i, k)
         As in `fastops.sgd_step_`.
     ema : list of arrays, optional
         Shadows, which follow the new parameters.
-    ema_decay : float, optional
-        In [0, 1], given with `ema`.
-    zero_grad : bool
-        Set the gradients to zero in the same pass.
+    ema_decay, zero_grad : float and bool, optional
+        As in `fastops.sgd_step_`.
     stream : int or stream object, optional
         As in `mitchell_mul`.
 
@@ -300,22 +271,12 @@ def adamw_step_(
     ----------
     params, grads, exp_avg, exp_avg_sq : list of arrays
         As in `fastops.adamw_step_`, on one GPU and without gaps.
-    step : int
-        Number of this step, from 1.
-    lr : float
-        As in `fastops.adamw_step_`.
-    betas : (float, float)
-        As in `fastops.adamw_step_`.
-    eps, weight_decay : float
-        As in `fastops.adamw_step_`.
-    decoupled : bool
+    step, lr, betas, eps, weight_decay, decoupled : int, float, bool or (float, float)
         As in `fastops.adamw_step_`.
     ema : list of arrays, optional
         Shadows, which follow the new parameters.
-    ema_decay : float, optional
-        In [0, 1], given with `ema`.
-    zero_grad : bool
-        Set the gradients to zero in the same pass.
+    ema_decay, zero_grad : float and bool, optional
+        As in `fastops.adamw_step_`.
     stream : int or stream object, optional
         As in `mitchell_mul`.
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -189,9 +189,7 @@ _linear_fits, _softmax_fits, _nystrom_fits, _step_fits = map(
 def _check_values(cu_seqlens: Any, decay: Any, total: int) -> None:
     """The values of arguments that are there before anything runs; those of a trace are checked when they come."""
     if _ops.is_known(cu_seqlens):
-        index = np.asarray(cu_seqlens)
-        if not len(index) or index[0] != 0 or index[-1] != total or not _attention.rises(index):
-            raise _validate.wrong_value("cu_seqlens", f"offsets that rise from 0 to {total}", Text("others"))
+        _attention.check_offsets(np.asarray(cu_seqlens), total)
     if _ops.is_known(decay):
         logs = np.asarray(decay)
         if np.count_nonzero(logs <= 0) != logs.size:
@@ -371,14 +369,19 @@ def _linear(q: Any, k: Any, v: Any, more: Arrays, options: Options) -> list[Any]
     return _linear_forward(q, k, v, more, options)
 
 
-def _linear_fwd(q: Any, k: Any, v: Any, more: Arrays, options: Options) -> Any:
-    refused = more.decay if options.feature_map == "exp" else None
-    _ops.without_gradient(projection=more.projection, decay=refused)
-    of_decay = more.decay is not None and more.decay.perturbed
-    q, k, v, more = _ops.values((q, k, v, more))
-    y, *last = _linear(q, k, v, more, options)
-    # Trees without leaves say what is known when it is traced.
-    return [y, *last], (q, k, v, more, y, last if of_decay else [], () if of_decay else None)
+def _forward_rule(operation: Callable[..., list[Any]]) -> Callable[..., Any]:
+    """What keeps for the gradient what the operation and its result are made of."""
+
+    def forward(q: Any, k: Any, v: Any, more: Arrays, options: Options) -> Any:
+        refused = more.decay if options.feature_map == "exp" else None
+        _ops.without_gradient(projection=more.projection, decay=refused)
+        of_decay = more.decay is not None and more.decay.perturbed
+        q, k, v, more = _ops.values((q, k, v, more))
+        y, *last = operation(q, k, v, more, options)
+        # Trees without leaves say what is known when it is traced.
+        return [y, *last], (q, k, v, more, y, last if of_decay else [], () if of_decay else None)
+
+    return forward
 
 
 def _linear_bwd(options: Options, kept: Any, cotangents: Any) -> Any:
@@ -386,7 +389,7 @@ def _linear_bwd(options: Options, kept: Any, cotangents: Any) -> Any:
     return _linear_gradients(options, q, k, v, more, y, last, cotangents, of_decay is not None)
 
 
-_linear.defvjp(_linear_fwd, _linear_bwd, symbolic_zeros=True)
+_linear.defvjp(_forward_rule(_linear), _linear_bwd, symbolic_zeros=True)
 
 
 def _one_form(q: Any, k: Any, more: Arrays, axis: int) -> Arrays:
@@ -565,15 +568,6 @@ def _step(q: Any, k: Any, v: Any, more: Arrays, options: Options) -> list[Any]:
     )
 
 
-def _step_fwd(q: Any, k: Any, v: Any, more: Arrays, options: Options) -> Any:
-    refused = more.decay if options.feature_map == "exp" else None
-    _ops.without_gradient(projection=more.projection, decay=refused)
-    of_decay = more.decay is not None and more.decay.perturbed
-    q, k, v, more = _ops.values((q, k, v, more))
-    y, *last = _step(q, k, v, more, options)
-    return [y, *last], (q, k, v, more, y, last if of_decay else [], () if of_decay else None)
-
-
 def _step_bwd(options: Options, kept: Any, cotangents: Any) -> Any:
     """A step is the linear attention of one token."""
     q, k, v, more, y, last, of_decay = kept
@@ -588,7 +582,7 @@ def _step_bwd(options: Options, kept: Any, cotangents: Any) -> Any:
     return (*(x[:, :, 0] for x in first), rest)
 
 
-_step.defvjp(_step_fwd, _step_bwd, symbolic_zeros=True)
+_step.defvjp(_forward_rule(_step), _step_bwd, symbolic_zeros=True)
 
 
 @partial(jax.jit, static_argnums=(4,))
@@ -974,7 +968,7 @@ def _nystrom_attributes(options: NystromOptions, q: Any, q_landmarks: Any) -> di
         "normalize": options.normalize,
         "tokens_first": options.layout == "bnhd",
     }
-    ridge = _nystrom._RIDGE if options.ridge is None else options.ridge
+    ridge = _nystrom.RIDGE if options.ridge is None else options.ridge
     return {**{name: np.int32(x) for name, x in whole.items()}, "ridge": np.float64(ridge), "scale": np.float64(scale)}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from .. import _attention, _validate, attention
+from .. import _attention, _nystrom, _validate, attention
 from .._validate import Text
 
 __all__ = ["LinearAttention", "NystromAttention", "SoftmaxAttention"]
@@ -442,11 +442,7 @@ class LinearAttention(_Heads):
     ) -> None:
         super().__init__(num_heads, key_dim, value_dim, **kwargs)
         self.causal = _validate.boolean("causal", causal)
-        self.feature_map = _validate.choice("feature_map", feature_map, _attention.FEATURE_MAPS)
-        if (num_features is None) == (feature_map == "favor"):
-            wanted = "given with feature_map='favor' and with no other"
-            raise _validate.wrong_value("num_features", wanted, num_features)
-        self.num_features = None if num_features is None else _validate.integer("num_features", num_features, 1)
+        self.feature_map, self.num_features = _attention.layer_features(feature_map, num_features)
         self.decay = None if decay is None else [_validate.number("decay", x, -float("inf"), 0.0) for x in decay]
         if self.decay is not None and len(self.decay) != self.num_key_value_heads:
             wanted = f"of {self.num_key_value_heads} numbers, one a head"
@@ -500,11 +496,19 @@ class NystromAttention(_Heads):
     value_dim : int, optional
         Those of its values; `key_dim` by default.
     num_landmarks : int
-        As in `fastops.nystrom_attention`, as are the next two.
+        As in `fastops.nystrom_attention`, as are all options up to `normalize`.
     iterations : int
         Steps towards the inverse.
     pinv : {"newton", "ridge"}
         How it is found.
+    ridge : float, optional
+        Of pinv="ridge".
+    scale : float, optional
+        Factor of q.k.
+    init : {"matrix", "batch"}
+        The coefficient with which the iteration begins.
+    normalize : bool
+        Divide each row by the sum of its weights.
     conv_kernel_size : int, optional
         Taps of a learned convolution of the values that is added to each head, an odd number; 33 in the paper's models.
     num_key_value_heads : int, optional
@@ -521,14 +525,14 @@ class NystromAttention(_Heads):
     Raises
     ------
     TypeError, ValueError
-        Sizes that do not fit, an even `conv_kernel_size`; a call with ``use_causal_mask=True``, which landmarks do not know.
+        Sizes that do not fit, an even `conv_kernel_size`, options that exclude each other; a call with ``use_causal_mask=True``, which landmarks do not know.
     NotImplementedError
         A backend of Keras other than torch, jax and numpy.
 
     Notes
     -----
     Called as `LinearAttention` is, and its weights are the same. The scores that a call returns are those of the approximation,
-    without the convolution; a row of them sums to 1 within its error.
+    without the convolution; a row of them sums to 1 within its error, or exactly with `normalize`.
     Where rows attend to themselves, those that are padded take no part in the landmarks, and their results are 0 before the last
     projection. Padded rows of a query that attends to other rows do take part.
 
@@ -541,7 +545,7 @@ class NystromAttention(_Heads):
     (1, 20, 8)
     """
 
-    _options = ("num_landmarks", "iterations", "pinv", "conv_kernel_size")
+    _options = ("num_landmarks", "iterations", "pinv", "ridge", "scale", "init", "normalize", "conv_kernel_size")
 
     def __init__(
         self,
@@ -552,18 +556,19 @@ class NystromAttention(_Heads):
         num_landmarks: int = 64,
         iterations: int = 6,
         pinv: str = "newton",
+        ridge: float | None = None,
+        scale: float | None = None,
+        init: str = "matrix",
+        normalize: bool = False,
         conv_kernel_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_heads, key_dim, value_dim, **kwargs)
-        self.num_landmarks = _validate.integer("num_landmarks", num_landmarks, 1)
-        self.iterations = _validate.integer("iterations", iterations, 0)
-        self.pinv = _validate.choice("pinv", pinv, ("newton", "ridge"))
-        self.conv_kernel_size = None
-        if conv_kernel_size is not None:
-            self.conv_kernel_size = _validate.integer("conv_kernel_size", conv_kernel_size, 1)
-            if not self.conv_kernel_size % 2:
-                raise _validate.wrong_value("conv_kernel_size", "an odd number", self.conv_kernel_size)
+        made = _nystrom.options(self.key_dim, num_landmarks, iterations, pinv, ridge, scale, init, normalize)
+        self.num_landmarks, self.iterations, self.pinv, self.init = made.landmarks, made.iterations, pinv, init
+        self.ridge, self.scale = None if ridge is None else made.ridge, None if scale is None else made.scale
+        self.normalize = made.normalize
+        self.conv_kernel_size = _nystrom.kernel_size(conv_kernel_size)
 
     def _own_weights(self) -> None:
         self._conv = None
@@ -590,6 +595,10 @@ class NystromAttention(_Heads):
             num_landmarks=self.num_landmarks,
             iterations=self.iterations,
             pinv=self.pinv,
+            ridge=self.ridge,
+            scale=self.scale,
+            init=self.init,
+            normalize=self.normalize,
             key_mask=mask,
             conv_weight=None if matrix or self._conv is None else self._conv.value,
             layout="bnhd",

@@ -23,7 +23,8 @@ def native_rule(rule: Rule) -> _core.WordRule:
     """The rule with the tables that it needs."""
     tables: dict[str, Any] = {}
     maps_case = rule.lowercase in ("unicode", "casefold")
-    tables["class_pages"], tables["classes"] = _unicode.classes(rule.lowercase == "unicode")
+    letters = rule.tokenizer not in ("whitespace", "char")
+    tables["class_pages"], tables["classes"] = _unicode.classes(letters, rule.lowercase == "unicode")
     if maps_case:
         tables["case_pages"], tables["cases"], tables["case_several"] = _unicode.cases(rule.lowercase == "casefold")
     if rule.tokenizer == "unicode":

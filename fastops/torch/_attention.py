@@ -20,12 +20,10 @@ from ._ops import array, direct, tensor
 
 __all__ = ["linear_attention", "linear_attention_step_", "nystrom_attention", "softmax_attention"]
 
-_WIDE = {torch.float64: torch.float64}
-
 
 def _wide(x: Tensor) -> torch.dtype:
     """The dtype of features, sums and states."""
-    return _WIDE.get(x.dtype, torch.float32)
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def _optional(name: str, x: Tensor | None) -> Any:
@@ -49,8 +47,7 @@ def _triple(q: Any, k: Any, v: Any) -> list[Tensor]:
     ):
         return [q, k, v]
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise _validate.wrong_type(name, "a torch.Tensor", x)
+        _ops.want_tensor(name, x)
     return _ops.floats(q=q, k=k, v=v)
 
 

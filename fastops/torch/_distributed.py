@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _attention, _validate
 from .._validate import Text
-from ._attention import _count, _triple, linear_attention
+from ._attention import _triple, linear_attention
 from ._ops import without_gradient
 
 __all__ = ["distributed_linear_attention"]
@@ -73,7 +73,7 @@ class _Before(torch.autograd.Function):
         return own_s, own_z, None, None, None, None
 
 
-def _total(decay: Tensor | None, k: Tensor, tokens: int, z: Tensor) -> Tensor:
+def _total(decay: Tensor | None, tokens: int, z: Tensor) -> Tensor:
     """The logarithm of what this rank's tokens leave of a state, as z (..., H_kv, F) is."""
     if decay is None:
         return torch.zeros_like(z)
@@ -176,10 +176,8 @@ def distributed_linear_attention(
     no_rows = (..., nothing, slice(None), slice(None)) if axis == -3 else (..., nothing, slice(None))
     sums: dict[str, Any] = {"decay": decay, "causal": causal, "key_mask": key_mask}
     _, (s, z, *rest) = linear_attention(q[no_rows], k, v, return_state=True, **sums, **given)
-    assert len(rest) + 2 == _count(feature_map)
-    log = _total(decay, k, k.shape[axis], z)
+    log = _total(decay, k.shape[axis], z)
     state = _Before.apply(s, z, rest[0] if rest else None, log, causal, group)
     if causal:
-        sums["causal"] = True
         return linear_attention(q, k, v, initial_state=state, return_state=return_state, **sums, **given)
     return linear_attention(q, k[no_rows], v[no_rows], initial_state=state, **given)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _validate, mitchell
 from .._backend import backend as _backend
 from .._multiplier import Multiplier
-from .._validate import Text
+from .._validate import AnyArray, Text
 from . import _ops
 from ._ops import array, like, silent, tensor
 
@@ -75,26 +75,30 @@ def _options(multiplier: Multiplier | None, op: str, mode: str) -> tuple[str, st
     return text, mode
 
 
-# --- element by element ------------------------------------------------------------------------------------------------------------
+# --- operators of two operands -----------------------------------------------------------------------------------------------------
 
 
-def _elementwise(op: str, gradient: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator mitchell_`op`."""
+def _operator(
+    name: str,
+    compute: Callable[[AnyArray, AnyArray, str], Tensor],
+    gradient: Callable[..., Any],
+    shape: Callable[[Tensor, Tensor], Sequence[int]],
+    casts: Sequence[int] = (),
+) -> Callable[..., Any]:
+    """The operator `name` of two tensors of one dtype whose leading axes broadcast."""
 
     def kernel(a: Tensor, b: Tensor, multiplier: str, mode: str) -> Tensor:
         if a.is_cuda:
-            return _on_gpu(f"mitchell_{op}", a, b, multiplier)
-        x = array("a", a)
-        return like(silent.call(_ufunc(op, multiplier), x, array("b", b)), x)
+            return _on_gpu(name, a, b, multiplier)
+        return compute(array("a", a), array("b", b), multiplier)
 
     def fake(a: Tensor, b: Tensor, multiplier: str, mode: str) -> Tensor:
-        return torch.empty(torch.broadcast_shapes(a.shape, b.shape), dtype=a.dtype, device=a.device)
+        return torch.empty(shape(a, b), dtype=a.dtype, device=a.device)
 
     def kernel_backward(dy: Tensor, a: Tensor, b: Tensor, multiplier: str, mode: str) -> tuple[Tensor, Tensor]:
         _refuse_gpu(dy)
-        chosen = described(multiplier)
         x, y, d = array("a", a), array("b", b), array("dy", dy)
-        da, db = silent.call(lambda: gradient(x, y, d, multiplier=chosen, mode=mode))
+        da, db = gradient(x, y, d, multiplier=described(multiplier), mode=mode)
         return like(da, x), like(db, y)
 
     def fake_backward(dy: Tensor, a: Tensor, b: Tensor, multiplier: str, mode: str) -> tuple[Tensor, Tensor]:
@@ -118,18 +122,19 @@ def _elementwise(op: str, gradient: Callable[..., Any]) -> Callable[..., Any]:
 
     options = "str multiplier, str mode"
     backward = _ops.define(
-        f"mitchell_{op}_backward(Tensor dy, Tensor a, Tensor b, {options}) -> (Tensor, Tensor)",
+        f"{name}_backward(Tensor dy, Tensor a, Tensor b, {options}) -> (Tensor, Tensor)",
         kernel_backward,
         fake_backward,
         vmap=vmap_backward,
     )
     forward = _ops.define(
-        f"mitchell_{op}(Tensor a, Tensor b, {options}) -> Tensor",
+        f"{name}(Tensor a, Tensor b, {options}) -> Tensor",
         kernel,
         fake,
         setup=_keep,
         backward=_derive(backward),
         vmap=vmap,
+        casts=casts,
     )
     return forward
 
@@ -162,6 +167,21 @@ def _derive(op: Any) -> Callable[..., Any]:
     return backward
 
 
+# --- element by element ------------------------------------------------------------------------------------------------------------
+
+
+def _elementwise(op: str, gradient: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator mitchell_`op`."""
+
+    def compute(x: AnyArray, y: AnyArray, multiplier: str) -> Tensor:
+        return like(silent.call(_ufunc(op, multiplier), x, y), x)
+
+    def derive(*arrays: AnyArray, **options: Any) -> Any:
+        return silent.call(lambda: gradient(*arrays, **options))
+
+    return _operator(f"mitchell_{op}", compute, derive, lambda a, b: torch.broadcast_shapes(a.shape, b.shape))
+
+
 _mul = _elementwise("mul", mitchell.mitchell_mul_grad)
 _div = _elementwise("div", mitchell.mitchell_div_grad)
 
@@ -191,11 +211,11 @@ def mitchell_mul(
     Raises
     ------
     TypeError
-        A tensor that is not of a floating-point dtype, dense and on the CPU; no tensor at all.
+        A tensor that is not of a floating-point dtype, dense and on a device named above; no tensor at all.
     ValueError
         Shapes that do not broadcast, an unknown `mode`.
     NotImplementedError
-        A second derivative.
+        A second derivative, or one on a GPU.
 
     Notes
     -----
@@ -225,7 +245,7 @@ def mitchell_div(
     Parameters
     ----------
     a : Tensor of float16, bfloat16, float32 or float64, or number
-        The numerator, on the CPU.
+        The numerator, where `mitchell_mul` takes tensors.
     b : Tensor or number
         The denominator.
     multiplier : fastops.Multiplier, optional
@@ -267,61 +287,11 @@ def _product_shape(a: Tensor, b: Tensor) -> list[int]:
     return [*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]]
 
 
-def _matmul_kernel(a: Tensor, b: Tensor, multiplier: str, mode: str) -> Tensor:
-    if a.is_cuda:
-        return _on_gpu("mitchell_matmul", a, b, multiplier)
-    return tensor(mitchell.mitchell_matmul(array("a", a), array("b", b), multiplier=described(multiplier)))
+def _matmul_array(x: AnyArray, y: AnyArray, multiplier: str) -> Tensor:
+    return tensor(mitchell.mitchell_matmul(x, y, multiplier=described(multiplier)))
 
 
-def _matmul_fake(a: Tensor, b: Tensor, multiplier: str, mode: str) -> Tensor:
-    return torch.empty(_product_shape(a, b), dtype=a.dtype, device=a.device)
-
-
-def _matmul_backward_kernel(dy: Tensor, a: Tensor, b: Tensor, multiplier: str, mode: str) -> tuple[Tensor, Tensor]:
-    _refuse_gpu(dy)
-    x, y, d = array("a", a), array("b", b), array("dy", dy)
-    da, db = mitchell.mitchell_matmul_grad(x, y, d, multiplier=described(multiplier), mode=mode)
-    return like(da, x), like(db, y)
-
-
-def _matmul_backward_fake(dy: Tensor, a: Tensor, b: Tensor, multiplier: str, mode: str) -> tuple[Tensor, Tensor]:
-    return _new(a), _new(b)
-
-
-def _matmul_vmap(
-    info: Any, dims: Sequence[Any], a: Tensor, b: Tensor, multiplier: str, mode: str
-) -> tuple[Tensor, int]:
-    rank = max(a.ndim - (dims[0] is not None), b.ndim - (dims[1] is not None))
-    x, y = (_ops.batched(t, d, info.batch_size, rank) for t, d in zip((a, b), dims, strict=False))
-    return _matmul(x, y, multiplier, mode), 0
-
-
-def _matmul_backward_vmap(
-    info: Any, dims: Sequence[Any], dy: Tensor, a: Tensor, b: Tensor, multiplier: str, mode: str
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    n, rank = info.batch_size, dy.ndim - (dims[0] is not None)
-    x, y, z = (_ops.batched(t, d, n, rank) for t, d in zip((dy, a, b), dims, strict=False))
-    da, db = _matmul_backward(x, y, z, multiplier, mode)
-    shapes = (_ops.batched(t, d, n, 0).shape for t, d in zip((a, b), dims[1:], strict=False))
-    first, second = (g.reshape(shape) for g, shape in zip((da, db), shapes, strict=True))
-    return (first, second), (0, 0)
-
-
-_matmul_backward = _ops.define(
-    "mitchell_matmul_backward(Tensor dy, Tensor a, Tensor b, str multiplier, str mode) -> (Tensor, Tensor)",
-    _matmul_backward_kernel,
-    _matmul_backward_fake,
-    vmap=_matmul_backward_vmap,
-)
-_matmul = _ops.define(
-    "mitchell_matmul(Tensor a, Tensor b, str multiplier, str mode) -> Tensor",
-    _matmul_kernel,
-    _matmul_fake,
-    setup=_keep,
-    backward=_derive(_matmul_backward),
-    vmap=_matmul_vmap,
-    casts=(0, 1),
-)
+_matmul = _operator("mitchell_matmul", _matmul_array, mitchell.mitchell_matmul_grad, _product_shape, casts=(0, 1))
 
 
 def mitchell_matmul(a: Tensor, b: Tensor, *, multiplier: Multiplier | None = None, mode: str = "exact") -> Tensor:
@@ -330,7 +300,7 @@ def mitchell_matmul(a: Tensor, b: Tensor, *, multiplier: Multiplier | None = Non
     Parameters
     ----------
     a : (..., M, K) or (K,) Tensor of float16, bfloat16, float32 or float64
-        On the CPU, of any strides; read in place.
+        On the CPU or on an NVIDIA GPU (`fastops.cuda`, without gradients yet), of any strides; read in place.
     b : (..., K, N) or (K,) Tensor
         Leading dimensions broadcast as in `torch.matmul`.
     multiplier : fastops.Multiplier, optional

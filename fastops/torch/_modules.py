@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .. import _attention, _validate, attention, mitchell
+from .. import _attention, _nystrom, _validate, attention, mitchell
 from .._multiplier import Multiplier
 from .._validate import Text
-from ._attention import linear_attention, linear_attention_step_, nystrom_attention
+from . import _ops
+from ._attention import _given, linear_attention, linear_attention_step_, nystrom_attention
 from ._mitchell import mitchell_conv2d, mitchell_matmul
 
 __all__ = ["LinearAttention", "MitchellConv2d", "MitchellLinear", "NystromAttention", "approximate", "exact"]
@@ -298,6 +299,11 @@ class _Heads(torch.nn.Module):
     def _split(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (..., N, H, D)."""
         source = x if context is None else context
+        for name, given in (("x", x), ("context", source)):
+            _ops.want_tensor(name, given)
+            if not given.ndim or given.shape[-1] != self.embed_dim:
+                wanted = f"of rows of embed_dim={self.embed_dim} numbers"
+                raise _validate.wrong_value(name, wanted, Text(f"shape {_validate.clip(str(tuple(given.shape)))}"))
         rows = (self.q_proj(x), self.k_proj(source), self.v_proj(source))
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in rows)
         return q, k, v
@@ -372,14 +378,11 @@ class LinearAttention(_Heads):
     ) -> None:
         super().__init__(embed_dim, num_heads, kv_heads, bias, device, dtype)
         self.causal = _validate.boolean("causal", causal)
-        self.feature_map = _validate.choice("feature_map", feature_map, _attention.FEATURE_MAPS)
-        if (num_features is None) == (feature_map == "favor"):
-            wanted = "given with feature_map='favor' and with no other"
-            raise _validate.wrong_value("num_features", wanted, num_features)
+        self.feature_map, count = _attention.layer_features(feature_map, num_features)
         w = None
-        if num_features is not None:
+        if count is not None:
             seed = int(torch.randint(2**62, ()))
-            rows = attention.favor_projection(self.head_dim, num_features, rng=seed)
+            rows = attention.favor_projection(self.head_dim, count, rng=seed)
             w = torch.from_numpy(rows).to(device=device, dtype=dtype or torch.get_default_dtype())
         self.register_buffer("projection", w)
         logs = None if decay is None else _decay_of_heads(decay, self.kv_heads)
@@ -417,6 +420,7 @@ class LinearAttention(_Heads):
             (..., N, embed_dim), and the state with `return_state`.
         """
         decay = self.decay
+        key_mask = _given("key_mask", key_mask)
         if decay is not None and key_mask is not None and key_mask.dtype == torch.bool:
             # Of each key, so that what is masked decays nothing.
             seen = key_mask if key_mask.ndim == x.ndim else key_mask[..., None, :]
@@ -458,6 +462,10 @@ class LinearAttention(_Heads):
         """
         if not self.causal:
             raise _validate.wrong_value("causal", "True for steps", self.causal)
+        s = state[0] if isinstance(state, (tuple, list)) and state else None
+        if isinstance(x, Tensor) and isinstance(s, Tensor) and x.ndim != s.ndim - 2:
+            wanted = f"of shape {(*s.shape[:-3], self.embed_dim)}, the row of one token for each state"
+            raise _validate.wrong_value("x", wanted, Text(_validate.clip(str(tuple(x.shape)))))
         with torch.no_grad():
             y = linear_attention_step_(
                 *self._split(x, None),
@@ -480,7 +488,17 @@ class LinearAttention(_Heads):
         -------
         tuple of Tensors
             S, z, and m for "exp", "softmax" and "favor".
+
+        Raises
+        ------
+        TypeError, ValueError
+            What is no size, such as a tuple of them.
         """
+        given: tuple[Any, ...] = batch
+        for size in given:
+            if isinstance(size, (tuple, list)):
+                raise _validate.wrong_type("batch", "integers, an argument for each (new_state(*sizes))", size)
+            _validate.integer("batch", size, 0)
         with torch.no_grad():
             found = self(self.q_proj.weight.new_zeros((*batch, 0, self.embed_dim)), return_state=True)
         state: tuple[Tensor, ...] = found[1]
@@ -504,11 +522,19 @@ class NystromAttention(_Heads):
     num_heads : int
         Heads; it divides `embed_dim`.
     num_landmarks : int
-        As in `fastops.nystrom_attention`, as are the next two.
+        As in `fastops.nystrom_attention`, as are all options up to `normalize`.
     iterations : int
         Steps towards the inverse.
     pinv : {"newton", "ridge"}
         How it is found.
+    ridge : float, optional
+        Of pinv="ridge".
+    scale : float, optional
+        Factor of q.k.
+    init : {"matrix", "batch"}
+        The coefficient with which the iteration begins.
+    normalize : bool
+        Divide each row by the sum of its weights.
     conv_kernel_size : int, optional
         Taps of a learned convolution of the values that is added to each head, an odd number; 33 in the paper's models. Not with a
         `context` of another length.
@@ -520,7 +546,7 @@ class NystromAttention(_Heads):
     Raises
     ------
     TypeError, ValueError
-        Sizes that do not fit, an even `conv_kernel_size`.
+        Sizes that do not fit, an even `conv_kernel_size`, options that exclude each other.
 
     Examples
     --------
@@ -538,20 +564,22 @@ class NystromAttention(_Heads):
         num_landmarks: int = 64,
         iterations: int = 6,
         pinv: str = "newton",
+        ridge: float | None = None,
+        scale: float | None = None,
+        init: str = "matrix",
+        normalize: bool = False,
         conv_kernel_size: int | None = None,
         bias: bool = True,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__(embed_dim, num_heads, None, bias, device, dtype)
-        self.num_landmarks = _validate.integer("num_landmarks", num_landmarks, 1, 4096)
-        self.iterations = _validate.integer("iterations", iterations, 0)
-        self.pinv = _validate.choice("pinv", pinv, ("newton", "ridge"))
-        taps = None
-        if conv_kernel_size is not None:
-            size = _validate.integer("conv_kernel_size", conv_kernel_size, 1)
-            if not size % 2:
-                raise _validate.wrong_value("conv_kernel_size", "an odd number", size)
+        made = _nystrom.options(self.head_dim, num_landmarks, iterations, pinv, ridge, scale, init, normalize)
+        self.num_landmarks, self.iterations, self.pinv, self.init = made.landmarks, made.iterations, pinv, init
+        self.ridge, self.scale = None if ridge is None else made.ridge, None if scale is None else made.scale
+        self.normalize = made.normalize
+        taps, size = None, _nystrom.kernel_size(conv_kernel_size)
+        if size is not None:
             taps = torch.nn.Parameter(torch.empty(num_heads, size, device=device, dtype=dtype))
             torch.nn.init.uniform_(taps, -(size**-0.5), size**-0.5)
         self.register_parameter("conv_weight", taps)
@@ -579,6 +607,10 @@ class NystromAttention(_Heads):
             num_landmarks=self.num_landmarks,
             iterations=self.iterations,
             pinv=self.pinv,
+            ridge=self.ridge,
+            scale=self.scale,
+            init=self.init,
+            normalize=self.normalize,
             key_mask=key_mask,
             conv_weight=self.conv_weight,
             layout="bnhd",

@@ -86,6 +86,13 @@ silent = _Silent()
 # --- arguments ---------------------------------------------------------------------------------------------------------------------
 
 
+def want_tensor(name: str, x: object) -> None:
+    """Refuses what is no tensor."""
+    if not isinstance(x, Tensor):
+        way = " (torch.from_numpy shares the memory of an array)" if isinstance(x, np.ndarray) else ""
+        raise _validate.wrong_type(name, f"a torch.Tensor{way}", x)
+
+
 def pair(**values: Any) -> list[Tensor]:
     """`floats` of two, which mostly are such tensors already."""
     a, b = values.values()
@@ -98,8 +105,8 @@ def floats(**values: object) -> list[Tensor]:
     """The arguments as tensors of one floating-point dtype, promoted as torch promotes."""
     tensors = {name: x for name, x in values.items() if isinstance(x, Tensor)}
     for name, x in values.items():
-        if not isinstance(x, (Tensor, int, float)) or isinstance(x, bool):
-            raise _validate.wrong_type(name, "a torch.Tensor", x)
+        if not isinstance(x, (int, float)) or isinstance(x, bool):
+            want_tensor(name, x)
     # Compilers do not know torch.result_type: tensors without axes give way to others.
     known = [x for x in tensors.values() if x.dtype in FLOATS]
     dtypes = [x.dtype for x in known if x.ndim] or [x.dtype for x in known]

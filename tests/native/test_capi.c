@@ -107,6 +107,45 @@ static void matmul(void) {
   CHECK(fastops_mitchell_matmul_flat(m, FASTOPS_F32, 1, &pa, &sa, &pb, NULL, &pc, &sc) == FASTOPS_INVALID, "no shape");
   CHECK(fastops_mitchell_matmul(m, FASTOPS_F32, 1, &pa, sa, &pb, sa, &pc, sc, no_poll) == FASTOPS_INVALID, "shapes");
   CHECK(fastops_mitchell_matmul(m, FASTOPS_I8, 1, &pa, sa, &pb, sb, &pc, sc, no_poll) == FASTOPS_INVALID, "dtype");
+  CHECK(fastops_mitchell_matmul_grad_a(m, (fastops_gradient)3, FASTOPS_F32, 1, &pa, sa, &pb, sb, &pa, sc, &pc, sa,
+                                       no_poll) == FASTOPS_INVALID,
+        "mode");
+  CHECK(fastops_mitchell_conv2d(m, FASTOPS_F32, NULL, a, b, out, no_poll) == FASTOPS_INVALID, "no shape");
+  fastops_mitchell_destroy(m);
+}
+
+/* Sizes that no memory has are refused, instead of wrapping to small ones or running for ever. */
+static void sizes(void) {
+  const size_t big = (size_t)1 << 62;
+  float x[16] = {0};
+  const void* px = x;
+  void* py = x;
+  const fastops_matrix huge = {big, big, 0, 0};
+  const fastops_heads rows = {x, 0, 0, 0}, none = {NULL, 0, 0, 0};
+  const fastops_linear_options options = {{NULL, 0, 0, 0},    {NULL, 0, 0, 0},   NULL, 0,
+                                          {NULL, NULL, NULL}, {NULL, NULL, NULL}};
+  fastops_linear_attention shape = {FASTOPS_MAP_ELU, 1, 1, FASTOPS_F32, 0, 1, 1, 0, 0, 1, 1, 0, 0.0, 0.0, 1.0, NULL};
+  fastops_nystrom_attention nystrom = {FASTOPS_F32, 0, 0, 0, 0, 1, 1, 0, 0, 1, 0, 1, 6, 0, 0.0, 1.0};
+  fastops_conv2d conv = {1, 1, 4, 4, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1};
+  fastops_mitchell* m = make(0.0);
+  if (m == NULL) return;
+  CHECK(fastops_mitchell_matmul(m, FASTOPS_F32, 1, &px, huge, &px, huge, &py, huge, no_poll) == FASTOPS_INVALID,
+        "matmul");
+  shape.batch = nystrom.batch = big;
+  shape.queries = shape.keys = shape.values = nystrom.queries = nystrom.keys = nystrom.values = big;
+  CHECK(fastops_linear_attention_forward(&shape, rows, rows, rows, rows, &options, no_poll) == FASTOPS_INVALID,
+        "linear");
+  CHECK(fastops_softmax_attention(&shape, rows, rows, rows, rows, none, none, NULL, 0, no_poll) == FASTOPS_INVALID,
+        "softmax");
+  CHECK(fastops_nystrom_attention_forward(&nystrom, rows, rows, rows, rows, none, NULL, NULL, NULL, NULL, no_poll) ==
+            FASTOPS_INVALID,
+        "nystrom");
+  conv.padding_h = (size_t)-1 / 2 + 1; /* twice that is 0 */
+  CHECK(fastops_mitchell_conv2d(m, FASTOPS_F32, &conv, x, x, x, no_poll) == FASTOPS_INVALID, "padding");
+  conv.padding_h = 0;
+  conv.dilation_h = big;
+  conv.kernel_height = 5; /* four times that is 0 */
+  CHECK(fastops_mitchell_conv2d(m, FASTOPS_F32, &conv, x, x, x, no_poll) == FASTOPS_INVALID, "dilation");
   fastops_mitchell_destroy(m);
 }
 
@@ -219,6 +258,7 @@ int main(void) {
   elements();
   bad_params();
   matmul();
+  sizes();
   one_element();
   return check_result("test_capi");
 }

@@ -45,7 +45,7 @@ typedef enum fastops_dtype {
 } fastops_dtype;
 
 /* Called about every 20 ms by the calling thread during long work; a nonzero answer ends the work with
-   FASTOPS_INTERRUPTED. A null function is never called. */
+   FASTOPS_INTERRUPTED. A null function is never called. The function throws nothing: an exception ends the process. */
 typedef struct fastops_poll {
   int (*function)(void* context);
   void* context;

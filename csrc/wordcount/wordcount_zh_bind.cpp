@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The Chinese tokenizer for Python: arrays to a dictionary, texts to lists of tokens.
-#include "wordcount/wordcount_tokenizers_bind.h"
+#include "wordcount/wordcount_zh_bind.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
@@ -28,7 +28,7 @@ template <class T> Contiguous<T> typed(const py::object& object, const char* nam
   return array;
 }
 
-// Pieces of bytes, in order of appearance; the GIL is not held while they are found.
+// The tokens of a text in their order.
 struct Pieces {
   struct Piece {
     const unsigned char* begin;
@@ -57,21 +57,22 @@ struct Pieces {
   }
 };
 
-const unsigned char* data_of(const char* p) { return reinterpret_cast<const unsigned char*>(p); }
+// Cuts without the GIL.
+Pieces pieces_of(const ZhModel& model, const char* text, Py_ssize_t size) {
+  const py::gil_scoped_release release;
+  Pieces found;
+  ZhWork work;
+  const bool cut = zh_cut(model, reinterpret_cast<const unsigned char*>(text), static_cast<std::size_t>(size), work,
+                          [&](const unsigned char* begin, std::size_t length) { found.add(begin, length); });
+  found.memory = cut && found.memory;
+  return found;
+}
 
 py::list zh_cut_bytes(const ZhModel& model, const py::bytes& text) {
   char* p;
   Py_ssize_t size;
   if (PyBytes_AsStringAndSize(text.ptr(), &p, &size) != 0) throw py::error_already_set();
-  Pieces found;
-  {
-    const py::gil_scoped_release release;
-    ZhWork work;
-    found.memory = zh_cut(model, data_of(p), static_cast<std::size_t>(size), work,
-                          [&](const unsigned char* begin, std::size_t length) { found.add(begin, length); }) &&
-                   found.memory;
-  }
-  return found.list(PyBytes_FromStringAndSize);
+  return pieces_of(model, p, size).list(PyBytes_FromStringAndSize);
 }
 
 // Of a str that UTF-8 can hold (no surrogates, else UnicodeEncodeError).
@@ -79,15 +80,8 @@ py::list zh_cut_str(const ZhModel& model, const py::str& text) {
   Py_ssize_t size;
   const char* const p = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
   if (p == nullptr) throw py::error_already_set();
-  Pieces found;
-  {
-    const py::gil_scoped_release release;
-    ZhWork work;
-    found.memory = zh_cut(model, data_of(p), static_cast<std::size_t>(size), work,
-                          [&](const unsigned char* begin, std::size_t length) { found.add(begin, length); }) &&
-                   found.memory;
-  }
-  return found.list([](const char* q, Py_ssize_t n) { return PyUnicode_DecodeUTF8(q, n, "strict"); });
+  const auto decoded = [](const char* q, Py_ssize_t n) { return PyUnicode_DecodeUTF8(q, n, "strict"); };
+  return pieces_of(model, p, size).list(decoded);
 }
 
 std::unique_ptr<ZhModel> make_zh_model(const py::bytes& words, const py::object& numbers, const py::object& weights,
@@ -120,7 +114,7 @@ std::unique_ptr<ZhModel> make_zh_model(const py::bytes& words, const py::object&
 
 }  // namespace
 
-void bind_tokenizers(py::module_& m) {
+void bind_wordcount_zh(py::module_& m) {
   py::class_<ZhModel>(m, "ZhModel")
       .def(py::init(&make_zh_model), py::arg("words"), py::arg("numbers"), py::arg("weights"), py::arg("hmm"),
            py::arg("split"))
