@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The GPU kernels against torch's on one GPU: `python bench/bench_cuda.py`, some minutes. Every row is checked before it is timed.
+"""The GPU kernels against torch's, and flash-linear-attention's where it is installed: `python bench/bench_cuda.py`, some minutes. Every row is checked before it is timed.
 
 Prints, for each case, the median of interleaved rounds timed by events on the stream, the ratio to torch's, and the share of what
 limits it: the bandwidth of a copy, or the issue rate of a product's two instructions.
@@ -164,6 +164,89 @@ def lists(report: Report, bandwidth: float, rounds: int) -> None:
         report.add(f"adamw_step_ float32 {name}", times, bytes_moved=28 * sum(shapes), bandwidth=bandwidth)
 
 
+def torch_chunks(q: Any, k: Any, v: Any) -> Any:
+    """Causal linear attention of elu + 1 by torch's own products, in chunks of 64 tokens."""
+    b, h, n = q.shape[:3]
+    q, k = (torch.nn.functional.elu(x) + 1 for x in (q, k))
+    q, k, v = (x.reshape(b, h, n // 64, 64, -1) for x in (q, k, v))
+    sums, ones = k.transpose(-1, -2) @ v, k.sum(-2)
+    before = sums.cumsum(2) - sums
+    before_z = ones.cumsum(2) - ones
+    weights = (q @ k.transpose(-1, -2)).tril()
+    total = weights.sum(-1, keepdim=True) + q @ before_z.unsqueeze(-1)
+    return ((weights @ v + q @ before) / total).reshape(b, h, n, -1)
+
+
+def fla_chunks() -> Callable[..., Any] | None:
+    """flash-linear-attention's kernel, heads second as ours; None where it is not installed."""
+    try:
+        from fla.ops.linear_attn import chunk_linear_attn
+    except ImportError:
+        return None
+
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        q, k = (torch.nn.functional.elu(x) + 1 for x in (q, k))
+        found = chunk_linear_attn(*(x.transpose(1, 2) for x in (q, k, v)), scale=1.0, normalize=True)
+        return (found[0] if isinstance(found, tuple) else found).transpose(1, 2)
+
+    return attend
+
+
+def attention(report: Report, bandwidth: float, rounds: int) -> None:
+    """Causal linear attention, forward, with its gradient, and token by token."""
+    fla = fla_chunks()
+    if fla is None:
+        print("flash-linear-attention is not installed: no rows of it")
+    for shape in ((1, 16, 8192, 64), (8, 16, 1024, 64), (1, 16, 8192, 128), (1, 1, 131072, 64)):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            q, k, v = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3))
+            y = cuda.linear_attention(q, k, v, causal=True)
+            dy = torch.randn_like(y)
+            host = [x[:1, :1].float().cpu().numpy() for x in (q, k, v, y)]
+            off = np.abs(fastops.linear_attention(*host[:3], causal=True) - host[3]).max()
+            assert off <= (4e-6 if dtype is torch.float32 else 5e-2) * np.abs(host[2]).max(), "wrong result"
+            functions: dict[str, Callable[[], Any]] = {
+                "fastops": lambda: cuda.linear_attention(q, k, v, causal=True),
+                "torch in chunks": lambda: torch_chunks(q, k, v),
+            }
+            if shape[2] <= 8192:
+                functions["torch SDPA (softmax)"] = lambda: torch.nn.functional.scaled_dot_product_attention(
+                    q, k, v, is_causal=True
+                )
+            if fla is not None:
+                functions["fla"] = lambda: fla(q, k, v)
+            moved = 4 * q.nbytes
+            report.add(
+                f"linear_attention {dtype} {shape}",
+                milliseconds(functions, rounds),
+                bytes_moved=moved,
+                bandwidth=bandwidth,
+            )
+            leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+
+            def with_gradient(attend: Callable[..., Any]) -> Any:
+                return torch.autograd.grad(attend(*leaves), leaves, dy)
+
+            functions = {
+                "fastops": lambda: cuda.linear_attention_backward(
+                    dy, q, k, v, cuda.linear_attention(q, k, v, causal=True), causal=True
+                ),
+                "torch in chunks": lambda: with_gradient(torch_chunks),
+            }
+            if fla is not None:
+                functions["fla"] = lambda: with_gradient(fla)
+            report.add(f"linear_attention with gradient {dtype} {shape}", milliseconds(functions, rounds))
+    for b, h, d in ((1, 8, 64), (32, 32, 128)):
+        x = torch.randn(b, h, d, device="cuda")
+        state = torch.zeros(b, h, d, d, device="cuda"), torch.zeros(b, h, d, device="cuda")
+        report.add(
+            f"linear_attention_step_ float32 {(b, h, d)}",
+            milliseconds({"fastops": lambda: cuda.linear_attention_step_(x, x, x, state)}, rounds),
+            bytes_moved=8 * b * h * d * (d + 1),
+            bandwidth=bandwidth,
+        )
+
+
 def main() -> None:
     """The whole comparison."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -179,6 +262,7 @@ def main() -> None:
     elementwise(report, bandwidth, options.rounds)
     products(report, options.rounds)
     lists(report, bandwidth, options.rounds)
+    attention(report, bandwidth, options.rounds)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(

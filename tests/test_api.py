@@ -187,6 +187,7 @@ FRONT_END = (
     "attention",
     "averaging",
     "cuda/_arrays",
+    "cuda/_attention",
     "cuda/_matmul",
     "cuda/_mitchell",
     "cuda/_optim",

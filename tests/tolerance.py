@@ -53,6 +53,10 @@ _EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64"
 _TINY = {"float16": 2.0**-126, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
 
 
+# What the tensor cores keep of a float where they multiply TF32: 10 bits.
+TF32 = 2.0**-10
+
+
 def rounding(dtype: np.dtype[Any]) -> float:
     """Bound of a relative error beside the approximation's own: one rounding to the dtype, those of the measurement."""
     return _EPS[dtype.name]
@@ -216,6 +220,25 @@ def running_sum(additions: int, equal: bool = False) -> float:
     most; of equal terms all may err to one side.
     """
     return 2.0**-25 * (additions if equal else 8.0 * additions**0.5)
+
+
+def attention_on_tensor_cores(
+    magnitude: NDArray[Any], result: NDArray[Any], exponent: float, dtype: np.dtype[Any], fraction: float
+) -> NDArray[Any]:
+    """The same where products take numbers of `fraction`: f(q), f(k), weights and sums are rounded to it.
+
+    A term has three such roundings in the numerator (f(q), f(k), and the weight or the sum), and two in the denominator; a sixth for
+    their products with each other.
+    """
+    return np.asarray(attention(magnitude, result, exponent, dtype) + 6.0 * 0.5 * fraction * magnitude)
+
+
+def gradient_on_tensor_cores(size: float, fraction: float) -> float:
+    """What the roundings of tensor cores add to `attention_gradient`.
+
+    Five roundings of a term (f(q), f(k), dy / denominator, a weight, a sum), and those of the denominator, which enters squared.
+    """
+    return 9.0 * 0.5 * fraction * size
 
 
 # What is promised of "elu" in float32, relative to max |v|.

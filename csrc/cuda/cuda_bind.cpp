@@ -145,6 +145,7 @@ PYBIND11_MODULE(FASTOPS_CUDA_MODULE, m) {
   m.def("to_dlpack", &to_dlpack, py::arg("memory"), py::arg("shape"), py::arg("code"), py::arg("bits"),
         py::arg("versioned"));
   m.def("from_dlpack", &from_dlpack, py::arg("capsule"));
+  bind_attention(m);
   bind_mitchell(m);
   bind_optim(m);
 }

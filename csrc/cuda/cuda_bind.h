@@ -41,6 +41,7 @@ class Memory {
   std::atomic<bool> shared_{false};
 };
 
+void bind_attention(pybind11::module_& m);
 void bind_mitchell(pybind11::module_& m);
 void bind_optim(pybind11::module_& m);
 

@@ -151,20 +151,95 @@ FASTOPS_DEVICE void multiply_tile(float (&d)[4], const std::uint32_t (&a)[4], co
   struct Fragment {
     std::uint32_t v[6];
   };
-  const Fragment own{{a[0], a[1], a[2], a[3], b[0], b[1]}};
   const unsigned g = shim::lane() / 4, t = shim::lane() % 4;
   const auto element = [](std::uint32_t pair, unsigned k) {
     return H::get(static_cast<std::uint16_t>(pair >> (16 * (k % 2))));
   };
+  const shim::Shown<Fragment> shown(Fragment{{a[0], a[1], a[2], a[3], b[0], b[1]}});
   // Row g's part of a lies in the lanes 4g .. 4g + 3, column n's part of b in the lanes 4n .. 4n + 3.
   for (unsigned k = 0; k < 16; ++k) {
     const unsigned half = k / 8, from = k % 8 / 2;
-    const Fragment row = shim::exchange(own, g * 4 + from);
+    const Fragment row = shown.of(g * 4 + from);
     for (unsigned n = 0; n < 2; ++n) {
-      const Fragment column = shim::exchange(own, (2 * t + n) * 4 + from);
+      const Fragment column = shown.of((2 * t + n) * 4 + from);
       for (unsigned r = 0; r < 2; ++r) d[2 * r + n] += element(row.v[2 * half + r], k) * element(column.v[4 + half], k);
     }
   }
+#endif
+}
+
+// x with the 10 bits of fraction that the tensor cores keep of a float (TF32).
+FASTOPS_DEVICE float to_tf32(float x) {
+#if defined(__CUDACC__)
+  std::uint32_t r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
+  return simd::bits<float>(r);
+#else
+  const auto u = simd::bits<std::uint32_t>(x);
+  return (u & 0x7fffffffu) >= 0x7f800000u ? x : simd::bits<float>((u + 0x1000u) & ~0x1fffu);
+#endif
+}
+
+// d (16 x 8) += a (16 x 8) b (8 x 8) by the lanes of a warp, of TF32. a[0] holds (g, t), a[1] row g + 8, a[2] and a[3]
+// the same 4 columns further; b[0] holds (t, g), b[1] 4 rows further; d as above. (PTX ISA, mma.m16n8k8.)
+FASTOPS_DEVICE void multiply_tile_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+#if defined(__CUDACC__)
+  const auto word = [](float x) { return simd::bits<std::uint32_t>(x); };
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(word(a[0])), "r"(word(a[1])), "r"(word(a[2])), "r"(word(a[3])), "r"(word(b[0])), "r"(word(b[1])));
+#else
+  struct Fragment {
+    float v[6];
+  };
+  const unsigned g = shim::lane() / 4, t = shim::lane() % 4;
+  const shim::Shown<Fragment> shown(Fragment{{a[0], a[1], a[2], a[3], b[0], b[1]}});
+  for (unsigned k = 0; k < 8; ++k) {
+    const Fragment row = shown.of(g * 4 + k % 4);
+    for (unsigned n = 0; n < 2; ++n) {
+      const Fragment column = shown.of((2 * t + n) * 4 + k % 4);
+      for (unsigned r = 0; r < 2; ++r) d[2 * r + n] += row.v[k / 4 * 2 + r] * column.v[4 + k / 4];
+    }
+  }
+#endif
+}
+
+// Four matrices of 8 x 8 numbers of 16 bits from shared memory: matrix i has its rows where the lanes 8i .. 8i + 7 say,
+// 16 bytes each. r[i] holds (g, 2t) and (g, 2t + 1) of it, or of its transpose. (PTX ISA, ldmatrix.)
+template <bool kTransposed> FASTOPS_DEVICE void load_matrices(std::uint32_t (&r)[4], const std::uint16_t* row) {
+#if defined(__CUDACC__)
+  const auto at = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  if constexpr (kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(at)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(at)
+                 : "memory");
+#else
+  if (reinterpret_cast<std::uintptr_t>(row) % 16 != 0) shim::fail("a matrix row that is not aligned");
+  const unsigned g = shim::lane() / 4, t = shim::lane() % 4;
+  const shim::Shown<const std::uint16_t*> shown(row);
+  for (unsigned i = 0; i < 4; ++i) {
+    const auto element = [&](unsigned k) -> std::uint32_t {
+      return kTransposed ? shown.of(8 * i + 2 * t + k)[g] : shown.of(8 * i + g)[2 * t + k];
+    };
+    r[i] = element(0) | element(1) << 16;
+  }
+#endif
+}
+
+// 2^x within 2 units in the last place, subnormal results flushed.
+FASTOPS_DEVICE float fast_exp2(float x) {
+#if defined(__CUDACC__)
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+#else
+  return __builtin_exp2f(x);
 #endif
 }
 

@@ -12,8 +12,9 @@
 
 namespace fastops::gpu {
 
-using Stream = void*;  // cudaStream_t
-using Status = int;    // cudaError_t; 0: no error
+using Stream = void*;                   // cudaStream_t
+using Status = int;                     // cudaError_t; 0: no error
+inline constexpr Status kTooLarge = 9;  // cudaErrorInvalidConfiguration
 
 // The runtime.
 
@@ -109,6 +110,49 @@ Status ema_update(const TensorTable& table, double w, const double* weights, con
                   Stream stream) noexcept;
 Status sgd_step(const TensorTable& table, const fastops_sgd& step, Stream stream) noexcept;
 Status adamw_step(const TensorTable& table, const fastops_adamw& step, Stream stream) noexcept;
+
+// Linear attention.
+
+// Rows of heads; strides in elements. `packs`: groups of 8 elements lie together and are aligned to their size, 16
+// bytes at most.
+struct Heads {
+  const void* data;
+  std::ptrdiff_t batch[kBatchDimensions], head, row, col;
+  bool packs;
+};
+inline constexpr std::size_t kMostTokens = std::size_t{1} << 30, kMostNumbers = std::size_t{1} << 20;
+// C order: (sequences or batch, heads_kv, features, values) and without the last axis, or null.
+struct LinearState {
+  float *s, *z, *m;  // m: of exponential maps; not of gradients
+};
+struct LinearAttention {
+  fastops_dtype dtype;  // F16, BF16 or F32
+  fastops_feature_map map;
+  bool causal, normalize, tf32;  // tf32: of F32, by the tensor cores
+  std::size_t batch[kBatchDimensions];
+  std::size_t heads_q, heads_kv, queries, keys, dim, features, values;  // at most kMostTokens, kMostNumbers
+  float eps, kernel_eps, scale;
+  Heads q, k, v, out;
+  Heads mask, decay;       // mask: a byte a key
+  const void* projection;  // of FAVOR: (features, dim), C order
+  fastops_dtype projection_dtype;
+  fastops_dtype decay_dtype;
+  // `sequences` + 1 of them, int32 or int64 (wide_offsets), or null. They are clamped: the host has not seen them.
+  const void* offsets;
+  bool wide_offsets;
+  std::size_t sequences;
+  LinearState initial, final;
+  // Of the gradient.
+  Heads dy, y, dq, dk, dv;
+  LinearState d_final, d_initial;
+};
+// Bytes of device memory that a call needs beside its arrays.
+std::size_t linear_attention_workspace(const LinearAttention& call, bool gradient) noexcept;
+Status linear_attention(const LinearAttention& call, void* workspace, Stream stream) noexcept;
+Status linear_attention_backward(const LinearAttention& call, void* workspace, Stream stream) noexcept;
+// One token: queries = keys = 1, `final` is the state, changed in place; features at most kMostStepFeatures.
+inline constexpr std::size_t kMostStepFeatures = 3072;
+Status linear_attention_step(const LinearAttention& call, Stream stream) noexcept;
 
 }  // namespace fastops::gpu
 #endif

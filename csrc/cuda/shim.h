@@ -185,18 +185,28 @@ inline unsigned char* dynamic_memory() {
   return engine.dynamic.data() + (-at & 15);
 }
 
-// The value that lane `source` gives; every lane of the warp calls.
-template <class T> T exchange(const T& value, unsigned source) {
-  static_assert(sizeof(T) <= kSlot);
-  std::memcpy(engine.self().slot, &value, sizeof(T));
-  engine.leave(Fiber::kWarpWide);
-  const unsigned lane = engine.current / kWarp * kWarp + source % kWarp;
-  T result;
-  std::memcpy(&result, engine.fibers[lane < engine.count ? lane : engine.current]->slot, sizeof(T));
-  engine.leave(Fiber::kWarpWide);
-  return result;
-}
 inline unsigned lane() { return engine.current % kWarp; }
+
+// Values that the lanes of a warp show each other: every lane calls, and the values stay until the object goes.
+template <class T> class Shown {
+ public:
+  explicit Shown(const T& value) {
+    static_assert(sizeof(T) <= kSlot);
+    std::memcpy(engine.self().slot, &value, sizeof(T));
+    engine.leave(Fiber::kWarpWide);
+  }
+  ~Shown() { engine.leave(Fiber::kWarpWide); }
+  Shown(const Shown&) = delete;
+  Shown& operator=(const Shown&) = delete;
+  T of(unsigned source) const {
+    const unsigned at = engine.current / kWarp * kWarp + source % kWarp;
+    T result;
+    std::memcpy(&result, engine.fibers[at < engine.count ? at : engine.current]->slot, sizeof(T));
+    return result;
+  }
+};
+// The value that lane `source` gives; every lane of the warp calls.
+template <class T> T exchange(const T& value, unsigned source) { return Shown<T>(value).of(source); }
 
 }  // namespace shim
 

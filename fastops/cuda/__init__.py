@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from ._arrays import Array
+from ._attention import linear_attention, linear_attention_backward, linear_attention_step_
 from ._matmul import lut_matmul, mitchell_matmul
 from ._mitchell import (
     lmul,
@@ -29,6 +30,9 @@ __all__ = [
     "device_count",
     "ema_update_",
     "is_available",
+    "linear_attention",
+    "linear_attention_backward",
+    "linear_attention_step_",
     "lmul",
     "lut_matmul",
     "mitchell_div",

@@ -27,13 +27,14 @@ DTYPES = (
     "uint32",
     "int64",
     "uint64",
+    "bool",
 )
 FLOATS = DTYPES[:4]
-_SIZES = (2, 2, 4, 8, 1, 1, 2, 2, 4, 4, 8, 8)
+_SIZES = (2, 2, 4, 8, 1, 1, 2, 2, 4, 4, 8, 8, 1)
 _WANTED = "an array on a GPU (torch, cupy, or any with __cuda_array_interface__ or __dlpack__)"
 # DLPack's device types of memory that CUDA kernels reach, and its type codes by NumPy's letters.
 _DEVICES = (2, 13)
-_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat"}
+_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 6: "bool"}
 _LETTERS = {"i": "int", "u": "uint", "f": "float"}
 
 
@@ -210,6 +211,8 @@ def _from_interface(name: str, value: object, found: Any) -> View | None:
         raise _validate.wrong_type(name, "an array without a mask", Text("a masked array"))
     kind, size = typestr[1:2], typestr[2:]
     known = f"{_LETTERS[kind]}{8 * int(size)}" if kind in _LETTERS and size.isdigit() else ""
+    if typestr[1:] == "b1":
+        known = "bool"
     if typestr[:1] == ">" and known in DTYPES:
         raise _validate.wrong_type(name, "in native byte order", Text(clip(typestr, 20)))
     if known not in DTYPES:
@@ -248,7 +251,7 @@ def _from_dlpack(name: str, value: Any, stream: int) -> View:
     except Exception as error:
         got = Text(f"an object of type {clip(type(value).__name__, 30)} that does not export it")
         raise _validate.wrong_type(name, "an array that can be read by DLPack", got) from error
-    dtype = f"{_CODES.get(code, '?')}{bits}"
+    dtype = "bool" if (code, bits) == (6, 8) else f"{_CODES.get(code, '?')}{bits}"
     if lanes != 1 or dtype not in DTYPES:
         raise _validate.wrong_type(name, f"of dtype {_validate.FLOAT_NAMES}", Text(f"DLPack's {dtype}"))
     steps = _contiguous(shape) if strides is None else strides
@@ -305,6 +308,19 @@ def current_stream(values: Sequence[Any], device: int | None = None) -> int:
         if found is not None and found.get("stream"):
             return int(found["stream"])
     return 1
+
+
+def same_memory(a: View, b: View) -> bool:
+    """Whether two arrays may share memory: from their first to their last bytes."""
+    ends = []
+    for x in (a, b):
+        if 0 in x.shape:
+            return False
+        steps = [(n - 1) * stride * _SIZES[x.dtype] for n, stride in zip(x.shape, x.strides, strict=True)]
+        ends.append(
+            (x.data + sum(s for s in steps if s < 0), x.data + sum(s for s in steps if s > 0) + _SIZES[x.dtype])
+        )
+    return a.device == b.device and ends[0][0] < ends[1][1] and ends[1][0] < ends[0][1]
 
 
 class Call:

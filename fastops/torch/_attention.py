@@ -53,7 +53,7 @@ def _triple(q: Any, k: Any, v: Any) -> list[Tensor]:
 
 def _gradients(layout: str, *tensors: Tensor) -> list[Tensor]:
     """New tensors for the gradients of q, k and v, in their memory order: backends write heads first."""
-    if layout == "bhnd":
+    if layout == "bhnd" or tensors[0].is_cuda:
         return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
     shapes = [(*x.shape[:-3], x.shape[-2], x.shape[-3], x.shape[-1]) for x in tensors]
     return [
@@ -96,14 +96,42 @@ def _conditions(extras: Sequence[Tensor | None], options: Sequence[Any]) -> dict
 
 def _linear_kernel(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     extras, (*options, with_state) = more[:7], more[7:]
-    found = attention.linear_attention(
-        array("q", q), array("k", k), array("v", v), **_conditions(extras, options), return_state=with_state
-    )
-    if not with_state:
-        return tensor(found), _nothing(q), _nothing(q), _nothing(q)
-    y, state = found
-    parts = [tensor(x) for x in state]
-    return (tensor(y), *parts, *(_nothing(q) for _ in range(3 - len(parts))))
+    if q.is_cuda:
+        operands = (x.detach() for x in (q, k, v))
+        found = _cuda().linear_attention(*operands, **_cuda_conditions(extras, options), return_state=with_state)
+    else:
+        found = attention.linear_attention(
+            array("q", q), array("k", k), array("v", v), **_conditions(extras, options), return_state=with_state
+        )
+    y, state = found if with_state else (found, ())
+    parts = [_tensor(x) for x in (y, *state)]
+    return (*parts, *(_nothing(q) for _ in range(4 - len(parts))))
+
+
+def _cuda() -> Any:
+    from .. import cuda
+
+    return cuda
+
+
+def _tensor(x: Any) -> Tensor:
+    return x if isinstance(x, Tensor) else tensor(x)
+
+
+def _cuda_conditions(extras: Sequence[Tensor | None], options: Sequence[Any]) -> dict[str, Any]:
+    """What `fastops.cuda` takes beside q, k and v."""
+    projection, key_mask, cu_seqlens, decay, *parts = (None if x is None else x.detach() for x in extras)
+    state = _state(*(None if x is None else x.contiguous() for x in parts))
+    return {
+        "projection": projection,
+        "key_mask": key_mask,
+        "cu_seqlens": cu_seqlens,
+        "decay": decay,
+        "initial_state": state,
+        # As torch's own products of float32.
+        "tf32": torch.get_float32_matmul_precision() != "highest",
+        **dict(zip(_NAMES, options, strict=True)),
+    }
 
 
 def _linear_fake(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -125,6 +153,12 @@ def _linear_backward_kernel(
     dy: Tensor, ds: Tensor | None, dz: Tensor | None, q: Tensor, k: Tensor, v: Tensor, y: Tensor, *more: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     extras, options = more[:7], more[7:]
+    if q.is_cuda:
+        end = None if ds is None or dz is None else (ds.detach().contiguous(), dz.detach().contiguous())
+        own = (x.detach() for x in (dy, q, k, v, y))
+        found = _cuda().linear_attention_backward(*own, **_cuda_conditions(extras, options), d_state=end)
+        last = found[3] if len(found) > 3 else (_nothing(q), _nothing(q))
+        return (*map(_tensor, (*found[:3], *last)),)
     d_state = None if ds is None or dz is None else (array("d_state[0]", ds), array("d_state[1]", dz))
     operands = (array(name, x) for name, x in (("dy", dy), ("q", q), ("k", k), ("v", v), ("y", y)))
     found = attention.linear_attention_backward(*operands, **_conditions(extras, options), d_state=d_state)
@@ -171,6 +205,8 @@ def _linear_derive(ctx: Any, dy: Tensor | None, ds: Tensor | None, dz: Tensor | 
 
 
 def _decay_kernel(*args: Any) -> Tensor:
+    if args[0].is_cuda:
+        return _decay_on_cuda(args[:10], args[10:17], args[17:])
     operands: list[Any] = [None if x is None else array("dy", x) for x in args[:10]]
     given = _conditions(args[10:17], args[17:])
     decay, layout = given["decay"], given["layout"]
@@ -196,6 +232,70 @@ def _decay_kernel(*args: Any) -> Tensor:
     given["decay"] = np.broadcast_to(logs, (b, h, m))
     found = _decay.summed(_decay.gradient(given, operands), logs.shape)
     return torch.from_numpy(found.reshape(decay.shape).astype(decay.dtype))
+
+
+def _decay_on_cuda(operands: Sequence[Any], extras: Sequence[Tensor | None], options: Sequence[Any]) -> Tensor:
+    """`fastops._decay.gradient` with torch's own sums, and without waiting for the GPU."""
+    given = _cuda_conditions(extras, options)
+    rank, wide = operands[3].ndim, torch.float64
+    layout, decay, mask, offsets = (given[key] for key in ("layout", "decay", "key_mask", "cu_seqlens"))
+    turned = [
+        x.transpose(-3, -2) if layout == "bnhd" and x is not None and i not in (1, 2, 8, 9) else x
+        for i, x in enumerate(operands)
+    ]
+
+    def merged(x: Tensor, axes: int) -> Tensor:
+        """As (B, H, ...), with so many axes."""
+        x = x if rank > 2 else x.unsqueeze(1 - axes)
+        return x.reshape((math.prod(x.shape[: 1 - axes]), *x.shape[1 - axes :]))
+
+    own: list[Any] = [None if x is None else merged(x.detach(), 3 if i in (2, 9) else 4) for i, x in enumerate(turned)]
+    dy, ds, dz, q, k, v, y, dv, last_s, last_z = own
+    b, h, m = k.shape[:3]
+    n = q.shape[2]
+    per_token = decay.ndim > 1 or (rank == 2 and decay.shape == (m,))
+    logs = decay.reshape((b, h, m) if per_token else (1, h, 1))
+    of_rows = (dy.to(wide) * y.to(wide)).sum(-1)
+    if mask is not None:
+        mask = merged(mask, 3) if mask.ndim == rank - 1 else mask.reshape((b, 1, m))
+        # What a masked key holds may be nan.
+        v = torch.where(mask.unsqueeze(-1), v, torch.zeros((), dtype=v.dtype, device=v.device))
+    of_keys = (dv.to(wide) * v.to(wide)).sum(-1)
+    state = given["initial_state"]
+    if state is not None:
+        state = tuple(merged(x, 4 - i) for i, x in enumerate(state))
+    normalizes = given["feature_map"] != "identity" if given["normalize"] is None else given["normalize"]
+    if normalizes or dz is not None:
+        begin = None if state is None else (state[1].unsqueeze(-1), state[1])
+        plain = {**given, "normalize": False, "eps": 0.0, "initial_state": begin, "layout": "bhnd"}
+        plain |= {"decay": logs.expand(b, h, m), "key_mask": None if mask is None else mask.expand(b, h, m)}
+        ones = (q, k, v.new_ones((b, h, m, 1)))
+        upper = torch.zeros_like(of_rows)
+        if normalizes:
+            sums = _cuda().linear_attention(*ones, **plain)[..., 0].to(wide) + given["eps"]
+            upper = torch.where(sums != 0, -of_rows / sums, upper)
+            of_rows = of_rows + upper * (sums - given["eps"])
+        into = upper.unsqueeze(-1).to(q.dtype)
+        end = None if dz is None else (dz.unsqueeze(-1).contiguous(), torch.zeros_like(dz))
+        found = _cuda().linear_attention_backward(into, *ones, torch.zeros_like(into), **plain, d_state=end)
+        of_keys = of_keys + found[2][..., 0]
+    change = -of_keys
+    change[..., max(m - n, 0) :] += of_rows.reshape((b, h, -1, n)).sum(2)[..., max(n - m, 0) :]
+    # Sums from each token to the end of its sequence.
+    after = torch.nn.functional.pad(change.flip(-1).cumsum(-1).flip(-1), (0, 1))
+    full = after[..., :-1]
+    tokens = torch.arange(m, device=k.device)
+    which = torch.zeros_like(tokens)
+    if offsets is not None:
+        ends = offsets.to(k.device, torch.int64)
+        which = torch.searchsorted(ends, tokens, right=True) - 1
+        full = full - after[..., ends[which + 1]]
+    if ds is not None and last_s is not None:
+        sums = (last_s.to(wide) * ds.to(wide)).sum((-1, -2)) + (last_z.to(wide) * dz.to(wide)).sum(-1)
+        full = full + (sums.unsqueeze(-1) if offsets is None else sums[which].T)
+    axes = [i for i in range(3) if logs.shape[i] == 1 and full.shape[i] != 1]
+    found = full.sum(axes, keepdim=True) if axes else full
+    return torch.reshape(found, decay.shape).to(decay.dtype)
 
 
 def _decay_fake(*args: Any) -> Tensor:
@@ -268,7 +368,7 @@ def linear_attention(
     Parameters
     ----------
     q : (..., H, N, D) or (N, D) Tensor of float16, bfloat16, float32 or float64
-        Queries, on the CPU; read in place.
+        Queries, on the CPU or, but for float64, on an NVIDIA GPU (`fastops.cuda`); read in place.
     k : (..., H_kv, M, D) or (M, D) Tensor
         Keys.
     v : (..., H_kv, M, E) or (M, E) Tensor
@@ -311,11 +411,16 @@ def linear_attention(
     Raises
     ------
     TypeError
-        As `fastops.linear_attention`; a tensor that is not on the CPU; `requires_grad` of what gets no gradient.
+        As `fastops.linear_attention`; `requires_grad` of what gets no gradient.
     ValueError
         As `fastops.linear_attention`.
     NotImplementedError
-        A second derivative.
+        A second derivative; on a GPU a `decay` with "exp".
+
+    Notes
+    -----
+    On a GPU as `fastops.cuda.linear_attention`; float32 is multiplied in TF32 where ``torch.get_float32_matmul_precision()`` is not
+    "highest".
 
     Examples
     --------
@@ -373,6 +478,17 @@ def _step_kernel(
     kernel_eps: float | None,
     scale: float | None,
 ) -> Tensor:
+    options: dict[str, Any] = {
+        "feature_map": feature_map,
+        "normalize": normalize,
+        "eps": eps,
+        "kernel_eps": kernel_eps,
+        "scale": scale,
+    }
+    if q.is_cuda:
+        state = tuple(x.detach() for x in (s, z, m) if x is not None)
+        options |= {"projection": projection, "decay": None if decay is None else decay.detach()}
+        return _tensor(_cuda().linear_attention_step_(q.detach(), k.detach(), v.detach(), state, **options))
     return tensor(
         attention.linear_attention_step_(
             array("q", q),
@@ -381,11 +497,7 @@ def _step_kernel(
             (array("state[0]", s), array("state[1]", z))
             if m is None
             else (array("state[0]", s), array("state[1]", z), array("state[2]", m)),
-            feature_map=feature_map,
-            normalize=normalize,
-            eps=eps,
-            kernel_eps=kernel_eps,
-            scale=scale,
+            **options,
             projection=_optional("projection", projection),
             decay=_optional("decay", decay),
         )
@@ -459,7 +571,7 @@ def linear_attention_step_(
     Parameters
     ----------
     q : (..., H, D) or (D,) Tensor of float16, bfloat16, float32 or float64
-        The token's queries, on the CPU.
+        The token's queries, on the CPU or, but for float64, on an NVIDIA GPU.
     k : (..., H_kv, D) or (D,) Tensor
         Its keys.
     v : (..., H_kv, E) or (E,) Tensor

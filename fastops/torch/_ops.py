@@ -219,7 +219,8 @@ def define(
     torch.library.register_autograd(full, derive, setup_context=setup, lib=LIBRARY)
     torch.library.register_vmap(full, batch, lib=LIBRARY)
     if casts:
-        LIBRARY.impl(name, _casting(op, tuple(casts)), "AutocastCPU")
+        for device in ("cpu", "cuda"):
+            LIBRARY.impl(name, _casting(op, tuple(casts), device), f"Autocast{device.upper()}")
 
     # The autograd of a registered operator does not take part in torch.func; a function with `setup_context` does.
     parts = {
@@ -262,13 +263,13 @@ def define(
     return call
 
 
-def _casting(op: Any, casts: tuple[int, ...]) -> Callable[..., Any]:
+def _casting(op: Any, casts: tuple[int, ...], device: str) -> Callable[..., Any]:
     """The operator under autocast: as torch's own products, in the lower precision."""
 
     def cast(*args: Any) -> Any:
-        dtype = torch.get_autocast_dtype("cpu")
+        dtype = torch.get_autocast_dtype(device)
         wide = torch.float64
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(device, enabled=False):
             return op(
                 *(
                     x.to(dtype) if i in casts and x is not None and x.dtype is not wide else x

@@ -111,6 +111,55 @@ template <class H> void test_tile() {
     }
 }
 
+__global__ void tf32_kernel(const float* a, const float* b, float* d) {
+  const unsigned g = threadIdx.x / 4, t = threadIdx.x % 4;
+  const float from_a[4] = {to_tf32(a[g * 8 + t]), to_tf32(a[(g + 8) * 8 + t]), to_tf32(a[g * 8 + t + 4]),
+                           to_tf32(a[(g + 8) * 8 + t + 4])};
+  const float from_b[2] = {to_tf32(b[t * 8 + g]), to_tf32(b[(t + 4) * 8 + g])};
+  float sums[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+  multiply_tile_tf32(sums, from_a, from_b);
+  for (unsigned i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
+}
+void test_tf32() {
+  float a[16 * 8], b[8 * 8], d[16 * 8];
+  // What TF32 has no room for is rounded away, to the nearest, ties away from zero.
+  for (int i = 0; i < 128; ++i) a[i] = static_cast<float>(i * 7 % 13 - 6) * (1.0f + 0x1p-12f);
+  for (int i = 0; i < 64; ++i) b[i] = static_cast<float>(i * 5 % 11 - 5);
+  FASTOPS_LAUNCH(tf32_kernel, 1, 32, 0, nullptr, a, b, d);
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 8; ++j) {
+      float want = 1.0f;
+      for (int k = 0; k < 8; ++k) want += static_cast<float>((i * 8 + k) * 7 % 13 - 6) * b[k * 8 + j];
+      check(d[i * 8 + j] == want, "a tile of TF32");
+    }
+  check(to_tf32(1.0f + 0x1p-11f) == 1.0f + 0x1p-10f && to_tf32(-1.0f - 0x1p-11f) == -1.0f - 0x1p-10f, "a tie");
+  check(to_tf32(__builtin_inff()) == __builtin_inff() && to_tf32(__builtin_nanf("")) != 0.0f, "what is not finite");
+}
+
+// Four matrices side by side in rows of 40 numbers.
+template <bool kTransposed> __global__ void matrices_kernel(const std::uint16_t* from, std::uint32_t* to) {
+  alignas(16) __shared__ std::uint16_t shared[8 * 40];
+  for (unsigned i = threadIdx.x; i < 8 * 40; i += 32) shared[i] = from[i];
+  __syncthreads();
+  std::uint32_t r[4];
+  load_matrices<kTransposed>(r, shared + threadIdx.x % 8 * 40 + threadIdx.x / 8 * 8);
+  for (unsigned i = 0; i < 4; ++i) to[threadIdx.x * 4 + i] = r[i];
+}
+template <bool kTransposed> void test_matrices() {
+  std::uint16_t from[8 * 40];
+  std::uint32_t to[32 * 4];
+  for (unsigned i = 0; i < 8 * 40; ++i) from[i] = static_cast<std::uint16_t>(i * 37);
+  const auto kernel = matrices_kernel<kTransposed>;
+  FASTOPS_LAUNCH(kernel, 1, 32, 0, nullptr, from, to);
+  for (unsigned lane = 0; lane < 32; ++lane)
+    for (unsigned i = 0; i < 4; ++i)
+      for (unsigned half = 0; half < 2; ++half) {
+        const unsigned g = lane / 4, k = lane % 4 * 2 + half;
+        const std::uint16_t want = kTransposed ? from[k * 40 + i * 8 + g] : from[g * 40 + i * 8 + k];
+        check((to[lane * 4 + i] >> 16 * half & 0xffff) == want, "a matrix from shared memory");
+      }
+}
+
 // Buffers without an element to spare: a sanitizer sees what is read or written beside them.
 void test_exact_buffers() {
   fastops_mitchell_params params{};
@@ -170,6 +219,53 @@ void test_exact_buffers() {
   }
 }
 
+// Of ones every mean is one, and so are its parts' sums; rows of any length in buffers without an element to spare.
+void test_exact_attention() {
+  const auto rows = [](const void* data, std::size_t tokens, std::size_t numbers) {
+    const auto row = static_cast<std::ptrdiff_t>(numbers), head = static_cast<std::ptrdiff_t>(tokens * numbers);
+    return gpu::Heads{data, {}, head, row, 1, numbers % 4 == 0};
+  };
+  for (const fastops_feature_map map : {FASTOPS_MAP_ELU, FASTOPS_MAP_COSINE, FASTOPS_MAP_EXP, FASTOPS_MAP_SOFTMAX})
+    for (const std::size_t tokens : {1u, 63u, 130u})
+      for (const std::size_t dim : {3u, 8u, 65u})
+        for (const bool causal : {false, true}) {
+          const std::vector<float> x(tokens * dim, 0.5f), v(tokens * 5, 1.0f);
+          std::vector<float> y(tokens * 5), dx(tokens * dim), dk(tokens * dim), dv(tokens * 5);
+          gpu::LinearAttention call{};
+          call.dtype = FASTOPS_F32;
+          call.map = map;
+          call.causal = causal;
+          call.normalize = true;
+          for (std::size_t& length : call.batch) length = 1;
+          call.heads_q = call.heads_kv = 1;
+          call.queries = call.keys = tokens;
+          call.dim = dim;
+          call.features = dim + (map == FASTOPS_MAP_COSINE);
+          call.values = 5;
+          call.scale = 1.0f;
+          call.q = call.k = rows(x.data(), tokens, dim);
+          call.v = call.dy = rows(v.data(), tokens, 5);
+          call.out = call.y = rows(y.data(), tokens, 5);
+          std::vector<char> workspace(gpu::linear_attention_workspace(call, false) + 16);
+          const auto aligned = [&] {
+            return workspace.data() + (-reinterpret_cast<std::uintptr_t>(workspace.data()) & 15);
+          };
+          check(gpu::linear_attention(call, aligned(), nullptr) == 0, "a launch");
+          for (const float mean : y) check(std::fabs(mean - 1.0f) < 1e-5f, "a mean of ones");
+          call.dq = rows(dx.data(), tokens, dim);
+          call.dk = rows(dk.data(), tokens, dim);
+          call.dv = rows(dv.data(), tokens, 5);
+          workspace.assign(gpu::linear_attention_workspace(call, true) + 16, 0);
+          check(gpu::linear_attention_backward(call, aligned(), nullptr) == 0, "a launch");
+          float sum = 0.0f;
+          for (const float d : dv) sum += d;
+          check(std::fabs(sum - 5.0f * static_cast<float>(tokens)) < 1e-2f,
+                "gradients of values, whose weights are ones");
+          for (const float d : dx) check(std::fabs(d) < 1e-4f, "a gradient of what changes nothing");
+          for (const float d : dk) check(std::fabs(d) < 1e-4f, "a gradient of what changes nothing");
+        }
+}
+
 }  // namespace
 }  // namespace fastops::FASTOPS_LEVEL
 
@@ -179,6 +275,10 @@ int main() {
   test_copies();
   test_tile<F16>();
   test_tile<BF16>();
+  test_tf32();
+  test_matrices<false>();
+  test_matrices<true>();
   test_exact_buffers();
+  test_exact_attention();
   return g_failed == 0 ? 0 : 1;
 }

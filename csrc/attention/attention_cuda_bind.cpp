@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Linear attention on a GPU for Python: arrays as (address, strides of the batch, head, row, column), and its
+// workspace.
+#include <cstring>
+
+#include "cuda/cuda_bind.h"
+
+namespace py = pybind11;
+
+namespace fastops::gpu {
+namespace {
+
+constexpr std::size_t kItem[] = {2, 2, 4, 8};
+
+// Null where there is none.
+Heads heads_of(const py::dict& arrays, const char* name, std::size_t item) {
+  Heads x{};
+  if (!arrays.contains(name)) return x;
+  const py::tuple given = arrays[name].cast<py::tuple>();
+  if (given.size() != 5) throw py::value_error("arrays must be (address, batch strides, head, row, column)");
+  x.data = reinterpret_cast<const void*>(given[0].cast<std::uintptr_t>());
+  const py::tuple batch = given[1].cast<py::tuple>();
+  if (batch.size() != kBatchDimensions) throw py::value_error("arrays must have four strides of the batch");
+  for (std::size_t d = 0; d < kBatchDimensions; ++d) x.batch[d] = batch[d].cast<std::ptrdiff_t>();
+  x.head = given[2].cast<std::ptrdiff_t>();
+  x.row = given[3].cast<std::ptrdiff_t>();
+  x.col = given[4].cast<std::ptrdiff_t>();
+  // 16 bytes are loaded at once: 8 halves, or a half of 8 floats.
+  const auto step = static_cast<std::ptrdiff_t>(16 / item);
+  x.packs = x.col == 1 && reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && x.head % step == 0 && x.row % step == 0;
+  for (const std::ptrdiff_t stride : x.batch) x.packs = x.packs && stride % step == 0;
+  return x;
+}
+void* address_of(const py::dict& arrays, const char* name) {
+  return arrays.contains(name) ? reinterpret_cast<void*>(arrays[name].cast<std::uintptr_t>()) : nullptr;
+}
+LinearState state_of(const py::dict& arrays, const char* name) {
+  LinearState state{};
+  if (!arrays.contains(name)) return state;
+  const py::tuple given = arrays[name].cast<py::tuple>();
+  float** const parts[] = {&state.s, &state.z, &state.m};
+  for (std::size_t i = 0; i < given.size() && i < 3; ++i)
+    *parts[i] = reinterpret_cast<float*>(given[i].cast<std::uintptr_t>());
+  return state;
+}
+
+LinearAttention call_of(const py::tuple& options, const py::tuple& sizes, const py::dict& arrays) {
+  LinearAttention call{};
+  if (options.size() != 8 || sizes.size() != 4 + 8) throw py::value_error("options or sizes of the wrong length");
+  const int dtype = options[0].cast<int>();
+  if (dtype < FASTOPS_F16 || dtype > FASTOPS_F32) throw py::type_error("arrays must be of 2 or 4 bytes");
+  call.dtype = static_cast<fastops_dtype>(dtype);
+  call.map = static_cast<fastops_feature_map>(options[1].cast<int>());
+  if (call.map < FASTOPS_MAP_ELU || call.map > FASTOPS_MAP_SOFTMAX) throw py::value_error("a map that is not here");
+  call.causal = options[2].cast<bool>();
+  call.normalize = options[3].cast<bool>();
+  call.eps = options[4].cast<float>();
+  call.kernel_eps = options[5].cast<float>();
+  call.scale = options[6].cast<float>();
+  call.tf32 = options[7].cast<bool>();
+  std::size_t n[4 + 8];
+  for (std::size_t i = 0; i < sizes.size(); ++i) n[i] = sizes[i].cast<std::size_t>();
+  for (std::size_t i = 0; i < kBatchDimensions; ++i) call.batch[i] = n[i];
+  call.heads_q = n[4];
+  call.heads_kv = n[5];
+  call.queries = n[6];
+  call.keys = n[7];
+  call.dim = n[8];
+  call.features = n[9];
+  call.values = n[10];
+  call.sequences = n[11];
+  if (call.dim == 0 || call.values == 0 || call.features == 0)
+    throw py::value_error("sizes of rows must be at least 1");
+  if (call.queries > kMostTokens || call.keys > kMostTokens || call.features > kMostNumbers ||
+      call.values > kMostNumbers)
+    throw py::value_error("rows must be at most 2**30, of at most 2**20 numbers");
+  if (call.heads_kv == 0 ? call.heads_q != 0 : call.heads_q % call.heads_kv != 0)
+    throw py::value_error("heads must be a multiple of those of k and v");
+  const std::size_t item = kItem[dtype];
+  call.q = heads_of(arrays, "q", item);
+  call.k = heads_of(arrays, "k", item);
+  call.v = heads_of(arrays, "v", item);
+  call.out = heads_of(arrays, "out", item);
+  call.dy = heads_of(arrays, "dy", item);
+  call.y = heads_of(arrays, "y", item);
+  call.mask = heads_of(arrays, "key_mask", 1);
+  call.decay_dtype = static_cast<fastops_dtype>(arrays.contains("decay_dtype") ? arrays["decay_dtype"].cast<int>() : 2);
+  if (call.decay_dtype < FASTOPS_F16 || call.decay_dtype > FASTOPS_F64) throw py::type_error("decay must be of floats");
+  call.decay = heads_of(arrays, "decay", kItem[call.decay_dtype]);
+  call.projection = address_of(arrays, "projection");
+  const int projection = arrays.contains("projection_dtype") ? arrays["projection_dtype"].cast<int>() : FASTOPS_F32;
+  if (projection < FASTOPS_F16 || projection > FASTOPS_F64) throw py::type_error("projection must be of floats");
+  call.projection_dtype = static_cast<fastops_dtype>(projection);
+  if (call.map == FASTOPS_MAP_FAVOR ? call.projection == nullptr : call.features < call.dim)
+    throw py::value_error("features must fit the map");
+  if (call.map >= FASTOPS_MAP_EXP && call.decay.data != nullptr)
+    throw py::value_error("exponential maps have no decay");
+  call.offsets = address_of(arrays, "cu_seqlens");
+  call.wide_offsets = arrays.contains("wide_offsets") && arrays["wide_offsets"].cast<bool>();
+  call.initial = state_of(arrays, "initial_state");
+  call.final = state_of(arrays, "final_state");
+  call.d_final = state_of(arrays, "d_state");
+  call.d_initial = state_of(arrays, "d_initial_state");
+  call.dq = heads_of(arrays, "dq", item);
+  call.dk = heads_of(arrays, "dk", item);
+  call.dv = heads_of(arrays, "dv", item);
+  return call;
+}
+
+void attend(const py::tuple& options, const py::tuple& sizes, const py::dict& arrays, bool gradient, int device,
+            std::uintptr_t stream) {
+  const LinearAttention call = call_of(options, sizes, arrays);
+  for (const char* name : {"dy", "y", "dq", "dk", "dv"})
+    if (gradient && !arrays.contains(name)) throw py::value_error("a gradient needs dy, y, dq, dk and dv");
+  const Memory workspace(linear_attention_workspace(call, gradient), device, stream);
+  const OnDevice on(device);
+  raise_unless_ok(on.status);
+  raise_unless_ok(gradient ? linear_attention_backward(call, workspace.data(), stream_of(stream))
+                           : linear_attention(call, workspace.data(), stream_of(stream)));
+}
+void step(const py::tuple& options, const py::tuple& sizes, const py::dict& arrays, int device, std::uintptr_t stream) {
+  const LinearAttention call = call_of(options, sizes, arrays);
+  if (call.final.s == nullptr || call.queries != 1 || call.keys != 1)
+    throw py::value_error("a step needs one token and its state");
+  const OnDevice on(device);
+  raise_unless_ok(on.status);
+  raise_unless_ok(linear_attention_step(call, stream_of(stream)));
+}
+void copy_up(std::uintptr_t to, const py::bytes& from, int device, std::uintptr_t stream) {
+  const OnDevice on(device);
+  raise_unless_ok(on.status);
+  const std::string contents = from;
+  raise_unless_ok(upload(reinterpret_cast<void*>(to), contents.data(), contents.size(), stream_of(stream)));
+}
+
+}  // namespace
+
+void bind_attention(py::module_& m) {
+  m.def("linear_attention", &attend, py::arg("options"), py::arg("sizes"), py::arg("arrays"), py::arg("gradient"),
+        py::arg("device"), py::arg("stream"));
+  m.def("linear_attention_step", &step, py::arg("options"), py::arg("sizes"), py::arg("arrays"), py::arg("device"),
+        py::arg("stream"));
+  m.def("upload", &copy_up, py::arg("address"), py::arg("contents"), py::arg("device"), py::arg("stream"),
+        "Copies host memory without waiting for the stream.");
+  m.attr("most_step_features") = kMostStepFeatures;
+}
+
+}  // namespace fastops::gpu
