@@ -16,9 +16,9 @@ constexpr double kLeastDecay = -256.0;
 
 using Sums = float[kColumns][4];
 
-// Arithmetics: the type in shared memory, and d (16 x 64) += a (16 x depth) b (depth x 64) by a warp. Shared rows are
-// so long that reads along them and across them spread over the banks. a is stored as (row, step) or, turned, (step,
-// row), b as (column, step) or, turned, (step, column).
+// Kinds of arithmetic: the type in shared memory, and d (16 x 64) += a (16 x depth) b (depth x 64) by a warp. Shared
+// rows are so long that reads along them and across them spread over the banks. a is stored as (row, step) or, turned,
+// (step, row), b as (column, step) or, turned, (step, column).
 struct ByBf16 {
   using S = std::uint16_t;
   static constexpr int kPitch = kTile + 8;
