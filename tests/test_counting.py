@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from parallel import Shorten, shout, split_words
+from parallel import Shorten, fails, same, shout, split_words
 
 import fastops
 from fastops import _counting, _sources
@@ -548,14 +548,6 @@ def test_an_error_of_the_progress_function_ends_the_run(tmp_path: Path) -> None:
         count_sources([path] * 3, Rule(), None, Options(workers=2, progress=progress))
 
 
-def fails(text: str) -> list[str]:
-    raise LookupError("no words")
-
-
-def string(text: str) -> str:
-    return text
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_errors_of_a_python_tokenizer(workers: int, files: list[Path]) -> None:
     options = Options(workers=workers)
@@ -567,7 +559,7 @@ def test_errors_of_a_python_tokenizer(workers: int, files: list[Path]) -> None:
     if workers == 2:
         assert "in fails" in str(caught.value.__cause__)
     with pytest.raises(TypeError, match="tokenizer must be a callable that returns an iterable of str, got 'one text'"):
-        count_texts(["one text"], Rule(), string, options)
+        count_texts(["one text"], Rule(), same, options)
     if workers == 2:
         with pytest.raises(TypeError, match="tokenizer must be picklable"):
             count_texts(["one text"], Rule(), lambda text: [text], options)
