@@ -312,7 +312,9 @@ def _svg(figure: Figure, salt: str, ink: str = "currentColor", background: str =
 
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
-        figure.savefig(buffer, format="svg", facecolor=background, metadata={"Date": None, "Creator": None})
+        figure.savefig(
+            buffer, format="svg", facecolor=background, bbox_inches="tight", metadata={"Date": None, "Creator": None}
+        )
     text = buffer.getvalue()
     text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{salt}-", text[text.index("<svg") :])
     return text.replace(_INK, ink)
