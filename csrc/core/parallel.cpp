@@ -5,6 +5,7 @@
 
 #include <fcntl.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <time.h>
 #include <unistd.h>
@@ -28,7 +29,8 @@ namespace fastops {
 namespace {
 
 constexpr double kSerialBelowNs = 200e3;  // waking a parked thread costs 5 to 50 us
-constexpr int kSpins = 100;               // a few us: longer spins slow the neighbours down
+constexpr int kSpins = 100;               // some us; from then on other threads go first
+constexpr std::int64_t kSpinNs = 50'000;  // as long as waking takes; longer spins slow the neighbours down
 constexpr std::int64_t kPollNs = 20'000'000;
 constexpr std::size_t kStackBytes = 512 * 1024;  // bodies use less than 16 KiB; the rest is thread-local data
 
@@ -99,6 +101,22 @@ void reset_parking() noexcept {
   parking = PTHREAD_COND_INITIALIZER;
 }
 #endif
+
+// Waits for `done` without parking; false where that takes long.
+template <class F> bool spin_until(F done) noexcept {
+  for (int i = 0; i < kSpins; ++i) {
+    if (done()) return true;
+    pause();
+  }
+  for (const std::int64_t end = now_ns() + kSpinNs; now_ns() < end;) {
+    sched_yield();
+    for (int i = 0; i < 16; ++i) {
+      if (done()) return true;
+      pause();
+    }
+  }
+  return false;
+}
 
 // Set by the thread that owns the pool, read by the workers between entering and leaving the gate.
 struct Job {
@@ -211,11 +229,8 @@ void* work(void* first) noexcept {
   const auto self = static_cast<unsigned>(birth >> 32);
   for (;;) {
     std::uint32_t current;
-    for (int spins = kSpins; (current = epoch.load(std::memory_order_acquire)) == seen;) {
-      if (spins-- > 0) {
-        pause();
-        continue;
-      }
+    const auto called = [&] { return (current = epoch.load(std::memory_order_acquire)) != seen; };
+    for (bool there = spin_until(called); !there; there = called()) {
       fall_asleep(self);
       parked.fetch_add(1);
       park(epoch, seen, -1);
@@ -307,13 +322,10 @@ fastops_status run_shared(std::size_t blocks, Body body, void* context, unsigned
     body(context, block, 0);
     if (lost()) return FASTOPS_INTERRUPTED;
   }
-  std::uint32_t g = gate.fetch_and(~kPlaces, std::memory_order_acq_rel) & ~kPlaces;
-  for (int spins = kSpins; (g & kInside) != 0; g = gate.load(std::memory_order_acquire)) {
-    if (spins-- > 0) {
-      pause();
-      continue;
-    }
-    g = gate.fetch_or(kOwnerSleeps, std::memory_order_acq_rel) | kOwnerSleeps;
+  gate.fetch_and(~kPlaces, std::memory_order_acq_rel);
+  const auto left = [] { return (gate.load(std::memory_order_acquire) & kInside) == 0; };
+  for (bool alone = spin_until(left); !alone; alone = left()) {
+    std::uint32_t g = gate.fetch_or(kOwnerSleeps, std::memory_order_acq_rel) | kOwnerSleeps;
     if ((g & kInside) != 0) park(gate, g, kPollNs);
     if (lost()) return FASTOPS_INTERRUPTED;
   }
