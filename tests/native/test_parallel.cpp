@@ -410,8 +410,17 @@ void affinities() {
   }
   CHECK(fewer == 0, "%d blocks were run with fewer CPUs", fewer.load());
 
-  wait_ms(20);
-  sched_setaffinity(0, sizeof one, &one);
+  // Those that were woken and have not come yet may still be barred.
+  const auto barred = [&] {
+    bool any = false;
+    for (pid_t thread : pool_threads()) {
+      const cpu_set_t its = affinity(thread);
+      any = any || !CPU_EQUAL(&its, &all);
+    }
+    return any;
+  };
+  for (const double end = seconds() + 5; barred() && seconds() < end;) wait_ms(5);
+  if (sched_setaffinity(0, sizeof one, &one) != 0) return;
   for (pid_t thread : pool_threads()) sched_setaffinity(thread, sizeof other, &other);
   for (int round = 0; round < 20; ++round) {
     sums_right(100);
