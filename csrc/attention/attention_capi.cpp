@@ -417,8 +417,15 @@ fastops_status nystrom(const NystromKernels& kernels, const NystromArrays& array
   // added, stays.
   std::size_t together = workers * kPartsBytes / (parts * partial * item);
   together = parts == 1 || together > count ? count : together < 1 ? 1 : together;
+  // The landmarks, as long as they are needed, have the room of the parts.
+  const std::size_t of_head = kernels.landmark_items(call);
+  std::size_t landmarks = 0, waiting = 0;
   Workspace middles, firsts, others, norms;
-  if (!middles.reserve({count, middle, item}) || !norms.reserve({count, sizeof(double)})) return FASTOPS_NO_MEMORY;
+  if (!checked_product({count, of_head, item}, &landmarks) ||
+      !checked_product({together, parts - 1, partial, item}, &waiting) || !middles.reserve({count, middle, item}) ||
+      !firsts.reserve({count, partial, item}) || !others.reserve({landmarks > waiting ? landmarks : waiting}) ||
+      !norms.reserve({count, sizeof(double)}))
+    return FASTOPS_NO_MEMORY;
   const auto head_of = [&](std::size_t i, unsigned worker) {
     NystromHead head = arrays[i];
     head.worker = worker;
@@ -430,37 +437,30 @@ fastops_status nystrom(const NystromKernels& kernels, const NystromArrays& array
     return others.get<char>() + (i % together * (parts - 1) + part - 1) * partial * item;
   };
   auto* const norm = norms.get<double>();
-  fastops_status status = FASTOPS_OK;
-  {
-    Workspace landmarks;
-    const std::size_t items = kernels.landmark_items(call), pieces = parts < s.landmarks ? parts : s.landmarks;
-    if (!landmarks.reserve({count, items, item})) return FASTOPS_NO_MEMORY;
-    const auto landmarks_of = [&](std::size_t i) { return landmarks.get<char>() + i * items * item; };
-    status = parallel_run(
-        count * 2 * pieces,
-        [&](std::size_t unit, unsigned worker) {
-          const std::size_t i = unit / (2 * pieces), piece = unit % pieces;
-          kernels.means(call, head_of(i, worker), unit / pieces % 2 == 0, piece * s.landmarks / pieces,
-                        (piece + 1) * s.landmarks / pieces, landmarks_of(i), work[worker]);
-        },
-        ns, poll, workers);
-    if (status != FASTOPS_OK) return status;
-    status = parallel_run(
-        count,
-        [&](std::size_t i, unsigned worker) {
-          norm[i] = kernels.prepare(call, head_of(i, worker), landmarks_of(i), middle_of(i), work[worker]);
-        },
-        ns, poll, workers);
-    if (status != FASTOPS_OK) return status;
-  }
+  const std::size_t pieces = parts < s.landmarks ? parts : s.landmarks;
+  const auto landmarks_of = [&](std::size_t i) { return others.get<char>() + i * of_head * item; };
+  fastops_status status = parallel_run(
+      count * 2 * pieces,
+      [&](std::size_t unit, unsigned worker) {
+        const std::size_t i = unit / (2 * pieces), piece = unit % pieces;
+        kernels.means(call, head_of(i, worker), unit / pieces % 2 == 0, piece * s.landmarks / pieces,
+                      (piece + 1) * s.landmarks / pieces, landmarks_of(i), work[worker]);
+      },
+      ns, poll, workers);
+  if (status != FASTOPS_OK) return status;
+  status = parallel_run(
+      count,
+      [&](std::size_t i, unsigned worker) {
+        norm[i] = kernels.prepare(call, head_of(i, worker), landmarks_of(i), middle_of(i), work[worker]);
+      },
+      ns, poll, workers);
+  if (status != FASTOPS_OK) return status;
   if (s.batch_init) {
     double largest = 0;
     for (std::size_t i = 0; i < count; ++i)
       if (norm[i] > largest) largest = norm[i];
     call.coefficient = largest > 0 ? 1 / largest : 0;
   }
-  if (!firsts.reserve({count, partial, item}) || !others.reserve({together, parts - 1, partial, item}))
-    return FASTOPS_NO_MEMORY;
   for (std::size_t from = 0; from < count; from += together) {
     const std::size_t heads = count - from < together ? count - from : together;
     // The longest units first.
