@@ -237,14 +237,11 @@ fastops_status causal(const LinearKernels& kernels, const Shape& s, const Linear
         LinearHead head = heads[unit / pieces];
         head.worker = worker;
         if (pieces > 1) {
-          // Chunks are counted from the first query that has a key, so the cuts, wherever they are, change no bit.
+          // Every piece goes through the same chunks, so the cuts change no bit.
           const std::size_t alone = head.queries > head.keys ? head.queries - head.keys : 0;
           const auto cut = [&](std::size_t piece) {
-            const double part = causal_share(piece) / causal_share(pieces);
-            const auto chunks = static_cast<std::size_t>(
-                part * static_cast<double>(head.queries - alone) / static_cast<double>(kernels.chunk) + 0.5);
-            const std::size_t query = piece == 0 ? 0 : alone + chunks * kernels.chunk;
-            return piece == pieces || query > head.queries ? head.queries : query;
+            const double part = causal_share(piece) / causal_share(pieces) * static_cast<double>(head.queries - alone);
+            return piece == 0 ? 0 : piece == pieces ? head.queries : alone + static_cast<std::size_t>(part);
           };
           const std::size_t piece = unit % pieces;
           head.first = cut(piece);

@@ -40,7 +40,7 @@ struct LinearHead {
   Rows q, k, v, out;  // of the first query head
   std::ptrdiff_t q_head, out_head;
   std::size_t queries, keys;
-  std::size_t first, last;   // with causality: the queries to answer, in whole chunks; the state is the last ones'
+  std::size_t first, last;   // with causality: queries; the chunks that begin there are answered
   const std::uint8_t* mask;  // null: every key is there
   std::ptrdiff_t mask_step;
   const void* decay;  // T, null: none
@@ -85,7 +85,6 @@ struct LinearKernels {
 
   // A worker's workspace for all functions but the gradient.
   std::size_t (*work_items)(const LinearCall&) noexcept;
-  std::size_t chunk;  // tokens that causal() takes at once
   void (*causal)(const LinearCall&, const LinearHead&, void* work) noexcept;
   // Without causality: states of parts of the keys, their sum, the queries against it.
   std::size_t (*state_items)(const LinearCall&) noexcept;

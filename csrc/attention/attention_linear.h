@@ -140,10 +140,10 @@ template <class T> class Pass {
       t += n;
       if (stopped()) return;
     }
-    // Chunks end at the same keys wherever the first of these queries is.
+    // Of chunks, which are the same whichever the queries are, those that begin between them.
     const std::size_t end = head_.last == queries ? keys : shift + head_.last - alone;
     for (std::size_t t = shift; t < end;) {
-      const std::size_t i = t - shift + alone, n = take_keys(t, least(kChunk - (t - shift) % kChunk, keys - t));
+      const std::size_t i = t - shift + alone, n = take_keys(t, least(kChunk, keys - t));
       if (i >= head_.first) {
         transpose_keys(n);
         for (std::size_t r = 0; r < call_.group; ++r) attend(r, i, n);

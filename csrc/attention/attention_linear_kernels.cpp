@@ -74,7 +74,7 @@ template <class T> void step(const LinearCall& call, const LinearHead& head, voi
 }
 
 template <class T> constexpr LinearKernels kTable() {
-  return {projection_items<T>, project<T>, work_items<T>, kChunk,        causal<T>, state_items<T>,
+  return {projection_items<T>, project<T>, work_items<T>, causal<T>,     state_items<T>,
           absorb<T>,           merge<T>,   emit<T>,       step_items<T>, step<T>};
 }
 
