@@ -33,6 +33,7 @@ struct Operand {
   // Where not zero, row r of a matrix lies at (r / row_inner) row_outer_stride + (r % row_inner) row_stride.
   std::size_t row_inner;
   std::ptrdiff_t row_outer_stride;
+  const std::size_t* row_offsets;  // where not null, of the rows of a matrix, in place of those strides
   const Patches* patches;
   std::size_t first_col;  // kPatches: added to every column
 };

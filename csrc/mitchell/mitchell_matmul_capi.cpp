@@ -45,6 +45,9 @@ constexpr std::size_t kBlocksWanted = 8;
 constexpr std::size_t kFreshRows = 120;
 constexpr std::size_t kFreshCols = 1536;
 
+// Padded images and results of theirs that wait at once, where one is not larger.
+constexpr std::size_t kFlatElements = std::size_t{1} << 22;
+
 // Of a table product, halved for more blocks down to this.
 constexpr std::size_t kLutCols = 512;
 
@@ -453,6 +456,76 @@ void* element_at(void* data, fastops_dtype dtype, std::size_t index) noexcept {
   return static_cast<char*>(data) + index * item_size(dtype);
 }
 
+// In steps of one pixel each row of the patches of a padded image is that image from some element on, if positions
+// behind the end of an image row are computed as well and thrown away.
+struct FlatImage {
+  std::size_t width, plane, cols;  // of a padded row, of a padded channel, of the product
+
+  FlatImage(const Patches& p) noexcept
+      : width(p.width + 2 * p.padding_w),
+        plane((p.height + 2 * p.padding_h) * width),
+        cols((p.out_height - 1) * width + p.out_width) {}
+  bool pays(const Patches& p) const noexcept {
+    return p.stride_h * p.stride_w == 1 && plane / 2 <= p.height * p.width &&
+           cols - cols / 5 <= p.out_height * p.out_width;
+  }
+};
+template <class T>
+fastops_status conv2d_flat(Product<T> p, const Patches& patches, std::size_t count, const Pointers& pointers,
+                           fastops_poll poll) noexcept {
+  const FlatImage flat(patches);
+  const std::size_t positions = p.cols, channels = patches.channels, kernel = p.depth / channels;
+  p.cols = flat.cols;
+  p.b.col_stride = 1;
+  p.out_row_stride = static_cast<std::ptrdiff_t>(flat.cols);
+  std::size_t image = 0, result = 0;
+  if (!checked_product({channels, flat.plane}, &image) || !checked_product({p.rows, flat.cols}, &result))
+    return FASTOPS_NO_MEMORY;
+  const std::size_t together = max_of(1, min_of(count, kFlatElements / max_of(1, max_of(image, result))));
+  Workspace offsets, images, results, lists;
+  if (!offsets.reserve({p.depth, sizeof(std::size_t)}) || !images.reserve({together, image, sizeof(T)}) ||
+      !results.reserve({together, result, sizeof(T)}) || !lists.reserve({together, 2, sizeof(void*)}))
+    return FASTOPS_NO_MEMORY;
+  auto* const offset = offsets.get<std::size_t>();
+  for (std::size_t k = 0; k < p.depth; ++k)
+    offset[k] = k / kernel * flat.plane + k % kernel / patches.kernel_width * patches.dilation_h * flat.width +
+                k % patches.kernel_width * patches.dilation_w;
+  p.b.row_offsets = offset;
+  const void** const bs = lists.get<const void*>();
+  void** const outs = lists.get<void*>() + together;
+  for (std::size_t i = 0; i < together; ++i) {
+    bs[i] = images.get<T>() + i * image;
+    outs[i] = results.get<T>() + i * result;
+  }
+  constexpr double kNanosecondsPerElement = 0.5;
+  for (std::size_t first = 0; first < count; first += together) {
+    const std::size_t some = min_of(together, count - first);
+    const auto pad = [&](std::size_t unit, unsigned) noexcept {
+      T* const to = images.get<T>() + unit * flat.plane;
+      const T* const from =
+          static_cast<const T*>(pointers.b[first + unit / channels]) + unit % channels * patches.height * patches.width;
+      std::memset(static_cast<void*>(to), 0, flat.plane * sizeof(T));
+      for (std::size_t y = 0; y < patches.height; ++y)
+        std::memcpy(to + (y + patches.padding_h) * flat.width + patches.padding_w, from + y * patches.width,
+                    patches.width * sizeof(T));
+    };
+    fastops_status status =
+        parallel_run(some * channels, pad, static_cast<double>(some * image) * kNanosecondsPerElement, poll);
+    if (status != FASTOPS_OK) return status;
+    status = multiply_batch(p, some, {pointers.a + first, bs, nullptr, outs}, poll);
+    if (status != FASTOPS_OK) return status;
+    const auto crop = [&](std::size_t unit, unsigned) noexcept {
+      const T* const from = results.get<T>() + unit * flat.cols;
+      T* const to = static_cast<T*>(pointers.out[first + unit / p.rows]) + unit % p.rows * positions;
+      for (std::size_t y = 0; y < patches.out_height; ++y)
+        std::memcpy(to + y * patches.out_width, from + y * flat.width, patches.out_width * sizeof(T));
+    };
+    status = parallel_run(some * p.rows, crop, static_cast<double>(some * result) * kNanosecondsPerElement, poll);
+    if (status != FASTOPS_OK) return status;
+  }
+  return FASTOPS_OK;
+}
+
 // For each image and group: w (filters of the group x depth) times patches (depth x positions).
 template <class T>
 fastops_status conv2d(const fastops_mitchell* m, fastops_dtype dtype, const fastops_conv2d& s, const void* x,
@@ -466,14 +539,6 @@ fastops_status conv2d(const fastops_mitchell* m, fastops_dtype dtype, const fast
   p.cols = patches.out_height * patches.out_width;
   p.a = matrix(dtype, flushes(m), static_cast<std::ptrdiff_t>(p.depth), 1);
   p.b = matrix(dtype, flushes(m), 0, 0);
-  if (s.kernel_height * s.kernel_width * s.stride_h * s.stride_w == 1 && s.padding_h + s.padding_w == 0) {
-    // The patches are the image itself.
-    p.b.row_stride = static_cast<std::ptrdiff_t>(p.cols);
-    p.b.col_stride = 1;
-  } else {
-    p.b.layout = Layout::kPatches;
-    p.b.patches = &patches;
-  }
   p.out_row_stride = static_cast<std::ptrdiff_t>(p.cols);
   p.out_col_stride = 1;
   const std::size_t count = s.batch * s.groups;
@@ -487,7 +552,18 @@ fastops_status conv2d(const fastops_mitchell* m, fastops_dtype dtype, const fast
     list[count + i] = element_at(x, dtype, i * patches.channels * s.height * s.width);
     outs[i] = element_at(out, dtype, i * p.rows * p.cols);
   }
-  return multiply_batch(p, count, {list, list + count, nullptr, outs}, poll);
+  const Pointers pointers{list, list + count, nullptr, outs};
+  if (s.kernel_height * s.kernel_width * s.stride_h * s.stride_w == 1 && s.padding_h + s.padding_w == 0) {
+    // The patches are the image itself.
+    p.b.row_stride = static_cast<std::ptrdiff_t>(p.cols);
+    p.b.col_stride = 1;
+  } else if (item_size(dtype) == sizeof(T) && p.rows > 0 && p.depth > 0 && FlatImage(patches).pays(patches)) {
+    return conv2d_flat(p, patches, count, pointers, poll);
+  } else {
+    p.b.layout = Layout::kPatches;
+    p.b.patches = &patches;
+  }
+  return multiply_batch(p, count, pointers, poll);
 }
 
 Kind gradient_kind(fastops_gradient mode) noexcept {

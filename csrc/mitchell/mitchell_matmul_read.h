@@ -223,11 +223,15 @@ template <class T> const T* read(const Operand& x, std::size_t row, std::size_t 
   if (x.layout == Layout::kPatches)
     return read_patches(x, PatchRow(*x.patches, row), PatchCol(*x.patches, x.first_col + col), n, buffer);
   std::ptrdiff_t offset = static_cast<std::ptrdiff_t>(col) * x.col_stride;
-  if (x.row_inner != 0) {
-    offset += static_cast<std::ptrdiff_t>(row / x.row_inner) * x.row_outer_stride;
-    row %= x.row_inner;
+  if (x.row_offsets != nullptr) {
+    offset += static_cast<std::ptrdiff_t>(x.row_offsets[row]);
+  } else {
+    if (x.row_inner != 0) {
+      offset += static_cast<std::ptrdiff_t>(row / x.row_inner) * x.row_outer_stride;
+      row %= x.row_inner;
+    }
+    offset += static_cast<std::ptrdiff_t>(row) * x.row_stride;
   }
-  offset += static_cast<std::ptrdiff_t>(row) * x.row_stride;
   if (x.col_stride == 1 && is_native<T>(x)) return static_cast<const T*>(x.data) + offset;
   read_strided(x, offset, x.col_stride, n, buffer);
   return buffer;
