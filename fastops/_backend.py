@@ -46,6 +46,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "ufunc_of_tensors",
     ),
     "optim": (
+        "adamw_fits",
         "adamw_step",
         "adaptive_eg_step",
         "all_finite",

@@ -56,7 +56,14 @@ def ema_update(
 ) -> int: ...
 def sgd_step(params: Any, grads: Any, momentum_buffers: Any, ema: Any, step: tuple[Any, ...], checked: bool) -> int: ...
 def adamw_step(
-    params: Any, grads: Any, exp_avg: Any, exp_avg_sq: Any, ema: Any, step: tuple[Any, ...], checked: bool
+    params: Any,
+    grads: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    ema: Any,
+    step: tuple[Any, ...],
+    checked: bool,
+    only_looks: bool = False,
 ) -> int: ...
 def lazy_adamw_rows(
     params: list[Any],

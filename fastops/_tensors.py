@@ -169,7 +169,7 @@ class TensorList(FixedList):
     array([0.5, 0.5, 0.5], dtype=float32)
     """
 
-    __slots__ = ("_busy", "_plan", "_verify")
+    __slots__ = ("_busy", "_known", "_plan", "_verify")
 
     def __init__(self, arrays: Iterable[Any], *, verify: bool = True) -> None:
         self._arrays = tuple(as_list("arrays", arrays))
@@ -177,7 +177,14 @@ class TensorList(FixedList):
             as_ndarray(f"arrays[{i}]", item)
         self._verify = _validate.boolean("verify", verify)
         self._plan: object = None
+        self._known: tuple[Any, ...] | None = None
         self._busy = 0  # the process whose call uses it: what a fork interrupts does not go on in the child
+
+    def _known_tensors(self) -> tuple[Any, ...]:
+        """The tensors of torch, which autograd knows: found once."""
+        if self._known is None:
+            self._known = of_torch(self._arrays)
+        return self._known
 
     def refresh(self) -> None:
         """Forget what is known of the arrays, so that the next call reads them anew.
@@ -347,15 +354,22 @@ def prepared(roles: Sequence[Role], values: Sequence[object]) -> Iterator[list[l
         bump_versions(items for role, items in zip(roles, lists, strict=True) if role.written)
 
 
+def of_torch(items: Iterable[Any]) -> tuple[Any, ...]:
+    """Those of the arrays that are torch's tensors."""
+    torch = sys.modules.get("torch")
+    found = tuple(items)
+    if torch is None or not {*map(type, found)} - {torch.Tensor, torch.nn.Parameter}:
+        return found if torch is not None else ()
+    return tuple(item for item in found if isinstance(item, torch.Tensor))
+
+
 def bump_versions(written: Iterable[Iterable[Any]]) -> None:
     """Tells torch's autograd of lists that changed in place; without it a backward pass would use the new values silently."""
     torch = sys.modules.get("torch")
     if torch is None:
         return
     for items in written:
-        tensors: Any = items._arrays if isinstance(items, TensorList) else tuple(items)
-        if len({*map(type, tensors)} - {torch.Tensor, torch.nn.Parameter}):
-            tensors = [item for item in tensors if isinstance(item, torch.Tensor)]
+        tensors = items._known_tensors() if isinstance(items, TensorList) else of_torch(items)
         if tensors:
             torch.autograd.graph.increment_version(tensors)
 

@@ -43,6 +43,7 @@ ATTENTION = [
     "softmax_attention",
 ]
 STEPS = [
+    "adamw_fits",
     "adamw_step",
     "adaptive_eg_step",
     "all_finite",

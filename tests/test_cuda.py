@@ -718,6 +718,45 @@ def test_plans_are_shared_by_calls_with_the_same_memory(shim: Shim) -> None:
     assert native.plan(roles, lists, _arrays.describe, 1) is not plan
 
 
+def test_a_list_outlives_the_streams_that_it_was_used_on(shim: Shim) -> None:
+    """Its table waits for events of its own: the handle of a stream that is gone names nothing, or another stream."""
+    runtime = ctypes.CDLL(_runtime.module().__file__)
+    native = _runtime.module()
+    native.forget_plans()
+    runtime.fastops_shim_faults()
+    shadows, params = [Fake(np.zeros(3, np.float32))], [ones(3)]
+    for stream in (64, 65, 66):
+        cuda.ema_update_(shadows, params, 0.5, stream=stream)
+        runtime.fastops_shim_end_stream(ctypes.c_void_p(stream))
+    assert shadows[0].array.tolist() == [0.875] * 3
+    native.forget_plans()
+    assert runtime.fastops_shim_faults() == 0
+
+
+def test_a_graph_takes_a_call_whose_table_is_there(shim: Shim) -> None:
+    runtime = ctypes.CDLL(_runtime.module().__file__)
+    shadows, params = [Fake(np.zeros(3, np.float32))], [ones(3)]
+    cuda.ema_update_(shadows, params, 0.5, stream=64)
+    runtime.fastops_shim_capture(ctypes.c_void_p(64))
+    try:
+        cuda.ema_update_(shadows, params, 0.5, stream=64)
+    finally:
+        runtime.fastops_shim_capture(None)
+    assert runtime.fastops_shim_faults() == 0
+    assert shadows[0].array.tolist() == [0.75] * 3
+
+
+def test_a_stream_that_is_gone_is_refused_by_the_shim(shim: Shim) -> None:
+    """Without which the test above could not fail."""
+    runtime = ctypes.CDLL(_runtime.module().__file__)
+    runtime.fastops_shim_end_stream(ctypes.c_void_p(64))
+    try:
+        with pytest.raises(RuntimeError, match="CUDA: an error of the shim"):
+            cuda.ema_update_([Fake(np.zeros(3, np.float32))], [ones(3)], 0.5, stream=64)
+    finally:
+        assert runtime.fastops_shim_faults() > 0
+
+
 def test_a_list_is_gone_with_its_last_reference(shim: Shim) -> None:
     """Not when the collector runs: that may be long after the GPU's memory was wanted."""
     arrays = [Fake(np.ones(3, np.float32)) for _ in range(2)]

@@ -231,6 +231,11 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
 }
 
 
+def _shrunk(x: Any) -> Any:
+    x.untyped_storage().resize_(8)
+    return x
+
+
 def _emptied(x: Any) -> Any:
     x.untyped_storage().resize_(0)
     return x
@@ -296,6 +301,82 @@ def test_tensor_list_has_the_new_storage(ops: ModuleType, verify: bool) -> None:
     with pytest.raises(ValueError, match=r"^params\[0\] must be a tensor whose storage holds"):
         ops.ema_update_(plan, params, 0.5)
     assert (s == 0).all()
+
+
+def test_gradients_beside_kept_lists_may_be_others_in_each_step(ops: ModuleType) -> None:
+    """Anew, back where they were, of another dtype, among NumPy's arrays: as lists alone have it."""
+    shapes = [(5,), (), (3, 4), (0,), (9,), (1,)]
+    p, m, s = (tensors(seed, *shapes) for seed in (40, 41, 42))
+    v = [x.square() for x in tensors(43, *shapes)]
+    plain = [clones(x) for x in (p, m, v, s)]
+    kept = [fastops.TensorList(x) for x in (p, m, v, s)]
+    first = tensors(44, *shapes)
+    room = torch.zeros(64)
+    apart = [room[i * 16 : i * 16 + 9] for i in range(3)]
+    batches: list[list[Any]] = [
+        first,
+        tensors(45, *shapes),
+        [*tensors(46, *shapes[:4]), apart[1], first[5]],
+        [*first[:4], apart[2].fill_(0.5), first[5]],
+        [x.half() for x in first],
+        [x.numpy() for x in tensors(47, *shapes)],
+        [x.numpy() for x in tensors(48, *shapes)],
+        first,
+    ]
+    for step, gradients in enumerate(batches, 1):
+        for lists in (kept, plain):
+            x, y, z, w = lists
+            ops.adamw_step_(x, gradients, y, z, step=step, lr=0.1, ema=w, ema_decay=0.5)
+        for got, want in zip(kept, plain, strict=True):
+            for a, b in zip(got, want, strict=True):
+                assert_same_bits(a.numpy(), b.numpy())
+
+
+def test_gradients_beside_kept_lists_are_looked_at_anew(ops: ModuleType) -> None:
+    p, m, v = (tensors(seed, (4,), (1,), (3, 2)) for seed in (50, 51, 52))
+    v = [x.square() for x in v]
+    kept = [fastops.TensorList(x) for x in (p, m, v)]
+
+    def step(gradients: list[Any], **options: Any) -> None:
+        ops.adamw_step_(kept[0], gradients, *kept[1:], step=1, lr=0.1, **options)
+
+    good = [torch.ones(4), torch.ones(1), torch.ones(3, 2)]
+    other = [torch.ones(4), torch.ones(1), torch.ones(3, 2)]
+    beside = torch.cat([torch.ones(6), torch.ones(6)])
+    faults: list[tuple[int, Any, type[Exception], str]] = [
+        (0, m[2].view(6)[:4], ValueError, "memory apart from"),
+        (0, p[0], ValueError, "memory apart from"),
+        (2, v[2], ValueError, "memory apart from"),
+        (0, torch.ones(5), ValueError, "of shape"),
+        (2, torch.ones(2, 3), ValueError, "of shape"),
+        (1, torch.imag((torch.ones(1) * 1j).conj()), TypeError, "NumPy can share"),
+        (2, _emptied(torch.ones(3, 2)), ValueError, "storage holds its elements"),
+        (2, _emptied(beside[6:].view(3, 2)), ValueError, "storage holds its elements"),
+        (2, _shrunk(torch.ones(3, 2)), ValueError, "storage holds its elements"),
+        (0, torch.ones(4, dtype=torch.float64), TypeError, "of dtype"),
+        (0, torch.ones(4, device="meta"), TypeError, "on meta"),
+    ]
+    for i, fault, kind, text in faults:
+        for gradients in (good, other):
+            step(gradients)
+        before = clones([*p, *m, *v])
+        bad = list(good)
+        bad[i] = fault
+        with pytest.raises(kind, match=text):
+            step(bad)
+        for x, y in zip(before, [*p, *m, *v], strict=True):
+            assert torch.equal(x, y)
+    with pytest.raises(ValueError, match=r"^grads must be a list of 3 arrays"):
+        step(good[:2])
+    # A sign that torch puts off leaves the address as it is.
+    number = torch.ones(1) * 1j
+    step([good[0], torch.view_as_real(number)[..., 1], good[2]])
+    with pytest.raises(TypeError, match="NumPy can share"):
+        step([good[0], torch.imag(number.conj()), good[2]])
+    # Where they are written, too.
+    for gradients in (good, other, good):
+        step(gradients, zero_grad=True)
+        assert all((g == 0).all() for g in gradients)
 
 
 def test_tensors_that_stand_for_others_are_refused(ops: ModuleType) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import tolerance
 
-from fastops import _validate
+import fastops
+from fastops import _tensors, _validate
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 ft = pytest.importorskip("fastops.torch")
@@ -431,6 +432,49 @@ def test_a_state_that_is_cleared_or_replaced_is_heard_of() -> None:
     torch.testing.assert_close(*(p for p, _ in pairs))
     assert int(pairs[1][1]["step"]) == 2
     torch.testing.assert_close(*(state["exp_avg"] for _, state in pairs))
+
+
+def test_states_of_several_groups_are_replaced_unheard_by_none() -> None:
+    """Also in the step after which the states of another group were seen to be what they were."""
+    results = []
+    for kind in (torch.optim.AdamW, ft.AdamW):
+        params = [torch.nn.Parameter(torch.linspace(0, 1, n)) for n in (3, 1, 4)]
+        optimizer = kind([{"params": params[:1]}, {"params": params[1:]}], lr=0.1)
+
+        def step(params: list[Any] = params, optimizer: Any = optimizer) -> None:
+            for p in params:
+                p.grad = torch.sin(3 * p.detach()) + 1
+            optimizer.step()
+
+        for _ in range(3):
+            step()
+        for p in params[::2]:
+            optimizer.state[p] = {key: x.clone() for key, x in optimizer.state[p].items()}
+            step()
+            optimizer.state[p]["exp_avg"] = torch.full_like(p, 0.3)
+            step()
+        first, second = (optimizer.state[p] for p in params[1:])
+        second["step"] = torch.tensor(9.0)
+        step()
+        del first["exp_avg_sq"]
+        first.clear()
+        step()
+        results.append((params, [optimizer.state[p] for p in params]))
+    for p, q, x, y in zip(*(params for params, _ in results), *(states for _, states in results), strict=True):
+        torch.testing.assert_close(p, q)
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(x[name], y[name])
+
+
+def test_several_groups_are_looked_at_by_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The full check takes several microseconds a tensor."""
+    if fastops.show_config("dict")["backend"] != "native":
+        pytest.skip("of the compiled backend")
+    params = parameters()
+    optimizer = ft.AdamW([{"params": params[:2]}, {"params": params[2:]}], ema_decay=0.5)
+    train(optimizer, params, 1)
+    monkeypatch.setattr(_tensors, "check", None)
+    train(optimizer, params, 3)
 
 
 def test_options_that_are_refused_are_so_in_a_step() -> None:

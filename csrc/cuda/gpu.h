@@ -46,6 +46,26 @@ Status upload(void* to, const void* from, std::size_t bytes, Stream stream) noex
 // What `later` gets from here on runs after all that `earlier` has got.
 Status wait(Stream later, Stream earlier) noexcept;
 
+// All that a stream had got at some moment; it stays that when the stream is destroyed, whose handle says nothing then.
+class Event {
+ public:
+  Event() = default;
+  ~Event();
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  Status record(Stream stream) noexcept;  // a stream of the device on which it is recorded first
+  bool is_done() noexcept;
+  // What `later` gets from here on runs after it.
+  Status precede(Stream later) noexcept;
+
+ private:
+  void* event_ = nullptr;
+};
+// Whether what the stream gets goes into a graph, where events outside of it can neither be asked nor waited for.
+bool is_captured(Stream stream) noexcept;
+// Frees memory on the current device after `count` events, without waiting for them where that can be avoided.
+void release_after(void* p, Event* const* events, std::size_t count) noexcept;
+
 // Mitchell arithmetic.
 
 inline constexpr int kMaxDimensions = 8;

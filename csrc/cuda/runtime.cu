@@ -75,6 +75,8 @@ Status allocate(void** p, std::size_t bytes, Stream stream) noexcept {
   return status_of(cudaMallocAsync(p, bytes == 0 ? 1 : bytes, stream_of(stream)));
 }
 void release(void* p, Stream stream, bool shared) noexcept {
+  // cudaFree waits for nobody where the memory came from cudaMallocAsync.
+  if (shared) (void)status_of(cudaDeviceSynchronize());
   (void)status_of(shared ? cudaFree(p) : cudaFreeAsync(p, stream_of(stream)));
 }
 Status upload(void* to, const void* from, std::size_t bytes, Stream stream) noexcept {
@@ -112,6 +114,37 @@ Status wait(Stream later, Stream earlier) noexcept {
   if (status == 0) status = status_of(cudaStreamWaitEvent(stream_of(later), event, 0));
   (void)cudaEventDestroy(event);  // when it has happened
   return status;
+}
+
+Event::~Event() {
+  if (event_ != nullptr) (void)status_of(cudaEventDestroy(static_cast<cudaEvent_t>(event_)));
+}
+Status Event::record(Stream stream) noexcept {
+  if (event_ == nullptr) {
+    cudaEvent_t made = nullptr;
+    if (const Status status = status_of(cudaEventCreateWithFlags(&made, cudaEventDisableTiming))) return status;
+    event_ = made;
+  }
+  return status_of(cudaEventRecord(static_cast<cudaEvent_t>(event_), stream_of(stream)));
+}
+bool Event::is_done() noexcept {
+  return event_ == nullptr || status_of(cudaEventQuery(static_cast<cudaEvent_t>(event_))) == 0;
+}
+Status Event::precede(Stream later) noexcept {
+  if (event_ == nullptr) return 0;
+  return status_of(cudaStreamWaitEvent(stream_of(later), static_cast<cudaEvent_t>(event_), 0));
+}
+bool is_captured(Stream stream) noexcept {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  return status_of(cudaStreamIsCapturing(stream_of(stream), &capture)) == 0 && capture != cudaStreamCaptureStatusNone;
+}
+void release_after(void* p, Event* const* events, std::size_t count) noexcept {
+  // The default stream is there as long as the device.
+  bool ordered = true;
+  for (std::size_t i = 0; i < count; ++i)
+    ordered = ordered && (events[i]->is_done() || events[i]->precede(nullptr) == 0);
+  if (!ordered) (void)status_of(cudaDeviceSynchronize());
+  (void)status_of(cudaFreeAsync(p, nullptr));
 }
 
 }  // namespace fastops::gpu

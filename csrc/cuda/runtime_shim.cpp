@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The runtime of the shim: two devices whose memory is the host's, and whose streams are done at once.
+// The runtime of the shim: two devices whose memory is the host's, and whose streams are done at once. Tests may end a
+// stream, after which no call may name it.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #include "cuda/gpu.h"
 
@@ -9,7 +12,17 @@ namespace fastops::gpu {
 namespace {
 
 constexpr int kDevices = 2;
+constexpr Status kGone = 400;  // cudaErrorInvalidResourceHandle
 thread_local int g_device = 0;
+std::vector<Stream> g_gone;
+Stream g_captured = nullptr;  // whose work goes into a graph
+int g_faults = 0;
+
+Status use(Stream stream) noexcept {
+  if (std::find(g_gone.begin(), g_gone.end(), stream) == g_gone.end()) return 0;
+  ++g_faults;
+  return kGone;
+}
 
 }  // namespace
 
@@ -23,15 +36,57 @@ OnDevice::OnDevice(int device) noexcept : status(device < 0 || device >= kDevice
 }
 OnDevice::~OnDevice() { g_device = before_; }
 
-Status allocate(void** p, std::size_t bytes, Stream) noexcept {
+Status allocate(void** p, std::size_t bytes, Stream stream) noexcept {
+  if (const Status status = use(stream)) return status;
   *p = std::aligned_alloc(256, (bytes + 256) / 256 * 256);
   return *p == nullptr ? 2 : 0;
 }
-void release(void* p, Stream, bool) noexcept { std::free(p); }
-Status upload(void* to, const void* from, std::size_t bytes, Stream) noexcept {
+void release(void* p, Stream stream, bool shared) noexcept {
+  if (!shared) (void)use(stream);
+  std::free(p);
+}
+Status upload(void* to, const void* from, std::size_t bytes, Stream stream) noexcept {
+  if (const Status status = use(stream)) return status;
   std::memcpy(to, from, bytes);
   return 0;
 }
-Status wait(Stream, Stream) noexcept { return 0; }
+Status wait(Stream later, Stream earlier) noexcept {
+  const Status status = use(later);
+  return status != 0 ? status : use(earlier);
+}
+
+Event::~Event() = default;
+Status Event::record(Stream stream) noexcept {
+  g_faults += g_captured != nullptr;
+  return use(stream);
+}
+bool Event::is_done() noexcept {
+  g_faults += g_captured != nullptr;
+  return false;
+}
+Status Event::precede(Stream later) noexcept {
+  g_faults += g_captured != nullptr;
+  return use(later);
+}
+bool is_captured(Stream stream) noexcept { return stream != nullptr && stream == g_captured; }
+void release_after(void* p, Event* const* events, std::size_t count) noexcept {
+  for (std::size_t i = 0; i < count; ++i) (void)events[i]->precede(nullptr);
+  std::free(p);
+}
 
 }  // namespace fastops::gpu
+
+extern "C" {
+__attribute__((visibility("default"))) void fastops_shim_end_stream(void* stream) {
+  fastops::gpu::g_gone.push_back(stream);
+}
+// Null: nothing is captured any more.
+__attribute__((visibility("default"))) void fastops_shim_capture(void* stream) { fastops::gpu::g_captured = stream; }
+// Calls that named an ended stream, or events within a capture; counts anew.
+__attribute__((visibility("default"))) int fastops_shim_faults() {
+  const int faults = fastops::gpu::g_faults;
+  fastops::gpu::g_faults = 0;
+  fastops::gpu::g_gone.clear();
+  return faults;
+}
+}

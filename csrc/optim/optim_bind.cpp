@@ -162,10 +162,66 @@ PyTypeObject* g_array = nullptr;        // numpy.ndarray
 PyTypeObject* g_tensor_list = nullptr;  // fastops.TensorList
 PyObject* g_are_plain = nullptr;        // asks tensors of torch what DLPack's C interface does not tell
 
+PyObject* interned(const char* text) {
+  PyObject* const name = PyUnicode_InternFromString(text);
+  if (name == nullptr) throw py::error_already_set();
+  return name;
+}
+
+// What `are_plain` asks, of one dense tensor of torch whose memory is known. A subclass may forbid to look.
+bool is_plain(PyObject* tensor, const char* data, std::size_t bytes) {
+  static PyObject* const is_neg = interned("is_neg");
+  static PyObject* const untyped_storage = interned("untyped_storage");
+  static PyObject* const nbytes = interned("nbytes");
+  static PyObject* const data_ptr = interned("data_ptr");
+  const auto ask = [](PyObject* object, PyObject* name) {
+    const bool failed = PyErr_Occurred() != nullptr;
+    return py::reinterpret_steal<py::object>(failed ? nullptr : PyObject_CallMethodNoArgs(object, name));
+  };
+  const py::object negative = ask(tensor, is_neg), storage = ask(tensor, untyped_storage);
+  const py::object size = ask(storage.ptr(), nbytes), start = ask(storage.ptr(), data_ptr);
+  if (negative.ptr() == Py_False && size && start) {
+    const auto low = reinterpret_cast<std::uintptr_t>(data);
+    const std::size_t first = PyLong_AsSize_t(start.ptr()), length = PyLong_AsSize_t(size.ptr());
+    if (PyErr_Occurred() == nullptr && low >= first && low - first <= length && bytes <= length - (low - first))
+      return true;
+  }
+  PyErr_Clear();
+  return false;
+}
+
 // Runs Python code, in which other threads may get their turn.
 bool are_plain(const py::list& tensors) { return tensors.empty() || py::handle(g_are_plain)(tensors).ptr() == Py_True; }
 
 inline bool is_array(PyObject* object) { return Py_TYPE(object) == g_array; }
+
+// What an array was when it was last looked at.
+struct Record {
+  char* data = nullptr;
+  PyObject* dtype = nullptr;  // the descriptor; of other libraries' tensors its number
+  std::size_t size = 0;
+  std::uint64_t shape = 0;
+  int ndim = 0, flags = 0;
+
+  bool is_like(const Record& other) const {
+    return dtype == other.dtype && size == other.size && shape == other.shape && ndim == other.ndim &&
+           flags == other.flags;
+  }
+  bool operator==(const Record& other) const { return data == other.data && is_like(other); }
+};
+inline Record record_of_array(PyObject* object) {
+  const auto& array = fields(object);
+  return {array.data, array.descr, size_of(array), shape_of(array.dimensions, array.nd), array.nd, array.flags};
+}
+// False where the object is of another kind.
+inline bool record_of_tensor(PyObject* object, Record* r) {
+  View v;
+  if (!view_tensor(object, &v)) return false;
+  const int flags = (v.contiguous ? kContiguousFlag : 0) | (v.writable ? kWriteableFlag : 0);
+  PyObject* const dtype = reinterpret_cast<PyObject*>(static_cast<std::uintptr_t>(v.dtype));
+  *r = {v.data, dtype, v.size, shape_of(v.shape, v.ndim), v.ndim, flags};
+  return true;
+}
 
 // What a TensorList's arrays were when they were last looked at.
 class Plan {
@@ -182,29 +238,18 @@ class Plan {
     if (!same) records_.assign(count, {});
     py::list changed;  // tensors of torch
     for (std::size_t i = 0; i < count; ++i) {
-      Record& r = records_[i];
+      Record now;
       if (__builtin_expect(is_array(items[i]), 1)) {
-        const auto& array = fields(items[i]);
-        const std::size_t size = size_of(array);
-        const std::uint64_t shape = shape_of(array.dimensions, array.nd);
-        if (array.data == r.data && array.descr == r.dtype && size == r.size && shape == r.shape &&
-            array.nd == r.ndim && array.flags == r.flags)
-          continue;
-        r = {array.data, array.descr, size, shape, array.nd, array.flags};
+        now = record_of_array(items[i]);
+        if (now == records_[i]) continue;
       } else {
         if (same && trusts) continue;
-        View v;
-        if (!view_tensor(items[i], &v)) return false;
+        if (!record_of_tensor(items[i], &now)) return false;
         foreign_ = true;
-        const int flags = v.contiguous ? kContiguousFlag : 0;
-        PyObject* const dtype = reinterpret_cast<PyObject*>(static_cast<std::uintptr_t>(v.dtype));
-        const std::uint64_t shape = shape_of(v.shape, v.ndim);
-        if (v.data == r.data && dtype == r.dtype && v.size == r.size && shape == r.shape && v.ndim == r.ndim &&
-            flags == r.flags)
-          continue;
-        if (v.writable) changed.append(py::handle(items[i]));
-        r = {v.data, dtype, v.size, shape, v.ndim, flags};
+        if (now == records_[i]) continue;
+        if (now.flags & kWriteableFlag) changed.append(py::handle(items[i]));
       }
+      records_[i] = now;
       same = false;
     }
     if (!same) ++version_;
@@ -214,13 +259,6 @@ class Plan {
   }
 
  private:
-  struct Record {
-    char* data;
-    PyObject* dtype;  // the descriptor; of other libraries' tensors its number
-    std::size_t size;
-    std::uint64_t shape;
-    int ndim, flags;
-  };
   inline static std::atomic<std::uint64_t> g_ids{0};
   const std::uint64_t id_;
   std::uint64_t version_ = 0;
@@ -231,14 +269,9 @@ class Plan {
 // Lists of arrays.
 
 // The attributes of a TensorList.
-PyObject* slot_name(const char* text) {
-  PyObject* const name = PyUnicode_InternFromString(text);
-  if (name == nullptr) throw py::error_already_set();
-  return name;
-}
 struct Slots {
-  PyObject *arrays = slot_name("_arrays"), *busy = slot_name("_busy"), *plan = slot_name("_plan"),
-           *verify = slot_name("_verify");
+  PyObject *arrays = interned("_arrays"), *busy = interned("_busy"), *plan = interned("_plan"),
+           *verify = interned("_verify");
   PyObject* nobody = PyLong_FromLong(0);
 };
 const Slots& slots() {
@@ -335,42 +368,42 @@ class Lists {
     if (m.in_use) return false;  // a call from within a call of this thread
     m.in_use = true;
     memory_ = &m;
-    bool planned = true;
-    for (std::size_t r = 0; r < roles; ++r) planned = planned && items_[r].plan() != nullptr;
+    bool planned = true, partly = false;
     std::vector<std::uint64_t> keys;
-    if (planned) {
-      for (std::size_t r = 0; r < roles; ++r) {
-        if (!items_[r].look()) return false;
-        torch = torch || items_[r].plan()->foreign();
-        keys.push_back(items_[r].plan()->id());
-        keys.push_back(items_[r].plan()->version());
-      }
-      for (const Signature& s : m.kept)
-        if (s.keys == keys && s.written == written) {
-          list_ = {count, roles, s.size.data(), s.data.data(), s.dtype.data(), nullptr};
-          return true;
-        }
-    } else {
-      for (std::size_t r = 0; r < roles; ++r)
-        if (items_[r].plan() != nullptr && !items_[r].look()) return false;
+    for (std::size_t r = 0; r < roles; ++r) {
+      const Plan* const plan = items_[r].plan();
+      if (plan != nullptr && !items_[r].look()) return false;
+      planned = planned && plan != nullptr;
+      partly = partly || plan != nullptr;
+      torch = torch || (plan != nullptr && plan->foreign());
+      keys.push_back(plan == nullptr ? 0 : plan->id());
+      keys.push_back(plan == nullptr ? 0 : plan->version());
     }
+    // Looking may have run Python code, in which lists may have changed.
+    for (std::size_t r = 0; r < roles; ++r) {
+      if (items_[r].size() != count) return false;
+      elements_[r] = items_[r].items();
+    }
+    if (!partly) keys.clear();
+    const bool mixed = partly && !planned;
+    if (mixed) hold(m, roles, count);
+    for (Signature& s : m.kept)
+      if (partly && s.keys == keys && s.written == written && (planned || follows(m, s, roles, written))) {
+        list_ = {count, roles, s.size.data(), s.data.data(), s.dtype.data(), nullptr};
+        return true;
+      }
     m.data.resize(count * roles);
     m.dtype.resize(count * roles);
     m.size.resize(count);
     m.layout.clear();
     m.layouts.clear();
     m.tensors.clear();
-    for (std::size_t r = 0; r < roles; ++r) elements_[r] = items_[r].items();
     for (std::size_t i = 0; i < count; ++i)
       if (!read_contiguous(m, i, roles, written) && !read_tensor(m, i, roles, written)) return false;
     list_ = {count, roles, m.size.data(), m.data.data(), m.dtype.data(), m.layout.empty() ? nullptr : m.layout.data()};
-    const bool known = !planned && !checked && m.known(roles, written);
+    const bool known = !partly && !checked && m.known(roles, written);
     if (!checked && !known && overlaps(m, roles, written)) return false;
-    for (std::size_t r = 0; r < roles; ++r) {
-      if (items_[r].plan() != nullptr) continue;
-      m.held.insert(m.held.end(), elements_[r], elements_[r] + count);
-      for (std::size_t i = 0; i < count; ++i) Py_INCREF(elements_[r][i]);
-    }
+    if (!mixed) hold(m, roles, count);
     // Everything is held from here on; lists may change while others have their turn.
     if (!planned && !m.tensors.empty()) {
       py::list asked;
@@ -379,7 +412,12 @@ class Lists {
         if (!known || size == 1) asked.append(py::handle(tensor));
       if (!are_plain(asked)) return false;
     }
-    if (!checked && !known && m.layout.empty()) m.remember(roles, written, std::move(keys));
+    if (!checked && !known && m.layout.empty()) {
+      Signature& s = m.remember(roles, written, std::move(keys));
+      s.given.clear();
+      s.spans.clear();
+      if (mixed) keep_given(m, s, roles, count);
+    }
     return true;
   }
   const fastops_tensor_list* get() const { return &list_; }
@@ -404,11 +442,18 @@ class Lists {
     std::vector<void*> data;
     std::vector<std::size_t> size;
     std::vector<std::uint8_t> dtype;
-    std::vector<std::uint64_t> keys;  // id and version of every role's plan, where all have one
+    std::vector<std::uint64_t> keys;  // id and version of every role's plan, 0 without one; empty where none has one
+    // Where some have one: what the lists without one held, list by list, and the memory that is written, in its order.
+    std::vector<Record> given;
+    std::vector<Span> spans;
   };
   struct Layout {
     fastops_layout head;
     std::vector<std::ptrdiff_t> numbers;  // shape, then strides of every role
+  };
+  struct Moved {
+    std::size_t at, given;  // in Signature::data and Signature::given
+    char* data;
   };
   struct Memory {
     bool in_use = false;
@@ -420,6 +465,7 @@ class Lists {
     std::vector<PyObject*> held;
     std::vector<std::pair<PyObject*, std::size_t>> tensors;  // of torch, and their sizes
     std::vector<Span> spans;
+    std::vector<Moved> moved;
     static constexpr std::size_t kKept = 4;
     Signature kept[kKept];
     std::size_t next = 0;
@@ -431,7 +477,7 @@ class Lists {
           return true;
       return false;
     }
-    void remember(std::size_t roles, unsigned written, std::vector<std::uint64_t>&& keys) {
+    Signature& remember(std::size_t roles, unsigned written, std::vector<std::uint64_t>&& keys) {
       Signature& s = kept[next];
       s.roles = 0;
       s.keys.clear();
@@ -442,11 +488,79 @@ class Lists {
       s.roles = roles;
       s.keys = std::move(keys);
       next = (next + 1) % kKept;
+      return s;
     }
   };
   static Memory& memory() {
     static thread_local Memory m;
     return m;
+  }
+
+  void hold(Memory& m, std::size_t roles, std::size_t count) {
+    for (std::size_t r = 0; r < roles; ++r) {
+      if (items_[r].plan() != nullptr) continue;
+      m.held.insert(m.held.end(), elements_[r], elements_[r] + count);
+      for (std::size_t i = 0; i < count; ++i) Py_INCREF(elements_[r][i]);
+    }
+  }
+  void keep_given(const Memory& m, Signature& s, std::size_t roles, std::size_t count) {
+    for (std::size_t r = 0; r < roles; ++r)
+      for (std::size_t i = 0; i < count && items_[r].plan() == nullptr; ++i) {
+        Record now;
+        if (is_array(elements_[r][i]))
+          now = record_of_array(elements_[r][i]);
+        else if (!record_of_tensor(elements_[r][i], &now))
+          now = {};  // of no tensor, so that it is read anew
+        now.data = static_cast<char*>(s.data[i * roles + r]);
+        s.given.push_back(now);
+      }
+    // Overlaps were ruled out, and the search left all memory in its order.
+    for (const Span& span : m.spans)
+      if (span.written) s.spans.push_back(span);
+  }
+  // Whether the lists without a plan hold tensors like the latest ones, at the same addresses or others that may be
+  // read: gradients are made anew in each step.
+  bool follows(Memory& m, Signature& s, std::size_t roles, unsigned written) {
+    const std::size_t count = s.size.size();
+    m.moved.clear();
+    bool foreign = false;
+    std::size_t k = 0, near = 0;  // m.held has the elements in the same order as Signature::given
+    for (std::size_t r = 0; r < roles; ++r)
+      for (std::size_t i = 0; i < count && items_[r].plan() == nullptr; ++i, ++k) {
+        Record now;
+        PyObject* const element = m.held[k];
+        const bool array = is_array(element);
+        if (array)
+          now = record_of_array(element);
+        else if (!record_of_tensor(element, &now))
+          return false;
+        const bool stays = now.data == s.given[k].data;
+        if (!now.is_like(s.given[k])) return false;
+        if (!stays) {
+          const auto low = reinterpret_cast<std::uintptr_t>(now.data);
+          const std::size_t bytes = now.size * kItemSize[s.dtype[i * roles + r]];
+          if ((written >> r & 1) || !is_apart(s.spans, low, low + bytes, near)) return false;
+          const bool torch_tensor = !array && (now.flags & kWriteableFlag);
+          if (torch_tensor && bytes > 0 && !is_plain(element, now.data, bytes)) return false;
+          m.moved.push_back({i * roles + r, k, now.data});
+        }
+        foreign = foreign || !array;
+      }
+    for (const Moved& moved : m.moved) s.data[moved.at] = s.given[moved.given].data = moved.data;
+    torch = torch || foreign;
+    return true;
+  }
+  // Whether [low, high) shares nothing with spans that are in order and apart. `near` is where to look first: tensors
+  // made one after the other mostly lie so.
+  static bool is_apart(const std::vector<Span>& spans, std::uintptr_t low, std::uintptr_t high, std::size_t& near) {
+    const auto fits = [&](std::size_t k) {
+      return (k == 0 || spans[k - 1].high <= low) && (k == spans.size() || spans[k].low >= high);
+    };
+    if (low == high || fits(near)) return true;
+    const auto next = std::lower_bound(spans.begin(), spans.end(), low,
+                                       [](const Span& span, std::uintptr_t at) { return span.low < at; });
+    near = static_cast<std::size_t>(next - spans.begin());
+    return fits(near);
   }
 
   // The short way of the usual tensor: NumPy's arrays, contiguous, of the dtypes that the last one had.
@@ -634,14 +748,21 @@ int sgd_step(const py::object& params, const py::object& grads, const py::object
                     [&](const fastops_tensor_list* list) { return fastops_sgd_step(list, &step); });
 }
 
+// `only_looks`: answers as a step would, and takes none.
 int adamw_step(const py::object& params, const py::object& grads, const py::object& exp_avg,
-               const py::object& exp_avg_sq, const py::object& ema, const py::tuple& numbers, bool checked) {
+               const py::object& exp_avg_sq, const py::object& ema, const py::tuple& numbers, bool checked,
+               bool only_looks) {
   fastops_adamw step = adamw_of(numbers);
   step.has_ema = !ema.is_none();
   std::vector<py::object> arguments{params, grads, exp_avg, exp_avg_sq};
   if (step.has_ema) arguments.push_back(ema);
-  return call_lists(arguments, step.zero_grad ? ~0u : ~2u, checked,
-                    [&](const fastops_tensor_list* list) { return fastops_adamw_step(list, &step); });
+  return call_lists(arguments, step.zero_grad ? ~0u : ~2u, checked, [&](const fastops_tensor_list* list) {
+    if (!only_looks) return fastops_adamw_step(list, &step);
+    const std::vector<std::size_t> nothing(list->count);
+    fastops_tensor_list empty = *list;
+    empty.size = nothing.data();
+    return fastops_adamw_step(&empty, &step);
+  });
 }
 
 int lookahead_sync(const py::object& slow, const py::object& fast, double alpha, bool checked) {
@@ -748,7 +869,7 @@ void bind_optim(py::module_& m) {
   m.def("sgd_step", &sgd_step, arg("params"), arg("grads"), arg("momentum_buffers"), arg("ema"), arg("step"),
         arg("checked"));
   m.def("adamw_step", &adamw_step, arg("params"), arg("grads"), arg("exp_avg"), arg("exp_avg_sq"), arg("ema"),
-        arg("step"), arg("checked"));
+        arg("step"), arg("checked"), arg("only_looks") = false);
   m.def("lazy_adamw_rows", &lazy_adamw_rows, arg("params"), arg("grads"), arg("exp_avg"), arg("exp_avg_sq"),
         arg("rows"), arg("live"), arg("decays"), arg("step"));
   m.def("lookahead_sync", &lookahead_sync, arg("slow"), arg("fast"), arg("alpha"), arg("checked"));

@@ -23,6 +23,15 @@ struct Role {
   bool written;
 };
 
+// "grads[3]", made up where it is wanted: there are thousands of tensors.
+struct Name {
+  const Role& role;
+  std::size_t i;
+  operator std::string() const { return role.name + "[" + std::to_string(i) + "]"; }
+};
+inline std::string operator+(const Name& name, const std::string& text) { return std::string(name) + text; }
+inline std::string operator+(const std::string& text, const Name& name) { return text + std::string(name); }
+
 struct View {
   void* data = nullptr;
   std::vector<std::int64_t> shape, strides;  // strides of axes of one element: 0
@@ -52,7 +61,7 @@ void set_layout(View* v, const std::int64_t* shape, const std::int64_t* strides,
 }
 
 // What Python's describe(name, object) answers: (address, shape, strides, dtype, device, read only).
-void read(const py::handle& object, const std::string& name, const py::function& describe, View* v) {
+void read(const py::handle& object, const Name& name, const py::function& describe, View* v) {
   const Exchange exchange = exchange_of(Py_TYPE(object.ptr()));
   if (exchange.functions != nullptr && exchange.writable) {
     DlTensor t;
@@ -66,12 +75,12 @@ void read(const py::handle& object, const std::string& name, const py::function&
       if (v->size == 0 || !is_low(v->data)) return;
     }
   }
-  const auto answer = describe(name, object).cast<py::tuple>();
+  const auto answer = describe(std::string(name), object).cast<py::tuple>();
   v->data = reinterpret_cast<void*>(answer[0].cast<std::uintptr_t>());
   const auto shape = answer[1].cast<std::vector<std::int64_t>>(), strides = answer[2].cast<std::vector<std::int64_t>>();
   set_layout(v, shape.data(), strides.data(), shape.size());
   const int dtype = answer[3].cast<int>();
-  if (dtype < 0 || dtype > FASTOPS_F64) throw py::type_error(name + " must be of dtype " + kFloats);
+  if (dtype < 0 || dtype > FASTOPS_F64) throw py::type_error(std::string(name) + " must be of dtype " + kFloats);
   v->dtype = static_cast<fastops_dtype>(dtype);
   v->device = answer[4].cast<int>();
   v->read_only = answer[5].cast<bool>();
@@ -91,7 +100,7 @@ bool is_dense(const View& v) {
   return true;
 }
 
-void check_dtype(const Role& role, const std::string& name, fastops_dtype main, fastops_dtype got) {
+void check_dtype(const Role& role, const Name& name, fastops_dtype main, fastops_dtype got) {
   const bool wide = got >= FASTOPS_F32;
   bool fits = false;
   std::string wanted;
@@ -112,8 +121,6 @@ void check_dtype(const Role& role, const std::string& name, fastops_dtype main, 
   }
   if (!fits) throw py::type_error(name + " must be of dtype " + wanted + ", got " + kNames[got]);
 }
-
-std::string indexed(const Role& role, std::size_t i) { return role.name + "[" + std::to_string(i) + "]"; }
 
 struct Contents {
   std::size_t roles = 0;
@@ -149,8 +156,8 @@ void refuse_overlap(const std::vector<Role>& roles, const Contents& contents) {
     const Span* other = writes ? all : written;
     if (other != nullptr && other->high > span.low) {
       const Span &first = writes ? span : *other, &second = writes ? *other : span;
-      throw py::value_error(indexed(roles[first.role], first.tensor) + " must be memory apart from " +
-                            indexed(roles[second.role], second.tensor) + ", got arrays that overlap");
+      throw py::value_error(Name{roles[first.role], first.tensor} + " must be memory apart from " +
+                            Name{roles[second.role], second.tensor} + ", got arrays that overlap");
     }
     if (all == nullptr || span.high > all->high) all = &span;
     if (writes && (written == nullptr || span.high > written->high)) written = &span;
@@ -177,17 +184,17 @@ Contents read_lists(const std::vector<Role>& roles, const std::vector<py::list>&
       // Reading may run Python code, which may change the lists.
       if (i >= lists[r].size()) throw std::runtime_error("arrays must stay as they are during a call");
       const py::object object = lists[r][i];
-      const std::string name = indexed(roles[r], i);
+      const Name name{roles[r], i};
       read(object, name, describe, &v);
       if (r == 0) main = v;
       check_dtype(roles[r], name, main.dtype, v.dtype);
       if (v.shape != main.shape)
-        throw py::value_error(name + " must be of shape " + shape_text(main.shape) + " as " + indexed(roles[0], i) +
+        throw py::value_error(name + " must be of shape " + shape_text(main.shape) + " as " + Name{roles[0], i} +
                               ", got " + shape_text(v.shape));
       if (r == 0 ? !is_dense(v) : v.strides != main.strides)
         throw py::value_error(name +
                               (r == 0 ? " must be an array without gaps (a contiguous() one)"
-                                      : " must be in the memory order of " + indexed(roles[0], i)) +
+                                      : " must be in the memory order of " + Name{roles[0], i}) +
                               ", got strides " + shape_text(v.strides));
       if (roles[r].written && v.read_only) throw py::value_error(name + " must be writable, got a read-only array");
       if (i == 0 && r == 0) c.device = v.device;
@@ -217,34 +224,76 @@ class Plan {
     table_.chunk_count = chunks.size();
     if (chunks.empty()) return;
     const std::size_t head = contents_.tensors.size() * sizeof(Tensor), tail = chunks.size() * sizeof(Chunk);
-    memory_ = std::make_unique<Memory>(head + tail, contents_.device, stream);
+    const Stream first = stream_of(stream);
     const OnDevice on(contents_.device);
     raise_unless_ok(on.status);
-    auto* const at = static_cast<char*>(memory_->data());
-    raise_unless_ok(upload(at, contents_.tensors.data(), head, memory_->stream()));
-    raise_unless_ok(upload(at + head, chunks.data(), tail, memory_->stream()));
+    raise_unless_ok(allocate(&memory_, head + tail, first));
+    auto* const at = static_cast<char*>(memory_);
+    Status status = upload(at, contents_.tensors.data(), head, first);
+    if (status == 0) status = upload(at + head, chunks.data(), tail, first);
+    if (status == 0) status = uploaded_.record(first);
+    if (status != 0) {
+      release(memory_, first, false);
+      raise_unless_ok(status);
+    }
     table_.tensors = reinterpret_cast<const Tensor*>(at);
     table_.chunks = reinterpret_cast<const Chunk*>(at + head);
   }
+  ~Plan() {
+    // A graph may be launched at any time.
+    if (memory_ == nullptr || captured_) return;
+    const OnDevice on(contents_.device);
+    std::vector<Event*> events{&uploaded_};
+    for (Use& use : uses_) events.push_back(&use.event);
+    release_after(memory_, events.data(), events.size());
+  }
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
   const Contents& contents() const { return contents_; }
 
-  // Launches on a stream: f(table) on the plan's device. Other streams than the first wait for the table's upload.
+  // Launches on a stream: f(table) on the plan's device. The plan outlives streams, so it names none but this one.
   template <class F> void launch(std::uintptr_t handle, const F& f) {
     if (memory_ == nullptr) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
     const Stream stream = stream_of(handle);
     const OnDevice on(contents_.device);
     raise_unless_ok(on.status);
-    if (stream != memory_->stream()) {
-      memory_->share();
-      raise_unless_ok(wait(stream, memory_->stream()));
+    if (is_captured(stream)) {
+      captured_ = true;
+      return raise_unless_ok(f(table_));
     }
+    ready_ = ready_ || uploaded_.is_done();
+    if (!ready_) raise_unless_ok(uploaded_.precede(stream));
     raise_unless_ok(f(table_));
+    raise_unless_ok(use_on(handle).record(stream));
   }
 
  private:
+  // The latest launch on a stream, for which the table's memory waits.
+  struct Use {
+    const void* stream;
+    Event event;
+  };
+  Event& use_on(std::uintptr_t handle) {
+    // The per-thread default stream is another one in each thread.
+    static thread_local const char thread = 0;
+    constexpr std::uintptr_t kPerThread = 2;
+    const void* const stream = handle == kPerThread ? &thread : stream_of(handle);
+    for (Use& use : uses_)
+      if (use.stream == stream) return use.event;
+    uses_.remove_if([](Use& use) { return use.event.is_done(); });
+    uses_.emplace_back();
+    uses_.back().stream = stream;
+    return uses_.back().event;
+  }
+
   Contents contents_;
   TensorTable table_{};
-  std::unique_ptr<Memory> memory_;
+  void* memory_ = nullptr;
+  Event uploaded_;
+  bool ready_ = false, captured_ = false;
+  std::list<Use> uses_;
+  std::mutex mutex_;
 };
 using PlanPtr = std::shared_ptr<Plan>;
 

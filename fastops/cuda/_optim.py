@@ -128,6 +128,11 @@ class _Step:
                 sys.modules["torch"].autograd.graph.increment_version(known)
 
 
+def want(roles: list[Role], lists: list[list[Any]]) -> None:
+    """Raises what a call with these lists would."""
+    _Step(roles, lists, None)
+
+
 def ema_update_(
     shadows: Tensors,
     params: Tensors,

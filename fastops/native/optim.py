@@ -109,6 +109,13 @@ def adamw_step(
         _run(done, lambda: _tensors.adamw_roles(ema, step), values, again)
 
 
+def adamw_fits(
+    params: Tensors, grads: Tensors, exp_avg: Tensors, exp_avg_sq: Tensors, ema: Tensors | None, step: AdamStep
+) -> bool:
+    """Whether `adamw_step` would take these lists as they are."""
+    return bool(_core.adamw_step(params, grads, exp_avg, exp_avg_sq, ema, step, False, True))
+
+
 def lazy_adamw_rows(
     params: Tensors,
     grads: Tensors,

@@ -522,10 +522,18 @@ def _quick_step(q: Tensor, k: Tensor, v: Tensor, state: tuple[Tensor, ...], opti
     """A step on tensors as decoding has them, which the native backend reads by itself; None of others."""
     if type(q) is not Tensor or (dtype := _QUICK.get(q.dtype)) is None or not q.ndim:
         return None
-    tensors = (q, k, v, *state)
-    if not direct(*tensors) or any(map(Tensor.is_neg, tensors)):
+    if not _ops.ordinary():
         return None
-    checked = attention._quick_options(q.size(-1), dtype, *options)
+    # As `direct`, with the signs that torch puts off in the same loop: each call is felt here.
+    records = _ops.records()
+    for x in (q, k, v, *state):
+        if type(x) not in _ops.PLAIN or not x.is_cpu or x.is_neg() or (records and x.requires_grad):
+            return None
+    feature_map, normalize, eps, kernel_eps, scale = options
+    if normalize is kernel_eps is scale is None and type(eps) is float and not eps and type(feature_map) is str:
+        checked = attention._plain_options(q.shape[-1], dtype, feature_map)
+    else:
+        checked = attention._quick_options(q.shape[-1], dtype, *options)
     if checked is None:
         return None
     y: Tensor | None = _backend.plain_step(q, k, v, state, None, checked)

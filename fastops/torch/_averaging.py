@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _schedules, _validate, optim
+from .. import _schedules, _tensors, _validate, optim
 from .._backend import backend as _backend
 from .._tensors import TensorList
 from .._validate import Text
@@ -26,12 +27,27 @@ def local(x: Any) -> Any:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
+def same(items: Iterable[Any], others: Iterable[Any]) -> bool:
+    """Whether two of one length have the same objects."""
+    return all(map(operator.is_, items, others))
+
+
+class Places(NamedTuple):
+    """Entries of dicts."""
+
+    dicts: list[dict[str, Any]]
+    names: list[str]
+
+    def read(self) -> list[Any]:
+        """What the entries are."""
+        return list(map(operator.getitem, self.dicts, self.names))
+
+
 class Slots:
     """The places of a module's parameters and buffers, from which those of the moment are read without a walk over the module."""
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self.params: list[tuple[dict[str, Any], str]] = []
-        self.buffers: list[tuple[dict[str, Any], str]] = []
+        self.params, self.buffers = Places([], []), Places([], [])
         self._children: list[tuple[dict[str, Any], list[Any]]] = []
         seen: set[int] = set()
         for part in module.modules():
@@ -41,34 +57,80 @@ class Slots:
                 for name, x in tensors.items():
                     if x is not None and id(x) not in seen:
                         seen.add(id(x))
-                        places.append((tensors, name))
+                        places.dicts.append(tensors)
+                        places.names.append(name)
 
     def current(self) -> bool:
         """Whether the module still has the parts it had."""
-        return all(
-            len(parts) == len(had) and all(x is y for x, y in zip(parts.values(), had, strict=True))
-            for parts, had in self._children
-        )
+        return all(len(parts) == len(had) and same(parts.values(), had) for parts, had in self._children)
 
 
-def _read(places: Sequence[tuple[dict[str, Any], str]]) -> list[Any]:
-    return [tensors[name] for tensors, name in places]
+def steps_of(tensor: Tensor) -> Any:
+    """The functions that step tensors where this one is: of `fastops.cuda` on a GPU, else of `fastops`."""
+    if tensor.is_cuda:
+        from .. import cuda
+
+        return cuda
+    return optim
 
 
-class Kept:
-    """A list that calls use again and again, made anew where one of its tensors is another object."""
+def kept_list(tensors: list[Any]) -> Any:
+    """A list of tensors that many calls use, where the first one is; None where they stand for shards."""
+    if any(hasattr(x, "to_local") for x in tensors):
+        return None
+    return steps_of(tensors[0]).TensorList(tensors) if tensors and tensors[0].is_cuda else TensorList(tensors)
+
+
+class Pairs:
+    """Averages and the tensors that they follow, device by device, and the lists of them that calls use again and again."""
 
     def __init__(self) -> None:
-        self._tensors: list[Any] = []
-        self._list = TensorList([])
+        self._known: tuple[list[Any], list[Any]] = [], []
+        self._devices: list[Any] = []
+        self._groups: list[tuple[list[int], Any, Any]] = []
 
-    def of(self, tensors: list[Any]) -> TensorList | list[Any]:
-        """`tensors` as a `TensorList`, or as they are where they stand for shards."""
-        if any(hasattr(x, "to_local") for x in tensors):
-            return [local(x) for x in tensors]
-        if len(tensors) != len(self._tensors) or any(x is not y for x, y in zip(tensors, self._tensors, strict=True)):
-            self._list, self._tensors = TensorList(tensors), tensors
-        return self._list
+    def of(self, averages: list[Any], live: list[Any]) -> list[tuple[Any, Any, Any]]:
+        """The functions to call, the averages and the tensors, for each device."""
+        found = averages, live
+        known = all(len(x) == len(y) and same(x, y) for x, y in zip(found, self._known, strict=True))
+        # One list says by itself where a tensor is elsewhere.
+        if not known or (len(self._groups) != 1 and self.moved()):
+            self._make(*found)
+        return [
+            (
+                steps_of(averages[index[0]]) if index else optim,
+                # The local part of a DTensor is another object each time.
+                [local(averages[i]) for i in index] if first is None else first,
+                [local(live[i]) for i in index] if second is None else second,
+            )
+            for index, first, second in self._groups
+        ]
+
+    def moved(self) -> bool:
+        """Whether averages have gone to another device, as the same objects; they are then grouped anew in the next call."""
+        devices = [x.device for x in self._known[0]]
+        gone = devices != self._devices
+        if gone:
+            self._known = [], []
+            self._groups = []
+        return gone
+
+    def _make(self, averages: list[Any], live: list[Any]) -> None:
+        self._known = averages, live
+        self._devices = [x.device for x in averages]
+        places: dict[Any, list[int]] = {}
+        for i, x in enumerate(averages):
+            places.setdefault((x.is_cuda, x.device), []).append(i)
+        self._groups = [
+            (index, kept_list([averages[i] for i in index]), kept_list([live[i] for i in index]))
+            for index in places.values()
+        ]
+
+
+def _all_finite(tensors: Any) -> bool:
+    if tensors and tensors[0].is_cuda:
+        return bool(torch.stack([x.isfinite().all() for x in tensors]).all())
+    return bool(_backend.all_finite(tensors))
 
 
 class EMA(torch.nn.Module):
@@ -77,7 +139,8 @@ class EMA(torch.nn.Module):
     Parameters
     ----------
     model : torch.nn.Module
-        On the CPU. `module` starts as a copy of it; give `update` the model that is trained, or let it be this one.
+        On the CPU or on NVIDIA GPUs (`fastops.cuda`). `module` starts as a copy of it; give `update` the model that is trained, or
+        let it be this one.
     decay : float in [0, 1] or "equal"
         The average moves by s += (1 - decay) (p - s). "equal" is the plain mean of the weights at all updates (SWA).
     warmup : {"none", "timm", "tf"}
@@ -124,7 +187,7 @@ class EMA(torch.nn.Module):
     -----
     Parameters that are DTensors (FSDP2's ``fully_shard``) are averaged shard by shard, without communication. A sharded module
     cannot be copied: make the EMA before ``fully_shard(model); fully_shard(ema.module)``.
-    Does not support other devices than the CPU.
+    On a GPU one launch on torch's current stream moves all averages; a model on several devices takes a call for each.
 
     Examples
     --------
@@ -190,11 +253,11 @@ class EMA(torch.nn.Module):
 
     def _make_lists(self) -> None:
         """What follows from the other fields and does not pickle."""
-        self._live, self._averages = Kept(), Kept()
+        self._pairs = Pairs()
         self._slots: dict[int, tuple[torch.nn.Module, Slots]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: x for key, x in vars(self).items() if key not in ("_live", "_averages", "_slots")}
+        return {key: x for key, x in vars(self).items() if key not in ("_pairs", "_slots")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -211,13 +274,13 @@ class EMA(torch.nn.Module):
     def _tensors(self, model: torch.nn.Module | None) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
         """Live and averaged tensors that are averaged, and those that are copied."""
         source, own = self._places(self._model(model)), self._places(self.module)
-        if len(source.params) != len(own.params) or len(source.buffers) != len(own.buffers):
-            wanted = f"a module of {len(own.params)} parameters and {len(own.buffers)} buffers"
-            got = Text(f"one of {len(source.params)} and {len(source.buffers)}")
-            raise _validate.wrong_value("model", wanted, got)
-        live, averages = _read(source.params), _read(own.params)
+        have, want = ((len(x.params.names), len(x.buffers.names)) for x in (source, own))
+        if have != want:
+            wanted = f"a module of {want[0]} parameters and {want[1]} buffers"
+            raise _validate.wrong_value("model", wanted, Text(f"one of {have[0]} and {have[1]}"))
+        live, averages = source.params.read(), own.params.read()
         copies: tuple[list[Any], list[Any]] = ([], [])
-        for x, s in zip(_read(source.buffers), _read(own.buffers), strict=True):
+        for x, s in zip(source.buffers.read(), own.buffers.read(), strict=True):
             averaged = self._averages_buffers and s.is_floating_point()
             (live if averaged else copies[0]).append(x)
             (averages if averaged else copies[1]).append(s)
@@ -244,8 +307,7 @@ class EMA(torch.nn.Module):
         TypeError, ValueError
             `step` is no such number.
         """
-        n = int(self.n_averaged)
-        step = n + 1 if step is None else _validate.integer("step", step, 0)
+        step = int(self.n_averaged) + 1 if step is None else _validate.integer("step", step, 0)
         return self._schedule.decay(0, step, step - 1, max(step - self._schedule.after - 1, 0))
 
     @torch.no_grad()
@@ -267,27 +329,42 @@ class EMA(torch.nn.Module):
         Raises
         ------
         TypeError, ValueError
-            Weights of other shapes or dtypes, or not on the CPU. Nothing was written.
+            Weights of other shapes or dtypes, or not where their averages are. Nothing was written.
         RuntimeError
             Averages are swapped in.
         """
         if self._swapped:
             raise _validate.wrong_moment("update", "called outside average_parameters()", "a call within")
         live, averages, sources, targets = self._tensors(model)
-        shadows, params = self._averages.of(averages), self._live.of(live)
-        if self._skips and not _backend.all_finite(params):
-            return False
+        groups = self._pairs.of(averages, live)
         count = int(self.n_averaged) + 1 if step is None else step
         decay = self.get_decay(count)
-        if any(x.dtype is torch.bfloat16 for x in averages):
-            # Fibonacci's multiplier, so that the streams of neighbouring seeds do not meet after a few steps.
-            seed = (self._seed * 0x9E3779B97F4A7C15 + count) % 2**64
-            optim.ema_update_(shadows, params, decay, rounding="stochastic", seed=seed)
-        else:
-            optim.ema_update_(shadows, params, decay)
+        # Wider averages than bfloat16 round to nearest all the same. Fibonacci's multiplier, so that the streams of neighbouring
+        # seeds do not meet after a few steps.
+        seed = (self._seed * 0x9E3779B97F4A7C15 + count) % 2**64
+        try:
+            moved = self._move(groups, decay, seed)
+        except (TypeError, ValueError):
+            # Modules move to another device within the same tensors.
+            if len(groups) != 1 or not self._pairs.moved():
+                raise
+            moved = self._move(self._pairs.of(averages, live), decay, seed)
+        if not moved:
+            return False
         for x, s in zip(sources, targets, strict=True):
             s.copy_(x)
         self.n_averaged.fill_(count)
+        return True
+
+    def _move(self, groups: list[tuple[Any, Any, Any]], decay: float, seed: int) -> bool:
+        if self._skips and not all(_all_finite(params) for _, _, params in groups):
+            return False
+        if len(groups) > 1:
+            # A call checks its own tensors before it writes, but those of the next ones too late.
+            for steps, shadows, params in groups:
+                want_averaged(steps, list(shadows), list(params))
+        for steps, shadows, params in groups:
+            steps.ema_update_(shadows, params, decay, rounding="stochastic", seed=seed)
         return True
 
     def update_parameters(self, model: torch.nn.Module) -> None:
@@ -384,6 +461,20 @@ class EMA(torch.nn.Module):
         """The decay, for `repr`."""
         decay = self._schedule.decays[0]
         return f"decay={'equal' if decay is None else f'{decay:g}'}, warmup={self._schedule.warmup!r}"
+
+
+_WIDE = (torch.float32, torch.float64)
+
+
+def want_averaged(steps: Any, shadows: list[Any], params: list[Any]) -> None:
+    """Raises what moving these averages would, before any is written: after a look where nothing is unusual."""
+    roles = _tensors.ema_roles(1)
+    if steps is not optim:
+        steps._optim.want(roles, [params, shadows])
+        return
+    pairs = zip(params, shadows, strict=True)
+    if not all(p.dtype in _WIDE and p.is_cpu and s.is_cpu and s.shape == p.shape for p, s in pairs):
+        _tensors.check(roles, [params, shadows])
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from .._validate import AnyArray, Text
 LIBRARY = torch.library.Library("fastops", "FRAGMENT")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BFLOAT16 = _validate.bfloat16()
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
@@ -129,7 +129,7 @@ _compiling = torch.compiler.is_dynamo_compiling
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
-_records = torch.is_grad_enabled
+records = torch.is_grad_enabled
 # What `Tensor.numpy` takes as it is.
 _SHARED = (torch.float32, torch.float64, torch.float16)
 
@@ -138,11 +138,16 @@ def direct(*tensors: Tensor) -> bool:
     """Whether a kernel may be called without torch's dispatcher: no autograd, no transform, no mode, no compiler."""
     if _compiling():
         return False
-    records = _records()
+    recorded = records()
     for x in tensors:
-        if type(x) not in _PLAIN or not x.is_cpu or (x.requires_grad and records):
+        if type(x) not in PLAIN or not x.is_cpu or (recorded and x.requires_grad):
             return False
-    return not (_modes() or _transforms() or _tracing() or forward_ad._current_level >= 0)
+    return ordinary()
+
+
+def ordinary() -> bool:
+    """Whether a call is what it seems: no compiler, no transform, no mode, no forward-mode derivative."""
+    return not (_compiling() or _modes() or _transforms() or _tracing() or forward_ad._current_level >= 0)
 
 
 def direct_pair(a: Any, b: Any) -> bool:
@@ -255,10 +260,10 @@ def define(
         needed = False
         for x in args:
             if isinstance(x, Tensor):
-                if type(x) not in _PLAIN or not x.is_cpu:
+                if type(x) not in PLAIN or not x.is_cpu:
                     return op(*args)
                 needed = needed or x.requires_grad
-        return Eager.apply(*args) if needed and _records() else kernel(*args)
+        return Eager.apply(*args) if needed and records() else kernel(*args)
 
     return call
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from itertools import chain
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _tensors, _validate, optim
-from .._tensors import TensorList
+from .._backend import backend as _backend
 from .._validate import Text
-from ._averaging import local
+from ._averaging import kept_list, local, same, steps_of, want_averaged
 
 __all__ = ["AdamW"]
 
@@ -30,26 +32,35 @@ _REFUSED = ("amsgrad", "maximize", "differentiable")
 
 
 class _Bucket(NamedTuple):
-    """Parameters of a group that have taken as many steps: one call."""
+    """Parameters of a group that have taken as many steps, on one device: one call."""
 
     params: list[Tensor]
     step: Tensor
     lists: tuple[Any, ...]
     """params, exp_avg, exp_avg_sq and the averages or None, as calls take them."""
+    states: list[dict[str, Any]]
+    """That of each parameter."""
+    entries: list[Any]
+    """What they held under the names of `_ENTRIES`, one state after the other."""
+
+
+_ENTRIES = ("step", "exp_avg", "exp_avg_sq", "ema")
+_GRAD = attrgetter("grad")
 
 
 def _kept(tensors: list[Any]) -> Any:
-    return [local(x) for x in tensors] if any(hasattr(x, "to_local") for x in tensors) else TensorList(tensors)
+    found = kept_list(tensors)
+    return [local(x) for x in tensors] if found is None else found
 
 
 class AdamW(torch.optim.Optimizer):
-    """``torch.optim.AdamW`` for parameters on the CPU, with a moving average of them in the same pass.
+    """``torch.optim.AdamW`` with a moving average of the parameters in the same pass.
 
     Parameters
     ----------
     params : iterable of parameters or of groups
-        Of float32 or float64, on the CPU; gradients of the same dtype, or in half precision beside float32. Shards of DTensors
-        (FSDP2) are stepped in place.
+        Of float32 or float64, on the CPU or on NVIDIA GPUs (`fastops.cuda`); gradients of the same dtype, or in half precision
+        beside float32. Shards of DTensors (FSDP2) are stepped in place.
     lr : float or Tensor
         Step size.
     betas : (float, float)
@@ -71,7 +82,8 @@ class AdamW(torch.optim.Optimizer):
 
     Notes
     -----
-    `step` raises where a parameter or gradient is of another dtype or not on the CPU, before it writes any.
+    `step` raises where a parameter or gradient is of another dtype or device, before it writes any. It makes one call for
+    each group and device, of parameters that have taken as many steps; on a GPU that is one launch, on torch's current stream.
     The state dict is that of ``torch.optim.AdamW``, which can be exchanged; averages are an entry ``ema`` beside the moments.
     ``amsgrad``, ``maximize`` and ``differentiable`` are refused.
 
@@ -111,6 +123,7 @@ class AdamW(torch.optim.Optimizer):
             "ema_decay": ema_decay,
         }
         self._buckets: dict[int, list[_Bucket]] = {}
+        self._seen: tuple[list[Any], list[Any]] | None = None
         self._swapped = False
         super().__init__(params, defaults)
 
@@ -148,6 +161,7 @@ class AdamW(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._buckets = {}
+        self._seen = None
         self._swapped = False
         for group in self.param_groups:
             for name, value in {**_FIXED, "decoupled_weight_decay": True}.items():
@@ -162,6 +176,7 @@ class AdamW(torch.optim.Optimizer):
             if "step" in own:
                 own["step"] = own["step"].clone()
         self._buckets = {}
+        self._seen = None
         return state
 
     def state_dict(self) -> dict[str, Any]:
@@ -206,15 +221,17 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._forget()
         work = [self._work(i, group) for i, group in enumerate(self.param_groups)]
-        if sum(len(calls) + bool(idle) for calls, idle in work) > 1:
+        if sum(len(calls) + len(_by_device(idle)) for calls, idle in work) > 1:
             # A call checks its own tensors before it writes, but those of the next ones too late.
             for group, (calls, idle) in zip(self.param_groups, work, strict=True):
                 self._check(group)
                 for bucket, grads in calls:
                     _want_fit(bucket, grads)
-                if idle:
-                    _want_averaged(idle, [self.state[p]["ema"] for p in idle])
+                for params in _by_device(idle):
+                    shadows = [local(self.state[p]["ema"]) for p in params]
+                    want_averaged(steps_of(params[0]), shadows, [local(p) for p in params])
         for group, (calls, idle) in zip(self.param_groups, work, strict=True):
             self._step_group(group, calls, idle)
         return loss
@@ -226,9 +243,9 @@ class AdamW(torch.optim.Optimizer):
                 raise _validate.wrong_value(name, "False", group[name])
         params: list[Tensor] = group["params"]
         averages = group["ema_decay"] is not None
-        grads = [p.grad for p in params]
+        grads = list(map(_GRAD, params))
         idle: list[Tensor] = []
-        if any(g is None for g in grads):
+        if type(None) in {*map(type, grads)}:
             # Averages follow parameters that stand still, too.
             idle = [
                 p
@@ -237,7 +254,7 @@ class AdamW(torch.optim.Optimizer):
             ]
             params = [p for p, g in zip(params, grads, strict=True) if g is not None]
         buckets = self._buckets.get(i)
-        if buckets is None or not (_holds(buckets, params, averages) and all(map(self._knows, buckets))):
+        if buckets is None or not (_holds(buckets, params, averages) and self._knows(buckets)):
             buckets = self._buckets[i] = self._sort(params, averages)
         whole = len(buckets) == 1 and len(buckets[0].params) == len(grads)
         return [(bucket, grads if whole else [x.grad for x in bucket.params]) for bucket in buckets], idle
@@ -245,7 +262,7 @@ class AdamW(torch.optim.Optimizer):
     def _step_group(self, group: dict[str, Any], calls: list[tuple[_Bucket, list[Any]]], idle: list[Tensor]) -> None:
         for bucket, given in calls:
             p, m, v, shadows = bucket.lists
-            optim.adamw_step_(
+            steps_of(bucket.params[0]).adamw_step_(
                 p,
                 [local(g) for g in given] if type(p) is list else given,
                 m,
@@ -260,30 +277,43 @@ class AdamW(torch.optim.Optimizer):
                 ema_decay=group["ema_decay"],
             )
             bucket.step.add_(1)
-        if idle:
-            shadows = [local(self.state[p]["ema"]) for p in idle]
-            optim.ema_update_(shadows, [local(p) for p in idle], group["ema_decay"])
+        for params in _by_device(idle):
+            shadows = [local(self.state[p]["ema"]) for p in params]
+            steps_of(params[0]).ema_update_(shadows, [local(p) for p in params], group["ema_decay"])
 
-    def _knows(self, bucket: _Bucket) -> bool:
-        """Whether the state is what the lists were made of: it may have been cleared or replaced."""
-        _, m, v, shadows = bucket.lists
-        names = ("exp_avg", "exp_avg_sq") if shadows is None else ("exp_avg", "exp_avg_sq", "ema")
-        kept = zip(*(items for items in (m, v, shadows) if items is not None), strict=True)
-        states = self.state
-        for p, tensors in zip(bucket.params, kept, strict=True):
-            state = states.get(p)
-            if not state or state.get("step") is not bucket.step:
+    def _forget(self) -> None:
+        """Drop the lists of parameters whose state was cleared or replaced."""
+        # To look for a tensor in a dict takes several times as long as to walk over the dict.
+        if self._seen is not None and len(self.state) == len(self._seen[0]):
+            keys, states = self._seen
+            if same(self.state, keys) and same(self.state.values(), states):
+                return
+        for i, buckets in [*self._buckets.items()]:
+            if not all(same(map(self.state.get, bucket.params), bucket.states) for bucket in buckets):
+                del self._buckets[i]
+        self._seen = list(self.state), list(self.state.values())
+
+    def _knows(self, buckets: list[_Bucket]) -> bool:
+        """Whether the entries of the states are what the lists were made of."""
+        for bucket in buckets:
+            kept = _ENTRIES if bucket.lists[3] is not None else _ENTRIES[:3]
+            try:
+                if not same(chain.from_iterable(map(itemgetter(*kept), bucket.states)), bucket.entries):
+                    return False
+            except KeyError:
                 return False
-            for name, x in zip(names, tensors, strict=True):
-                found = state.get(name)
+            if type(bucket.lists[1]) is list:
                 # The local part of a DTensor is another object each time.
-                if found is not x and (found is None or local(found).data_ptr() != x.data_ptr()):
+                parts = chain.from_iterable(zip(*bucket.lists[1 : len(kept)], strict=True))
+                shards = (x for x in bucket.entries if x is not bucket.step)
+                if any(local(x).data_ptr() != part.data_ptr() for x, part in zip(shards, parts, strict=True)):
                     return False
         return True
 
     def _sort(self, params: list[Tensor], averages: bool) -> list[_Bucket]:
-        """One list for each number of steps taken."""
-        found: dict[int, list[Tensor]] = {}
+        """One list for each number of steps taken, and each device."""
+        self._seen = None
+        found: dict[tuple[int, Any], list[Tensor]] = {}
         for p in params:
             state = self.state[p]
             if not state:
@@ -292,9 +322,9 @@ class AdamW(torch.optim.Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             if averages and "ema" not in state:
                 state["ema"] = p.detach().clone(memory_format=torch.preserve_format)
-            found.setdefault(int(state["step"]), []).append(p)
+            found.setdefault((int(state["step"]), (p.is_cuda, p.device)), []).append(p)
         buckets = []
-        for step, members in found.items():
+        for (step, _), members in found.items():
             # One counter for all, but not for those that have taken part in it and do not now.
             shared = torch.tensor(float(step))
             states = [self.state[p] for p in members]
@@ -302,7 +332,8 @@ class AdamW(torch.optim.Optimizer):
                 state["step"] = shared
             moments = (_kept([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq"))
             shadows = _kept([state["ema"] for state in states]) if averages else None
-            buckets.append(_Bucket(members, shared, (_kept(members), *moments, shadows)))
+            entries = [state[name] for state in states for name in (_ENTRIES if averages else _ENTRIES[:3])]
+            buckets.append(_Bucket(members, shared, (_kept(members), *moments, shadows), states, entries))
         return buckets
 
     @contextlib.contextmanager
@@ -349,45 +380,35 @@ class AdamW(torch.optim.Optimizer):
             self._swapped = False
 
 
-_WIDE = (torch.float32, torch.float64)
-_HALF = (torch.float16, torch.bfloat16)
-
-
 def _want_fit(bucket: _Bucket, grads: list[Tensor]) -> None:
-    """Raises what the step of a bucket would: by a look at what can change, and the whole check where that is not as usual."""
-    for p, g in zip(bucket.params, grads, strict=True):
-        kind = p.dtype
-        if not (
-            kind in _WIDE
-            and (g.dtype is kind or (kind is torch.float32 and g.dtype in _HALF))
-            and p.is_cpu
-            and g.is_cpu
-            and g.layout is torch.strided
-            and g.shape == p.shape
-        ):
-            break
-    else:
-        return
+    """Raises what the step of a bucket would."""
     p, m, v, shadows = bucket.lists
-    lists = [list(x) for x in (p, map(local, grads), m, v, shadows or ())]
-    roles = _tensors.adamw_roles(shadows, optim._adam_step(1, 0.0, (0.0, 0.0), 0.0, 0.0, True))
-    _tensors.check(roles, lists[: len(roles)])
+    numbers = optim._adam_step(1, 0.0, (0.0, 0.0), 0.0, 0.0, True)
+    given = [local(g) for g in grads] if type(p) is list else grads
+    steps = steps_of(bucket.params[0])
+    if steps is optim and _backend.adamw_fits(p, given, m, v, shadows, numbers):
+        return
+    roles = _tensors.adamw_roles(shadows, numbers)
+    lists = [list(x) for x in (p, given, m, v, shadows or ())]
+    if steps is optim:
+        _tensors.check(roles, lists[: len(roles)])
+    else:
+        steps._optim.want(roles, lists[: len(roles)])
 
 
-def _want_averaged(params: list[Tensor], shadows: list[Tensor]) -> None:
-    """Likewise of averages that follow parameters without a gradient."""
-    pairs = zip(params, shadows, strict=True)
-    if not all(p.dtype in _WIDE and p.is_cpu and s.is_cpu and s.shape == p.shape for p, s in pairs):
-        _tensors.check(_tensors.ema_roles(1), [[local(p) for p in params], [local(s) for s in shadows]])
+def _by_device(params: list[Tensor]) -> list[list[Tensor]]:
+    found: dict[Any, list[Tensor]] = {}
+    for p in params:
+        found.setdefault((p.is_cuda, p.device), []).append(p)
+    return list(found.values())
 
 
 def _holds(buckets: list[_Bucket], params: list[Tensor], averages: bool) -> bool:
     """Whether the lists are of these parameters."""
+    if any((bucket.lists[3] is not None) != averages for bucket in buckets):
+        return False
+    if sum(len(bucket.params) for bucket in buckets) != len(params):
+        return False
     if len(buckets) == 1:
-        members = buckets[0].params
-        same = len(members) == len(params) and all(x is y for x, y in zip(members, params, strict=True))
-    else:
-        same = sum(len(bucket.params) for bucket in buckets) == len(params) and {
-            id(p) for bucket in buckets for p in bucket.params
-        } == set(map(id, params))
-    return same and all((bucket.lists[3] is not None) == averages for bucket in buckets)
+        return same(buckets[0].params, params)
+    return {id(p) for bucket in buckets for p in bucket.params} == set(map(id, params))
