@@ -107,3 +107,196 @@ SIZES = [
 def test_rows_are_the_definition(gpu: Any, name: str, pinv: str) -> None:
     for seed, (*sizes, landmarks) in enumerate(SIZES):
         check(gpu, arrays_of(seed, *sizes, name), num_landmarks=landmarks, pinv=pinv)
+
+
+def conditions(seed: int, b: int, h: int, heads: int, n: int, m: int, d: int) -> dict[str, dict[str, Any]]:
+    """What a call may have beside its arrays."""
+    rng = np.random.default_rng(seed)
+    mask = rng.random((b, m)) < 0.7
+    mask[:, :8] = True
+    # One sample with fewer keys than landmarks, and one without any.
+    few = mask.copy()
+    few[0] = np.arange(m) == 3
+    few[-1] = False
+    marks = [rng.standard_normal((b, count, 9, d)).astype(F32) for count in (h, heads)]
+    found: dict[str, dict[str, Any]] = {
+        "mask": {"key_mask": mask, "scale": -0.4},
+        "few keys": {"key_mask": few, "normalize": True},
+        "divided": {"key_mask": mask, "normalize": True},
+        "landmarks": {"landmarks": tuple(marks), "key_mask": few},
+        "landmarks of halves": {"landmarks": tuple(x.astype(np.float16) for x in marks), "normalize": True},
+        "batch": {"init": "batch", "key_mask": few},
+    }
+    if n == m:
+        taps = rng.standard_normal((h, 5)).astype(F32)
+        found["taps"] = {"conv_weight": taps, "key_mask": few}
+        found["taps of doubles"] = {"conv_weight": rng.standard_normal((h, 2 * n + 3))}
+    return found
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", conditions(0, 2, 2, 1, 9, 9, 1))
+def test_conditions_are_within_tolerance(gpu: Any, kind: str, name: str) -> None:
+    for seed, (n, m) in enumerate(((70, 70), (30, 81))):
+        sizes = (2, 4, 2, n, m, 12)
+        options = conditions(seed, *sizes)
+        if kind in options:
+            # The closed form has no coefficient to begin with.
+            solver = "ridge" if n != m and kind != "batch" else "newton"
+            check(gpu, arrays_of(seed, *sizes, 9, name), num_landmarks=7, pinv=solver, **options[kind])
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 3, 8, 12])
+def test_any_number_of_steps(gpu: Any, iterations: int) -> None:
+    bound = tolerance.NYSTROM_LONG if iterations > 7 else 0.0
+    for landmarks in (9, 66):
+        check(gpu, arrays_of(3, 1, 2, 1, 90, 90, 8, 5), bound, num_landmarks=landmarks, iterations=iterations)
+
+
+def test_keys_in_many_parts_are_the_definition(gpu: Any) -> None:
+    check(gpu, arrays_of(4, 1, 1, 1, 70, 600, 64, 64), num_landmarks=64)
+
+
+def test_padding_changes_no_bit(gpu: Any) -> None:
+    q, k, v = arrays_of(5, 2, 2, 1, 60, 60, 8, 5)
+    mask = np.zeros((2, 60), bool)
+    mask[:, :47] = True
+    rows = [x[:, :, :47] for x in (q, k, v)]
+    want = gpu.get(cuda.nystrom_attention(*map(gpu.put, rows), **put(gpu, {"num_landmarks": 6})))
+    for x in (q, k, v):
+        x[:, :, 47:] = np.nan
+    got = gpu.get(
+        cuda.nystrom_attention(*map(gpu.put, (q, k, v)), **put(gpu, {"num_landmarks": 6, "key_mask": mask}))
+    )
+    assert_same_bits(np.ascontiguousarray(got[:, :, :47]), want)
+    assert not got[:, :, 47:].any()
+
+
+def test_what_is_not_finite_stays_in_its_head(gpu: Any) -> None:
+    arrays = arrays_of(6, 2, 2, 2, 70, 70, 8, 5)
+    want = check(gpu, arrays, num_landmarks=6)
+    arrays[1][0, 1, 3] = np.nan
+    arrays[2][1, 0, 5] = np.inf
+    got = gpu.get(cuda.nystrom_attention(*map(gpu.put, arrays), **put(gpu, {"num_landmarks": 6})))
+    assert np.isnan(got[0, 1]).all()
+    assert not np.isfinite(got[1, 0]).any()
+    for at in ((0, 0), (1, 1)):
+        assert_same_bits(got[at], want[at])
+
+
+def views_of(arrays: list[Any]) -> dict[str, list[Any]]:
+    turned = [np.ascontiguousarray(x.swapaxes(1, 2)) for x in arrays]
+    return {
+        "heads and tokens exchanged": [x.swapaxes(1, 2) for x in turned],
+        "columns apart": [np.asfortranarray(x) for x in arrays],
+        "every other row": [np.repeat(x, 2, axis=2)[:, :, ::2] for x in arrays],
+        "not aligned": [np.concatenate([x[..., :1], x], axis=-1)[..., 1:] for x in arrays],
+    }
+
+
+@every_dtype
+def test_layouts_and_strides_change_no_bit(gpu: Any, name: str) -> None:
+    arrays = arrays_of(7, 2, 4, 2, 70, 90, 16, 8, name)
+    want = check(gpu, arrays, num_landmarks=6)
+    turned = [np.ascontiguousarray(x.swapaxes(1, 2)) for x in arrays]
+    assert_same_bits(check(gpu, turned, num_landmarks=6, layout="bnhd"), np.ascontiguousarray(want.swapaxes(1, 2)))
+    for given in views_of(arrays).values():
+        got = gpu.get(cuda.nystrom_attention(*map(gpu.put, given), **put(gpu, {"num_landmarks": 6})))
+        assert_same_bits(got, want)
+
+
+def test_leading_dimensions_are_any(gpu: Any) -> None:
+    arrays = arrays_of(8, 6, 2, 1, 20, 20, 4, 3)
+    mask = np.random.default_rng(8).random((6, 20)) < 0.8
+    marks = tuple(np.random.default_rng(9).standard_normal((6, h, 5, 4)).astype(F32) for h in (2, 1))
+    options = {"key_mask": mask, "landmarks": marks}
+    want = gpu.get(cuda.nystrom_attention(*map(gpu.put, arrays), **put(gpu, options)))
+
+    def split(x: Any) -> Any:
+        return x.reshape(2, 3, *x.shape[1:])
+
+    def crossed(x: Any) -> Any:
+        """A batch that cannot be walked as one."""
+        return np.ascontiguousarray(split(x).swapaxes(0, 1)).swapaxes(0, 1)
+
+    for way in (split, crossed):
+        given = {"key_mask": way(mask), "landmarks": tuple(map(split, marks))}
+        y, info = cuda.nystrom_attention(*(gpu.put(way(x)) for x in arrays), **put(gpu, given), return_info=True)
+        assert_same_bits(gpu.get(y), split(want))
+        assert gpu.get(info.residual).shape == (2, 3, 2)
+    single = {"num_landmarks": 5, "key_mask": mask[0]}
+    y, info = cuda.nystrom_attention(*(gpu.put(x[0, 0]) for x in arrays), **put(gpu, single), return_info=True)
+    whole = cuda.nystrom_attention(
+        *(gpu.put(x[:1, :1]) for x in arrays), **put(gpu, single | {"key_mask": mask[:1]})
+    )
+    assert_same_bits(gpu.get(y), gpu.get(whole)[0, 0])
+    assert gpu.get(info.coefficient).shape == ()
+
+
+def test_results_go_where_they_shall(gpu: Any) -> None:
+    arrays = arrays_of(10, 1, 2, 1, 70, 70, 8, 5)
+    want = gpu.get(cuda.nystrom_attention(*map(gpu.put, arrays), **put(gpu, {"num_landmarks": 6})))
+    room = gpu.empty((1, 2, 70, 5), np.dtype(F32))
+    y = cuda.nystrom_attention(*map(gpu.put, arrays), **put(gpu, {"num_landmarks": 6}), out=room)
+    assert y is room
+    assert_same_bits(gpu.get(room), want)
+
+
+def test_empty_arrays(gpu: Any) -> None:
+    for sizes in ((0, 2, 1, 9, 9, 4, 3), (2, 2, 1, 0, 9, 4, 3), (2, 2, 1, 9, 0, 4, 3), (1, 0, 0, 9, 9, 4, 3)):
+        q, k, v = map(gpu.put, arrays_of(11, *sizes))
+        y, info = cuda.nystrom_attention(q, k, v, **gpu.options, num_landmarks=2, return_info=True)
+        assert gpu.get(y).shape == (*sizes[:2], sizes[3], 3)
+        assert not gpu.get(y).any()
+        assert np.isnan(gpu.get(info.residual)).all()
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------------------
+
+
+def on_gpu(*shape: int, dtype: Any = F32) -> Fake:
+    return Fake(np.ones(shape, dtype))
+
+
+def refused(kind: type[Exception], text: str, *arrays: Any, **options: Any) -> None:
+    given = arrays or tuple(on_gpu(1, 2, 5, 4) for _ in range(3))
+    with pytest.raises(kind, match=text):
+        cuda.nystrom_attention(*given, **options)
+    with pytest.raises(kind, match=text):
+        cuda.nystrom_attention_backward(on_gpu(1, 2, 5, 4), *given, **options)
+
+
+def test_arguments_that_do_not_fit_are_refused(shim: Shim) -> None:
+    q = on_gpu(1, 2, 5, 4)
+    refused(TypeError, r"^q must be an array on a GPU", np.ones((1, 2, 5, 4), F32), q, q)
+    refused(TypeError, r"float16 or bfloat16 or float32, got float64", *(on_gpu(1, 2, 5, 4, dtype=float),) * 3)
+    refused(ValueError, r"^k must be of shape \(1, H, N, 4\), got \(1, 2, 5, 3\)", q, on_gpu(1, 2, 5, 3), q)
+    refused(ValueError, r"^num_landmarks must be ", num_landmarks=0)
+    refused(ValueError, r"^num_landmarks must be .*, got 4097", num_landmarks=4097)
+    refused(ValueError, r"^iterations must be ", iterations=-1)
+    refused(ValueError, r"^pinv must be ", pinv="svd")
+    refused(ValueError, r"^ridge must be None with pinv='newton'", ridge=0.1)
+    refused(ValueError, r"^init must be 'matrix' with pinv='ridge'", pinv="ridge", init="batch")
+    refused(NotImplementedError, r"^causal must be False, since the means of segments", causal=True)
+    refused(TypeError, r"^key_mask must be an array on a GPU", key_mask=np.ones((1, 5), bool))
+    refused(TypeError, r"^key_mask must be of dtype bool .*, got float32", key_mask=on_gpu(1, 5))
+    refused(ValueError, r"^key_mask must be of shape \(1, 5\), one for all", key_mask=on_gpu(1, 2, 5, dtype=bool))
+    refused(ValueError, r"^conv_weight must be of shape \(2, taps\), taps odd", conv_weight=on_gpu(2, 4))
+    turned = Fake(np.ones((3, 2), F32).T)
+    refused(ValueError, r"^conv_weight must be C-contiguous on a GPU", conv_weight=turned)
+    refused(TypeError, r"^conv_weight must be of dtype float16", conv_weight=on_gpu(2, 3, dtype=np.int32))
+    refused(TypeError, r"^landmarks must be a tuple of two arrays", landmarks=on_gpu(1, 2, 3, 4))
+    refused(ValueError, r"^landmarks must be two arrays, of q and of k, got 1", landmarks=(q,))
+    refused(TypeError, r"^landmarks\[1\] must be an array on a GPU", landmarks=(q, np.ones((1, 2, 5, 4), F32)))
+    pair = on_gpu(1, 2, 3, 4), on_gpu(1, 2, 2, 4)
+    refused(ValueError, r"^landmarks\[1\] must be of shape \(1, 2, 3, 4\), got \(1, 2, 2, 4\)", landmarks=pair)
+    with pytest.raises(TypeError, match=r"^return_info must be "):
+        cuda.nystrom_attention(q, q, q, return_info=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^out must be of shape \(1, 2, 5, 4\), got"):
+        cuda.nystrom_attention(q, q, q, out=on_gpu(2, 5, 4))
+    with pytest.raises(ValueError, match=r"^out must be memory apart from q"):
+        cuda.nystrom_attention(q, on_gpu(1, 2, 5, 4), on_gpu(1, 2, 5, 4), out=q)
+    with pytest.raises(ValueError, match=r"^return_d_landmarks must be False without landmarks"):
+        cuda.nystrom_attention_backward(q, q, q, q, return_d_landmarks=True)
+    with pytest.raises(ValueError, match=r"^dy must be of shape \(1, 2, 5, 4\), got \(1, 2, 5, 3\)"):
+        cuda.nystrom_attention_backward(on_gpu(1, 2, 5, 3), q, q, q)
