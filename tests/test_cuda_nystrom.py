@@ -251,6 +251,49 @@ def test_empty_arrays(gpu: Any) -> None:
         assert np.isnan(gpu.get(info.residual)).all()
 
 
+# --- gradients ---------------------------------------------------------------------------------------------------------------
+
+
+def gradients(gpu: Any, dy: Any, arrays: list[Any], **options: Any) -> list[Any]:
+    found = cuda.nystrom_attention_backward(gpu.put(dy), *map(gpu.put, arrays), **put(gpu, options))
+    flat = [*found[:-1], *found[-1]] if isinstance(found[-1], tuple) else list(found)
+    return [gpu.get(x) for x in flat]
+
+
+def check_gradients(gpu: Any, seed: int, arrays: list[Any], **options: Any) -> list[Any]:
+    """Each gradient of a random loss."""
+    q, v = arrays[0], arrays[2]
+    dy = np.random.default_rng(seed + 100).standard_normal((*q.shape[:-1], v.shape[-1])).astype(q.dtype)
+    found = gradients(gpu, dy, arrays, **options)
+    exact, given = in_float64(arrays, options)
+    want = cpu.nystrom_attention_backward(wide(dy), *exact, **given)
+    flat = [*want[:-1], *want[-1]] if isinstance(want[-1], tuple) else list(want)
+    for i, (got, exact_one) in enumerate(zip(found, flat, strict=True)):
+        assert got.shape == exact_one.shape
+        assert got.dtype == (q.dtype if i < 3 else F32)
+        assert distance(got, exact_one) <= tolerance.nystrom_gradient(got.dtype), (i, distance(got, exact_one), options)
+    return found
+
+
+@solvers
+@every_dtype
+def test_gradients_are_the_definition(gpu: Any, name: str, pinv: str) -> None:
+    for seed, (*sizes, landmarks) in enumerate(SIZES):
+        check_gradients(gpu, seed, arrays_of(seed, *sizes, name), num_landmarks=landmarks, pinv=pinv)
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", conditions(0, 2, 2, 1, 9, 9, 1))
+def test_gradients_under_conditions_are_within_tolerance(gpu: Any, kind: str, name: str) -> None:
+    for seed, (n, m) in enumerate(((70, 70), (30, 81))):
+        sizes = (2, 4, 2, n, m, 12)
+        options = conditions(seed, *sizes)
+        if kind in options:
+            solver = "ridge" if n != m and kind != "batch" else "newton"
+            given = options[kind] | {"return_d_landmarks": "landmarks" in options[kind]}
+            check_gradients(gpu, seed, arrays_of(seed, *sizes, 9, name), num_landmarks=7, pinv=solver, **given)
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------------------
 
 

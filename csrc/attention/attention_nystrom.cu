@@ -85,6 +85,19 @@ struct Call {
   float *key_tops, *key_sums;
   void *a, *b, *w;
   float* weights;  // sums of the weights of each query, for information
+
+  // Of the gradient. Of each query's weights: the largest logit, 1 / sum, and the sum of weights times their gradients;
+  // with `normalize` also what dy is multiplied by, and the gradient of the sum of weights.
+  float *tops, *inverses, *dots, *factors, *more;
+  float *key_inverses, *key_dots;  // of each landmark's weights of keys
+  void *dw, *db, *da;
+  float *dq_means, *dk_means;                  // (heads, landmarks, dim)
+  float *dq_means_between, *dk_means_between;  // what comes by way of A, both of query heads
+  bool of_means;                               // whether landmarks have gradients
+  struct Parted {
+    int parts, tiles;
+    float* sums;                     // (heads, parts, landmarks, numbers)
+  } of_keys, of_columns, of_values;  // sums over keys for Qt, over queries for Kt and for W
 };
 
 FASTOPS_DEVICE bool counts_queries(const Call& call) { return call.counts != nullptr && call.masks_queries; }
@@ -494,9 +507,16 @@ template <Pass kPass> FASTOPS_DEVICE void set_source(Source* to, const Call& cal
       set_array(to, call, of.k, batch, head_k, of.keys, of.dim, true);
   } else if (which == kOfValues) {
     if (kPass == Pass::kQueries)
-      set_made(to, call, call.w, index, call.columns, static_cast<int>(of.values), call.is_wide);
+      set_made(to, call, call.w, index, call.columns, static_cast<int>(of.values) + of.normalize, call.is_wide);
     else
       set_array(to, call, of.v, batch, head_k, of.keys, of.values, true);
+  } else if (kPass == Pass::kKeys) {
+    set_made(to, call, call.db, index, call.columns, static_cast<int>(of.values), call.is_wide);
+  } else {
+    set_array(to, call, of.dy, batch, head, of.queries, of.values, call.masks_queries);
+    if (kPass != Pass::kQueries || !of.normalize) return;
+    to->factors = call.factors + index * static_cast<std::int64_t>(of.queries);
+    to->more = call.more + index * static_cast<std::int64_t>(of.queries);
   }
 }
 FASTOPS_DEVICE bool lives(const Source& from, int row) {
@@ -810,6 +830,358 @@ __global__ void __launch_bounds__(kThreads) info_kernel(const __grid_constant__ 
        none ? nothing : high);
 }
 
+// Gradients.
+
+// A block has 64 queries of one head: what their weights' gradients need.
+template <class A, Pass kPass>
+__global__ void __launch_bounds__(kThreads) statistics_kernel(const __grid_constant__ Call call) {
+  using Logits = ByLogits<A, kPass>;
+  using OfWeights = typename A::template Product<false, kMadeColumns<kPass>>;
+  alignas(16) __shared__ float x[kTile * ByFloats::kPitch], y[kTile * ByFloats::kPitch];
+  __shared__ Source sources[kSources];
+  const gpu::NystromAttention& of = call.of;
+  const auto values = static_cast<int>(of.values), rows = static_cast<int>(of.queries);
+  const auto down = static_cast<unsigned>((rows + kTile - 1) / kTile);
+  const int r0 = static_cast<int>(blockIdx.x % down) * kTile;
+  const std::int64_t index = blockIdx.x / down;
+  if (is_exact(call, index / static_cast<std::int64_t>(of.heads_q)) != (kPass == Pass::kExact)) return;
+  const int t = static_cast<int>(threadIdx.x), warp = t / 32;
+  if (t < kSources) {
+    set_source<kPass>(&sources[t], call, static_cast<Which>(t), index);
+    sources[t].factors = nullptr;  // not known yet
+  }
+  __syncthreads();
+
+  const bool divides = kPass == Pass::kQueries && of.normalize, is_alive = r0 + warp * 16 < rows;
+  const int columns = sources[kOfColumns].rows;
+  Running running;
+  float dot[2] = {}, whole[2] = {};
+  for (int c0 = 0; c0 < columns; c0 += kTile) {
+    Sums s = {}, ds = {};
+    take_logits<Logits>(s, x, y, sources[kOfRows], sources[kOfColumns], r0, c0);
+    for (int e = 0; e < values; e += kTile) {
+      load_tile(x, sources[kOfGradients], r0, e);
+      load_tile(y, sources[kOfValues], c0, e);
+      __syncthreads();
+      if (is_alive)
+        OfWeights::template product<false, false>(ds, x + warp * 16 * ByFloats::kPitch, y, smaller(values - e, kTile),
+                                                  smaller(columns - c0, kTile));
+      __syncthreads();
+    }
+    if (!is_alive) continue;
+    float factor[2];
+    take_weights(running, s, factor, sources[kOfColumns], c0, static_cast<float>(of.scale));
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      dot[r] *= factor[r];
+      whole[r] *= factor[r];
+    }
+    const Source& w = sources[kOfValues];
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        dot[i / 2] = simd::fma(s[n][i], ds[n][i], dot[i / 2]);
+        const int c = c0 + own_column(n, i);
+        if (divides && c < columns)
+          whole[i / 2] = simd::fma(s[n][i], element_of(w.data, c * w.row + values, w.dtype), whole[i / 2]);
+      }
+  }
+  if (!is_alive) return;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float sum = sum_of_quad(running.sum[r]), all = sum_of_quad(dot[r]), weights = sum_of_quad(whole[r]);
+    const int row = r0 + own_row(2 * r);
+    if (row >= rows || t % 4 != 0) continue;
+    const std::int64_t at = index * rows + row;
+    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+    call.tops[at] = running.top[r];
+    call.inverses[at] = inverse;
+    call.dots[at] = all * inverse;
+    if (!divides) continue;
+    // out = p W / (p u): with f = 1 / (p u), the sum's gradient is -f^2 (p W) . dy, and what it adds to the weights'
+    // cancels the sum of weights times gradients.
+    const float share = weights * inverse, f = share == 0.0f ? 0.0f : 1.0f / share;
+    call.factors[at] = f;
+    call.more[at] = -(all * inverse * f) * f;
+    call.dots[at] = simd::fma(call.more[at], share, all * inverse * f);
+  }
+}
+
+// A warp for each landmark: the same of its weights of keys.
+template <class T> __global__ void __launch_bounds__(kThreads) key_dots_kernel(const __grid_constant__ Call call) {
+  const auto m = static_cast<std::int64_t>(call.landmarks);
+  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (index >= call.heads_q * m || is_exact(call, index / m / static_cast<std::int64_t>(call.of.heads_q))) return;
+  const T *const b = static_cast<const T*>(call.b) + index * call.columns, *const db = static_cast<const T*>(call.db) +
+                                                                                       index * call.columns;
+  T sum = 0;
+  for (int e = static_cast<int>(threadIdx.x) % 32; e < static_cast<int>(call.of.values); e += 32)
+    sum = simd::fma(b[e], db[e], sum);
+  sum = sum_of_warp(sum);
+  if (threadIdx.x % 32 != 0) return;
+  call.key_dots[index] = static_cast<float>(sum);
+  call.key_inverses[index] = call.key_sums[index] == 0.0f ? 0.0f : 1.0f / call.key_sums[index];
+}
+
+// The gradients of rows, columns and values of a pass.
+enum class Role { kRows, kColumns, kValues };
+// What the mean of a row's segment gives it.
+FASTOPS_DEVICE float share_of_mean(const Call& call, std::int64_t batch, std::int64_t index, int row, int d,
+                                   bool of_queries) {
+  const int n = count_of(call, batch, of_queries), m = call.landmarks;
+  const bool by_ranks = of_queries ? counts_queries(call) : call.counts != nullptr;
+  const int rank = by_ranks ? call.ranks[batch * static_cast<std::int64_t>(call.of.keys) + row] : row;
+  const int length = n / m, shorter = (m - n % m) * length;
+  const int i = rank < shorter ? rank / length : m - n % m + (rank - shorter) / (length + 1);
+  const float* const means = of_queries ? call.dq_means : call.dk_means;
+  return means[(index * m + i) * static_cast<std::int64_t>(call.of.dim) + d] *
+         (1.0f / static_cast<float>(rank < shorter ? length : length + 1));
+}
+// What the convolution gives one element of the values.
+FASTOPS_DEVICE float convolved_back(const Call& call, std::int64_t batch, std::int64_t head_k, int key, int e) {
+  const gpu::NystromAttention& of = call.of;
+  const auto taps = static_cast<int>(of.taps), queries = static_cast<int>(of.queries);
+  const std::uint8_t* const mask = call.masks_queries ? mask_of(call, batch) : nullptr;
+  float sum = 0.0f;
+  for (int r = 0; r < call.group; ++r) {
+    const std::int64_t head = head_k * call.group + r;
+    const char* const dy = head_of(of.batch, of.dy, item_of(of.dtype), batch, head, 0);
+    for (int t = 0; t < taps; ++t) {
+      const int i = key - t + taps / 2;
+      if (i < 0 || i >= queries || !is_seen(call, mask, i)) continue;
+      sum = simd::fma(element_of(of.conv, head * taps + t, of.conv_dtype),
+                      element_of(dy, i * of.dy.row + e * of.dy.col, of.dtype), sum);
+    }
+  }
+  return sum;
+}
+
+// A block has 64 of the rows (or of the columns) of a pass and 64 columns of their gradient, and walks over the others:
+// the columns (or the rows of all heads that share it). The weights are computed anew.
+template <class A, Pass kPass>
+__global__ void __launch_bounds__(kThreads) gradient_kernel(const __grid_constant__ Call call, Role role) {
+  using Both = typename A::template Product<true, true>;
+  alignas(16) __shared__ float x[kTile * ByFloats::kPitch], y[kTile * ByFloats::kPitch];
+  __shared__ Source sources[kSources];
+  const gpu::NystromAttention& of = call.of;
+  const bool of_rows = role == Role::kRows, of_values = role == Role::kValues;
+  const int rows = kPass == Pass::kKeys ? call.landmarks : static_cast<int>(of.queries);
+  const int columns = kPass == Pass::kQueries ? call.landmarks : static_cast<int>(of.keys);
+  const int own = of_rows ? rows : columns, others = of_rows ? columns : rows;
+  const int depth = static_cast<int>(of.values) + (kPass == Pass::kQueries && of.normalize ? 1 : 0);
+  const int width = of_values ? depth : static_cast<int>(of.dim);
+  const bool by_keys = !of_rows && !(kPass == Pass::kQueries && of_values);  // a block for each key head
+  const auto heads = static_cast<std::int64_t>(by_keys ? of.heads_kv : of.heads_q);
+  const Call::Parted* const parted = kPass == Pass::kKeys && of_rows                  ? &call.of_keys
+                                     : kPass != Pass::kQueries || role == Role::kRows ? nullptr
+                                     : of_values                                      ? &call.of_values
+                                                                                      : &call.of_columns;
+  const auto across = static_cast<unsigned>((width + kTile - 1) / kTile);
+  const auto down = static_cast<unsigned>((own + kTile - 1) / kTile);
+  const unsigned parts = parted == nullptr ? 1u : static_cast<unsigned>(parted->parts);
+  const int d0 = static_cast<int>(blockIdx.x % across) * kTile,
+            o0 = static_cast<int>(blockIdx.x / across % down) * kTile;
+  const unsigned rest = blockIdx.x / across / down;
+  const auto part = static_cast<int>(rest % parts);
+  const std::int64_t index = rest / parts, batch = index / heads;
+  if (is_exact(call, batch) != (kPass == Pass::kExact)) return;
+  const int t = static_cast<int>(threadIdx.x), warp = t / 32;
+  const int tiles = (others + kTile - 1) / kTile, steps = tiles * (by_keys ? call.group : 1);
+  const int first = parted == nullptr ? 0 : part * parted->tiles;
+  const int last = parted == nullptr ? steps : smaller(first + parted->tiles, steps);
+  const bool is_alive = o0 + warp * 16 < own;
+  const auto scale = static_cast<float>(of.scale);
+  Sums d = {};
+  std::int64_t head = -1;  // whose rows are at hand
+  for (int step = first; step < last; ++step) {
+    const std::int64_t wanted = by_keys ? index * call.group + step / tiles : index;
+    if (wanted != head) {
+      head = wanted;
+      if (t < kSources) set_source<kPass>(&sources[t], call, static_cast<Which>(t), head);
+      __syncthreads();
+    }
+    const int c0 = step % tiles * kTile;
+    Sums s = {}, ds = {};
+    take_logits<Both>(s, x, y, sources[of_rows ? kOfRows : kOfColumns], sources[of_rows ? kOfColumns : kOfRows], o0,
+                      c0);
+    if (!of_values)
+      for (int e = 0; e < depth; e += kTile) {
+        load_tile(x, sources[of_rows ? kOfGradients : kOfValues], o0, e);
+        load_tile(y, sources[of_rows ? kOfValues : kOfGradients], c0, e);
+        __syncthreads();
+        if (is_alive)
+          Both::template product<false, false>(ds, x + warp * 16 * ByFloats::kPitch, y, smaller(depth - e, kTile),
+                                               smaller(others - c0, kTile));
+        __syncthreads();
+      }
+    if (is_alive) {
+      const std::int64_t of_head = head * rows;
+      const float* const tops = (kPass == Pass::kKeys ? call.key_tops : call.tops) + of_head;
+      const float* const inverses = (kPass == Pass::kKeys ? call.key_inverses : call.inverses) + of_head;
+      const float* const dots = (kPass == Pass::kKeys ? call.key_dots : call.dots) + of_head;
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int here = o0 + own_row(i), there = c0 + own_column(n, i);
+          const int row = of_rows ? here : there, column = of_rows ? there : here;
+          float value = 0.0f;
+          if (row < rows && lives(sources[kOfColumns], column)) {
+            const float top = tops[row] == kLowest ? 0.0f : tops[row];
+            value = exp_nonpositive(s[n][i] * scale - top) * inverses[row];
+            if (!of_values) value *= (ds[n][i] - dots[row]) * scale;
+          }
+          s[n][i] = value;
+        }
+      put_tile(x, s);
+    }
+    load_tile(y, sources[of_rows ? kOfColumns : of_values ? kOfGradients : kOfRows], c0, d0);
+    __syncthreads();
+    if (is_alive)
+      Both::template product<false, true>(d, x + warp * 16 * ByFloats::kPitch, y, smaller(others - c0, kTile),
+                                          smaller(width - d0, kTile));
+    __syncthreads();
+  }
+  if (!is_alive) return;
+  const gpu::Heads& to = of_rows ? of.dq : of_values ? of.dv : of.dk;
+  char* const out = parted != nullptr
+                        ? nullptr
+                        : const_cast<char*>(head_of(of.batch, to, item_of(of.dtype), batch, index - batch * heads, 0));
+  const std::uint8_t* const mask = of_rows && !call.masks_queries ? nullptr : mask_of(call, batch);
+#pragma unroll
+  for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = o0 + own_row(i), c = d0 + own_column(n, i);
+      if (row >= own || c >= width) continue;
+      float value = d[n][i];
+      if (parted != nullptr) {
+        parted->sums[((index * parted->parts + part) * own + row) * width + c] = value;
+        continue;
+      }
+      if (!is_seen(call, mask, row))
+        value = 0.0f;
+      else if (of_values)
+        value += of.conv != nullptr ? convolved_back(call, batch, index - batch * heads, row, c) : 0.0f;
+      else if (kPass != Pass::kExact && of.q_landmarks == nullptr)
+        value += share_of_mean(call, batch, index, row, c, of_rows);
+      set_element(out, row * to.row + c * to.col, of.dtype, value);
+    }
+}
+
+// The sum of the parts of (heads, landmarks, numbers), and of what is there from each of `group` heads.
+struct Addition {
+  Call::Parted of;
+  const float* more;  // or null
+  int group, numbers;
+  std::int64_t heads;
+  void* to;
+  int pitch;
+  bool is_double;
+};
+__global__ void __launch_bounds__(kThreads)
+    add_kernel(const __grid_constant__ Call call, const __grid_constant__ Addition addition) {
+  const std::int64_t own = static_cast<std::int64_t>(call.landmarks) * addition.numbers, i = own_element();
+  if (i >= addition.heads * own) return;
+  const std::int64_t head = i / own, at = i - head * own;
+  if (is_exact(call, head * addition.group / static_cast<std::int64_t>(call.of.heads_q))) return;
+  float sum = 0.0f;
+  for (int p = 0; p < addition.of.parts; ++p) sum += addition.of.sums[(head * addition.of.parts + p) * own + at];
+  if (addition.more != nullptr)
+    for (int r = 0; r < addition.group; ++r) sum += addition.more[(head * addition.group + r) * own + at];
+  const std::int64_t row = at / addition.numbers,
+                     to = (head * call.landmarks + row) * addition.pitch + (at - row * addition.numbers);
+  if (addition.is_double)
+    static_cast<double*>(addition.to)[to] = static_cast<double>(sum);
+  else
+    static_cast<float*>(addition.to)[to] = sum;
+}
+
+// A block for each matrix: what the first Z, c A^T, gives A, by its coefficient too. `is_first`: nothing is there yet.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    start_gradient_kernel(const __grid_constant__ Call call, const void* first, bool is_first) {
+  __shared__ double sums[kWarps];
+  const std::int64_t head = blockIdx.x;
+  if (is_exact(call, head / static_cast<std::int64_t>(call.of.heads_q))) return;
+  const std::int64_t m = call.landmarks;
+  const T *const a = static_cast<const T*>(call.a) + head * m * m, *const dz =
+                                                                       static_cast<const T*>(first) + head * m * m;
+  T* const da = static_cast<T*>(call.da) + head * m * m;
+  double dot = 0.0;
+  for (std::int64_t i = threadIdx.x; i < m * m; i += kThreads)
+    dot = simd::fma(static_cast<double>(dz[i % m * m + i / m]), static_cast<double>(a[i]), dot);
+  dot = sum_of_block(dot, sums);
+  const Norms norms = call.norms[head];
+  const double c = call.starts[head], share = call.of.batch_init ? 0.0 : -dot * c;
+  const T column = static_cast<T>(share / norms.column), row = static_cast<T>(share / norms.row);
+  for (std::int64_t i = threadIdx.x; i < m * m; i += kThreads) {
+    T value = static_cast<T>(c) * dz[i % m * m + i / m];
+    if (i % m == norms.column_at) value += column;
+    if (i / m == norms.row_at) value += row;
+    da[i] = is_first ? value : da[i] + value;
+  }
+}
+// The same of the ridge, by the trace of -`product`.
+__global__ void __launch_bounds__(kThreads)
+    ridge_gradient_kernel(const __grid_constant__ Call call, const double* product) {
+  __shared__ double sums[kWarps];
+  const std::int64_t head = blockIdx.x;
+  if (is_exact(call, head / static_cast<std::int64_t>(call.of.heads_q))) return;
+  const std::int64_t m = call.landmarks;
+  double trace = 0.0;
+  for (std::int64_t i = threadIdx.x; i < m; i += kThreads) trace -= product[head * m * m + i * (m + 1)];
+  trace = sum_of_block(trace, sums);
+  const Norms norms = call.norms[head];
+  const double dc = call.of.ridge * trace;
+  double* const da = static_cast<double*>(call.da) + head * m * m;
+  for (std::int64_t i = threadIdx.x; i < m; i += kThreads) da[i * m + norms.column_at] += dc * norms.row;
+  __syncthreads();
+  for (std::int64_t i = threadIdx.x; i < m; i += kThreads) da[norms.row_at * m + i] += dc * norms.column;
+}
+// A warp for each row of A: gradients of logits from those of weights, times the scale.
+template <class T>
+__global__ void __launch_bounds__(kThreads) softmax_gradient_kernel(const __grid_constant__ Call call) {
+  const auto m = static_cast<std::int64_t>(call.landmarks);
+  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (index >= call.heads_q * m || is_exact(call, index / m / static_cast<std::int64_t>(call.of.heads_q))) return;
+  const T* const a = static_cast<const T*>(call.a) + index * m;
+  T* const da = static_cast<T*>(call.da) + index * m;
+  T sum = 0;
+  for (std::int64_t j = threadIdx.x % 32; j < m; j += 32) sum = simd::fma(a[j], da[j], sum);
+  sum = sum_of_warp(sum);
+  for (std::int64_t j = threadIdx.x % 32; j < m; j += 32) da[j] = a[j] * (da[j] - sum) * static_cast<T>(call.of.scale);
+}
+
+// A block for each weight of the convolution.
+__global__ void __launch_bounds__(kThreads) taps_kernel(const __grid_constant__ Call call, std::int64_t batches) {
+  __shared__ double sums[kWarps];
+  const gpu::NystromAttention& of = call.of;
+  const auto taps = static_cast<int>(of.taps), tap = static_cast<int>(blockIdx.x % of.taps);
+  const auto head = static_cast<std::int64_t>(blockIdx.x / of.taps);
+  const auto values = static_cast<std::int64_t>(of.values), queries = static_cast<std::int64_t>(of.queries);
+  const int shift = tap - taps / 2;
+  double sum = 0.0;
+  for (std::int64_t batch = 0; batch < batches; ++batch) {
+    const std::uint8_t* const mask = mask_of(call, batch);
+    const char *const dy = head_of(of.batch, of.dy, item_of(of.dtype), batch, head, 0), *const v = head_of(
+                                                                                            of.batch, of.v,
+                                                                                            item_of(of.dtype), batch,
+                                                                                            head / call.group, 0);
+    for (std::int64_t i = threadIdx.x; i < queries * values; i += kThreads) {
+      const auto row = static_cast<int>(i / values);
+      const std::int64_t e = i - row * values, key = static_cast<std::int64_t>(row) + shift;
+      if (key < 0 || key >= queries || !is_seen(call, mask, row) || !is_seen(call, mask, static_cast<int>(key)))
+        continue;
+      sum += static_cast<double>(element_of(dy, row * of.dy.row + e * of.dy.col, of.dtype)) *
+             static_cast<double>(element_of(v, key * of.v.row + e * of.v.col, of.dtype));
+    }
+  }
+  sum = sum_of_block(sum, sums);
+  if (threadIdx.x == 0) of.d_conv[head * taps + tap] = static_cast<float>(sum);
+}
+
 // Launches.
 
 // Blocks that occupy a large GPU some times over: of a constant, so that results do not depend on the GPU.
@@ -818,7 +1190,10 @@ constexpr std::int64_t kEnoughBlocks = 512;
 struct Prepared {
   Call call;
   std::int64_t batches;
-  void *z[2], *x, *t, *u, *g, *right;
+  void *z[2], *x, *t, *u, *g;
+  // Of the gradient: every Z, and matrices of m x m.
+  char* steps;
+  void *dr, *dq, *e, *s, *dx, *dz[2];
   std::size_t bytes;
 };
 // Tiles of a part, and parts, of a sum over `rows` that `blocks` blocks would do alone.
@@ -832,7 +1207,7 @@ std::int64_t parts_of(std::int64_t rows, std::int64_t tiles) noexcept {
   const std::int64_t parts = divided_up(divided_up(rows, kTile), tiles);
   return parts < 1 ? 1 : parts;
 }
-Prepared prepare(const gpu::NystromAttention& of, void* workspace) noexcept {
+Prepared prepare(const gpu::NystromAttention& of, void* workspace, bool gradient) noexcept {
   Prepared p{};
   Call& call = p.call;
   call.of = of;
@@ -881,11 +1256,45 @@ Prepared prepare(const gpu::NystromAttention& of, void* workspace) noexcept {
   const bool informs = of.info[0] != nullptr;
   if (informs) take(call.weights, call.heads_q * static_cast<std::int64_t>(of.queries));
   if (of.ridge_solve) matrices(p.g, rows * m);
-  if (!of.ridge_solve || informs)
-    for (void** const to : {&p.z[0], &p.x, &p.t}) matrices(*to, rows * m);
+  if (!of.ridge_solve || informs || gradient)
+    for (void** const to : {&p.x, &p.t}) matrices(*to, rows * m);
+  if (!of.ridge_solve) matrices(p.u, rows * m);
+  if (!gradient) {
+    if (!of.ridge_solve || informs) matrices(p.z[0], rows * m);
+    if (!of.ridge_solve) matrices(p.z[1], rows * m);
+    p.bytes = parts.used();
+    return p;
+  }
+  call.of_means = of.q_landmarks == nullptr || of.d_q_landmarks != nullptr || of.d_k_landmarks != nullptr;
+  const std::int64_t queries = call.heads_q * static_cast<std::int64_t>(of.queries);
+  for (float** const to : {&call.tops, &call.inverses, &call.dots}) take(*to, queries);
+  if (of.normalize)
+    for (float** const to : {&call.factors, &call.more}) take(*to, queries);
+  for (float** const to : {&call.key_inverses, &call.key_dots}) take(*to, rows);
+  for (void** const to : {&call.dw, &call.db}) matrices(*to, rows * call.columns);
+  const auto parted = [&](Call::Parted& of_sum, std::int64_t heads, std::int64_t others, std::int64_t numbers) {
+    of_sum.tiles = static_cast<int>(tiles_of_part(others, heads * divided_up(m, kTile) * divided_up(numbers, kTile)));
+    of_sum.parts = static_cast<int>(parts_of(others, of_sum.tiles));
+    take(of_sum.sums, heads * of_sum.parts * m * numbers);
+  };
+  parted(call.of_values, call.heads_q, static_cast<std::int64_t>(of.queries), values + (of.normalize ? 1 : 0));
   if (!of.ridge_solve) {
-    matrices(p.z[1], rows * m);
-    matrices(p.u, rows * m);
+    void* all = nullptr;
+    matrices(all, static_cast<std::int64_t>(of.iterations + 1) * rows * m);
+    p.steps = static_cast<char*>(all);
+  }
+  if (call.of_means) {
+    parted(call.of_keys, call.heads_q, keys, dim);
+    parted(call.of_columns, call.heads_kv,
+           divided_up(static_cast<std::int64_t>(of.queries), kTile) * kTile * call.group, dim);
+    take(call.dq_means, rows * dim);
+    take(call.dk_means, call.heads_kv * m * dim);
+    take(call.dq_means_between, rows * dim);
+    take(call.dk_means_between, rows * dim);
+    matrices(call.da, rows * m);
+    for (void** const to : {&p.e, &p.s}) matrices(*to, rows * m);
+    if (!of.ridge_solve)
+      for (void** const to : {&p.dr, &p.dq, &p.dx, &p.dz[0], &p.dz[1]}) matrices(*to, rows * m);
   }
   p.bytes = parts.used();
   return p;
@@ -906,6 +1315,21 @@ class Launches {
     }
     if (call_.may_be_exact) attend<Pass::kExact>();
     if (of_.info[0] != nullptr) by_type([&](auto type) { inform<decltype(type)>(); });
+    return status_;
+  }
+  gpu::Status backward() noexcept {
+    before();
+    if (landmarks_stand()) {
+      absorb();
+      by_type([&](auto type) { through_landmarks<decltype(type)>(); });
+    }
+    if (call_.may_be_exact) {
+      statistics<Pass::kExact>();
+      for (const Role role : {Role::kRows, Role::kColumns, Role::kValues}) gradient<Pass::kExact>(role);
+    }
+    if (of_.conv != nullptr)
+      run(static_cast<std::int64_t>(of_.heads_q * of_.taps),
+          [&](unsigned blocks) { FASTOPS_LAUNCH(taps_kernel, blocks, kThreads, 0, stream_, call_, p_.batches); });
     return status_;
   }
 
@@ -1055,6 +1479,126 @@ class Launches {
                      static_cast<double*>(right), cols, pitch);
     });
   }
+
+  // The gradient.
+
+  template <Pass kPass> void statistics() noexcept {
+    by_arithmetic([&](auto arithmetic) {
+      const auto kernel = statistics_kernel<decltype(arithmetic), kPass>;
+      run(call_.heads_q * divided_up(static_cast<std::int64_t>(of_.queries), kTile),
+          [&](unsigned blocks) { FASTOPS_LAUNCH(kernel, blocks, kThreads, 0, stream_, call_); });
+    });
+  }
+  template <Pass kPass> void gradient(Role role) noexcept {
+    const bool of_rows = role == Role::kRows, of_values = role == Role::kValues, of_queries = kPass == Pass::kQueries;
+    const auto rows = kPass == Pass::kKeys ? m_ : static_cast<std::int64_t>(of_.queries),
+               columns = of_queries ? m_ : static_cast<std::int64_t>(of_.keys);
+    const std::size_t width = of_values ? of_.values + (of_queries && of_.normalize ? 1 : 0) : of_.dim;
+    const std::int64_t parts = kPass == Pass::kKeys && of_rows ? call_.of_keys.parts
+                               : !of_queries || of_rows        ? 1
+                               : of_values                     ? call_.of_values.parts
+                                                               : call_.of_columns.parts;
+    const std::int64_t heads = of_rows || (of_queries && of_values) ? call_.heads_q : call_.heads_kv;
+    by_arithmetic([&](auto arithmetic) {
+      const auto kernel = gradient_kernel<decltype(arithmetic), kPass>;
+      run(heads * parts * divided_up(of_rows ? rows : columns, kTile) *
+              divided_up(static_cast<std::int64_t>(width), kTile),
+          [&](unsigned blocks) { FASTOPS_LAUNCH(kernel, blocks, kThreads, 0, stream_, call_, role); });
+    });
+  }
+  void add(const Addition& addition) noexcept {
+    run(divided_up(addition.heads * m_ * addition.numbers, kThreads),
+        [&](unsigned blocks) { FASTOPS_LAUNCH(add_kernel, blocks, kThreads, 0, stream_, call_, addition); });
+  }
+  void* step_at(std::size_t i) const noexcept {
+    return p_.steps + i * static_cast<std::size_t>(call_.heads_q * m_ * m_ * (call_.is_wide ? 8 : 4));
+  }
+  template <class T> void through_landmarks() noexcept {
+    if (of_.ridge_solve) {
+      ridge();
+    } else {
+      start<T>(step_at(0));
+      for (std::size_t i = 0; i < of_.iterations; ++i) step<T>(step_at(i), step_at(i + 1));
+      multiply<T>({of_values(with_values(call_.w), square(step_at(of_.iterations)), with_values(call_.b))});
+    }
+    statistics<Pass::kQueries>();
+    gradient<Pass::kQueries>(Role::kValues);
+    add({call_.of_values, nullptr, 1, width(), call_.heads_q, call_.dw, call_.columns, call_.is_wide});
+    if (of_.ridge_solve)
+      ridge_backward();
+    else
+      newton_backward<T>();
+    const auto dots = key_dots_kernel<T>;
+    run(divided_up(call_.heads_q * m_, kWarps),
+        [&](unsigned blocks) { FASTOPS_LAUNCH(dots, blocks, kThreads, 0, stream_, call_); });
+    if (call_.of_means) {
+      between<T>();
+      const auto dim = static_cast<int>(of_.dim);
+      gradient<Pass::kKeys>(Role::kRows);
+      float* const to_q = of_.d_q_landmarks != nullptr ? of_.d_q_landmarks : call_.dq_means;
+      add({call_.of_keys, call_.dq_means_between, 1, dim, call_.heads_q, to_q, dim, false});
+      gradient<Pass::kQueries>(Role::kColumns);
+      float* const to_k = of_.d_k_landmarks != nullptr ? of_.d_k_landmarks : call_.dk_means;
+      add({call_.of_columns, call_.dk_means_between, call_.group, dim, call_.heads_kv, to_k, dim, false});
+    }
+    gradient<Pass::kQueries>(Role::kRows);
+    gradient<Pass::kKeys>(Role::kColumns);
+    gradient<Pass::kKeys>(Role::kValues);
+  }
+  // What the logits of A give the landmarks.
+  template <class T> void between() noexcept {
+    const auto softmax = softmax_gradient_kernel<T>;
+    run(divided_up(call_.heads_q * m_, kWarps),
+        [&](unsigned blocks) { FASTOPS_LAUNCH(softmax, blocks, kThreads, 0, stream_, call_); });
+    const Matrix ds = square(call_.da);
+    Product dq = times(rows(call_.dq_means_between, false), ds, rows(call_.k_means, true));
+    Product dk = times(rows(call_.dk_means_between, false), turned(ds), rows(call_.q_means, false));
+    dq.cols = dk.cols = static_cast<int>(of_.dim);
+    multiply<T>({dq, dk});
+  }
+  // Through the steps from Z' back to Z and A: Z' = Z R / 4, R = 13 - X Q, Q = 15 - X P, P = 7 - X, X = A Z; so dR =
+  // Z^T dZ' / 4, dQ = -X^T dR, dP = -X^T dQ, dX = -dR Q^T - dQ P^T - dP, and e is dP + 7 dQ.
+  template <class T> void newton_backward() noexcept {
+    const Matrix a = square(call_.a), da = square(call_.da), x = square(p_.x), q = square(p_.u), r = square(p_.t);
+    const Matrix dw = with_values(call_.dw), b = with_values(call_.b), dr = square(p_.dr), dq = square(p_.dq);
+    const Matrix e = square(p_.e), s = square(p_.s), dx = square(p_.dx);
+    Product db = of_values(with_values(call_.db), turned(square(step_at(of_.iterations))), dw);
+    multiply<T>({db});
+    if (!call_.of_means) return;
+    Product first = times(square(p_.dz[of_.iterations % 2]), dw, turned(b));
+    first.depth = width();
+    multiply<T>({first});
+    for (std::size_t i = of_.iterations; i-- > 0;) {
+      const Matrix z = square(step_at(i)), after = square(p_.dz[(i + 1) % 2]), before = square(p_.dz[i % 2]);
+      const double kept = i + 1 == of_.iterations ? 0.0 : 1.0;
+      multiply<T>({times(x, a, z), times(q, x, x, 1.0, 15.0, x, -7.0), times(r, x, q, -1.0, 13.0),
+                   times(dr, turned(z), after, 0.25), times(dq, turned(x), dr, -1.0),
+                   times(e, turned(x), dq, -1.0, 0.0, dq, 7.0), times(s, dr, turned(q), -1.0, 0.0, e, -1.0),
+                   times(dx, dq, turned(x), 1.0, 0.0, s, 1.0), times(e, after, turned(r), 0.25),
+                   times(before, turned(a), dx, 1.0, 0.0, e, 1.0), times(da, dx, turned(z), 1.0, 0.0, da, kept)});
+    }
+    const auto kernel = start_gradient_kernel<T>;
+    run(call_.heads_q, [&](unsigned blocks) {
+      FASTOPS_LAUNCH(kernel, blocks, kThreads, 0, stream_, call_, static_cast<const void*>(p_.dz[0]),
+                     of_.iterations == 0);
+    });
+  }
+  // G = A^T A + ridge c I, W = G^-1 A^T B: dR = G^-1 dW (in the place of dW), dG = -dR W^T, dB = A dR, dA = B dR^T + A
+  // (dG + dG^T) and the norms' share.
+  void ridge_backward() noexcept {
+    const Matrix a = square(call_.a), da = square(call_.da), t = square(p_.t), s = square(p_.s), e = square(p_.e);
+    const Matrix dr = with_values(call_.dw), w = with_values(call_.w), b = with_values(call_.b);
+    divide(call_.dw, width(), call_.columns);
+    multiply<double>({of_values(with_values(call_.db), a, dr)});
+    if (!call_.of_means) return;
+    Product outer = times(t, dr, turned(w)), direct = times(s, b, turned(dr));
+    outer.depth = direct.depth = width();
+    multiply<double>({outer, direct, times(e, a, t, -1.0, 0.0, s, 1.0), times(da, a, turned(t), -1.0, 0.0, e, 1.0)});
+    run(call_.heads_q, [&](unsigned blocks) {
+      FASTOPS_LAUNCH(ridge_gradient_kernel, blocks, kThreads, 0, stream_, call_, static_cast<const double*>(p_.t));
+    });
+  }
+
   template <class T> void inform() noexcept {
     if (landmarks_stand()) {
       void* z = p_.z[of_.iterations % 2];
@@ -1086,18 +1630,18 @@ class Launches {
 namespace fastops::gpu {
 
 std::size_t nystrom_attention_workspace(const NystromAttention& call, bool gradient) noexcept {
-  (void)gradient;
   namespace level = fastops::FASTOPS_LEVEL;
-  return level::prepare(call, nullptr).bytes;
+  return level::prepare(call, nullptr, gradient).bytes;
 }
 Status nystrom_attention(const NystromAttention& call, void* workspace, Stream stream) noexcept {
   namespace level = fastops::FASTOPS_LEVEL;
-  const level::Prepared prepared = level::prepare(call, workspace);
+  const level::Prepared prepared = level::prepare(call, workspace, false);
   return level::Launches(prepared, stream).forward();
 }
 Status nystrom_attention_backward(const NystromAttention& call, void* workspace, Stream stream) noexcept {
-  (void)call, (void)workspace, (void)stream;
-  return kTooLarge;
+  namespace level = fastops::FASTOPS_LEVEL;
+  const level::Prepared prepared = level::prepare(call, workspace, true);
+  return level::Launches(prepared, stream).backward();
 }
 
 }  // namespace fastops::gpu
