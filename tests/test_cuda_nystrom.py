@@ -294,6 +294,61 @@ def test_gradients_under_conditions_are_within_tolerance(gpu: Any, kind: str, na
             check_gradients(gpu, seed, arrays_of(seed, *sizes, 9, name), num_landmarks=7, pinv=solver, **given)
 
 
+@pytest.mark.parametrize("iterations", [0, 1, 12])
+def test_gradients_of_any_number_of_steps(gpu: Any, iterations: int) -> None:
+    for init in ("matrix", "batch"):
+        options = {"num_landmarks": 6, "iterations": iterations, "init": init}
+        check_gradients(gpu, 12, arrays_of(12, 1, 2, 1, 70, 70, 8, 5), **options)
+
+
+def test_gradients_of_many_rows_are_the_definition(gpu: Any) -> None:
+    """More than one part of the sums over keys and over queries."""
+    check_gradients(gpu, 13, arrays_of(13, 1, 2, 1, 300, 300, 8, 66), num_landmarks=66, normalize=True)
+
+
+@every_dtype
+def test_layouts_and_strides_change_no_bit_of_gradients(gpu: Any, name: str) -> None:
+    arrays = arrays_of(14, 2, 4, 2, 70, 90, 16, 8, name)
+    dy = arrays_of(15, 2, 4, 2, 70, 90, 16, 8, name)[0][..., :8]
+    want = gradients(gpu, dy, arrays, num_landmarks=6)
+    turned = [np.ascontiguousarray(x.swapaxes(1, 2)) for x in (dy, *arrays)]
+    for got, exact in zip(gradients(gpu, turned[0], turned[1:], num_landmarks=6, layout="bnhd"), want, strict=True):
+        assert_same_bits(np.ascontiguousarray(got.swapaxes(1, 2)), exact)
+    for given in views_of([dy, *arrays]).values():
+        for got, exact in zip(gradients(gpu, given[0], given[1:], num_landmarks=6), want, strict=True):
+            assert_same_bits(got, exact)
+    single = gradients(gpu, dy[0, 0], [x[0, 0] for x in arrays], num_landmarks=6)
+    first = gradients(gpu, dy[:1, :1], [x[:1, :1] for x in arrays], num_landmarks=6)
+    for got, exact in zip(single, first, strict=True):
+        assert_same_bits(got, exact[0, 0])
+
+
+def test_gradients_of_hidden_rows_are_zero(gpu: Any) -> None:
+    arrays = arrays_of(16, 2, 2, 1, 70, 70, 6, 5)
+    mask = np.random.default_rng(16).random((2, 70)) < 0.6
+    mask[1, 5:] = False
+    taps = np.random.default_rng(17).standard_normal((2, 3)).astype(F32)
+    dy = arrays_of(18, 2, 2, 1, 70, 70, 6, 5)[0][..., :5]
+    for x in (*arrays, dy):
+        x[~np.broadcast_to(mask[:, np.newaxis], x.shape[:3])] = np.nan
+    found = gradients(gpu, dy, arrays, num_landmarks=7, key_mask=mask, conv_weight=taps)
+    for x in found:
+        assert np.isfinite(x).all()
+    for x in found[:3]:
+        assert not x[~np.broadcast_to(mask[:, np.newaxis], x.shape[:3])].any()
+
+
+def test_gradients_of_empty_arrays(gpu: Any) -> None:
+    for sizes in ((0, 2, 1, 9, 9, 4, 3), (2, 2, 1, 0, 9, 4, 3), (2, 2, 1, 9, 0, 4, 3), (1, 0, 0, 9, 9, 4, 3)):
+        arrays = arrays_of(19, *sizes)
+        n, m = sizes[3:5]
+        more = {"conv_weight": np.ones((sizes[1], 3), F32)} if n == m else {}
+        marks = np.ones((*sizes[:2], 2, 4), F32), np.ones((sizes[0], sizes[2], 2, 4), F32)
+        for given in ({"num_landmarks": 2}, {"landmarks": marks, "return_d_landmarks": True}):
+            for x in gradients(gpu, np.ones((*sizes[:2], n, 3), F32), arrays, **more, **given):
+                assert not x.any()
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------------------
 
 
