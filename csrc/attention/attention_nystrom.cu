@@ -715,43 +715,46 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const __grid_constant_
                                              width);
     __syncthreads();
   }
-  if (!is_alive) return;
-  float inverse[2];
+  if (is_alive) {
+    float inverse[2];
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float sum = sum_of_quad(running.sum[r]), whole = sum_of_quad(weighted[r]);
-    const int row = r0 + own_row(2 * r);
-    const float divisor = kPass == Pass::kQueries && of.normalize ? whole : sum;
-    inverse[r] = divisor == 0.0f ? 0.0f : 1.0f / divisor;
-    if (row >= rows || t % 4 != 0 || e0 != 0) continue;
-    if (kPass == Pass::kKeys) {
-      const std::ptrdiff_t at = (index * call.parts + part) * rows + row;
-      call.part_tops[at] = running.top[r];
-      call.part_sums[at] = sum;
-    } else if (with_sums && call.weights != nullptr) {
-      call.weights[index * rows + row] = whole / sum;
-    }
-  }
-  char* const out = kPass == Pass::kKeys
-                        ? nullptr
-                        : const_cast<char*>(head_of(of.batch, of.out, item_of(of.dtype), batch,
-                                                    index - batch * static_cast<std::int64_t>(of.heads_q), 0));
-#pragma unroll
-  for (int n = 0; n < kColumns; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = r0 + own_row(i), e = e0 + own_column(n, i);
-      if (row >= rows || e >= values) continue;
+    for (int r = 0; r < 2; ++r) {
+      const float sum = sum_of_quad(running.sum[r]), whole = sum_of_quad(weighted[r]);
+      const int row = r0 + own_row(2 * r);
+      const float divisor = kPass == Pass::kQueries && of.normalize ? whole : sum;
+      inverse[r] = kPass == Pass::kKeys ? 1.0f : divisor == 0.0f ? 0.0f : 1.0f / divisor;
+      if (row >= rows || t % 4 != 0 || e0 != 0) continue;
       if (kPass == Pass::kKeys) {
-        call.part_values[((index * call.parts + part) * rows + row) * values + e] = d[n][i];
-        continue;
+        const std::ptrdiff_t at = (index * call.parts + part) * rows + row;
+        call.part_tops[at] = running.top[r];
+        call.part_sums[at] = sum;
+      } else if (with_sums && call.weights != nullptr) {
+        call.weights[index * rows + row] = whole / sum;
       }
-      float value = d[n][i] * inverse[i / 2];
-      if (of.conv != nullptr)
-        value += convolved(call, sources[kOfGradients], index % static_cast<std::int64_t>(of.heads_q), row, e);
-      if (!lives(sources[kOfRows], row)) value = 0.0f;
-      set_element(out, row * of.out.row + e * of.out.col, of.dtype, value);
     }
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) d[n][i] *= inverse[i / 2];
+    put_tile(x, d);
+  }
+  __syncthreads();
+  const std::int64_t head = index - batch * static_cast<std::int64_t>(of.heads_q);
+  char* const out =
+      kPass == Pass::kKeys ? nullptr : const_cast<char*>(head_of(of.batch, of.out, item_of(of.dtype), batch, head, 0));
+#pragma unroll 1
+  for (int i = t; i < kTile * kTile; i += kThreads) {
+    const int row = r0 + i / kTile, e = e0 + i % kTile;
+    if (row >= rows || e >= values) continue;
+    float value = x[i / kTile * ByFloats::kPitch + i % kTile];
+    if (kPass == Pass::kKeys) {
+      call.part_values[((index * call.parts + part) * rows + row) * values + e] = value;
+      continue;
+    }
+    if (of.conv != nullptr) value += convolved(call, sources[kOfGradients], head, row, e);
+    if (!lives(sources[kOfRows], row)) value = 0.0f;
+    set_element(out, row * of.out.row + e * of.out.col, of.dtype, value);
+  }
 }
 
 // A block for each landmark: B = softmax(s Qt K^T) V of all parts, and the sum of those weights, 1 or 0, beside it.
@@ -1043,31 +1046,30 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(const __grid_constan
                                           smaller(width - d0, kTile));
     __syncthreads();
   }
-  if (!is_alive) return;
+  if (is_alive) put_tile(x, d);
+  __syncthreads();
   const gpu::Heads& to = of_rows ? of.dq : of_values ? of.dv : of.dk;
-  char* const out = parted != nullptr
-                        ? nullptr
-                        : const_cast<char*>(head_of(of.batch, to, item_of(of.dtype), batch, index - batch * heads, 0));
+  const std::int64_t own_head = index - batch * heads;
+  char* const out =
+      parted != nullptr ? nullptr : const_cast<char*>(head_of(of.batch, to, item_of(of.dtype), batch, own_head, 0));
   const std::uint8_t* const mask = of_rows && !call.masks_queries ? nullptr : mask_of(call, batch);
-#pragma unroll
-  for (int n = 0; n < kColumns; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = o0 + own_row(i), c = d0 + own_column(n, i);
-      if (row >= own || c >= width) continue;
-      float value = d[n][i];
-      if (parted != nullptr) {
-        parted->sums[((index * parted->parts + part) * own + row) * width + c] = value;
-        continue;
-      }
-      if (!is_seen(call, mask, row))
-        value = 0.0f;
-      else if (of_values)
-        value += of.conv != nullptr ? convolved_back(call, batch, index - batch * heads, row, c) : 0.0f;
-      else if (kPass != Pass::kExact && of.q_landmarks == nullptr)
-        value += share_of_mean(call, batch, index, row, c, of_rows);
-      set_element(out, row * to.row + c * to.col, of.dtype, value);
+#pragma unroll 1
+  for (int i = t; i < kTile * kTile; i += kThreads) {
+    const int row = o0 + i / kTile, c = d0 + i % kTile;
+    if (row >= own || c >= width) continue;
+    float value = x[i / kTile * ByFloats::kPitch + i % kTile];
+    if (parted != nullptr) {
+      parted->sums[((index * parted->parts + part) * own + row) * width + c] = value;
+      continue;
     }
+    if (!is_seen(call, mask, row))
+      value = 0.0f;
+    else if (of_values)
+      value += of.conv != nullptr ? convolved_back(call, batch, own_head, row, c) : 0.0f;
+    else if (kPass != Pass::kExact && of.q_landmarks == nullptr)
+      value += share_of_mean(call, batch, index, row, c, of_rows);
+    set_element(out, row * to.row + c * to.col, of.dtype, value);
+  }
 }
 
 // The sum of the parts of (heads, landmarks, numbers), and of what is there from each of `group` heads.
