@@ -11,7 +11,7 @@ import tolerance
 from gpu_arrays import PLATFORMS, Fake, Shim, open_platform
 from quadratic import wide
 from samples import FLOATS, assert_same_bits
-from test_cuda_attention import full_of_nan
+from test_cuda_attention import full_of_nan, through_torch
 
 from fastops import attention as cpu
 from fastops import cuda, reference
@@ -38,6 +38,12 @@ def shim(monkeypatch: pytest.MonkeyPatch) -> Any:
     found = open_platform("shim", monkeypatch)
     full_of_nan(found, monkeypatch)
     return found
+
+
+@pytest.fixture
+def torch_on(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """torch, and the device of its tensors."""
+    return through_torch(gpu, monkeypatch, "nystrom_attention", "nystrom_attention_backward")
 
 
 def arrays_of(seed: int, b: int, h: int, heads: int, n: int, m: int, d: int, e: int, name: str = "f32") -> list[Any]:
@@ -398,3 +404,49 @@ def test_arguments_that_do_not_fit_are_refused(shim: Shim) -> None:
         cuda.nystrom_attention_backward(q, q, q, q, return_d_landmarks=True)
     with pytest.raises(ValueError, match=r"^dy must be of shape \(1, 2, 5, 4\), got \(1, 2, 5, 3\)"):
         cuda.nystrom_attention_backward(on_gpu(1, 2, 5, 3), q, q, q)
+
+
+# --- torch -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mask and taps", "landmarks", "tokens first"])
+def test_torch_differentiates_on_the_gpu(torch_on: Any, kind: str) -> None:
+    from fastops import torch as ft
+
+    torch, device = torch_on
+    arrays = arrays_of(30, 2, 4, 2, 40, 40, 8, 5)
+    rng = np.random.default_rng(31)
+    options: dict[str, Any] = {"num_landmarks": 6, "normalize": True}
+    more: list[Any] = []
+    if kind == "mask and taps":
+        options["key_mask"] = rng.random((2, 40)) < 0.8
+        more = [rng.standard_normal((4, 3))]
+    elif kind == "landmarks":
+        more = [rng.standard_normal((2, h, 6, 8)).astype(F32) for h in (4, 2)]
+    else:
+        options["layout"] = "bnhd"
+        arrays = [np.ascontiguousarray(x.swapaxes(1, 2)) for x in arrays]
+    leaves = [torch.tensor(x, device=device, requires_grad=True) for x in (*arrays, *more)]
+    given = {key: torch.tensor(x, device=device) if isinstance(x, np.ndarray) else x for key, x in options.items()}
+    extra = {"conv_weight": leaves[3]} if len(more) == 1 else {"landmarks": leaves[3:]} if more else {}
+    y = ft.nystrom_attention(*leaves[:3], **given, **extra)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    (y * weight.to(device)).sum().backward()
+    exact, wanted = in_float64(arrays, options)
+    if more:
+        wanted |= {"conv_weight": more[0]} if len(more) == 1 else {"landmarks": tuple(map(wide, more))}
+        wanted |= {"return_d_landmarks": len(more) == 2}
+    want = cpu.nystrom_attention_backward(wide(weight.numpy()), *exact, **wanted)
+    flat = [*want[:-1], *want[-1]] if isinstance(want[-1], tuple) else list(want)
+    for leaf, exact_one in zip(leaves, flat, strict=True):
+        assert leaf.grad.dtype == leaf.dtype
+        assert distance(leaf.grad.cpu().numpy(), exact_one) <= tolerance.nystrom_gradient(np.dtype(F32))
+
+
+def test_torch_says_what_the_gpu_has_not(torch_on: Any) -> None:
+    from fastops import torch as ft
+
+    torch, device = torch_on
+    x = torch.ones(1, 1, 3, 2, device=device, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"^q must be of dtype float16 or bfloat16 or float32, got float64"):
+        ft.nystrom_attention(x, x, x)
