@@ -171,9 +171,7 @@ def test_padding_changes_no_bit(gpu: Any) -> None:
     want = gpu.get(cuda.nystrom_attention(*map(gpu.put, rows), **put(gpu, {"num_landmarks": 6})))
     for x in (q, k, v):
         x[:, :, 47:] = np.nan
-    got = gpu.get(
-        cuda.nystrom_attention(*map(gpu.put, (q, k, v)), **put(gpu, {"num_landmarks": 6, "key_mask": mask}))
-    )
+    got = gpu.get(cuda.nystrom_attention(*map(gpu.put, (q, k, v)), **put(gpu, {"num_landmarks": 6, "key_mask": mask})))
     assert_same_bits(np.ascontiguousarray(got[:, :, :47]), want)
     assert not got[:, :, 47:].any()
 
@@ -232,9 +230,7 @@ def test_leading_dimensions_are_any(gpu: Any) -> None:
         assert gpu.get(info.residual).shape == (2, 3, 2)
     single = {"num_landmarks": 5, "key_mask": mask[0]}
     y, info = cuda.nystrom_attention(*(gpu.put(x[0, 0]) for x in arrays), **put(gpu, single), return_info=True)
-    whole = cuda.nystrom_attention(
-        *(gpu.put(x[:1, :1]) for x in arrays), **put(gpu, single | {"key_mask": mask[:1]})
-    )
+    whole = cuda.nystrom_attention(*(gpu.put(x[:1, :1]) for x in arrays), **put(gpu, single | {"key_mask": mask[:1]}))
     assert_same_bits(gpu.get(y), gpu.get(whole)[0, 0])
     assert gpu.get(info.coefficient).shape == ()
 
