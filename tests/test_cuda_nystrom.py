@@ -340,6 +340,13 @@ def test_gradients_of_hidden_rows_are_zero(gpu: Any) -> None:
         assert not x[~np.broadcast_to(mask[:, np.newaxis], x.shape[:3])].any()
 
 
+def test_more_steps_than_memory_holds_are_refused(shim: Shim) -> None:
+    """Products of sizes must not wrap around."""
+    x = on_gpu(1, 8, 1, 1)
+    with pytest.raises(MemoryError):
+        cuda.nystrom_attention_backward(x, x, x, x, num_landmarks=4096, iterations=2**31 - 1)
+
+
 def test_gradients_of_empty_arrays(gpu: Any) -> None:
     for sizes in ((0, 2, 1, 9, 9, 4, 3), (2, 2, 1, 0, 9, 4, 3), (2, 2, 1, 9, 0, 4, 3), (1, 0, 0, 9, 9, 4, 3)):
         arrays = arrays_of(19, *sizes)

@@ -2,6 +2,7 @@
 // Linear and Nystrom attention on a GPU for Python: arrays as (address, strides of the batch, head, row, column), and
 // its workspace.
 #include <cstring>
+#include <new>
 
 #include "cuda/cuda_bind.h"
 
@@ -193,6 +194,11 @@ void attend_through_landmarks(const py::tuple& options, const py::tuple& sizes, 
                               int device, std::uintptr_t stream) {
   const NystromAttention call = nystrom_of(options, sizes, arrays);
   if (gradient) {
+    // Every step's matrices are kept; how many steps there are is the caller's to say.
+    double bytes = 8.0 * static_cast<double>(call.iterations + 16) * static_cast<double>(call.heads_q) *
+                   static_cast<double>(call.landmarks * call.landmarks);
+    for (const std::size_t n : call.batch) bytes *= static_cast<double>(n);
+    if (bytes > 0x1p60) throw std::bad_alloc();
     for (const char* name : {"dy", "dq", "dk", "dv"})
       if (!arrays.contains(name)) throw py::value_error("a gradient needs dy, dq, dk and dv");
     if ((call.conv == nullptr) != (call.d_conv == nullptr))
