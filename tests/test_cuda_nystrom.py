@@ -341,6 +341,17 @@ def test_gradients_of_hidden_rows_are_zero(gpu: Any) -> None:
         assert not x[~np.broadcast_to(mask[:, np.newaxis], x.shape[:3])].any()
 
 
+def test_hidden_keys_far_above_the_others_reach_no_gradient(gpu: Any) -> None:
+    """What stands in their place has a logit of 0, whose weight beside logits of -88.72 would be infinite."""
+    rng = np.random.default_rng(20)
+    q, k = np.ones((1, 1, 40, 1), F32), np.full((1, 1, 40, 1), -88.72, F32)
+    v, dy = (rng.standard_normal((1, 1, 40, 3)).astype(F32) for _ in range(2))
+    mask = rng.random((1, 40)) < 0.7
+    for landmarks in (7, 40):
+        for x in gradients(gpu, dy, [q, k, v], num_landmarks=landmarks, key_mask=mask, scale=1.0):
+            assert np.isfinite(x).all()
+
+
 def test_more_steps_than_memory_holds_are_refused(shim: Shim) -> None:
     """Products of sizes must not wrap around."""
     x = on_gpu(1, 8, 1, 1)
