@@ -247,6 +247,54 @@ def attention(report: Report, bandwidth: float, rounds: int) -> None:
         )
 
 
+def torch_nystrom(q: Any, k: Any, v: Any, m: int) -> Any:
+    """Nystrom attention by torch's own products, in float32 between landmarks."""
+    scale = q.shape[-1] ** -0.5
+    qt, kt = (x.float().unflatten(2, (m, -1)).mean(3) for x in (q, k))
+    a = torch.softmax(scale * (qt @ kt.mT), -1)
+    z = a.mT / (a.sum(-2).amax(-1) * a.sum(-1).amax(-1))[..., None, None]
+    one = torch.eye(m, device=q.device)
+    for _ in range(6):
+        x = a @ z
+        z = z @ (13 * one - x @ (15 * one - x @ (7 * one - x))) / 4
+    b = torch.softmax(scale * (qt.to(q.dtype) @ k.mT), -1) @ v
+    return torch.softmax(scale * (q @ kt.to(q.dtype).mT), -1) @ (z @ b.float()).to(q.dtype)
+
+
+def nystrom(report: Report, rounds: int) -> None:
+    """Nystrom attention, forward and with its gradient."""
+    for shape, m in (
+        ((1, 16, 1024, 64), 64),
+        ((1, 16, 8192, 64), 64),
+        ((8, 16, 1024, 64), 64),
+        ((1, 16, 8192, 64), 128),
+    ):
+        for dtype in (torch.bfloat16, torch.float32):
+            q, k, v = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3))
+            y = cuda.nystrom_attention(q, k, v, num_landmarks=m)
+            dy = torch.randn_like(y)
+            host = [x[:1, :1].float().cpu().numpy() for x in (q, k, v, y)]
+            off = np.linalg.norm(fastops.nystrom_attention(*host[:3], num_landmarks=m) - host[3])
+            assert off <= (4e-6 if dtype is torch.float32 else 6e-3) * np.linalg.norm(host[3]), "wrong result"
+            functions: dict[str, Callable[[], Any]] = {
+                "fastops": lambda: cuda.nystrom_attention(q, k, v, num_landmarks=m),
+                "torch P1 (Z (P3 V))": lambda: torch_nystrom(q, k, v, m),
+                "torch SDPA (softmax)": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v),
+            }
+            report.add(f"nystrom_attention m{m} {dtype} {shape}", milliseconds(functions, rounds))
+            leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+
+            def forward_and_backward() -> None:
+                cuda.nystrom_attention(q, k, v, num_landmarks=m)
+                cuda.nystrom_attention_backward(dy, q, k, v, num_landmarks=m)
+
+            functions = {
+                "fastops": forward_and_backward,
+                "torch P1 (Z (P3 V))": lambda: torch.autograd.grad(torch_nystrom(*leaves, m), leaves, dy),
+            }
+            report.add(f"nystrom_attention with gradient m{m} {dtype} {shape}", milliseconds(functions, rounds))
+
+
 def main() -> None:
     """The whole comparison."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -263,6 +311,7 @@ def main() -> None:
     products(report, options.rounds)
     lists(report, bandwidth, options.rounds)
     attention(report, bandwidth, options.rounds)
+    nystrom(report, options.rounds)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(

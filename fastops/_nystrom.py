@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,16 +55,21 @@ def prepare(
     causal: object,
 ) -> tuple[NystromOptions, NystromExtras]:
     """Options and arrays of a call, checked."""
-    if _validate.boolean("causal", causal):
-        raise _validate.not_offered("causal", "False, since the means of segments hold keys after a row's own", causal)
+    refuse_causal(causal)
     made = options(p.d, num_landmarks, iterations, pinv, ridge, scale, init, normalize)
-    mask = _mask(p, key_mask)
-    taps = _taps(p, conv_weight)
+    mask = checked_mask(p, key_mask)
+    taps = checked_taps(p, conv_weight)
     pair: list[AnyArray] | list[None] = [None, None]
     if landmarks is not None:
         pair = _landmarks(p, landmarks)
         made = made._replace(landmarks=pair[0].shape[2])
     return made, NystromExtras(mask, taps, *pair)
+
+
+def refuse_causal(causal: object) -> None:
+    """Only False will do."""
+    if _validate.boolean("causal", causal):
+        raise _validate.not_offered("causal", "False, since the means of segments hold keys after a row's own", causal)
 
 
 def options(
@@ -104,7 +110,7 @@ def kernel_size(conv_kernel_size: object) -> int | None:
     return size
 
 
-def _mask(p: Problem, value: object) -> AnyArray | None:
+def checked_mask(p: Problem, value: object) -> AnyArray | None:
     """(B, Nk) bool, a view."""
     if value is None:
         return None
@@ -124,7 +130,7 @@ def _mask(p: Problem, value: object) -> AnyArray | None:
     return mask.reshape((p.b, p.nk))
 
 
-def _taps(p: Problem, value: object) -> AnyArray | None:
+def checked_taps(p: Problem, value: object) -> AnyArray | None:
     """(H, taps) of the compute dtype, C-contiguous."""
     if value is None:
         return None
@@ -143,17 +149,31 @@ def _taps(p: Problem, value: object) -> AnyArray | None:
 
 def _landmarks(p: Problem, value: object) -> list[AnyArray]:
     """(B, H, m, D) and (B, H_kv, m, D) of the compute dtype, C-contiguous."""
+    pair = [floats(f"landmarks[{i}]", x, p.wide) for i, x in enumerate(two_landmarks(value))]
+    want_landmarks(p, pair)
+    p.inputs.update({f"landmarks[{i}]": x for i, x in enumerate(pair)})
+    return [
+        np.require(x, requirements=("C", "A")).reshape((p.b, heads, *x.shape[-2:]))
+        for x, heads in zip(pair, (p.hq, p.hkv), strict=True)
+    ]
+
+
+def two_landmarks(value: object) -> tuple[Any, Any]:
+    """The landmarks of q and of k, whatever they are."""
     if not isinstance(value, (tuple, list)):
         raise _validate.wrong_type("landmarks", "a tuple of two arrays, of q and of k", value)
     if len(value) != 2:
         raise _validate.wrong_value("landmarks", "two arrays, of q and of k", Text(str(len(value))))
-    result: list[AnyArray] = []
+    return value[0], value[1]
+
+
+def want_landmarks(p: Problem, pair: Sequence[Any]) -> None:
+    """Refuses landmarks of other shapes than (..., H, m, D) and (..., H_kv, m, D)."""
     m: Any = "m"
-    for i, (item, heads) in enumerate(zip(value, (p.hq, p.hkv), strict=True)):
+    for i, (x, heads) in enumerate(zip(pair, (p.hq, p.hkv), strict=True)):
         name = f"landmarks[{i}]"
-        x = floats(name, item, p.wide)
         wanted = (*p.batch, *((heads,) if p.heads else ()), m, p.d)
-        if x.ndim != len(wanted) or any(
+        if len(x.shape) != len(wanted) or any(
             got != length and length != "m" for got, length in zip(x.shape, wanted, strict=True)
         ):
             text = "(" + ", ".join(map(str, wanted)) + ")"
@@ -163,6 +183,3 @@ def _landmarks(p: Problem, value: object) -> list[AnyArray]:
         m = x.shape[-2]
         if not 1 <= m <= MAX_LANDMARKS:
             raise _validate.wrong_value(name, f"of 1 to {MAX_LANDMARKS} rows a head", Text(str(m)))
-        p.inputs[name] = x
-        result.append(np.require(x, requirements=("C", "A")).reshape((p.b, heads, m, p.d)))
-    return result

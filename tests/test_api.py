@@ -191,6 +191,7 @@ FRONT_END = (
     "cuda/_attention",
     "cuda/_matmul",
     "cuda/_mitchell",
+    "cuda/_nystrom",
     "cuda/_optim",
     "jax/__init__",
     "jax/_attention",

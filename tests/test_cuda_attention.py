@@ -740,6 +740,11 @@ def test_gradients_that_do_not_fit_are_refused(shim: Shim) -> None:
 
 @pytest.fixture
 def torch_on(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """torch, and the device of its tensors."""
+    return through_torch(gpu, monkeypatch, "linear_attention", "linear_attention_backward", "linear_attention_step_")
+
+
+def through_torch(gpu: Any, monkeypatch: pytest.MonkeyPatch, *names: str) -> Any:
     """torch, and the device of its tensors: for the shim tensors of the CPU that say they are on a GPU."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("fastops.torch")
@@ -761,7 +766,7 @@ def torch_on(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
             function(*map(into, args), **{key: into(x) for key, x in options.items()}, stream=1)
         )
 
-    for name in ("linear_attention", "linear_attention_backward", "linear_attention_step_"):
+    for name in names:
         monkeypatch.setattr(cuda, name, through(name))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
     return torch, "cpu"

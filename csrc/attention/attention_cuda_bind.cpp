@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Linear attention on a GPU for Python: arrays as (address, strides of the batch, head, row, column), and its
-// workspace.
+// Linear and Nystrom attention on a GPU for Python: arrays as (address, strides of the batch, head, row, column), and
+// its workspace.
 #include <cstring>
+#include <new>
 
 #include "cuda/cuda_bind.h"
 
@@ -126,6 +127,91 @@ void step(const py::tuple& options, const py::tuple& sizes, const py::dict& arra
   raise_unless_ok(on.status);
   raise_unless_ok(linear_attention_step(call, stream_of(stream)));
 }
+NystromAttention nystrom_of(const py::tuple& options, const py::tuple& sizes, const py::dict& arrays) {
+  NystromAttention call{};
+  if (options.size() != 7 || sizes.size() != 4 + 8) throw py::value_error("options or sizes of the wrong length");
+  const int dtype = options[0].cast<int>();
+  if (dtype < FASTOPS_F16 || dtype > FASTOPS_F32) throw py::type_error("arrays must be of 2 or 4 bytes");
+  call.dtype = static_cast<fastops_dtype>(dtype);
+  call.iterations = options[1].cast<std::size_t>();
+  call.ridge_solve = options[2].cast<bool>();
+  call.ridge = options[3].cast<double>();
+  call.scale = options[4].cast<double>();
+  call.batch_init = options[5].cast<bool>();
+  call.normalize = options[6].cast<bool>();
+  std::size_t n[4 + 8];
+  for (std::size_t i = 0; i < sizes.size(); ++i) n[i] = sizes[i].cast<std::size_t>();
+  for (std::size_t i = 0; i < kBatchDimensions; ++i) call.batch[i] = n[i];
+  call.heads_q = n[4];
+  call.heads_kv = n[5];
+  call.queries = n[6];
+  call.keys = n[7];
+  call.dim = n[8];
+  call.values = n[9];
+  call.landmarks = n[10];
+  call.taps = n[11];
+  if (call.dim == 0 || call.values == 0 || call.landmarks == 0 || call.landmarks > kMostLandmarks)
+    throw py::value_error("sizes of rows must be at least 1, landmarks 1 to 4096");
+  if (call.queries > kMostTokens || call.keys > kMostTokens || call.dim > kMostNumbers || call.values > kMostNumbers ||
+      call.taps > kMostTokens)
+    throw py::value_error("rows must be at most 2**30, of at most 2**20 numbers");
+  if (call.heads_kv == 0 ? call.heads_q != 0 : call.heads_q % call.heads_kv != 0)
+    throw py::value_error("heads must be a multiple of those of k and v");
+  const std::size_t item = kItem[dtype];
+  call.q = heads_of(arrays, "q", item);
+  call.k = heads_of(arrays, "k", item);
+  call.v = heads_of(arrays, "v", item);
+  call.out = heads_of(arrays, "out", item);
+  call.dy = heads_of(arrays, "dy", item);
+  call.dq = heads_of(arrays, "dq", item);
+  call.dk = heads_of(arrays, "dk", item);
+  call.dv = heads_of(arrays, "dv", item);
+  call.mask = heads_of(arrays, "key_mask", 1);
+  // Floats of any size in C order.
+  const auto given = [&](const char* name, fastops_dtype* of) -> const void* {
+    if (!arrays.contains(name)) return nullptr;
+    const py::tuple pair = arrays[name].cast<py::tuple>();
+    const int code = pair[1].cast<int>();
+    if (code < FASTOPS_F16 || code > FASTOPS_F64) throw py::type_error("arrays must be of floats");
+    *of = static_cast<fastops_dtype>(code);
+    return reinterpret_cast<const void*>(pair[0].cast<std::uintptr_t>());
+  };
+  call.conv = given("conv_weight", &call.conv_dtype);
+  call.q_landmarks = given("landmarks[0]", &call.q_landmarks_dtype);
+  call.k_landmarks = given("landmarks[1]", &call.k_landmarks_dtype);
+  if ((call.q_landmarks == nullptr) != (call.k_landmarks == nullptr))
+    throw py::value_error("landmarks must be given of q and of k");
+  if (call.conv != nullptr && (call.taps % 2 == 0 || call.queries != call.keys))
+    throw py::value_error("a convolution must have an odd number of taps, and as many queries as keys");
+  const char* const told[] = {"residual", "coefficient", "row_sum_min", "row_sum_max"};
+  for (std::size_t i = 0; i < 4; ++i) call.info[i] = static_cast<float*>(address_of(arrays, told[i]));
+  call.d_conv = static_cast<float*>(address_of(arrays, "d_conv_weight"));
+  call.d_q_landmarks = static_cast<float*>(address_of(arrays, "d_landmarks[0]"));
+  call.d_k_landmarks = static_cast<float*>(address_of(arrays, "d_landmarks[1]"));
+  return call;
+}
+void attend_through_landmarks(const py::tuple& options, const py::tuple& sizes, const py::dict& arrays, bool gradient,
+                              int device, std::uintptr_t stream) {
+  const NystromAttention call = nystrom_of(options, sizes, arrays);
+  if (gradient) {
+    // Every step's matrices are kept; how many steps there are is the caller's to say.
+    double bytes = 8.0 * static_cast<double>(call.iterations + 16) * static_cast<double>(call.heads_q) *
+                   static_cast<double>(call.landmarks * call.landmarks);
+    for (const std::size_t n : call.batch) bytes *= static_cast<double>(n);
+    if (bytes > 0x1p60) throw std::bad_alloc();
+    for (const char* name : {"dy", "dq", "dk", "dv"})
+      if (!arrays.contains(name)) throw py::value_error("a gradient needs dy, dq, dk and dv");
+    if ((call.conv == nullptr) != (call.d_conv == nullptr))
+      throw py::value_error("a convolution needs room for its gradient");
+  } else if (!arrays.contains("out")) {
+    throw py::value_error("a result needs out");
+  }
+  const Memory workspace(nystrom_attention_workspace(call, gradient), device, stream);
+  const OnDevice on(device);
+  raise_unless_ok(on.status);
+  raise_unless_ok(gradient ? nystrom_attention_backward(call, workspace.data(), stream_of(stream))
+                           : nystrom_attention(call, workspace.data(), stream_of(stream)));
+}
 void copy_up(std::uintptr_t to, const py::bytes& from, int device, std::uintptr_t stream) {
   const OnDevice on(device);
   raise_unless_ok(on.status);
@@ -140,6 +226,8 @@ void bind_attention(py::module_& m) {
         py::arg("device"), py::arg("stream"));
   m.def("linear_attention_step", &step, py::arg("options"), py::arg("sizes"), py::arg("arrays"), py::arg("device"),
         py::arg("stream"));
+  m.def("nystrom_attention", &attend_through_landmarks, py::arg("options"), py::arg("sizes"), py::arg("arrays"),
+        py::arg("gradient"), py::arg("device"), py::arg("stream"));
   m.def("upload", &copy_up, py::arg("address"), py::arg("contents"), py::arg("device"), py::arg("stream"),
         "Copies host memory without waiting for the stream.");
   m.attr("most_step_features") = kMostStepFeatures;

@@ -174,5 +174,30 @@ Status linear_attention_backward(const LinearAttention& call, void* workspace, S
 inline constexpr std::size_t kMostStepFeatures = 3072;
 Status linear_attention_step(const LinearAttention& call, Stream stream) noexcept;
 
+// Nystrom attention.
+
+inline constexpr std::size_t kMostLandmarks = 4096;
+struct NystromAttention {
+  fastops_dtype dtype;  // F16, BF16 or F32
+  bool ridge_solve, normalize, batch_init;
+  std::size_t iterations, taps;
+  double ridge, scale;
+  std::size_t batch[kBatchDimensions];
+  std::size_t heads_q, heads_kv, queries, keys, dim, values, landmarks;  // at most kMostTokens, kMostNumbers
+  Heads q, k, v, out;
+  Heads mask;                             // a byte a key, one for all heads; of queries, too, where there are as many
+  const void* conv;                       // (heads_q, taps), C order, or null
+  const void *q_landmarks, *k_landmarks;  // (batch, heads, landmarks, dim), C order; null: means of segments
+  fastops_dtype conv_dtype, q_landmarks_dtype, k_landmarks_dtype;
+  float* info[4];  // (batch, heads_q) each, or null: residual, coefficient, least and largest sum of weights
+  // Of the gradient.
+  Heads dy, dq, dk, dv;
+  float* d_conv;                         // (heads_q, taps)
+  float *d_q_landmarks, *d_k_landmarks;  // as those given, or null: not wanted
+};
+std::size_t nystrom_attention_workspace(const NystromAttention& call, bool gradient) noexcept;
+Status nystrom_attention(const NystromAttention& call, void* workspace, Stream stream) noexcept;
+Status nystrom_attention_backward(const NystromAttention& call, void* workspace, Stream stream) noexcept;
+
 }  // namespace fastops::gpu
 #endif

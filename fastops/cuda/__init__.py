@@ -20,6 +20,7 @@ from ._mitchell import (
     mitchell_sqrt,
     mitchell_square,
 )
+from ._nystrom import nystrom_attention, nystrom_attention_backward
 from ._optim import TensorList, adamw_step_, ema_update_, sgd_step_
 from ._runtime import device_count, is_available
 
@@ -44,5 +45,7 @@ __all__ = [
     "mitchell_rsqrt",
     "mitchell_sqrt",
     "mitchell_square",
+    "nystrom_attention",
+    "nystrom_attention_backward",
     "sgd_step_",
 ]

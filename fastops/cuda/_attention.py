@@ -26,12 +26,12 @@ _WIDE = np.dtype(np.float32)
 State = Sequence[Any]
 
 
-def _shape_of(x: View) -> Any:
+def shape_of(x: View) -> Any:
     """An array of this shape that takes no memory, for checks that look at shapes alone."""
     return np.broadcast_to(np.zeros((), np.float32), x.shape)
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """An array's strides in elements, those of leading dimensions one by one."""
 
     data: int
@@ -41,7 +41,65 @@ class _Rows(NamedTuple):
     col: int
 
 
-class _Linear:
+class OfHeads:
+    """What calls of attention share: operands as rows of heads, and their results."""
+
+    call: Call
+    p: Problem
+    dtype: int
+    step = False
+    rows: dict[str, Rows]
+
+    def _operand(self, x: View) -> Rows:
+        """Strides of an array like q, in the caller's order of axes."""
+        strides = x.strides
+        if self.step:
+            return Rows(x.data, strides[:-2], strides[-2] if self.p.heads else 0, 0, strides[-1])
+        if not self.p.heads:
+            return Rows(x.data, (), 0, strides[-2], strides[-1])
+        head, row = (-2, -3) if self.p.layout == "bnhd" else (-3, -2)
+        return Rows(x.data, strides[:-3], strides[head], strides[row], strides[-1])
+
+    def output(self, out: Any) -> Any:
+        """The result y."""
+        p = self.p
+        if self.step:
+            shape = (*p.batch, *((p.hq,) if p.heads else ()), p.e)
+        elif not p.heads:
+            shape = (p.nq, p.e)
+        else:
+            shape = (*p.batch, *((p.nq, p.hq) if p.layout == "bnhd" else (p.hq, p.nq)), p.e)
+        result, memory = self.call.output(out, shape, (self.dtype,))
+        if out is not None:
+            self.want_apart("out")
+        self.rows["out"] = self._operand(memory)
+        return result
+
+    def want_apart(self, *names: str) -> None:
+        """Refuses memory that is written and is that of another argument too."""
+        views = self.call.views
+        for name in names:
+            for other, x in views.items():
+                if other != name and same_memory(views[name], x):
+                    raise _validate.wrong_value(name, f"memory apart from {other}", Text("arrays that overlap"))
+
+    def new(self, shape: tuple[int, ...], code: int) -> tuple[Any, View]:
+        """An array of the caller's kind."""
+        made = _arrays.empty_like(self.call.like, shape, code, self.call.device, self.call.stream)
+        return made, _arrays.view("a result", made, self.call.stream)
+
+    def gradient(self, name: str, of: str) -> Any:
+        """Memory for the gradient of an argument."""
+        made, memory = self.new(self.call.views[of].shape, self.dtype)
+        self.rows[name] = self._operand(memory)
+        return made
+
+    def returned(self, *results: Any) -> tuple[Any, ...]:
+        """What the caller gets of new arrays."""
+        return tuple(returned(self.call.like, x) for x in results)
+
+
+class _Linear(OfHeads):
     """A call whose arguments are checked: what the compiled module takes."""
 
     def __init__(
@@ -68,7 +126,7 @@ class _Linear:
                 raise _validate.wrong_type(name, "an array on a GPU", {**arrays, **more}[name])
         self.dtype = call.dtype(_DTYPES, *arrays)
         self.step = layout is _attention._STEP
-        given = {name: _shape_of(call.views[name]) for name in arrays}
+        given = {name: shape_of(call.views[name]) for name in arrays}
         if self.step:
             for name, x in given.items():
                 if x.ndim < 1:
@@ -97,21 +155,11 @@ class _Linear:
         if x is not None:
             self.call.dtype(FLOATS, "projection")
         options = _attention.linear_options(
-            self.p.d, _WIDE, causal, feature_map, normalize, eps, kernel_eps, scale, None if x is None else _shape_of(x)
+            self.p.d, _WIDE, causal, feature_map, normalize, eps, kernel_eps, scale, None if x is None else shape_of(x)
         )
-        if x is not None and not _is_contiguous(x):
+        if x is not None and not is_contiguous(x):
             raise _validate.wrong_value("projection", "C-contiguous on a GPU", Text("other strides"))
         return options
-
-    def _operand(self, x: View) -> _Rows:
-        """Strides of an array like q, in the caller's order of axes."""
-        strides = x.strides
-        if self.step:
-            return _Rows(x.data, strides[:-2], strides[-2] if self.p.heads else 0, 0, strides[-1])
-        if not self.p.heads:
-            return _Rows(x.data, (), 0, strides[-2], strides[-1])
-        head, row = (-2, -3) if self.p.layout == "bnhd" else (-3, -2)
-        return _Rows(x.data, strides[:-3], strides[head], strides[row], strides[-1])
 
     def _take_mask(self) -> None:
         x = self.call.views.get("key_mask")
@@ -120,10 +168,10 @@ class _Linear:
         if x.dtype_name != "bool":
             raise _validate.wrong_type("key_mask", "of dtype bool (True where a key counts)", Text(x.dtype_name))
         p = self.p
-        p.key_mask(_shape_of(x).astype(bool) if not math.prod(x.shape) else np.broadcast_to(np.True_, x.shape))
+        p.key_mask(shape_of(x).astype(bool) if not math.prod(x.shape) else np.broadcast_to(np.True_, x.shape))
         own = len(x.shape) > len(p.batch) + 1
         last = x.strides[-1]
-        self.rows["key_mask"] = _Rows(x.data, x.strides[: len(p.batch)], x.strides[-2] if own else 0, last, 0)
+        self.rows["key_mask"] = Rows(x.data, x.strides[: len(p.batch)], x.strides[-2] if own else 0, last, 0)
 
     def _take_offsets(self, value: Any) -> None:
         self.sequences: int | None = None
@@ -168,14 +216,14 @@ class _Linear:
                 raise _validate.wrong_value("decay", f"of shape {head} or {token}", Text(clip(str(x.shape), 40)))
             own = len(x.shape) == len(token)
             last = x.strides[-1] if p.heads else 0
-            self.rows["decay"] = _Rows(x.data, x.strides[: len(p.batch)] if own else (0,) * len(p.batch), last, 0, 0)
+            self.rows["decay"] = Rows(x.data, x.strides[: len(p.batch)] if own else (0,) * len(p.batch), last, 0, 0)
         else:
-            p.decay(_shape_of(x), self.options)
+            p.decay(shape_of(x), self.options)
             if len(x.shape) > 1 or (not p.heads and x.shape == (p.nk,)):
                 own_head = x.strides[-2] if p.heads else 0
-                self.rows["decay"] = _Rows(x.data, x.strides[: len(p.batch)], own_head, x.strides[-1], 0)
+                self.rows["decay"] = Rows(x.data, x.strides[: len(p.batch)], own_head, x.strides[-1], 0)
             else:
-                self.rows["decay"] = _Rows(x.data, (0,) * len(p.batch), x.strides[0], 0, 0)
+                self.rows["decay"] = Rows(x.data, (0,) * len(p.batch), x.strides[0], 0, 0)
         self.numbers["decay_dtype"] = x.dtype
 
     def state_shapes(self, name: str) -> list[tuple[int, ...]]:
@@ -196,40 +244,10 @@ class _Linear:
                 raise _validate.wrong_type(f"{name}[{i}]", "of dtype float32", Text(x.dtype_name))
             if x.shape != shape:
                 raise _validate.wrong_value(f"{name}[{i}]", f"of shape {clip(str(shape))}", Text(clip(str(x.shape))))
-            if not _is_contiguous(x):
+            if not is_contiguous(x):
                 raise _validate.wrong_value(f"{name}[{i}]", "C-contiguous", Text("other strides"))
             found.append(x.data)
         return tuple(found)
-
-    # Results.
-
-    def output(self, out: Any) -> Any:
-        """The result y."""
-        p = self.p
-        if self.step:
-            shape = (*p.batch, *((p.hq,) if p.heads else ()), p.e)
-        elif not p.heads:
-            shape = (p.nq, p.e)
-        else:
-            shape = (*p.batch, *((p.nq, p.hq) if p.layout == "bnhd" else (p.hq, p.nq)), p.e)
-        result, memory = self.call.output(out, shape, (self.dtype,))
-        if out is not None:
-            self.want_apart("out")
-        self.rows["out"] = self._operand(memory)
-        return result
-
-    def want_apart(self, *names: str) -> None:
-        """Refuses memory that is written and is that of another argument too."""
-        views = self.call.views
-        for name in names:
-            for other, x in views.items():
-                if other != name and same_memory(views[name], x):
-                    raise _validate.wrong_value(name, f"memory apart from {other}", Text("arrays that overlap"))
-
-    def new(self, shape: tuple[int, ...], code: int) -> tuple[Any, View]:
-        """An array of the caller's kind."""
-        made = _arrays.empty_like(self.call.like, shape, code, self.call.device, self.call.stream)
-        return made, _arrays.view("a result", made, self.call.stream)
 
     def new_state(self, name: str) -> tuple[Any, ...]:
         """Memory for a state."""
@@ -237,18 +255,12 @@ class _Linear:
         self.numbers[name] = tuple(memory.data for _, memory in made)
         return tuple(x for x, _ in made)
 
-    def gradient(self, name: str, of: str) -> Any:
-        """Memory for the gradient of an argument."""
-        made, memory = self.new(self.call.views[of].shape, self.dtype)
-        self.rows[name] = self._operand(memory)
-        return made
-
     def run(self, kind: str = "") -> None:
         """The launches."""
         p, o, native = self.p, self.options, self.call.native
         if not p.b * p.hq:
             return
-        shape, rows = _walked(p.batch, self.rows)
+        shape, rows = walked(p.batch, self.rows)
         options = (
             self.dtype,
             _MAPS.index(o.feature_map),
@@ -271,10 +283,6 @@ class _Linear:
         else:
             native.linear_attention(options, sizes, arrays, kind == "gradient", *where)
 
-    def returned(self, *results: Any) -> tuple[Any, ...]:
-        """What the caller gets of new arrays."""
-        return tuple(returned(self.call.like, x) for x in results)
-
 
 def _is_host(value: Any) -> bool:
     if is_torch(value):
@@ -282,7 +290,7 @@ def _is_host(value: Any) -> bool:
     return isinstance(value, (list, tuple, np.ndarray))
 
 
-def _is_contiguous(x: View) -> bool:
+def is_contiguous(x: View) -> bool:
     reach = 1
     for n, stride in zip(reversed(x.shape), reversed(x.strides), strict=True):
         if n > 1 and stride != reach:
@@ -299,7 +307,7 @@ def _parts(name: str, state: object) -> tuple[Any, ...] | None:
     return tuple(state)
 
 
-def _walked(batch: tuple[int, ...], arrays: dict[str, _Rows]) -> tuple[tuple[int, ...], dict[str, _Rows]]:
+def walked(batch: tuple[int, ...], arrays: dict[str, Rows]) -> tuple[tuple[int, ...], dict[str, Rows]]:
     """The leading dimensions as four at most, merged where all arrays allow it."""
     lengths: list[int] = []
     strides: dict[str, list[int]] = {name: [] for name in arrays}

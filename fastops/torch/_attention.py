@@ -925,7 +925,18 @@ def _nystrom_options(extras: Sequence[Tensor | None], options: Sequence[Any]) ->
     }
 
 
+def _cuda_nystrom_options(extras: Sequence[Tensor | None], options: Sequence[Any]) -> dict[str, Any]:
+    """What `fastops.cuda` takes beside q, k and v."""
+    key_mask, conv_weight, *pair = (None if x is None else x.detach().contiguous() for x in extras)
+    landmarks = None if pair[0] is None else tuple(pair)
+    given = {"key_mask": key_mask, "conv_weight": conv_weight, "landmarks": landmarks}
+    return {**given, **dict(zip(_NYSTROM_NAMES, options, strict=True))}
+
+
 def _nystrom_kernel(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
+    if q.is_cuda:
+        own = (x.detach() for x in (q, k, v))
+        return _tensor(_cuda().nystrom_attention(*own, **_cuda_nystrom_options(more[:4], more[4:])))
     return tensor(
         attention.nystrom_attention(array("q", q), array("k", k), array("v", v), **_nystrom_options(more[:4], more[4:]))
     )
@@ -933,19 +944,20 @@ def _nystrom_kernel(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
 
 def _nystrom_backward_kernel(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> tuple[Tensor, ...]:
     _, conv_weight, first, second = more[:4]
-    dq, dk, dv, *rest = attention.nystrom_attention_backward(
-        array("dy", dy),
-        array("q", q),
-        array("k", k),
-        array("v", v),
-        **_nystrom_options(more[:4], more[4:]),
-        return_d_landmarks=first is not None,
-    )
+    if q.is_cuda:
+        own = (x.detach() for x in (dy, q, k, v))
+        options = _cuda_nystrom_options(more[:4], more[4:])
+        found = _cuda().nystrom_attention_backward(*own, **options, return_d_landmarks=first is not None)
+    else:
+        operands = (array(name, x) for name, x in (("dy", dy), ("q", q), ("k", k), ("v", v)))
+        options = _nystrom_options(more[:4], more[4:])
+        found = attention.nystrom_attention_backward(*operands, **options, return_d_landmarks=first is not None)
+    dq, dk, dv, *rest = found
     marks = [_nothing(q), _nothing(q)]
     if first is not None:
-        marks = [tensor(x).to(like.dtype) for x, like in zip(rest.pop(), (first, second), strict=True)]
-    taps = tensor(rest[0]).to(conv_weight.dtype) if rest else _nothing(q)
-    return tensor(dq), tensor(dk), tensor(dv), taps, *marks
+        marks = [_tensor(x).to(like.dtype) for x, like in zip(rest.pop(), (first, second), strict=True)]
+    taps = _tensor(rest[0]).to(conv_weight.dtype) if rest else _nothing(q)
+    return _tensor(dq), _tensor(dk), _tensor(dv), taps, *marks
 
 
 def _nystrom_backward_fake(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> tuple[Tensor, ...]:
@@ -1002,7 +1014,7 @@ def nystrom_attention(
     Parameters
     ----------
     q : (..., H, N, D) or (N, D) Tensor of float16, bfloat16, float32 or float64
-        Queries, on the CPU; read in place.
+        Queries, on the CPU or, but for float64, on an NVIDIA GPU; read in place.
     k : (..., H_kv, M, D) or (M, D) Tensor
         Keys.
     v : (..., H_kv, M, E) or (M, E) Tensor
@@ -1038,7 +1050,7 @@ def nystrom_attention(
     Raises
     ------
     TypeError
-        As `fastops.nystrom_attention`; a tensor that is not on the CPU.
+        As `fastops.nystrom_attention`; tensors on several devices, or on a GPU of dtypes that it does not take.
     ValueError
         As `fastops.nystrom_attention`.
     NotImplementedError
