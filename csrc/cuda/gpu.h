@@ -68,6 +68,25 @@ struct Elementwise {
 // F16 .. F64. `out` may equal an operand exactly.
 Status mitchell_apply(const fastops_mitchell& m, const Elementwise& call, Stream stream) noexcept;
 
+// Of mitchell_mul or mitchell_div. A gradient has strides of 0 along the axes over which it is summed.
+struct Strided {
+  const void* data;
+  std::ptrdiff_t stride[kMaxDimensions];
+};
+struct ElementwiseGradient {
+  fastops_mitchell_op op;
+  fastops_gradient mode;
+  fastops_dtype dtype;
+  int ndim;
+  std::size_t shape[kMaxDimensions];
+  Strided a, b, dy, da, db;
+};
+// Bytes of device memory that a call needs beside its arrays.
+std::size_t mitchell_gradient_workspace(const fastops_mitchell& m, const ElementwiseGradient& call) noexcept;
+// `product`: the multiplier's own products, for the mimicked gradient of a quotient.
+Status mitchell_gradient(const fastops_mitchell& m, const fastops_mitchell& product, const ElementwiseGradient& call,
+                         void* workspace, Stream stream) noexcept;
+
 // out[i] = a[i] b[i] over a batch; strides in elements, those of the batch first.
 inline constexpr int kBatchDimensions = 4;
 struct Matrices {

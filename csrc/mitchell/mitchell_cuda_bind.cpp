@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <optional>
 
 #include "cuda/cuda_bind.h"
 
@@ -136,6 +137,18 @@ int merge(std::vector<std::ptrdiff_t> shape, std::vector<std::ptrdiff_t> (&strid
   return static_cast<int>(merged->size());
 }
 
+// Memory for the time of a call, where it needs any.
+class Workspace {
+ public:
+  Workspace(std::size_t bytes, int device, std::uintptr_t stream) {
+    if (bytes != 0) memory_.emplace(bytes, device, stream);
+  }
+  void* data() const { return memory_ ? memory_->data() : nullptr; }
+
+ private:
+  std::optional<Memory> memory_;
+};
+
 void apply(const Multiplier& multiplier, int op, int dtype, const py::object& a, const py::object& b,
            const py::object& out, int device, std::uintptr_t stream) {
   const Array x = array_of(a), y = array_of(b), r = array_of(out);
@@ -170,6 +183,47 @@ void apply(const Multiplier& multiplier, int op, int dtype, const py::object& a,
   if (status == 0) status = mitchell_apply(*multiplier, call, stream_of(stream));
   const py::gil_scoped_acquire locked;
   raise_unless_ok(status);
+}
+
+// da and db have the shapes of a and b, dy that of the result.
+void grad(const Multiplier& multiplier, const Multiplier& product, int op, int mode, int dtype, const py::object& a,
+          const py::object& b, const py::object& dy, const py::object& da, const py::object& db, int device,
+          std::uintptr_t stream) {
+  constexpr std::size_t kArrays = 5;
+  const char* const names[kArrays] = {"dy", "a", "b", "da", "db"};
+  const Array arrays[kArrays] = {array_of(dy), array_of(a), array_of(b), array_of(da), array_of(db)};
+  if ((op != FASTOPS_MUL && op != FASTOPS_DIV) || mode < 0 || mode > FASTOPS_GRADIENT_MIMIC || dtype < 0 ||
+      dtype > FASTOPS_F64)
+    throw py::value_error("op, mode or dtype is out of range");
+  const std::size_t item = kItemSize[dtype];
+  std::vector<std::ptrdiff_t> strides[kArrays], shape;
+  for (std::size_t k = 0; k < kArrays; ++k) {
+    if (arrays[k].is_number) throw py::value_error(std::string(names[k]) + " must be an array");
+    want_aligned(arrays[k], item, names[k]);
+    strides[k] = broadcast(arrays[k], arrays[0].shape, names[k]);
+    // Of the axes that an operand has not, a gradient has none either.
+    if (k >= 3 && arrays[k].shape != arrays[k - 2].shape)
+      throw py::value_error(std::string(names[k]) + " must have the shape of " + names[k - 2]);
+    for (std::size_t other = 0; k >= 3 && other < k; ++other)
+      refuse_overlap(arrays[k], item, arrays[other], item, names[other], false);
+  }
+  ElementwiseGradient call{};
+  call.op = static_cast<fastops_mitchell_op>(op);
+  call.mode = static_cast<fastops_gradient>(mode);
+  call.dtype = static_cast<fastops_dtype>(dtype);
+  call.ndim = merge(arrays[0].shape, strides, kMaxDimensions, &shape);
+  Strided* const operands[kArrays] = {&call.dy, &call.a, &call.b, &call.da, &call.db};
+  for (int d = 0; d < call.ndim; ++d) {
+    const auto i = static_cast<std::size_t>(d);
+    call.shape[d] = static_cast<std::size_t>(shape[i]);
+    for (std::size_t k = 0; k < kArrays; ++k) operands[k]->stride[d] = strides[k][i];
+  }
+  for (std::size_t k = 0; k < kArrays; ++k) operands[k]->data = reinterpret_cast<const void*>(arrays[k].data);
+  if (is_empty(arrays[3]) && is_empty(arrays[4])) return;
+  const Workspace workspace(mitchell_gradient_workspace(*multiplier, call), device, stream);
+  const OnDevice on(device);
+  raise_unless_ok(on.status);
+  raise_unless_ok(mitchell_gradient(*multiplier, *product, call, workspace.data(), stream_of(stream)));
 }
 
 // The matrices of x, along whose leading axes it is repeated to those of the result.
@@ -252,6 +306,8 @@ void bind_mitchell(py::module_& m) {
   m.def("apply", &apply, py::arg("multiplier"), py::arg("op"), py::arg("dtype"), py::arg("a"), py::arg("b"),
         py::arg("out"), py::arg("device"), py::arg("stream"),
         "out = op(a, b); arrays are (address, shape, strides in elements), operands may be numbers.");
+  m.def("grad", &grad, py::arg("multiplier"), py::arg("product"), py::arg("op"), py::arg("mode"), py::arg("dtype"),
+        py::arg("a"), py::arg("b"), py::arg("dy"), py::arg("da"), py::arg("db"), py::arg("device"), py::arg("stream"));
   m.def("matmul", &matmul, py::arg("multiplier"), py::arg("dtype"), py::arg("a"), py::arg("b"), py::arg("out"),
         py::arg("device"), py::arg("stream"));
   m.def("lut_matmul", &lut, py::arg("a"), py::arg("b"), py::arg("table"), py::arg("wide_out"), py::arg("out"),

@@ -12,7 +12,7 @@ from .. import _validate, mitchell
 from .._multiplier import Multiplier
 from .._validate import Text, clip
 from ._arrays import DTYPES, FLOATS, Call, View, returned
-from ._mitchell import _constants
+from ._mitchell import _constants, want_arrays
 
 __all__ = ["lut_matmul", "mitchell_matmul"]
 
@@ -101,19 +101,13 @@ def mitchell_matmul(
     """
     chosen = mitchell._multiplier(multiplier)
     call = Call(stream, a=a, b=b, out=out)
-    _want_arrays(call, a=a, b=b)
+    want_arrays(call, a=a, b=b)
     dtype = call.dtype(FLOATS, "a", "b")
     left, right, shape, drop = _as_matrices(call.views["a"], call.views["b"])
     result, memory = call.output(out, _kept(shape, drop), (dtype,))
     constants = _constants(call.native, "mul", chosen)
     call.native.matmul(constants, dtype, left, right, _expanded(memory, drop), call.device, call.stream)
     return result if out is not None else returned(call.like, result)
-
-
-def _want_arrays(call: Call, **values: Any) -> None:
-    for name, value in values.items():
-        if name not in call.views:
-            raise _validate.wrong_type(name, "an array on a GPU", value)
 
 
 def lut_matmul(a: Any, b: Any, table: ArrayLike, *, out: Any = None, stream: Any = None) -> Any:
@@ -160,7 +154,7 @@ def lut_matmul(a: Any, b: Any, table: ArrayLike, *, out: Any = None, stream: Any
     """
     entries, largest = _validate.table("table", table)
     call = Call(stream, a=a, b=b, out=out)
-    _want_arrays(call, a=a, b=b)
+    want_arrays(call, a=a, b=b)
     for name in ("a", "b"):
         call.dtype(_BYTES, name)
     left, right, shape, drop = _as_matrices(call.views["a"], call.views["b"])
