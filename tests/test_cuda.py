@@ -14,7 +14,7 @@ import child
 import numpy as np
 import pytest
 import tolerance
-from gpu_arrays import PLATFORMS, Fake, FakeTensor, Shim, open_platform
+from gpu_arrays import PLATFORMS, Fake, FakeTensor, Shim, made_by, open_platform
 from samples import FLOATS, MULTIPLIERS, assert_same_bits, near_one, patterns, specials
 
 import fastops
@@ -416,17 +416,6 @@ def test_cpu_functions_name_the_way_to_the_gpu(shim: Shim) -> None:
 MODES = ("exact", "ste", "mimic")
 
 
-def gradients(gpu: Any, name: str, monkeypatch: pytest.MonkeyPatch, *operands: Any, **options: Any) -> list[Any]:
-    """The results of a function that makes arrays of its own, which for FakeTensor no library does."""
-    if isinstance(gpu, Shim):
-        monkeypatch.setattr(_arrays, "is_torch", lambda x: isinstance(x, FakeTensor))
-        monkeypatch.setattr(
-            _arrays, "empty_like", lambda like, shape, code, device, stream: _arrays.Array(shape, code, device, stream)
-        )
-    found = getattr(cuda, name)(*map(gpu.put, operands), **(gpu.options | options))
-    return [gpu.get(x) for x in found] if isinstance(found, tuple) else [gpu.get(found)]
-
-
 def native(name: str, *operands: Any, **options: Any) -> Any:
     """The CPU's kernel on a level with FMA."""
     from fastops.native import mitchell
@@ -447,7 +436,7 @@ def test_gradients_have_the_bits_of_the_cpu(
     samples = [special, [sample(name, 2051, seed) for seed in range(3)]]
     samples.append([x[:2040].reshape(40, 51).T for x in samples[1]])
     for operands in samples:
-        got = gradients(gpu, function, monkeypatch, *operands, mode=mode)
+        got = made_by(gpu, function, monkeypatch, *operands, mode=mode)
         want = native(function, *operands, mode=mode)
         for x, y in zip(got, want, strict=True):
             assert_same_bits(x, y, *operands)
@@ -455,7 +444,7 @@ def test_gradients_have_the_bits_of_the_cpu(
     for kind, options in MULTIPLIERS.items():
         multiplier = Multiplier(**options)
         if kind != "plain" and multiplier._has(op):
-            got = gradients(gpu, function, monkeypatch, *operands, multiplier=multiplier, mode=mode)
+            got = made_by(gpu, function, monkeypatch, *operands, multiplier=multiplier, mode=mode)
             want = native(function, *operands, multiplier=multiplier, mode=mode)
             for x, y in zip(got, want, strict=True):
                 assert_same_bits(x, y, *operands)
@@ -480,7 +469,7 @@ def test_gradients_are_summed_to_the_operands(gpu: Any, name: str, monkeypatch: 
         dy = dy / dy.dtype.type(16)  # what is summed stays within float16
         op, multiplier = BINARY[i % 2], Multiplier(segments=4) if i % 3 == 1 else Multiplier()
         options = {"multiplier": multiplier, "mode": MODES[i % 3]}
-        got = gradients(gpu, f"mitchell_{op}_grad", monkeypatch, a, b, dy, **options)
+        got = made_by(gpu, f"mitchell_{op}_grad", monkeypatch, a, b, dy, **options)
         every = [np.array(np.broadcast_to(x, whole)) for x in (a, b)]
         each = [x.astype(np.float64) for x in native(f"mitchell_{op}_grad", *every, dy, **options)]
         for x, terms, shape in zip(got, each, (first, second), strict=True):
