@@ -228,6 +228,87 @@ def test_conv2d_and_its_gradients_of_special_values(gpu: Any, kind: str, monkeyp
                     check_conv2d_grad(gpu, monkeypatch, *operands, multiplier=multiplier, mode=mode, **steps)
 
 
+# --- torch -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torch_on(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """torch, and the device of its tensors: for the shim tensors of the CPU that say they are on a GPU."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("fastops.torch")
+    if not isinstance(gpu, Shim):
+        return torch, "cuda"
+
+    def through(name: str) -> Any:
+        function = getattr(cuda, name)
+
+        def called(*tensors: Any, **options: Any) -> Any:
+            assert not any(x.requires_grad for x in tensors)
+            found = function(*(Fake(x.numpy()) for x in tensors), **options, stream=1)
+            made = [torch.from_numpy(gpu.get(x)) for x in (found if isinstance(found, tuple) else (found,))]
+            called.count += 1
+            return tuple(made) if isinstance(found, tuple) else made[0]
+
+        called.count = 0
+        return called
+
+    for name in ("mul", "div", "matmul", "conv2d"):
+        for full in (f"mitchell_{name}", f"mitchell_{name}_grad"):
+            monkeypatch.setattr(cuda, full, through(full))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    return torch, "cpu"
+
+
+OPERATORS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "mitchell_mul": ((5, 1), (7,), {}),
+    "mitchell_div": ((5, 7), (7,), {}),
+    "mitchell_matmul": ((2, 5, 7), (7, 3), {}),
+    "mitchell_conv2d": ((2, 4, 6, 5), (4, 2, 3, 3), {"stride": 2, "padding": 1, "groups": 2}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_torch_differentiates_on_the_gpu(torch_on: Any, name: str, mode: str) -> None:
+    from fastops import torch as ft
+
+    torch, device = torch_on
+    first, second, steps = OPERATORS[name]
+    arrays = [normal(shape, F32, i, zeros=0.0) for i, shape in enumerate((first, second))]
+    multiplier = Multiplier("min-mse")
+    leaves = [torch.tensor(x, device=device, requires_grad=True) for x in arrays]
+    y = getattr(ft, name)(*leaves, **steps, multiplier=multiplier, mode=mode)
+    dy = normal(tuple(y.shape), F32, 3)
+    y.backward(torch.tensor(dy, device=device))
+    if device == "cpu":
+        assert getattr(cuda, name).count == getattr(cuda, f"{name}_grad").count == 1
+    want = oracle(f"{name}_grad", *arrays, dy, multiplier=multiplier, mode=mode, **(pairs(steps) if steps else {}))
+    for leaf, exact in zip(leaves, want, strict=True):
+        found = leaf.grad.cpu().numpy()
+        assert found.shape == exact.shape
+        torch.testing.assert_close(torch.from_numpy(found), torch.from_numpy(np.array(exact)), rtol=1e-4, atol=1e-5)
+
+
+def test_torch_batches_on_the_gpu(torch_on: Any) -> None:
+    from fastops import torch as ft
+
+    torch, device = torch_on
+    a, b = (torch.tensor(normal(shape, F32, i), device=device) for i, shape in enumerate(((3, 4, 5), (5, 2))))
+    gradient = torch.func.vmap(torch.func.grad(lambda x: ft.mitchell_matmul(x, b).sum()))(a)
+    each = [
+        oracle(
+            "mitchell_matmul_grad",
+            x.cpu().numpy(),
+            b.cpu().numpy(),
+            np.ones((4, 2), F32),
+            multiplier=PLAIN,
+            mode="exact",
+        )[0]
+        for x in a
+    ]
+    torch.testing.assert_close(gradient.cpu(), torch.from_numpy(np.stack(each)), rtol=1e-5, atol=1e-5)
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------------------
 
 
