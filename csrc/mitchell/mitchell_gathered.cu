@@ -37,9 +37,9 @@ FASTOPS_DEVICE void walk_along(const gpu::Index& index, const gpu::Walk& walk, I
     at = above;
   }
 }
-// Short divisions where they do.
-FASTOPS_DEVICE Place place_of(const gpu::Index& index, const gpu::Walk& walk, std::size_t at, std::size_t end,
-                              Place start) {
+// Short divisions where they do. Called from many places: not inlined.
+FASTOPS_DEVICE_CALL Place place_of(const gpu::Index& index, const gpu::Walk& walk, std::size_t at, std::size_t end,
+                                   Place start) {
   if (at >= end) return {0, kNowhere, kNowhere};
   if (end <= 0xffffffffu)
     walk_along<std::uint32_t>(index, walk, static_cast<std::uint32_t>(at), &start);
@@ -108,8 +108,12 @@ template <class T, Body kBody, int kTile> struct GatheredTile : Tile<T, kBody, k
   static constexpr std::size_t kAll = kTiles + (2 * Base::kLength + 2 * kSteps) * sizeof(Place);
 };
 
+// Blocks a multiprocessor: slopes of doubles take the registers of two.
+template <class T, Body kBody> constexpr int kBlocks = sizeof(T) == 8 && is_slope(kBody) ? 1 : 2;
+
 template <class T, Body kBody, int kTile>
-__global__ void __launch_bounds__(kThreads, 2) gathered_kernel(const __grid_constant__ GatheredCall<T> call) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T, kBody>)
+    gathered_kernel(const __grid_constant__ GatheredCall<T> call) {
   using S = GatheredTile<T, kBody, kTile>;
   constexpr int kLength = S::kLength;
   FASTOPS_DYNAMIC_SHARED(shared);
@@ -154,14 +158,18 @@ __global__ void __launch_bounds__(kThreads, 2) gathered_kernel(const __grid_cons
           T x{};
           if (is_there(shape.point, p, q)) x = read<T>(point, p.offset + q.offset, shape.dtype, shape.point.flush);
           if constexpr (is_slope(kBody)) product.set_point(i, j, x);
-          if (x == x) continue;
-          bool has_term = shape.taps == 0 && call.depth != 0;
-          const std::size_t col = col0 + position<kTile>(product.across, j);
-          const Place at = place_of(shape.cols, shape.b.col, col, call.cols, start_of(shape.b));
-          for (std::size_t k = 0; k < shape.taps && k < call.depth && !has_term; ++k)
-            has_term = is_there(shape.b, place_of(shape.depth, shape.b.row, k, call.depth, {0, 0, 0}), at);
-          poisoned |= has_term ? 1u << (i * kTile + j) : 0u;
+          poisoned |= x == x ? 0u : 1u << (i * kTile + j);
         }
+      for (int bit = 0; shape.taps != 0 && poisoned >> bit != 0; ++bit) {
+        if ((poisoned >> bit & 1) == 0) continue;
+        const std::size_t col = col0 + position<kTile>(product.across, bit % kTile);
+        const Place at = place_of(shape.cols, shape.b.col, col, call.cols, start_of(shape.b));
+        bool has_term = false;
+        for (std::size_t k = 0; k < shape.taps && k < call.depth && !has_term; ++k)
+          has_term = is_there(shape.b, place_of(shape.depth, shape.b.row, k, call.depth, {0, 0, 0}), at);
+        if (!has_term) poisoned &= ~(1u << bit);
+      }
+      if (call.depth == 0) poisoned = 0;
     }
   }
 
@@ -207,6 +215,7 @@ __global__ void __launch_bounds__(kThreads, 2) gathered_kernel(const __grid_cons
       // The other stage was read before the last barrier.
       odd = __syncthreads_or(put(stage ^ 1));
     }
+    product.finish();
   }
 
   set_places(shape.out, shape.out);

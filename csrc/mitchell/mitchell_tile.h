@@ -97,6 +97,7 @@ template <class T, Body kBody, int kTile> struct TileProduct {
   // the exponent, or come from it.
   Int point[kSlopes ? kTile : 1][kSlopes ? kTile : 1] = {};
   unsigned carried = 0, borrowed = 0;
+  bool factored = false;
 
   FASTOPS_DEVICE TileProduct(const Arithmetic<T>& arithmetic_, void* shared)
       : arithmetic(arithmetic_),
@@ -242,31 +243,35 @@ template <class T, Body kBody, int kTile> struct TileProduct {
       }
     }
   }
+  // `odd` is the same for all threads of the block.
   FASTOPS_DEVICE void multiply(int stage, bool odd) {
     if constexpr (kBody == Body::kSlopeSegments) {
       multiply<true>(stage);
     } else if constexpr (kBody == Body::kSlope) {
-      // A factor below 1 must not wait for the end: what it halves could be infinite by then. One that came too early
-      // for some stages would come twice.
-      if (odd || arithmetic.c < 0) return multiply<true>(stage);
-      T before[kTile][kTile];
-#pragma unroll
-      for (int i = 0; i < kTile; ++i)
-#pragma unroll
-        for (int j = 0; j < kTile; ++j) {
-          before[i][j] = acc[i][j];
-          acc[i][j] = 0;
-        }
-      multiply<false>(stage);
-#pragma unroll
-      for (int i = 0; i < kTile; ++i)
-#pragma unroll
-        for (int j = 0; j < kTile; ++j) acc[i][j] = simd::fma(acc[i][j], factor(i, j), before[i][j]);
+      // The factors wait for the end of the sum, or for the first odd stage, after which every term has its own. One
+      // below 1 must not wait: what it halves could be infinite by then.
+      if (!factored && (odd || arithmetic.c < 0)) apply_factors();
+      if (factored)
+        multiply<true>(stage);
+      else
+        multiply<false>(stage);
     } else if (odd) {
       multiply<true>(stage);
     } else {
       multiply<false>(stage);
     }
+  }
+  FASTOPS_DEVICE void apply_factors() {
+#pragma unroll
+    for (int i = 0; i < kTile; ++i)
+#pragma unroll
+      for (int j = 0; j < kTile; ++j) acc[i][j] *= factor(i, j);
+    factored = true;
+  }
+  // After the last stage.
+  FASTOPS_DEVICE void finish() {
+    if constexpr (kBody == Body::kSlope)
+      if (!factored) apply_factors();
   }
 };
 
