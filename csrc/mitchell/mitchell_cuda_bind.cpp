@@ -479,6 +479,25 @@ void set_result(Gathered* g, const Convolution& c, Walk* filters, Walk* position
   *positions = walk_of({s[0], s[2], s[3]});
 }
 
+// The axes of an index by the steps that `by` takes along them, the smallest last: threads run along that one, and
+// images may have their channels together.
+void put_in_order(Index* index, const Walk* by, std::initializer_list<Walk*> walks) {
+  int order[kIndexAxes];
+  std::iota(order, order + index->axes, 0);
+  std::stable_sort(order, order + index->axes,
+                   [&](int x, int y) { return std::abs(by->stride[x]) > std::abs(by->stride[y]); });
+  const Index before = *index;
+  for (int d = 0; d < index->axes; ++d) index->length[d] = before.length[order[d]];
+  for (Walk* walk : walks) {
+    const Walk old = *walk;
+    for (int d = 0; d < index->axes; ++d) {
+      walk->stride[d] = old.stride[order[d]];
+      walk->y[d] = old.y[order[d]];
+      walk->x[d] = old.x[order[d]];
+    }
+  }
+}
+
 GatheredMatmul convolution(GatheredMatmul call, const Convolution& c) {
   call.batch[kBatchDimensions - 1] = static_cast<std::size_t>(c.groups);
   call.rows = index_of({c.filters()});
@@ -487,6 +506,8 @@ GatheredMatmul convolution(GatheredMatmul call, const Convolution& c) {
   set_kernels(&call.a, c, c.w, &call.a.row, &call.a.col);
   set_patches(&call.b, c, &call.b.row, &call.b.col);
   set_result(&call.out, c, &call.out.row, &call.out.col);
+  const Walk taps = call.b.row;
+  put_in_order(&call.depth, &taps, {&call.a.col, &call.b.row});
   return call;
 }
 GatheredMatmul kernel_gradient(GatheredMatmul call, const Convolution& c, const Array& dw) {
@@ -498,6 +519,8 @@ GatheredMatmul kernel_gradient(GatheredMatmul call, const Convolution& c, const 
   set_result(&call.b, c, &call.b.col, &call.b.row);
   set_kernels(&call.point, c, c.w, &call.point.col, &call.point.row);
   set_kernels(&call.out, c, dw, &call.out.col, &call.out.row);
+  const Walk taps = call.a.row;
+  put_in_order(&call.rows, &taps, {&call.a.row, &call.point.row, &call.out.row});
   return call;
 }
 
@@ -555,6 +578,10 @@ GatheredMatmul image_gradient(GatheredMatmul call, const Convolution& c, const A
     g->row = walk_of({t[1]});
     g->col = walk_of({t[0], c.stride[0] * t[2], c.stride[1] * t[3]});
   }
+  const Walk steps = call.b.row;
+  put_in_order(&call.depth, &steps, {&call.a.col, &call.b.row});
+  // The taps of one filter no longer lie together where filters come last.
+  if (call.b.row.stride[0] != steps.stride[0]) call.taps *= static_cast<std::size_t>(c.filters());
   return call;
 }
 

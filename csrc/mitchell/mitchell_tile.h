@@ -188,9 +188,11 @@ template <class T, Body kBody, int kTile> struct TileProduct {
       load_line<T, kTile>(line_a + k * S::kPitch, down, first_a);
       load_line<T, kTile>(line_b + k * S::kPitch, across, first_b);
       if constexpr (kBody == Body::kPair) {
-        T second_a[kTile], second_b[kTile];
-        load_line<T, kTile>(line_a + S::kSize + k * S::kPitch, down, second_a);
-        load_line<T, kTile>(line_b + S::kSize + k * S::kPitch, across, second_b);
+        T second_a[kTile] = {}, second_b[kTile] = {};
+        if (arithmetic.steps == 2) {
+          load_line<T, kTile>(line_a + S::kSize + k * S::kPitch, down, second_a);
+          load_line<T, kTile>(line_b + S::kSize + k * S::kPitch, across, second_b);
+        }
 #pragma unroll
         for (int i = 0; i < kTile; ++i)
 #pragma unroll
@@ -199,9 +201,15 @@ template <class T, Body kBody, int kTile> struct TileProduct {
             if constexpr (kAny) {
               if (!skipped(first_b[j])) acc[i][j] += simd::fma(second_a[i], second_b[j], first_a[i] * first_b[j]);
             } else {
-              acc[i][j] = simd::fma(second_a[i], second_b[j], simd::fma(first_a[i], first_b[j], acc[i][j]));
+              acc[i][j] = simd::fma(first_a[i], first_b[j], acc[i][j]);
             }
           }
+        if (!kAny && arithmetic.steps == 2) {
+#pragma unroll
+          for (int i = 0; i < kTile; ++i)
+#pragma unroll
+            for (int j = 0; j < kTile; ++j) acc[i][j] = simd::fma(second_a[i], second_b[j], acc[i][j]);
+        }
       } else if constexpr (kSlopes) {
 #pragma unroll
         for (int i = 0; i < kTile; ++i)
