@@ -226,6 +226,7 @@ def test_conv2d_and_its_gradients_of_special_values(gpu: Any, kind: str, monkeyp
                     check_conv2d(gpu, *operands[:2], multiplier=multiplier, **steps)
                 for mode in MODES:
                     check_conv2d_grad(gpu, monkeypatch, *operands, multiplier=multiplier, mode=mode, **steps)
+                check_conv2d_grad(gpu, monkeypatch, *map(turned, operands), multiplier=multiplier, **steps)
 
 
 # --- torch -------------------------------------------------------------------------------------------------------------------

@@ -24,8 +24,11 @@ OnDevice::OnDevice(int device) noexcept : status(device < 0 || device >= kDevice
 OnDevice::~OnDevice() { g_device = before_; }
 
 Status allocate(void** p, std::size_t bytes, Stream) noexcept {
-  *p = std::aligned_alloc(256, (bytes + 256) / 256 * 256);
-  return *p == nullptr ? 2 : 0;
+  const std::size_t size = (bytes + 256) / 256 * 256;
+  *p = std::aligned_alloc(256, size);
+  if (*p == nullptr) return 2;
+  std::memset(*p, 0xa5, size);  // what nobody writes shall show
+  return 0;
 }
 void release(void* p, Stream, bool) noexcept { std::free(p); }
 Status upload(void* to, const void* from, std::size_t bytes, Stream) noexcept {
