@@ -26,6 +26,8 @@ template <class T> struct GatheredCall {
   Arithmetic<T> arithmetic;
 };
 
+static_assert(sizeof(GatheredCall<double>) <= 4096, "the parameters of a kernel");
+
 template <class Int>
 FASTOPS_DEVICE void walk_along(const gpu::Index& index, const gpu::Walk& walk, Int at, Place* place) {
   for (int d = index.axes - 1; d >= 0; --d) {

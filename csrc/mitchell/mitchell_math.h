@@ -605,11 +605,10 @@ FASTOPS_HD inline Gradients<E> gradient(int op, fastops_gradient mode, E x, E y,
     if (is_mul) return {product(g, y), product(g, x)};
     return {quotient(g, y), -quotient(product(g, x), product(y, y))};
   }
+  // One rounding, as of the double product, which is exact.
+  if (mode == FASTOPS_GRADIENT_STE && is_mul) return {g * y, g * x};
   const auto xd = static_cast<double>(x), yd = static_cast<double>(y), gd = static_cast<double>(g);
-  if (mode == FASTOPS_GRADIENT_STE) {
-    if (is_mul) return {static_cast<E>(gd * yd), static_cast<E>(gd * xd)};
-    return {static_cast<E>(gd / yd), static_cast<E>(-gd * xd / (yd * yd))};
-  }
+  if (mode == FASTOPS_GRADIENT_STE) return {static_cast<E>(gd / yd), static_cast<E>(-gd * xd / (yd * yd))};
   // Exact: zeros and infinities have the mantissa of a power of two; their exponent is never used.
   const auto p = split(x, k), q = split(y, k);
   const auto px = p.special ? 0 : p.mantissa, qx = q.special ? 0 : q.mantissa;
