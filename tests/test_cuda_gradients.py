@@ -105,8 +105,8 @@ def test_matmul_gradients_of_special_values(gpu: Any, name: str, kind: str, monk
     rng = np.random.default_rng(1)
     for b_size, dy_size in ((huge, 1.0), (1.0, huge), (1 / huge, huge), (huge / 8, 4.0), (4.0, huge / 8)):
         a, b, dy = (
-            (rng.uniform(1.0, 1.99, (9, 1, 1)) * size * rng.choice([-1, 1], (9, 1, 1))).astype(dtype)
-            for size in (1.0, b_size, dy_size)
+            (rng.uniform(1.0, 1.99, (n, 1)) * size * rng.choice([-1, 1], (n, 1))).astype(dtype)
+            for n, size in ((40, 1.0), (1, b_size), (40, dy_size))
         )
         got = made_by(gpu, "mitchell_matmul_grad", monkeypatch, a, b, dy, **options)[0]
         want = oracle("mitchell_matmul_grad", a, b, dy, mode="exact", **options)[0]
@@ -121,6 +121,30 @@ def test_matmul_gradients_of_special_values(gpu: Any, name: str, kind: str, monk
         check_matmul(
             gpu, monkeypatch, dy, dy, np.ascontiguousarray(np.broadcast_to(values, (7, 7))), mode=mode, **options
         )
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", [n for n in ("f16", "bf16") if n in FLOATS])
+def test_matmul_gradients_of_subnormal_operands(
+    gpu: Any, name: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them in turn, beside numbers that make the result a normal one."""
+    rng = np.random.default_rng(1)
+    small, large = (2.0**-16, 2.0**10) if name == "f16" else (2.0**-129, 2.0**20)
+    for at in range(3):
+        operands = []
+        for i, shape in enumerate(((4, 5), (5, 6), (4, 6))):
+            x = rng.uniform(1.0, 2.0, shape) * (small if i == at else large if (i - at) % 3 == 1 else 1.0)
+            operands.append(x.astype(FLOATS[name]))
+        for options in ({"subnormals": "flush"}, {}):
+            check_matmul(gpu, monkeypatch, *operands, multiplier=Multiplier(**options), mode=mode)
+
+
+def test_matmul_gradients_without_terms_are_zero(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b, dy = np.full((2, 3), np.nan, F32), np.zeros((3, 0), F32), np.zeros((2, 0), F32)
+    da, db = made_by(gpu, "mitchell_matmul_grad", monkeypatch, a, b, dy)
+    assert not da.any()
+    assert db.shape == b.shape
 
 
 # --- convolutions ------------------------------------------------------------------------------------------------------------
@@ -215,12 +239,13 @@ def test_conv2d_and_its_gradients_of_special_values(gpu: Any, kind: str, monkeyp
     """Padding multiplies infinite kernels, and gives a gradient of images no term."""
     multiplier = Multiplier(**MULTIPLIERS[kind])
     for value in (np.inf, np.nan, -0.0):
-        for steps in (pairs({"padding": 1}), pairs({"stride": 3, "padding": 1}), pairs({"stride": 3})):
+        # Every tap of each pixel, some of them, and none where the last result does not reach.
+        for steps in (pairs({"padding": 1}), pairs({}), pairs({"stride": 3})):
             x, w = normal((1, 2, 6, 7), F32, 1), normal((2, 2, 2, 2), F32, 2)
             dy = normal(oracle("mitchell_conv2d", x, w, **steps, multiplier=PLAIN).shape, F32, 3)
             for at in range(3):
                 operands = [x.copy(), w.copy(), dy.copy()]
-                for place in ((0, 0, 0, 0), (0, 1, 1, 1), (0, 0, -1, -1)):
+                for place in ((0, 0, 0, 0), (0, 1, 1, 1), (0, 0, -1, -1), (0, 1, 0, -1)):
                     operands[at][place] = value
                 if at < 2:
                     check_conv2d(gpu, *operands[:2], multiplier=multiplier, **steps)
