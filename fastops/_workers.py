@@ -229,13 +229,17 @@ def _uninterrupted() -> Iterator[None]:
         yield
         return
     came: list[tuple[int, Any]] = []
-    signal.signal(signal.SIGINT, lambda *about: came.append(about))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    # Each of these calls may raise: it runs the handlers of other signals, such as that of an alarm.
     try:
+        signal.signal(signal.SIGINT, lambda *about: came.append(about))
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        signal.signal(signal.SIGINT, handler)
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        finally:
+            signal.signal(signal.SIGINT, handler)
         if came:
             handler(*came[0])
 

@@ -1041,6 +1041,39 @@ def test_thread_counts_give_the_same_bits(native_ops: ModuleType, name: str, cau
                 assert_same_bits(got, want)
 
 
+@every_map
+@pytest.mark.parametrize(
+    ("n_q", "n_k"), [(700, 700), (650, 701), (701, 650), (3, 700), (700, 3), (40, 40), (0, 9), (9, 0)]
+)
+def test_heads_cut_along_tokens_give_the_same_bits(native_ops: ModuleType, name: str, n_q: int, n_k: int) -> None:
+    """One causal head is cut where the number of threads asks for it, also where chunks end early: behind rows that are not finite."""
+    q, k, v = operands(52, 1, 4, 2, n_q, n_k, 16, 24, F32)
+    rng = np.random.default_rng(53)
+    seen = rng.random((1, n_k)) < 0.8
+    if n_k > 600:
+        k[0, 0, 331], v[0, 1, 17, 3] = np.inf, np.nan
+        q[0, 1, -2], k[0, 1, 290:293] = 40, 40
+    options = {"causal": True, **of_map(name, 16), "return_state": True}
+    for more in (
+        {},
+        {"key_mask": seen},
+        {} if name in ("softmax", "favor") else {"decay": -rng.random((1, 2, n_k), np.float32)},
+    ):
+        fastops.set_num_threads(1)
+        _, first = native_ops.linear_attention(q[:, :, :5], k[:, :, :5], v[:, :, :5], **options)
+        results = []
+        for threads in (1, 2, 3, 4, 9):
+            fastops.set_num_threads(threads)
+            y, state = native_ops.linear_attention(
+                q[:, :2], k[:, :1], v[:, :1], **options, **{x: a[:, :1] if x == "decay" else a for x, a in more.items()}
+            )
+            other, later = native_ops.linear_attention(q, k, v, **options, **more, initial_state=first)
+            results.append((y, *state, other, *later))
+        for result in results[1:]:
+            for got, want in zip(result, results[0], strict=True):
+                assert_same_bits(got, want)
+
+
 def test_a_million_tokens(best_ops: ModuleType) -> None:
     n, d = 1_000_000, 8
     rng = np.random.default_rng(44)

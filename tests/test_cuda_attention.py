@@ -831,6 +831,32 @@ def test_torch_differentiates_decays_on_the_gpu(torch_on: Any, kind: str, monkey
     assert np.abs(found[0] - found[1]).max() <= 2e-5 * np.abs(found[1]).max()
 
 
+@pytest.mark.parametrize(
+    ("ends", "counted"), [([0, 11, 10**9], [0, 11, 30]), ([0, 20, 11, 30], [0, 20, 20, 30]), ([4, 11, 20], [4, 11, 20])]
+)
+def test_torch_differentiates_decays_of_offsets_that_nobody_checked(
+    torch_on: Any, ends: list[int], counted: list[int]
+) -> None:
+    """Those of the sequences alone; a look beyond the tokens would end all work on a GPU."""
+    from fastops import torch as ft
+
+    torch, device = torch_on
+    q, k, v = (torch.tensor(x, device=device) for x in arrays_of(33, 1, 2, 2, 30, 30, 4, 3))
+    decay = torch.tensor(-np.random.default_rng(33).random((1, 2, 30)).astype(F32), device=device, requires_grad=True)
+
+    def gradient(decay: Any, *operands: Any, **options: Any) -> Any:
+        y, (s, z) = ft.linear_attention(*operands, causal=True, decay=decay, return_state=True, **options)
+        return torch.autograd.grad((y, s, z), decay, [torch.ones_like(x) for x in (y, s, z)])[0]
+
+    found = gradient(decay, q, k, v, cu_seqlens=torch.tensor(ends, device=device))
+    want = torch.zeros_like(found)
+    for begin, end in itertools.pairwise(counted):
+        if end > begin:
+            own = decay[..., begin:end].detach().requires_grad_()
+            want[..., begin:end] = gradient(own, *(x[:, :, begin:end] for x in (q, k, v)))
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4)
+
+
 def test_torch_steps_are_the_rows_of_a_call(torch_on: Any) -> None:
     from fastops import torch as ft
 

@@ -323,6 +323,30 @@ def test_errors_around_the_workers_end_them() -> None:
         break
 
 
+def test_an_alarm_while_workers_are_started_leaves_the_handlers() -> None:
+    """Its handler raises within the calls that set them back."""
+
+    def alarm(*_: Any) -> None:
+        raise TimeoutError("alarm")
+
+    def starts() -> None:
+        with _workers._uninterrupted():
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+            os.kill(os.getpid(), signal.SIGALRM)  # heard when the mask is what it was
+
+    handler, mine = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGALRM, alarm)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        with pytest.raises(TimeoutError, match="alarm"):
+            starts()
+        assert signal.getsignal(signal.SIGINT) is handler
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGALRM, mine)
+
+
 @pytest.mark.usefixtures("quick")
 def test_several_at_once() -> None:
     first, second = (parallel_apply(parallel.same, range(30), 2, ordered=True) for _ in range(2))

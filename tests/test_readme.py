@@ -54,6 +54,19 @@ def test_python_of_the_pages_runs(text: str, capsys: pytest.CaptureFixture[str],
     assert stated == text.count("# array(")
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_rows_of_tables_have_a_cell_for_each_column(page: Path) -> None:
+    """With one too few, all after it say something of another column."""
+    columns = 0
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.startswith("|"):
+            columns = 0
+            continue
+        bars = re.sub(r"`[^`]*`|\\\|", "", line).count("|")
+        columns = columns or bars
+        assert bars == columns, f"line {number}: {line}"
+
+
 def _run_with_keras(text: str, folder: Path) -> None:
     """In a process of its own, since Keras chooses its backend when it is imported."""
     found = [name for name in ("torch", "jax") if importlib.util.find_spec(name) is not None]

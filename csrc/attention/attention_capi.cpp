@@ -27,13 +27,17 @@ constexpr const NystromGradientKernels* kNystromGradient[] = {FASTOPS_FOR_EACH_L
 #undef FASTOPS_SOFTMAX_TABLE
 
 constexpr double kNanosecondsPerFlop = 0.02;
-// Value columns that one unit of a causal head takes at least, where heads are fewer than threads.
-constexpr std::size_t kColumns = 32;
+// Where heads are few, a causal one is cut along its tokens; each piece but the first begins with the state that the
+// keys before it make, for this part of the work that their outputs would take.
+constexpr std::size_t kMostPieces = 4;
+constexpr double kStateWork = 0.45;
 // Without causality the keys of a head are cut into parts, where heads are few: at most so many, of at least so many
 // keys.
 constexpr std::size_t kParts = 16, kPartKeys = 512;
 // Parts of heads of Nystrom attention that wait to be added, for each thread.
 constexpr std::size_t kPartsBytes = std::size_t{1} << 18;
+// Blocks of its kernels: parts of keys are whole ones, three at least, and the queries of one unit where heads are few.
+constexpr std::size_t kNystromBlock = 96, kNystromBlocks = 3, kNystromQueries = 2 * kNystromBlock;
 // Queries of one unit without causality.
 constexpr std::size_t kPartQueries = 1024;
 
@@ -122,8 +126,8 @@ class HeadList {
     h.queries = s_.queries;
     h.keys = s_.keys;
     if (o_.offsets != nullptr) h.queries = h.keys = static_cast<std::size_t>(o_.offsets[sequence + 1]) - t;
-    h.value = 0;
-    h.values = s_.values;
+    h.first = 0;
+    h.last = h.queries;
     h.mask = static_cast<const std::uint8_t*>(at(o_.key_mask, 1, b, head, t));
     h.mask_step = o_.key_mask.row;
     h.decay = at(o_.decay, item, b, head, t);
@@ -202,24 +206,47 @@ class Workspaces {
   std::size_t step_ = 0;
 };
 
+// The part of a head's work that its first `pieces` pieces of equal time hold, of the work of one head; times the first
+// piece's.
+double causal_share(std::size_t pieces) noexcept {
+  double share = 0, next = 1;
+  for (std::size_t i = 0; i < pieces; ++i, next *= 1 - kStateWork) share += next;
+  return share;
+}
+// Pieces of each head that make the whole soonest.
+std::size_t causal_pieces(std::size_t heads, unsigned workers) noexcept {
+  std::size_t best = 1;
+  double least = 0;
+  for (std::size_t pieces = 1; pieces <= kMostPieces && heads < 2 * workers; ++pieces) {
+    const std::size_t rounds = (heads * pieces + workers - 1) / workers;
+    const double time = static_cast<double>(rounds) / causal_share(pieces);
+    if (pieces == 1 || time < 0.9 * least) best = pieces, least = time;
+  }
+  return best;
+}
+
 fastops_status causal(const LinearKernels& kernels, const Shape& s, const LinearCall& call, const HeadList& heads,
                       fastops_poll poll) noexcept {
   const unsigned workers = worker_count();
-  // Columns of v are independent of each other, so this split changes no bit.
-  std::size_t slabs = 1;
-  while (heads.count() * slabs < workers && s.values / (slabs + 1) >= kColumns) ++slabs;
-  const std::size_t width = ((s.values + slabs - 1) / slabs + 15) / 16 * 16;
+  const std::size_t pieces = causal_pieces(heads.count(), workers);
   Workspaces work;
   if (!work.reserve(workers, kernels.work_items(call), compute_size(s))) return FASTOPS_NO_MEMORY;
   return parallel_run(
-      heads.count() * slabs,
+      heads.count() * pieces,
       [&](std::size_t unit, unsigned worker) {
-        LinearHead head = heads[unit / slabs];
+        LinearHead head = heads[unit / pieces];
         head.worker = worker;
-        if (slabs > 1) {
-          head.value = unit % slabs * width;
-          if (head.value >= s.values) return;
-          head.values = s.values - head.value < width ? s.values - head.value : width;
+        if (pieces > 1) {
+          // Every piece goes through the same chunks, so the cuts change no bit.
+          const std::size_t alone = head.queries > head.keys ? head.queries - head.keys : 0;
+          const auto cut = [&](std::size_t piece) {
+            const double part = causal_share(piece) / causal_share(pieces) * static_cast<double>(head.queries - alone);
+            return piece == 0 ? 0 : piece == pieces ? head.queries : alone + static_cast<std::size_t>(part);
+          };
+          const std::size_t piece = unit % pieces;
+          head.first = cut(piece);
+          head.last = cut(piece + 1);
+          if (head.first == head.last && (piece > 0 || head.queries > 0)) return;
         }
         kernels.causal(call, head, work[worker]);
       },
@@ -341,10 +368,10 @@ double nystrom_ns(const fastops_nystrom_attention& s) noexcept {
           (s.ridge_solve ? 6 : 8.0 * static_cast<double>(s.iterations)) * m * m * m);
 }
 
-// The keys of a head are cut by their number alone, and the parts added in their order.
-std::size_t nystrom_parts(std::size_t keys) noexcept {
-  const std::size_t parts = keys / kPartKeys;
-  return parts > kParts ? kParts : parts < 1 ? 1 : parts;
+// The keys of a head are cut by their number alone, and the parts added in their order: so many keys a part.
+std::size_t nystrom_step(std::size_t keys) noexcept {
+  const std::size_t blocks = (keys + kNystromBlock - 1) / kNystromBlock, step = (blocks + kParts - 1) / kParts;
+  return (step < kNystromBlocks ? kNystromBlocks : step) * kNystromBlock;
 }
 
 fastops_status nystrom(const NystromKernels& kernels, const NystromArrays& arrays, NystromCall call,
@@ -354,7 +381,7 @@ fastops_status nystrom(const NystromKernels& kernels, const NystromArrays& array
   const std::size_t item = s.dtype == FASTOPS_F64 ? 8 : 4, count = arrays.count();
   const std::size_t middle = (kernels.middle_items(call) + 15) / 16 * 16;
   const std::size_t partial = (kernels.partial_items(call) + 15) / 16 * 16;
-  const std::size_t parts = nystrom_parts(s.keys), step = (s.keys + parts - 1) / parts;
+  const std::size_t step = nystrom_step(s.keys), parts = s.keys > step ? (s.keys + step - 1) / step : 1;
   const auto end = [&](std::size_t part) { return (part + 1) * step < s.keys ? (part + 1) * step : s.keys; };
   const double ns = nystrom_ns(s);
   const bool phases = s.batch_init || (workers > 1 && count < 2 * workers);
@@ -371,7 +398,8 @@ fastops_status nystrom(const NystromKernels& kernels, const NystromArrays& array
           char* const first = own + middle * item;
           char* const other = first + partial * item;
           void* const rest = other + partial * item;
-          if (kernels.prepare(call, head, own, rest) != 0) {
+          if (kernels.prepare(call, head, nullptr, own, rest) != 0) {
+            kernels.invert(call, head, own, rest);
             for (std::size_t part = 0; part < parts; ++part) {
               kernels.absorb(call, head, part * step, end(part), own, part == 0 ? first : other, rest);
               if (part > 0) kernels.merge(call, first, other);
@@ -386,9 +414,14 @@ fastops_status nystrom(const NystromKernels& kernels, const NystromArrays& array
   // added, stays.
   std::size_t together = workers * kPartsBytes / (parts * partial * item);
   together = parts == 1 || together > count ? count : together < 1 ? 1 : together;
+  // The landmarks, as long as they are needed, have the room of the parts.
+  const std::size_t of_head = kernels.landmark_items(call);
+  std::size_t landmarks = 0, waiting = 0;
   Workspace middles, firsts, others, norms;
-  if (!middles.reserve({count, middle, item}) || !firsts.reserve({count, partial, item}) ||
-      !others.reserve({together, parts - 1, partial, item}) || !norms.reserve({count, sizeof(double)}))
+  if (!checked_product({count, of_head, item}, &landmarks) ||
+      !checked_product({together, parts - 1, partial, item}, &waiting) || !middles.reserve({count, middle, item}) ||
+      !firsts.reserve({count, partial, item}) || !others.reserve({landmarks > waiting ? landmarks : waiting}) ||
+      !norms.reserve({count, sizeof(double)}))
     return FASTOPS_NO_MEMORY;
   const auto head_of = [&](std::size_t i, unsigned worker) {
     NystromHead head = arrays[i];
@@ -401,12 +434,23 @@ fastops_status nystrom(const NystromKernels& kernels, const NystromArrays& array
     return others.get<char>() + (i % together * (parts - 1) + part - 1) * partial * item;
   };
   auto* const norm = norms.get<double>();
+  const std::size_t pieces = parts < s.landmarks ? parts : s.landmarks;
+  const auto landmarks_of = [&](std::size_t i) { return others.get<char>() + i * of_head * item; };
   fastops_status status = parallel_run(
+      count * 2 * pieces,
+      [&](std::size_t unit, unsigned worker) {
+        const std::size_t i = unit / (2 * pieces), piece = unit % pieces;
+        kernels.means(call, head_of(i, worker), unit / pieces % 2 == 0, piece * s.landmarks / pieces,
+                      (piece + 1) * s.landmarks / pieces, landmarks_of(i), work[worker]);
+      },
+      ns, poll, workers);
+  if (status != FASTOPS_OK) return status;
+  status = parallel_run(
       count,
       [&](std::size_t i, unsigned worker) {
-        norm[i] = kernels.prepare(call, head_of(i, worker), middle_of(i), work[worker]);
+        norm[i] = kernels.prepare(call, head_of(i, worker), landmarks_of(i), middle_of(i), work[worker]);
       },
-      ns / 10, poll, workers);
+      ns, poll, workers);
   if (status != FASTOPS_OK) return status;
   if (s.batch_init) {
     double largest = 0;
@@ -416,15 +460,20 @@ fastops_status nystrom(const NystromKernels& kernels, const NystromArrays& array
   }
   for (std::size_t from = 0; from < count; from += together) {
     const std::size_t heads = count - from < together ? count - from : together;
+    // The longest units first.
     status = parallel_run(
-        heads * parts,
+        heads * (1 + parts),
         [&](std::size_t unit, unsigned worker) {
-          const std::size_t i = from + unit / parts, part = unit % parts;
-          if (norm[i] != 0)
+          const bool inverts = unit < heads;
+          const std::size_t i = from + (inverts ? unit : (unit - heads) / parts), part = (unit - heads) % parts;
+          if (norm[i] == 0) return;
+          if (inverts)
+            kernels.invert(call, head_of(i, worker), middle_of(i), work[worker]);
+          else
             kernels.absorb(call, head_of(i, worker), part * step, end(part), middle_of(i), partial_of(i, part),
                            work[worker]);
         },
-        ns / 2 * static_cast<double>(heads) / static_cast<double>(count), poll, workers);
+        ns, poll, workers);
     if (status != FASTOPS_OK) return status;
     for (std::size_t i = from; i < from + heads; ++i)
       for (std::size_t part = 1; part < parts && norm[i] != 0; ++part)
@@ -435,10 +484,10 @@ fastops_status nystrom(const NystromKernels& kernels, const NystromArrays& array
       [&](std::size_t i, unsigned worker) {
         if (norm[i] != 0) kernels.solve(call, head_of(i, worker), middle_of(i), partial_of(i, 0), work[worker]);
       },
-      ns / 4, poll, workers);
+      ns, poll, workers);
   if (status != FASTOPS_OK) return status;
   // Whole heads where their row sums are asked for.
-  const std::size_t rows = arrays.info != nullptr ? (s.queries > 0 ? s.queries : 1) : kPartQueries;
+  const std::size_t rows = arrays.info != nullptr ? (s.queries > 0 ? s.queries : 1) : kNystromQueries;
   const std::size_t blocks = s.queries == 0 ? 1 : (s.queries + rows - 1) / rows;
   return parallel_run(
       count * blocks,
@@ -447,7 +496,7 @@ fastops_status nystrom(const NystromKernels& kernels, const NystromArrays& array
         const std::size_t last = first + rows < s.queries ? first + rows : s.queries;
         kernels.emit(call, head_of(i, worker), first, last, middle_of(i), work[worker]);
       },
-      ns / 2, poll, workers);
+      ns, poll, workers);
 }
 
 }  // namespace
@@ -664,7 +713,7 @@ fastops_status fastops_nystrom_attention_backward(const fastops_nystrom_attentio
         [&](std::size_t i, unsigned worker) {
           NystromHead head = arrays[i];
           head.worker = worker;
-          const double norm = forward.prepare(call, head, middle.get<void>(), room.get<void>());
+          const double norm = forward.prepare(call, head, nullptr, middle.get<void>(), room.get<void>());
           if (norm > largest) largest = norm;
         },
         0, poll, 1);

@@ -315,7 +315,7 @@ template <class T> class GradientPass : public Pass<T> {
 
   // dv and dk of the tokens t .. t + n, whose gradients of features and values are in dkf_ and dv_.
   void finish_keys(std::size_t t, std::size_t n) noexcept {
-    x_ = this->block(head_.k, t, n, call_.dim, 0, this->x_copy_, head_.mask == nullptr ? nullptr : live_);
+    x_ = this->block(head_.k, t, n, call_.dim, this->x_copy_, head_.mask == nullptr ? nullptr : live_);
     to_input(kf_, dkf_, n, false);
     for (std::size_t j = 0; j < n; ++j) {
       if (!live_[j]) {
@@ -489,7 +489,6 @@ template <class T> class GradientPass : public Pass<T> {
 
 template <class T> std::size_t work_items(const LinearCall& call, std::size_t queries, std::size_t keys) noexcept {
   LinearHead head{};
-  head.values = call.values;
   head.queries = queries;
   head.keys = keys;
   static constexpr LinearGradient gradient{};

@@ -37,9 +37,10 @@ struct LinearCall {
 
 // One key head of one sequence with its query heads.
 struct LinearHead {
-  Rows q, k, v, out;  // the first query head; value columns `value` .. `value + values` of v and out
+  Rows q, k, v, out;  // of the first query head
   std::ptrdiff_t q_head, out_head;
-  std::size_t queries, keys, value, values;
+  std::size_t queries, keys;
+  std::size_t first, last;   // with causality: queries; the chunks that begin there are answered
   const std::uint8_t* mask;  // null: every key is there
   std::ptrdiff_t mask_step;
   const void* decay;  // T, null: none
@@ -145,13 +146,19 @@ struct NystromKernels {
   std::size_t (*work_items)(const NystromCall&) noexcept;
   std::size_t (*middle_items)(const NystromCall&) noexcept;
   std::size_t (*partial_items)(const NystromCall&) noexcept;
-  // Landmarks and the matrix between them; the product of its norms, 0 where attention is exact.
-  double (*prepare)(const NystromCall&, const NystromHead&, void* middle, void* work) noexcept;
+  std::size_t (*landmark_items)(const NystromCall&) noexcept;
+  // The landmarks first .. last of the queries or of the keys, where any are needed.
+  void (*means)(const NystromCall&, const NystromHead&, bool of_queries, std::size_t first, std::size_t last,
+                void* landmarks, void* work) noexcept;
+  // The matrix between landmarks (null: they are made here); the product of its norms, 0 where attention is exact.
+  double (*prepare)(const NystromCall&, const NystromHead&, const void* landmarks, void* middle, void* work) noexcept;
+  // What of the middle needs no keys; before solve().
+  void (*invert)(const NystromCall&, const NystromHead&, void* middle, void* work) noexcept;
   // softmax(s Qt K^T) V over the keys first .. last.
   void (*absorb)(const NystromCall&, const NystromHead&, std::size_t first, std::size_t last, const void* middle,
                  void* partial, void* work) noexcept;
-  // Adds the second partial to the first.
-  void (*merge)(const NystromCall&, void* partial, const void* other) noexcept;
+  // Adds the second partial, which is lost, to the first.
+  void (*merge)(const NystromCall&, void* partial, void* other) noexcept;
   void (*solve)(const NystromCall&, const NystromHead&, void* middle, const void* partial, void* work) noexcept;
   // The queries first .. last.
   void (*emit)(const NystromCall&, const NystromHead&, std::size_t first, std::size_t last, const void* middle,

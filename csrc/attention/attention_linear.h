@@ -100,13 +100,13 @@ template <class T> class Pass {
  public:
   // Chunks of `rows` tokens: kChunk with causality, whose triangle they hold, else more, one for a step.
   Pass(const LinearCall& call, const LinearHead& head, Parts<T>& parts, std::size_t rows = kChunk)
-      : Pass(call, head, parts, State<T>(parts, padded<T>(call.features), padded<T>(head.values)), rows) {}
+      : Pass(call, head, parts, State<T>(parts, padded<T>(call.features), padded<T>(call.values)), rows) {}
   Pass(const LinearCall& call, const LinearHead& head, Parts<T>& parts, const State<T>& state, std::size_t rows)
       : call_(call),
         head_(head),
         dp_(padded<T>(call.dim)),
         fp_(padded<T>(call.features)),
-        vp_(padded<T>(head.values)),
+        vp_(padded<T>(call.values)),
         exponents_(has_exponents(call.map)),
         with_decay_(head.decay != nullptr),
         rows_(rows),
@@ -126,28 +126,33 @@ template <class T> class Pass {
         factor_(parts.take(rows == kChunk ? kChunk * kChunk : 0)),
         state_(state) {}
 
+  // The queries head.first .. head.last.
   void causal() noexcept {
     load_initial();
     made_decay_ = 0;
     const std::size_t keys = head_.keys, queries = head_.queries;
     const std::size_t alone = queries > keys ? queries - keys : 0;  // queries before the first key
     const std::size_t shift = keys > queries ? keys - queries : 0;  // keys before the first query
-    emit(0, alone);
+    if (head_.first == 0) emit(0, alone);
     for (std::size_t t = 0; t < shift;) {
       const std::size_t n = take_keys(t, least(kChunk, shift - t));
       update(n);
       t += n;
       if (stopped()) return;
     }
-    for (std::size_t t = shift; t < keys;) {
-      const std::size_t n = take_keys(t, least(kChunk, keys - t));
-      transpose_keys(n);
-      for (std::size_t r = 0; r < call_.group; ++r) attend(r, t - shift + alone, n);
+    // Of chunks, which are the same whichever the queries are, those that begin between them.
+    const std::size_t end = head_.last == queries ? keys : shift + head_.last - alone;
+    for (std::size_t t = shift; t < end;) {
+      const std::size_t i = t - shift + alone, n = take_keys(t, least(kChunk, keys - t));
+      if (i >= head_.first) {
+        transpose_keys(n);
+        for (std::size_t r = 0; r < call_.group; ++r) attend(r, i, n);
+      }
       update(n);
       t += n;
       if (stopped()) return;
     }
-    store_final();
+    if (head_.last == queries) store_final();
   }
 
   void absorb(std::size_t first, std::size_t last, bool with_initial) noexcept {
@@ -189,9 +194,9 @@ template <class T> class Pass {
   void load_initial() noexcept {
     clear_state();
     if (head_.s_in == nullptr) return;
-    const auto* const s = static_cast<const T*>(head_.s_in) + head_.value;
+    const auto* const s = static_cast<const T*>(head_.s_in);
     for (std::size_t d = 0; d < call_.features; ++d)
-      for (std::size_t e = 0; e < head_.values; ++e) state_.s[d * vp_ + e] = s[d * call_.values + e];
+      for (std::size_t e = 0; e < call_.values; ++e) state_.s[d * vp_ + e] = s[d * call_.values + e];
     copy(state_.z, static_cast<const T*>(head_.z_in), call_.features);
     if (!exponents_) return;
     const auto* const m = static_cast<const T*>(head_.m_in);
@@ -199,10 +204,9 @@ template <class T> class Pass {
   }
   void store_final() const noexcept {
     if (head_.s_out == nullptr) return;
-    auto* const s = static_cast<T*>(head_.s_out) + head_.value;
+    auto* const s = static_cast<T*>(head_.s_out);
     for (std::size_t d = 0; d < call_.features; ++d)
-      for (std::size_t e = 0; e < head_.values; ++e) s[d * call_.values + e] = state_.s[d * vp_ + e];
-    if (head_.value != 0) return;
+      for (std::size_t e = 0; e < call_.values; ++e) s[d * call_.values + e] = state_.s[d * vp_ + e];
     copy(static_cast<T*>(head_.z_out), state_.z, call_.features);
     if (!exponents_) return;
     auto* const m = static_cast<T*>(head_.m_out);
@@ -250,7 +254,7 @@ template <class T> class Pass {
       }
       step_columns(s, keep, r == 0);
       scale_row(o_, vp_, row_factor(denominator, 0));
-      write_row<T>(call_.dtype, o_, head_.values,
+      write_row<T>(call_.dtype, o_, call_.values,
                    const_cast<char*>(row_at(call_.dtype, head_.out.data, head_.out_head, r)));
     }
   }
@@ -282,11 +286,11 @@ template <class T> class Pass {
       live_[j] = head_.mask == nullptr || head_.mask[stride(t + j) * head_.mask_step] != 0;
       all &= live_[j];
     }
-    x_ = block(head_.k, t, n, call_.dim, 0, x_copy_, all ? nullptr : live_);
-    v_ = block(head_.v, t, n, head_.values, head_.value, v_copy_, all ? nullptr : live_);
-    fetch_ahead(head_.k, t + n, head_.keys, 0, call_.dim);
-    fetch_ahead(head_.v, t + n, head_.keys, head_.value, head_.values);
-    if (call_.causal) n = finite_rows(t, n);
+    x_ = block(head_.k, t, n, call_.dim, x_copy_, all ? nullptr : live_);
+    v_ = block(head_.v, t, n, call_.values, v_copy_, all ? nullptr : live_);
+    fetch_ahead(head_.k, t + n, head_.keys, call_.dim);
+    fetch_ahead(head_.v, t + n, head_.keys, call_.values);
+    if (call_.causal) n = finite_rows(n);
     if (exponents_ && with_decay_) n = limit_decay(t, n);
     if (exponents_)
       n = exponential_keys(n);
@@ -298,10 +302,10 @@ template <class T> class Pass {
     return n;
   }
 
-  // The rows t .. t + n of an array, from its column `first` on; those that are not live are zeros.
-  Block<T> block(const Rows& rows, std::size_t t, std::size_t n, std::size_t width, std::size_t first, T* copy,
+  // The rows t .. t + n of an array; those that are not live are zeros.
+  Block<T> block(const Rows& rows, std::size_t t, std::size_t n, std::size_t width, T* copy,
                  const bool* live) const noexcept {
-    const char* const data = row_at(call_.dtype, row_at(call_.dtype, rows.data, rows.row, t), 1, first);
+    const char* const data = row_at(call_.dtype, rows.data, rows.row, t);
     if (live == nullptr && is_plain<T>(call_.dtype, width)) return {reinterpret_cast<const T*>(data), rows.row};
     const std::size_t wide = padded<T>(width);
     if (live == nullptr) {
@@ -316,16 +320,13 @@ template <class T> class Pass {
     return {copy, stride(wide)};
   }
 
-  // The columns first .. first + width of the rows t .., as many as a chunk has.
-  void fetch_ahead(const Rows& rows, std::size_t t, std::size_t end, std::size_t first,
-                   std::size_t width) const noexcept {
-    fetch_rows(call_.dtype, row_at(call_.dtype, rows.data, 1, first), rows.row, t, least(t + rows_, end), width);
+  // The rows t .., as many as a chunk has.
+  void fetch_ahead(const Rows& rows, std::size_t t, std::size_t end, std::size_t width) const noexcept {
+    fetch_rows(call_.dtype, rows.data, rows.row, t, least(t + rows_, end), width);
   }
 
-  // Rows up to the first that is not finite; at least one. All columns of v count, since heads cut by columns, as the
-  // number of threads asks for it, end their chunks at the same rows.
-  std::size_t finite_rows(std::size_t t, std::size_t n) const noexcept {
-    const bool cut = head_.values != call_.values;
+  // Rows up to the first that is not finite; at least one.
+  std::size_t finite_rows(std::size_t n) const noexcept {
     const auto finite = [&](std::size_t first, std::size_t last) {
       // Several sums, since each addition waits for the one before.
       constexpr std::size_t kSums = 4;
@@ -340,9 +341,6 @@ template <class T> class Pass {
       for (std::size_t j = first; j < last; ++j) {
         add(x_[j], dp_);
         add(v_[j], vp_);
-        if (cut && live_[j] &&
-            !finite_row(call_.dtype, row_at(call_.dtype, head_.v.data, head_.v.row, t + j), call_.values))
-          return false;
       }
       const V sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
       return !simd::any(sum != sum);
@@ -533,8 +531,8 @@ template <class T> class Pass {
 
   void take_queries(std::size_t r, std::size_t i, std::size_t n) noexcept {
     const Rows q{row_at(call_.dtype, head_.q.data, head_.q_head, r), head_.q.row};
-    x_ = block(q, i, n, call_.dim, 0, x_copy_, nullptr);
-    fetch_ahead(q, i + n, head_.queries, 0, call_.dim);
+    x_ = block(q, i, n, call_.dim, x_copy_, nullptr);
+    fetch_ahead(q, i + n, head_.queries, call_.dim);
     for (std::size_t row = 0; row < n; ++row) lifted_[row] = 1;
     if (!exponents_) {
       plain_features(qf_, n);
@@ -666,17 +664,16 @@ template <class T> class Pass {
   // The outputs i .. i + n: the sum of the terms, times factors_.
   void write(std::size_t r, std::size_t i, std::size_t n, const Term<T>* terms, int count) noexcept {
     const Rows out{row_at(call_.dtype, head_.out.data, head_.out_head, r), head_.out.row};
-    char* const data =
-        const_cast<char*>(row_at(call_.dtype, row_at(call_.dtype, out.data, out.row, i), 1, head_.value));
-    fetch_ahead(out, i + n, head_.queries, head_.value, head_.values);
-    if (is_plain<T>(call_.dtype, head_.values)) {
+    char* const data = const_cast<char*>(row_at(call_.dtype, out.data, out.row, i));
+    fetch_ahead(out, i + n, head_.queries, call_.values);
+    if (is_plain<T>(call_.dtype, call_.values)) {
       product<T>(n, vp_, terms, count, {reinterpret_cast<T*>(data), out.row, nullptr, 0, factors_},
                  count == 2 ? Band::kLower : Band::kAll);
       return;
     }
     product<T>(n, vp_, terms, count, {o_, stride(vp_), nullptr, 0, factors_}, count == 2 ? Band::kLower : Band::kAll);
     for (std::size_t row = 0; row < n; ++row)
-      write_row<T>(call_.dtype, o_ + row * vp_, head_.values,
+      write_row<T>(call_.dtype, o_ + row * vp_, call_.values,
                    const_cast<char*>(row_at(call_.dtype, data, out.row, row)));
   }
 
@@ -739,10 +736,10 @@ template <class T> class Pass {
   }
   void step_columns(T* s, const T* keep, bool moves) noexcept {
     std::size_t e = 0;
-    for (; e + 4 * W <= head_.values; e += 4 * W) step_vectors<4>(s, keep, e, moves);
-    for (; e + 2 * W <= head_.values; e += 2 * W) step_vectors<2>(s, keep, e, moves);
-    for (; e + W <= head_.values; e += W) step_vectors<1>(s, keep, e, moves);
-    if (e < head_.values) step_part(s, keep, e, head_.values - e, moves);
+    for (; e + 4 * W <= call_.values; e += 4 * W) step_vectors<4>(s, keep, e, moves);
+    for (; e + 2 * W <= call_.values; e += 2 * W) step_vectors<2>(s, keep, e, moves);
+    for (; e + W <= call_.values; e += W) step_vectors<1>(s, keep, e, moves);
+    if (e < call_.values) step_part(s, keep, e, call_.values - e, moves);
   }
 
   const LinearCall& call_;

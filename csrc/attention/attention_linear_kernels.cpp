@@ -7,15 +7,8 @@ namespace {
 
 using namespace attention;
 
-// A head that takes all value columns, for sizes.
-LinearHead widest(const LinearCall& call) noexcept {
-  LinearHead head{};
-  head.values = call.values;
-  return head;
-}
-
 template <class T> std::size_t work_items(const LinearCall& call) noexcept {
-  const LinearHead head = widest(call);
+  static constexpr LinearHead head{};
   Parts<T> parts(nullptr);
   Pass<T> pass(call, head, parts, call.causal ? kChunk : kMostRows);
   return parts.used();
@@ -27,7 +20,7 @@ template <class T> std::size_t state_items(const LinearCall& call) noexcept {
 }
 
 template <class T> std::size_t step_items(const LinearCall& call) noexcept {
-  const LinearHead head = widest(call);
+  static constexpr LinearHead head{};
   Parts<T> parts(nullptr);
   Pass<T> pass(call, head, parts, State<T>(parts, padded<T>(call.features), 0), 1);
   return parts.used();

@@ -143,15 +143,25 @@ template <class T> struct Norms {
 template <class T> Norms<T> norms(const T* a, std::size_t m) noexcept {
   const std::size_t mp = padded<T>(m);
   Norms<T> n{0, 0, 0, 0};
-  for (std::size_t j = 0; j < m; ++j) {
-    T sum = 0;
-    for (std::size_t i = 0; i < m; ++i) sum += a[i * mp + j];
-    if (!(sum <= n.column)) n.column = sum, n.column_at = j;
+  for (std::size_t j = 0; j < m; j += kWidth<T>) {
+    Vector<T> sums{};
+    for (std::size_t i = 0; i < m; ++i) sums += load<Vector<T>>(a + i * mp + j);
+    for (std::size_t k = 0; k < kWidth<T> && j + k < m; ++k)
+      if (!(sums[k] <= n.column)) n.column = sums[k], n.column_at = j + k;
   }
-  for (std::size_t i = 0; i < m; ++i) {
-    T sum = 0;
-    for (std::size_t j = 0; j < m; ++j) sum += a[i * mp + j];
-    if (!(sum <= n.row)) n.row = sum, n.row_at = i;
+  // Several rows at a time: each sum waits for its last addition.
+  constexpr std::size_t kRows = 8;
+  for (std::size_t i = 0; i < m; i += kRows) {
+    T sums[kRows] = {};
+    if (m - i >= kRows) {
+      for (std::size_t j = 0; j < m; ++j)
+        for (std::size_t r = 0; r < kRows; ++r) sums[r] += a[(i + r) * mp + j];
+    } else {
+      for (std::size_t r = 0; i + r < m; ++r)
+        for (std::size_t j = 0; j < m; ++j) sums[r] += a[(i + r) * mp + j];
+    }
+    for (std::size_t r = 0; r < kRows && i + r < m; ++r)
+      if (!(sums[r] <= n.row)) n.row = sums[r], n.row_at = i + r;
   }
   return n;
 }
@@ -282,37 +292,48 @@ template <class T> class NystromPass {
     std::size_t segment() const noexcept { return segment_; }
     std::size_t length() const noexcept { return length_ + (segment_ >= longer_ ? 1 : 0); }
     void next() noexcept {
-      if (--left_ > 0) return;
-      ++segment_;
+      if (--left_ == 0) go_to(segment_ + 1);
+    }
+    void go_to(std::size_t segment) noexcept {
+      segment_ = segment;
       left_ = length();
     }
+    // The rows before the segment.
+    std::size_t before() const noexcept { return segment_ * length_ + (segment_ > longer_ ? segment_ - longer_ : 0); }
 
    private:
     std::size_t length_, longer_, segment_ = 0, left_;
   };
-  void means(const Rows& rows, std::size_t n, bool of_queries, const void* given, T* to) noexcept {
+  // The landmarks first .. last, of all in `to`: means of segments, or those that are given.
+  void means(bool of_queries, std::size_t first, std::size_t last, T* to) noexcept {
+    const Rows& rows = of_queries ? head_.q : head_.k;
+    const std::size_t n = of_queries ? head_.queries : head_.keys;
+    const auto* const given = static_cast<const T*>(of_queries ? head_.q_landmarks : head_.k_landmarks);
     if (given != nullptr) {
-      for (std::size_t i = 0; i < m_; ++i)
-        read_row<T>(kWorking, static_cast<const T*>(given) + i * call_.dim, call_.dim, to + i * dp_);
+      for (std::size_t i = first; i < last; ++i) read_row<T>(kWorking, given + i * call_.dim, call_.dim, to + i * dp_);
       return;
     }
-    fill<T>(to, m_ * dp_, 0);
-    const bool plain = is_plain<T>(call_.dtype, call_.dim);
-    Segments at_row(count(n, of_queries), m_), mean = at_row;
-    for (std::size_t t = 0; t < n; ++t) {
+    fill<T>(to + first * dp_, (last - first) * dp_, 0);
+    const bool plain = is_plain<T>(call_.dtype, call_.dim), masked = head_.mask != nullptr;
+    Segments at_row(count(n, of_queries), m_);
+    at_row.go_to(first);
+    Segments mean = at_row;
+    std::size_t skipped = masked ? at_row.before() : 0;
+    for (std::size_t t = masked ? 0 : at_row.before(); at_row.segment() < last; ++t) {
       if (t % 4096 == 0 && stopped()) return;
       if (!(of_queries ? query_seen(t) : seen(t))) continue;
+      if (skipped > 0) {
+        --skipped;
+        continue;
+      }
       const T* x = reinterpret_cast<const T*>(row(rows, t));
       if (!plain) read_row<T>(call_.dtype, row(rows, t), call_.dim, x_copy_), x = x_copy_;
       T* const sum = to + at_row.segment() * dp_;
       for (std::size_t d = 0; d < dp_; d += W) store(sum + d, load<V>(sum + d) + load<V>(x + d));
       at_row.next();
     }
-    for (std::size_t i = 0; i < m_; ++i) {
-      const std::size_t length = mean.length();
-      scale_row(to + i * dp_, dp_, T(1) / static_cast<T>(length));
-      for (std::size_t j = 0; j < length; ++j) mean.next();
-    }
+    for (; mean.segment() < last; mean.go_to(mean.segment() + 1))
+      scale_row(to + mean.segment() * dp_, dp_, T(1) / static_cast<T>(mean.length()));
   }
   void columns(const T* rows, T* to) const noexcept {
     const T scale = static_cast<T>(call_.scale);
@@ -321,17 +342,19 @@ template <class T> class NystromPass {
       for (std::size_t d = 0; d < call_.dim; ++d) to[d * mp_ + i] = scale * rows[i * dp_ + d];
   }
 
-  double prepare(const Middle<T>& middle) noexcept {
+  // With the landmarks in the rows of `middle`, which are made here or were before.
+  double prepare(const Middle<T>& middle, bool has_means) noexcept {
     middle.flags[0] = approximates() ? 1 : 0;
     if (middle.flags[0] == 0) return 0;
-    means(head_.q, head_.queries, true, head_.q_landmarks, middle.q_rows);
-    means(head_.k, head_.keys, false, head_.k_landmarks, middle.k_rows);
+    if (!has_means) {
+      means(true, 0, m_, middle.q_rows);
+      means(false, 0, m_, middle.k_rows);
+    }
     columns(middle.q_rows, middle.q_columns);
     columns(middle.k_rows, middle.k_columns);
     product<T>(m_, mp_, Term<T>{middle.q_rows, at(dp_), 1, middle.k_columns, at(mp_), call_.dim}, {middle.a, at(mp_)});
     softmax_rows(middle.a, m_, m_);
-    const Norms<T> n = norms(middle.a, m_);
-    return static_cast<double>(n.column) * static_cast<double>(n.row);
+    return product_of(norms(middle.a, m_));
   }
 
   // Keys t .. of a block that are there, close together, and their values; how many, and from where the next block
@@ -421,32 +444,46 @@ template <class T> class NystromPass {
                {logits_, at(mp_)});
   }
 
-  // The middle: W = Z B and u = Z 1, or 0 where there is no key: the sums of no weights.
+  // Whether Newton's steps can be taken before B is there: Z then has the room of A, which nothing needs any more.
+  bool inverts_first() const noexcept {
+    return !call_.ridge_solve && !call_.informs && (sizeof(T) == 8 || call_.iterations <= kSinglePrecisionSteps);
+  }
+  void invert(const Middle<T>& middle, Parts<T>& parts) noexcept {
+    if (stopped()) return;
+    T* const z = parts.take(m_ * mp_);
+    newton_steps(middle, start(norms(middle.a, m_)), z, parts);
+    __builtin_memcpy(middle.a, z, m_ * mp_ * sizeof(T));
+  }
+  static double product_of(const Norms<T>& n) noexcept {
+    return static_cast<double>(n.column) * static_cast<double>(n.row);
+  }
+  double start(const Norms<T>& n) const noexcept {
+    return call_.coefficient > 0 ? call_.coefficient : 1 / product_of(n);
+  }
+  void newton_steps(const Middle<T>& middle, double c, T* z, Parts<T>& parts) noexcept {
+    turned(middle.a, static_cast<T>(c), m_, z);
+    T* const x = parts.take(m_ * mp_);
+    T* const t = parts.take(m_ * mp_);
+    T* const u = parts.take(m_ * mp_);
+    steps<T>(middle.a, z, x, t, u);
+  }
+  // The middle: W = Z B and u = Z 1, or 0 where there is no key: the sums of no weights. After invert() where that is
+  // to come first.
   void solve(const Middle<T>& middle, const Partial<T>& partial, Parts<T>& parts) noexcept {
     if (stopped()) return;
     T* const b = parts.take(m_ * vp_);
     sums_over_keys(partial, b);
+    if (inverts_first()) return apply(middle.a, b, middle, partial);
     const Norms<T> n = norms(middle.a, m_);
-    const double product_of_norms = static_cast<double>(n.column) * static_cast<double>(n.row);
-    const double c = call_.coefficient > 0 ? call_.coefficient : 1 / product_of_norms;
+    const double c = start(n);
     T* const z = parts.take(call_.ridge_solve && !call_.informs ? 0 : m_ * mp_);
     if (call_.ridge_solve) {
-      ridge(middle, b, ones_of(partial), product_of_norms, z, parts);
+      ridge(middle, b, ones_of(partial), product_of(n), z, parts);
     } else if (sizeof(T) == 4 && call_.iterations > kSinglePrecisionSteps) {
       many_steps(middle, b, ones_of(partial), c, z, parts);
     } else {
-      turned(middle.a, static_cast<T>(c), m_, z);
-      T* const x = parts.take(m_ * mp_);
-      T* const t = parts.take(m_ * mp_);
-      T* const u = parts.take(m_ * mp_);
-      steps<T>(middle.a, z, x, t, u);
-      product<T>(m_, vp_, Term<T>{z, at(mp_), 1, b, at(vp_), m_}, {middle.w, at(vp_)});
-      for (std::size_t i = 0; i < m_; ++i) {
-        V sum{};
-        for (std::size_t j = 0; j < mp_; j += W) sum += load<V>(z + i * mp_ + j);
-        middle.u[i] = ones_of(partial) * sum_lanes<T>(sum);
-      }
-      for (std::size_t i = m_; i < mp_; ++i) middle.u[i] = 0;
+      newton_steps(middle, c, z, parts);
+      apply(z, b, middle, partial);
     }
     if (head_.info == nullptr) return;
     auto* const info = static_cast<T*>(head_.info);
@@ -464,6 +501,15 @@ template <class T> class NystromPass {
         size += a * a;
       }
     info[0] = static_cast<T>(__builtin_sqrt(off / size));
+  }
+  void apply(const T* z, const T* b, const Middle<T>& middle, const Partial<T>& partial) const noexcept {
+    product<T>(m_, vp_, Term<T>{z, at(mp_), 1, b, at(vp_), m_}, {middle.w, at(vp_)});
+    for (std::size_t i = 0; i < m_; ++i) {
+      V sum{};
+      for (std::size_t j = 0; j < mp_; j += W) sum += load<V>(z + i * mp_ + j);
+      middle.u[i] = ones_of(partial) * sum_lanes<T>(sum);
+    }
+    for (std::size_t i = m_; i < mp_; ++i) middle.u[i] = 0;
   }
   // Sums of the rows of softmax(s Qt K^T).
   static T ones_of(const Partial<T>& partial) noexcept { return partial.sum[0] == 0 ? T(0) : T(1); }

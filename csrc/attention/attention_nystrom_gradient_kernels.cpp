@@ -199,7 +199,7 @@ template <class T> class GradientPass : public NystromPass<T> {
 
   void run(Parts<T>& parts) noexcept {
     if (this->stopped()) return;
-    this->prepare(middle_);
+    this->prepare(middle_, false);
     if (middle_.flags[0] == 0) {
       exact();
     } else {

@@ -11,6 +11,10 @@ SoftmaxCall exact_call(const NystromCall& call) noexcept {
   return {false, call.dtype, call.dtype, call.dim, call.values, call.scale, nullptr};
 }
 
+// The landmarks of a head, queries' and then keys', where they have no room in its middle.
+template <class T> std::size_t landmark_items(const NystromCall& call) noexcept {
+  return 2 * call.landmarks * padded<T>(call.dim);
+}
 template <class T> std::size_t work_items(const NystromCall& call) noexcept {
   Parts<T> parts(nullptr);
   static constexpr NystromHead head{};
@@ -29,7 +33,7 @@ template <class T> std::size_t work_items(const NystromCall& call) noexcept {
   else
     middle += 3 * m * mp + 3 * 16;
   const std::size_t exact = kSoftmaxKernels[sizeof(T) == 8].work_items(exact_call(call));
-  const std::size_t rows = 2 * (m * padded<T>(call.dim) + 16), others = pass + (rows > exact ? rows : exact);
+  const std::size_t rows = landmark_items<T>(call) + 16, others = pass + (rows > exact ? rows : exact);
   return middle > others ? middle : others;
 }
 template <class T> std::size_t middle_items(const NystromCall& call) noexcept {
@@ -51,13 +55,30 @@ template <class T> Partial<T> partial_at(const NystromCall& call, const void* me
   return Partial<T>(call, parts);
 }
 
-template <class T> double prepare(const NystromCall& call, const NystromHead& head, void* middle, void* work) noexcept {
+template <class T>
+void means(const NystromCall& call, const NystromHead& head, bool of_queries, std::size_t first, std::size_t last,
+           void* landmarks, void* work) noexcept {
+  Parts<T> parts(work);
+  NystromPass<T> pass(call, head, parts);
+  T* const rows = static_cast<T*>(landmarks) + (of_queries ? 0 : landmark_items<T>(call) / 2);
+  if (pass.approximates()) pass.means(of_queries, first, last, rows);
+}
+template <class T>
+double prepare(const NystromCall& call, const NystromHead& head, const void* landmarks, void* middle,
+               void* work) noexcept {
   Parts<T> parts(work);
   NystromPass<T> pass(call, head, parts);
   Middle<T> with_rows = middle_at<T>(call, middle);
-  with_rows.q_rows = parts.take(call.landmarks * padded<T>(call.dim));
-  with_rows.k_rows = parts.take(call.landmarks * padded<T>(call.dim));
-  return pass.prepare(with_rows);
+  T* const given = const_cast<T*>(static_cast<const T*>(landmarks));
+  with_rows.q_rows = given != nullptr ? given : parts.take(landmark_items<T>(call));
+  with_rows.k_rows = with_rows.q_rows + landmark_items<T>(call) / 2;
+  return pass.prepare(with_rows, given != nullptr);
+}
+template <class T> void invert(const NystromCall& call, const NystromHead& head, void* middle, void* work) noexcept {
+  Parts<T> parts(work);
+  NystromPass<T> pass(call, head, parts);
+  Parts<T> all(work);  // no rows or logits are needed here
+  if (pass.inverts_first()) pass.invert(middle_at<T>(call, middle), all);
 }
 template <class T>
 void absorb(const NystromCall& call, const NystromHead& head, std::size_t first, std::size_t last, const void* middle,
@@ -65,19 +86,24 @@ void absorb(const NystromCall& call, const NystromHead& head, std::size_t first,
   Parts<T> parts(work);
   NystromPass<T>(call, head, parts).absorb(first, last, middle_at<T>(call, middle), partial_at<T>(call, partial));
 }
-template <class T> void merge(const NystromCall& call, void* partial, const void* other) noexcept {
+template <class T> void merge(const NystromCall& call, void* partial, void* other) noexcept {
+  using V = Vector<T>;
   const Partial<T> to = partial_at<T>(call, partial), from = partial_at<T>(call, other);
   const std::size_t vp = padded<T>(call.values);
-  for (std::size_t i = 0; i < call.landmarks; ++i) {
-    const T top = to.top[i] > from.top[i] ? to.top[i] : from.top[i];
-    const auto factor = [top](T x) { return x == kLowest<T> ? T(0) : exp_nonpositive(splat<Vector<T>>(x - top))[0]; };
-    const T f = factor(to.top[i]), g = factor(from.top[i]);
-    to.top[i] = top;
-    to.sum[i] = f * to.sum[i] + g * from.sum[i];
-    for (std::size_t e = 0; e < vp; e += kWidth<T>)
-      store(to.values + i * vp + e, simd::fma(splat<Vector<T>>(f), load<Vector<T>>(to.values + i * vp + e),
-                                              splat<Vector<T>>(g) * load<Vector<T>>(from.values + i * vp + e)));
+  T *const f = from.top, *const g = from.sum;  // what the values of each are multiplied by
+  for (std::size_t i = 0; i < padded<T>(call.landmarks); i += kWidth<T>) {
+    const V one = load<V>(to.top + i), two = load<V>(from.top + i), top = select(one > two, one, two);
+    const auto factor = [top](V x) { return select(x == V{} + kLowest<T>, V{}, exp_nonpositive(x - top)); };
+    const V of_one = factor(one), of_two = factor(two);
+    store(to.top + i, top);
+    store(to.sum + i, of_one * load<V>(to.sum + i) + of_two * load<V>(from.sum + i));
+    store(f + i, of_one);
+    store(g + i, of_two);
   }
+  for (std::size_t i = 0; i < call.landmarks; ++i)
+    for (std::size_t e = 0; e < vp; e += kWidth<T>)
+      store(to.values + i * vp + e, simd::fma(splat<V>(f[i]), load<V>(to.values + i * vp + e),
+                                              splat<V>(g[i]) * load<V>(from.values + i * vp + e)));
 }
 template <class T>
 void solve(const NystromCall& call, const NystromHead& head, void* middle, const void* partial, void* work) noexcept {
@@ -95,7 +121,8 @@ void emit(const NystromCall& call, const NystromHead& head, std::size_t first, s
 }
 
 template <class T> constexpr NystromKernels kTable() {
-  return {work_items<T>, middle_items<T>, partial_items<T>, prepare<T>, absorb<T>, merge<T>, solve<T>, emit<T>};
+  return {work_items<T>, middle_items<T>, partial_items<T>, landmark_items<T>, means<T>, prepare<T>,
+          invert<T>,     absorb<T>,       merge<T>,         solve<T>,          emit<T>};
 }
 
 }  // namespace

@@ -296,26 +296,6 @@ template <class T> void write_row(fastops_dtype dtype, const T* from, std::size_
   }
 }
 
-// Whether no element is infinite or nan: no exponent of all ones.
-template <class U> bool finite_bits(const void* from, std::size_t n, U exponent) noexcept {
-  const auto* const p = static_cast<const U*>(from);
-  unsigned found = 0;
-  for (std::size_t i = 0; i < n; ++i) found |= (p[i] & exponent) == exponent;
-  return found == 0;
-}
-inline bool finite_row(fastops_dtype dtype, const void* from, std::size_t n) noexcept {
-  switch (dtype) {
-    case FASTOPS_F16:
-      return finite_bits<std::uint16_t>(from, n, 0x7c00);
-    case FASTOPS_BF16:
-      return finite_bits<std::uint16_t>(from, n, 0x7f80);
-    case FASTOPS_F32:
-      return finite_bits<std::uint32_t>(from, n, 0x7f800000);
-    default:
-      return finite_bits<std::uint64_t>(from, n, 0x7ff0000000000000);
-  }
-}
-
 // Asks for rows that come later: lines of rows that lie apart are nothing the CPU would fetch by itself.
 FASTOPS_INLINE void fetch_rows(fastops_dtype dtype, const void* data, std::ptrdiff_t step, std::size_t first,
                                std::size_t last, std::size_t width) {

@@ -5,6 +5,7 @@
 
 #include <fcntl.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <time.h>
 #include <unistd.h>
@@ -28,7 +29,8 @@ namespace fastops {
 namespace {
 
 constexpr double kSerialBelowNs = 200e3;  // waking a parked thread costs 5 to 50 us
-constexpr int kSpins = 100;               // a few us: longer spins slow the neighbours down
+constexpr int kSpins = 100;               // some us; from then on other threads go first
+constexpr std::int64_t kSpinNs = 50'000;  // as long as waking takes; longer spins slow the neighbours down
 constexpr std::int64_t kPollNs = 20'000'000;
 constexpr std::size_t kStackBytes = 512 * 1024;  // bodies use less than 16 KiB; the rest is thread-local data
 
@@ -44,14 +46,19 @@ std::int64_t now_ns() noexcept {
   return std::int64_t{t.tv_sec} * 1'000'000'000 + t.tv_nsec;
 }
 
-// park: sleeps while word == value, at most `ns` (for ever if negative); may return early. wake: ends `count` parks.
+// park: sleeps while word == value, at most `ns` (for ever if negative); may return early. wake: ends `count` parks, of
+// those whose `bits` have one in common.
 using Word = std::atomic<std::uint32_t>;
+constexpr std::uint32_t kAnyone = ~0u;
 #if defined(__linux__)
-void park(Word& word, std::uint32_t value, std::int64_t ns) noexcept {
-  const timespec t{static_cast<time_t>(ns / 1'000'000'000), static_cast<long>(ns % 1'000'000'000)};
-  syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, ns < 0 ? nullptr : &t, nullptr, 0);
+void park(Word& word, std::uint32_t value, std::int64_t ns, std::uint32_t bits = kAnyone) noexcept {
+  const std::int64_t end = ns < 0 ? 0 : now_ns() + ns;
+  const timespec t{static_cast<time_t>(end / 1'000'000'000), static_cast<long>(end % 1'000'000'000)};
+  syscall(SYS_futex, &word, FUTEX_WAIT_BITSET_PRIVATE, value, ns < 0 ? nullptr : &t, nullptr, bits);
 }
-void wake(Word& word, int count) noexcept { syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, count, nullptr, nullptr, 0); }
+void wake(Word& word, int count, std::uint32_t bits = kAnyone) noexcept {
+  syscall(SYS_futex, &word, FUTEX_WAKE_BITSET_PRIVATE, count, nullptr, nullptr, bits);
+}
 void reset_parking() noexcept {}
 
 // The CPUs that a thread may run on; a mask of fixed size fails on machines with more CPUs than it holds.
@@ -59,9 +66,12 @@ struct Affinity {
   static constexpr int kBits = 64;
   unsigned long bits[128];
   long bytes;
-  explicit Affinity(int thread) noexcept : bytes(syscall(SYS_sched_getaffinity, thread, sizeof bits, bits)) {}
+  bool get(int thread) noexcept {
+    bytes = syscall(SYS_sched_getaffinity, thread, sizeof bits, bits);
+    return bytes > 0;
+  }
   void set(int thread) const noexcept { syscall(SYS_sched_setaffinity, thread, bytes, bits); }
-  bool has(int cpu) const noexcept { return cpu / 8 < bytes; }
+  bool has(int cpu) const noexcept { return cpu / 8 < bytes && (bits[cpu / kBits] >> cpu % kBits & 1) != 0; }
   void add(int cpu) noexcept { bits[cpu / kBits] |= 1ul << cpu % kBits; }
   void remove(int cpu) noexcept { bits[cpu / kBits] &= ~(1ul << cpu % kBits); }
   bool empty() const noexcept {
@@ -73,7 +83,7 @@ struct Affinity {
 #else
 pthread_mutex_t parking_lock = PTHREAD_MUTEX_INITIALIZER;
 pthread_cond_t parking = PTHREAD_COND_INITIALIZER;
-void park(Word& word, std::uint32_t value, std::int64_t ns) noexcept {
+void park(Word& word, std::uint32_t value, std::int64_t ns, std::uint32_t = kAnyone) noexcept {
   pthread_mutex_lock(&parking_lock);
   if (word.load() == value) {
     if (ns < 0) {
@@ -89,7 +99,7 @@ void park(Word& word, std::uint32_t value, std::int64_t ns) noexcept {
   }
   pthread_mutex_unlock(&parking_lock);
 }
-void wake(Word&, int) noexcept {
+void wake(Word&, int, std::uint32_t = kAnyone) noexcept {
   pthread_mutex_lock(&parking_lock);
   pthread_cond_broadcast(&parking);
   pthread_mutex_unlock(&parking_lock);
@@ -99,6 +109,22 @@ void reset_parking() noexcept {
   parking = PTHREAD_COND_INITIALIZER;
 }
 #endif
+
+// Waits for `done` without parking; false where that takes long.
+template <class F> bool spin_until(F done) noexcept {
+  for (int i = 0; i < kSpins; ++i) {
+    if (done()) return true;
+    pause();
+  }
+  for (const std::int64_t end = now_ns() + kSpinNs; now_ns() < end;) {
+    sched_yield();
+    for (int i = 0; i < 16; ++i) {
+      if (done()) return true;
+      pause();
+    }
+  }
+  return false;
+}
 
 // Set by the thread that owns the pool, read by the workers between entering and leaving the gate.
 struct Job {
@@ -124,53 +150,72 @@ bool fork_handled = false;
 
 #if defined(__linux__)
 // Where a guest's CPUs are idle, a hypervisor shows them as taken away, and Linux starts a thread that is woken on the
-// CPU of the thread that wakes it, behind it, for some milliseconds. So the owner bars its own CPU to workers that
-// sleep, and they take it back when they are awake.
+// CPU of the thread that wakes it, behind it, for some milliseconds. So the owner bars its own CPU to the workers that
+// it is about to wake, and they take it back when they are awake. It wakes no others and leaves none barred, since a
+// user may set their masks too.
 struct Worker {
-  std::atomic<int> thread;  // 0 while awake
-  std::atomic<int> barred;  // the CPU and one
+  Word thread;  // its id while it sleeps; kHeld while the owner changes its mask; 0 while it is awake
+  int barred;   // the CPU and one; 0: none
 };
-constexpr unsigned kSpread = 16;  // two system calls a worker
+constexpr std::uint32_t kHeld = ~0u;
+constexpr std::int64_t kHoldNs = 50'000;  // the owner holds a worker for two system calls
+constexpr unsigned kSpread = 16;
 Worker workers[kSpread];
 
+std::uint32_t bit_of(unsigned worker) noexcept { return worker < kSpread ? 1u << worker : kAnyone; }
 void fall_asleep(unsigned worker) noexcept {
-  if (worker < kSpread) workers[worker].thread.store(static_cast<int>(syscall(SYS_gettid)), std::memory_order_release);
+  if (worker < kSpread) workers[worker].thread.store(static_cast<std::uint32_t>(syscall(SYS_gettid)));
 }
 void awake(unsigned worker) noexcept {
   if (worker >= kSpread) return;
-  workers[worker].thread.store(0, std::memory_order_relaxed);
-  const int barred = workers[worker].barred.exchange(0, std::memory_order_acquire);
-  if (barred == 0) return;
-  Affinity mine(0);
-  if (!mine.has(barred - 1)) return;
-  mine.add(barred - 1);
-  mine.set(0);
-}
-void make_room() noexcept {
-  unsigned cpu;
-  if (started > kSpread || syscall(SYS_getcpu, &cpu, nullptr, nullptr) != 0) return;
-  const int here = static_cast<int>(cpu);
-  for (unsigned i = 0; i < started; ++i) {
-    const int thread = workers[i].thread.load(std::memory_order_acquire);
-    if (thread == 0) continue;
-    Affinity its(thread);
-    if (!its.has(here)) continue;
-    const int barred = workers[i].barred.load(std::memory_order_relaxed);
-    if (barred == here + 1) continue;
-    if (barred != 0) its.add(barred - 1);
-    its.remove(here);
-    if (its.empty()) continue;
-    workers[i].barred.store(here + 1, std::memory_order_release);
-    its.set(thread);
+  Worker& self = workers[worker];
+  // A worker may wake before it is woken; it waits for the owner, or it would be barred for ever.
+  for (std::uint32_t id = self.thread.load(std::memory_order_relaxed);
+       id == kHeld || !self.thread.compare_exchange_weak(id, 0, std::memory_order_acquire);
+       id = self.thread.load(std::memory_order_relaxed))
+    park(self.thread, kHeld, kHoldNs);
+  if (self.barred == 0) return;
+  Affinity mask;
+  if (mask.get(0)) {
+    mask.add(self.barred - 1);
+    mask.set(0);
   }
+  self.barred = 0;
+}
+void bar(Worker& worker, int thread, int cpu) noexcept {
+  Affinity mask;
+  if (!mask.get(thread) || !mask.has(cpu)) return;
+  mask.remove(cpu);
+  if (mask.empty()) return;
+  worker.barred = cpu + 1;
+  mask.set(thread);
+}
+// Chooses up to `count` workers that sleep and bars this CPU to them; the bits to wake them by.
+std::uint32_t make_room(unsigned count) noexcept {
+  unsigned cpu;
+  if (started > kSpread || syscall(SYS_getcpu, &cpu, nullptr, nullptr) != 0) return kAnyone;
+  std::uint32_t chosen = 0;
+  for (unsigned i = 0; i < started && count > 0; ++i) {
+    Worker& worker = workers[i];
+    std::uint32_t id = worker.thread.load();
+    if (id == 0 || !worker.thread.compare_exchange_strong(id, kHeld, std::memory_order_acquire)) continue;
+    if (worker.barred == 0) {  // else it was woken before and has not come yet
+      bar(worker, static_cast<int>(id), static_cast<int>(cpu));
+      chosen |= bit_of(i);
+      --count;
+    }
+    worker.thread.store(id, std::memory_order_release);
+  }
+  return chosen;
 }
 void forget_workers() noexcept {
-  for (Worker& worker : workers) worker.thread.store(0), worker.barred.store(0);
+  for (Worker& worker : workers) worker.thread.store(0), worker.barred = 0;
 }
 #else
+std::uint32_t bit_of(unsigned) noexcept { return kAnyone; }
 void fall_asleep(unsigned) noexcept {}
 void awake(unsigned) noexcept {}
-void make_room() noexcept {}
+std::uint32_t make_room(unsigned) noexcept { return kAnyone; }
 void forget_workers() noexcept {}
 #endif
 
@@ -211,14 +256,11 @@ void* work(void* first) noexcept {
   const auto self = static_cast<unsigned>(birth >> 32);
   for (;;) {
     std::uint32_t current;
-    for (int spins = kSpins; (current = epoch.load(std::memory_order_acquire)) == seen;) {
-      if (spins-- > 0) {
-        pause();
-        continue;
-      }
+    const auto called = [&] { return (current = epoch.load(std::memory_order_acquire)) != seen; };
+    for (bool there = spin_until(called); !there; there = called()) {
       fall_asleep(self);
       parked.fetch_add(1);
-      park(epoch, seen, -1);
+      park(epoch, seen, -1, bit_of(self));
       parked.fetch_sub(1);
       awake(self);
     }
@@ -290,8 +332,8 @@ fastops_status run_shared(std::size_t blocks, Body body, void* context, unsigned
   gate.store(helpers * kPlace, std::memory_order_release);
   epoch.fetch_add(1);
   if (parked.load() > 0) {
-    make_room();
-    wake(epoch, static_cast<int>(helpers));
+    const std::uint32_t chosen = make_room(helpers);
+    if (chosen != 0) wake(epoch, static_cast<int>(helpers), chosen);
   }
 
   fastops_status status = FASTOPS_OK;
@@ -307,13 +349,10 @@ fastops_status run_shared(std::size_t blocks, Body body, void* context, unsigned
     body(context, block, 0);
     if (lost()) return FASTOPS_INTERRUPTED;
   }
-  std::uint32_t g = gate.fetch_and(~kPlaces, std::memory_order_acq_rel) & ~kPlaces;
-  for (int spins = kSpins; (g & kInside) != 0; g = gate.load(std::memory_order_acquire)) {
-    if (spins-- > 0) {
-      pause();
-      continue;
-    }
-    g = gate.fetch_or(kOwnerSleeps, std::memory_order_acq_rel) | kOwnerSleeps;
+  gate.fetch_and(~kPlaces, std::memory_order_acq_rel);
+  const auto left = [] { return (gate.load(std::memory_order_acquire) & kInside) == 0; };
+  for (bool alone = spin_until(left); !alone; alone = left()) {
+    std::uint32_t g = gate.fetch_or(kOwnerSleeps, std::memory_order_acq_rel) | kOwnerSleeps;
     if ((g & kInside) != 0) park(gate, g, kPollNs);
     if (lost()) return FASTOPS_INTERRUPTED;
   }

@@ -158,7 +158,7 @@ FASTOPS_INLINE void log_entry(typename Bits<T>::I u, typename Bits<T>::I c, type
   const I moved = (s + select(regular, move, I{})) & B::kInfinity;
   move = select(regular & ((moved == B::kInfinity) | (moved == 0)), I{}, move);
   *mantissa = m - move;
-  *scale = select(regular, s + move, u);
+  *scale = select(regular, s + select(regular, move, I{}), u);
 }
 
 // b as bits; true where the short body cannot multiply it.

@@ -281,18 +281,24 @@ def _decay_on_cuda(operands: Sequence[Any], extras: Sequence[Tensor | None], opt
         of_keys = of_keys + found[2][..., 0]
     change = -of_keys
     change[..., max(m - n, 0) :] += of_rows.reshape((b, h, -1, n)).sum(2)[..., max(n - m, 0) :]
+    zero = torch.zeros((), dtype=wide, device=k.device)
+    if offsets is not None:
+        # As the kernels take them, since nobody has looked at them; what lies outside of all sequences holds anything.
+        ends = offsets.to(k.device, torch.int64).clamp(0, m).cummax(0).values
+        tokens = torch.arange(m, device=k.device)
+        which = (torch.searchsorted(ends, tokens, right=True) - 1).clamp(0, len(ends) - 2)
+        inside = (tokens >= ends[0]) & (tokens < ends[-1])
+        change = torch.where(inside, change, zero)
     # Sums from each token to the end of its sequence.
     after = torch.nn.functional.pad(change.flip(-1).cumsum(-1).flip(-1), (0, 1))
     full = after[..., :-1]
-    tokens = torch.arange(m, device=k.device)
-    which = torch.zeros_like(tokens)
     if offsets is not None:
-        ends = offsets.to(k.device, torch.int64)
-        which = torch.searchsorted(ends, tokens, right=True) - 1
         full = full - after[..., ends[which + 1]]
     if ds is not None and last_s is not None:
         sums = (last_s.to(wide) * ds.to(wide)).sum((-1, -2)) + (last_z.to(wide) * dz.to(wide)).sum(-1)
         full = full + (sums.unsqueeze(-1) if offsets is None else sums[which].T)
+    if offsets is not None:
+        full = torch.where(inside, full, zero)
     axes = [i for i in range(3) if logs.shape[i] == 1 and full.shape[i] != 1]
     found = full.sum(axes, keepdim=True) if axes else full
     return torch.reshape(found, decay.shape).to(decay.dtype)

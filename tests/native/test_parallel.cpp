@@ -2,6 +2,7 @@
 // The pool: every block once, serial where it must be, and what forks, signals, polls and settings may not break.
 #include "core/parallel.h"
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
@@ -259,9 +260,14 @@ void polls() {
   // The caller has no block left and waits for another thread's: it polls there too.
   fastops_set_num_threads(2);
   int calls = 0;
-  const pthread_t caller = pthread_self();
-  parallel_run(2, [&](std::size_t, unsigned) { wait_ms(pthread_equal(caller, pthread_self()) ? 1 : 200); }, kLarge,
-               {count_calls, &calls});
+  std::atomic<int> begun{0};
+  parallel_run(2,
+               [&](std::size_t, unsigned worker) {
+                 ++begun;
+                 for (const double end = seconds() + 5; begun < 2 && seconds() < end;) std::this_thread::yield();
+                 if (worker != 0) wait_ms(200);
+               },
+               kLarge, {count_calls, &calls});
   CHECK(calls >= 1, "no poll while waiting");
 }
 
@@ -346,6 +352,91 @@ bool child_is_well(pid_t child) {
   _exit(right ? 0 : 1);
 }
 
+#if defined(__linux__)
+// The pool's threads, by the name that they have.
+std::vector<pid_t> pool_threads() {
+  std::vector<pid_t> found;
+  DIR* const tasks = opendir("/proc/self/task");
+  if (tasks == nullptr) return found;
+  while (const dirent* const entry = readdir(tasks)) {
+    char name[16] = {};
+    const int file = open(("/proc/self/task/" + std::string(entry->d_name) + "/comm").c_str(), O_RDONLY);
+    if (file >= 0 && read(file, name, sizeof name - 1) > 0 && std::strcmp(name, "fastops\n") == 0)
+      found.push_back(std::atoi(entry->d_name));
+    if (file >= 0) close(file);
+  }
+  closedir(tasks);
+  return found;
+}
+cpu_set_t affinity(pid_t thread) {
+  cpu_set_t cpus;
+  CPU_ZERO(&cpus);
+  sched_getaffinity(thread, sizeof cpus, &cpus);
+  return cpus;
+}
+cpu_set_t only(int cpu) {
+  cpu_set_t cpus;
+  CPU_ZERO(&cpus);
+  CPU_SET(cpu, &cpus);
+  return cpus;
+}
+
+// A worker that sleeps is barred from its waker's CPU. It has its own mask again when it is awake: the one that it was
+// started with, at whatever moment it is woken, or what the user has given it since.
+void affinities() {
+  const cpu_set_t all = affinity(0);
+  if (CPU_COUNT(&all) < 2) return;
+  int first = 0;
+  while (!CPU_ISSET(first, &all)) ++first;
+  int second = first + 1;
+  while (!CPU_ISSET(second, &all)) ++second;
+  const cpu_set_t one = only(first), other = only(second);
+
+  fastops_set_num_threads(5);
+  std::atomic<int> fewer{0};
+  for (int round = 0; round < 2000; ++round) {
+    parallel_run(
+        5,
+        [&](std::size_t, unsigned worker) {
+          const cpu_set_t mine = affinity(0);
+          if (worker != 0 && !CPU_EQUAL(&mine, &all)) ++fewer;
+          for (const double end = seconds() + 5e-6; seconds() < end;) {
+          }
+        },
+        kLarge, kNoPoll);
+    // So that the next call comes while workers are falling asleep.
+    for (const double end = seconds() + round % 40 * 1e-6; seconds() < end;) {
+    }
+  }
+  CHECK(fewer == 0, "%d blocks were run with fewer CPUs", fewer.load());
+
+  // Those that were woken and have not come yet may still be barred.
+  const auto barred = [&] {
+    bool any = false;
+    for (pid_t thread : pool_threads()) {
+      const cpu_set_t its = affinity(thread);
+      any = any || !CPU_EQUAL(&its, &all);
+    }
+    return any;
+  };
+  for (const double end = seconds() + 5; barred() && seconds() < end;) wait_ms(5);
+  if (sched_setaffinity(0, sizeof one, &one) != 0) return;
+  for (pid_t thread : pool_threads()) sched_setaffinity(thread, sizeof other, &other);
+  for (int round = 0; round < 20; ++round) {
+    sums_right(100);
+    wait_ms(2);
+  }
+  for (pid_t thread : pool_threads()) {
+    const cpu_set_t its = affinity(thread);
+    CHECK(CPU_EQUAL(&its, &other), "a worker has left the CPU that it was given");
+    sched_setaffinity(thread, sizeof all, &all);
+  }
+  sched_setaffinity(0, sizeof all, &all);
+}
+#else
+void affinities() {}
+#endif
+
 void forks() {
   fastops_set_num_threads(4);
   CHECK(sums_right(100), "before");
@@ -407,6 +498,7 @@ int main() {
   polls();
   floating_point();
   signals();
+  affinities();
   // qemu-user 7.2 stops with an assertion of its own when a program with threads forks.
   if (!kThreadSanitizer && std::getenv("FASTOPS_EMULATED") == nullptr) {
     forks();
