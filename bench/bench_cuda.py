@@ -100,11 +100,16 @@ def elementwise(report: Report, bandwidth: float, rounds: int) -> None:
         report.add(f"mitchell_log2 {dtype} {n}", times, bytes_moved=2 * a.nbytes, bandwidth=bandwidth)
 
 
-def products(report: Report, rounds: int) -> None:
-    """Matrix products: an addition and a multiply-add for each term, at 128 instructions a cycle and multiprocessor."""
+def product_rate() -> float:
+    """Terms a second: an addition and a multiply-add for each, at 128 instructions a cycle and multiprocessor."""
     properties = torch.cuda.get_device_properties(0)
     clock = getattr(properties, "clock_rate", 0) * 1e3 or torch.cuda.clock_rate() * 1e6
-    bound = properties.multi_processor_count * 64 * clock
+    return float(properties.multi_processor_count * 64 * clock)
+
+
+def products(report: Report, rounds: int) -> None:
+    """Matrix products."""
+    bound = product_rate()
     torch.backends.cuda.matmul.allow_tf32 = False
     for n in (512, 1024, 4096, 8192):
         a, b = torch.randn(n, n, device="cuda"), torch.randn(n, n, device="cuda")
@@ -125,6 +130,102 @@ def products(report: Report, rounds: int) -> None:
         x = torch.randint(0, 256, (n, n), dtype=torch.uint8, device="cuda")
         out = torch.empty(n, n, dtype=torch.int32, device="cuda")
         report.add(f"lut_matmul {n}", milliseconds({"fastops": lambda: cuda.lut_matmul(x, x, table, out=out)}, rounds))
+
+
+def gradients(report: Report, bandwidth: float, rounds: int) -> None:
+    """Those of products, element by element and of matrices."""
+    n = 2**26
+    a, b, dy = (torch.rand(n, device="cuda") + 0.5 for _ in range(3))
+    for mode in ("exact", "ste", "mimic"):
+        found = cuda.mitchell_mul_grad(a, b, dy, mode=mode)
+        host = [x[:100_000].cpu().numpy() for x in (a, b, dy)]
+        for got, want in zip(found, fastops.mitchell_mul_grad(*host, mode=mode), strict=True):
+            same_bits(got[:100_000], want)
+        times = milliseconds(
+            {
+                "fastops": lambda: cuda.mitchell_mul_grad(a, b, dy, mode=mode),
+                "torch.mul (exact products)": lambda: (torch.mul(dy, b), torch.mul(dy, a)),
+            },
+            rounds,
+        )
+        report.add(f"mitchell_mul_grad {mode} float32 {n}", times, bytes_moved=5 * a.nbytes, bandwidth=bandwidth)
+    for n in (1024, 4096):
+        a, b, dy = (torch.randn(n, n, device="cuda") for _ in range(3))
+        for mode in ("exact", "ste", "mimic"):
+            da, _ = cuda.mitchell_matmul_grad(a, b, dy, mode=mode)
+            want, _ = fastops.mitchell_matmul_grad(
+                a[:4].cpu().numpy(), b.cpu().numpy(), dy[:4].cpu().numpy(), mode=mode
+            )
+            assert np.allclose(da[:4].cpu().numpy(), want, rtol=1e-3, atol=1e-3 * n**0.5), "wrong result"
+            times = milliseconds(
+                {
+                    "fastops": lambda: cuda.mitchell_matmul_grad(a, b, dy, mode=mode),
+                    "torch.mm (exact, no TF32)": lambda: (torch.mm(dy, b.T), torch.mm(a.T, dy)),
+                },
+                rounds,
+            )
+            # Exact slopes take three instructions a term.
+            most = product_rate() * (2 / 3 if mode == "exact" else 1)
+            report.add(
+                f"mitchell_matmul_grad {mode} float32 {n}",
+                times,
+                share=lambda t, n=n, most=most: 2 * n**3 / (t * 1e-3) / most,
+            )
+
+
+def convolutions(report: Report, rounds: int) -> None:
+    """Images of a residual network, forward and with both gradients."""
+    torch.backends.cudnn.allow_tf32 = False
+    for x_shape, w_shape, stride in (
+        ((32, 64, 56, 56), (64, 64, 3, 3), 1),
+        ((32, 128, 28, 28), (256, 128, 3, 3), 2),
+        ((32, 256, 14, 14), (1024, 256, 1, 1), 1),
+        ((32, 3, 224, 224), (64, 3, 7, 7), 2),
+    ):
+        padding = w_shape[-1] // 2
+        x, w = torch.randn(x_shape, device="cuda"), torch.randn(w_shape, device="cuda")
+        options = {"stride": stride, "padding": padding}
+        y = cuda.mitchell_conv2d(x, w, **options)
+        dy = torch.randn_like(y)
+        few = [t[:1].cpu().numpy() for t in (x, dy)]
+        kernels = w.cpu().numpy()
+        terms = w[0].numel()
+        want = fastops.mitchell_conv2d(few[0], kernels, **options)
+        assert np.allclose(y[:1].cpu().numpy(), want, rtol=1e-3, atol=1e-3 * terms**0.5), "wrong result"
+        for got, exact in zip(
+            cuda.mitchell_conv2d_grad(x[:1], w, dy[:1], **options),
+            fastops.mitchell_conv2d_grad(few[0], kernels, few[1], **options),
+            strict=True,
+        ):
+            size = np.abs(exact).max()
+            assert np.allclose(got.cpu().numpy(), exact, rtol=1e-3, atol=1e-4 * size), "wrong gradient"
+        products_made = y.numel() * terms
+        name = f"mitchell_conv2d float32 {x_shape} * {w_shape}, stride {stride}"
+        times = milliseconds(
+            {
+                "fastops": lambda: cuda.mitchell_conv2d(x, w, out=y, **options),
+                "torch conv2d (exact, no TF32)": lambda: torch.nn.functional.conv2d(x, w, **options),
+            },
+            rounds,
+        )
+        report.add(name, times, share=lambda t, n=products_made: n / (t * 1e-3) / product_rate())
+        for mode in ("exact", "ste", "mimic"):
+            times = milliseconds(
+                {
+                    "fastops": lambda: cuda.mitchell_conv2d_grad(x, w, dy, **options, mode=mode),
+                    "torch (exact, no TF32)": lambda: (
+                        torch.nn.grad.conv2d_input(x.shape, w, dy, **options),
+                        torch.nn.grad.conv2d_weight(x, w.shape, dy, **options),
+                    ),
+                },
+                rounds,
+            )
+            most = product_rate() * (2 / 3 if mode == "exact" else 1)
+            report.add(
+                f"{name}, gradients, {mode}",
+                times,
+                share=lambda t, n=products_made, most=most: 2 * n / (t * 1e-3) / most,
+            )
 
 
 def lists(report: Report, bandwidth: float, rounds: int) -> None:
@@ -309,6 +410,8 @@ def main() -> None:
     report = Report()
     elementwise(report, bandwidth, options.rounds)
     products(report, options.rounds)
+    gradients(report, bandwidth, options.rounds)
+    convolutions(report, options.rounds)
     lists(report, bandwidth, options.rounds)
     attention(report, bandwidth, options.rounds)
     nystrom(report, options.rounds)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -334,7 +334,16 @@ def at_least_2d(a: AnyArray, b: AnyArray) -> tuple[AnyArray, AnyArray, tuple[int
     return a, b, drop
 
 
-def same_shape(name: str, value: AnyArray, shape: tuple[int, ...]) -> None:
+class Shaped(Protocol):
+    """What has a shape: an array or a tensor of any library."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def ndim(self) -> int: ...
+
+
+def same_shape(name: str, value: Shaped, shape: tuple[int, ...]) -> None:
     """Refuses an array of another shape."""
     if value.shape != shape:
         raise wrong_value(name, f"of shape {clip(str(shape))}", Text(clip(str(value.shape))))
@@ -431,8 +440,8 @@ def overlaps_itself(x: AnyArray) -> bool:
 
 
 def conv2d_shape(
-    x: AnyArray,
-    w: AnyArray,
+    x: Shaped,
+    w: Shaped,
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],

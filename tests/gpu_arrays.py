@@ -127,6 +127,16 @@ class Device:
         return np.asarray(host.numpy())
 
 
+def made_by(gpu: Any, name: str, monkeypatch: pytest.MonkeyPatch, *operands: Array, **options: Any) -> list[Array]:
+    """The results of a function of fastops.cuda that makes arrays of its own, which for a FakeTensor no library does."""
+    if isinstance(gpu, Shim):
+        monkeypatch.setattr(
+            _arrays, "empty_like", lambda like, shape, code, device, stream: _arrays.Array(shape, code, device, stream)
+        )
+    found = getattr(fastops.cuda, name)(*map(gpu.put, operands), **(gpu.options | options))
+    return [gpu.get(x) for x in (found if isinstance(found, tuple) else (found,))]
+
+
 def shim_module() -> ModuleType | None:
     """The test's build of the module, where the tests were built."""
     if importlib.util.find_spec("fastops._cuda_shim") is None:

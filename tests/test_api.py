@@ -189,6 +189,7 @@ FRONT_END = (
     "averaging",
     "cuda/_arrays",
     "cuda/_attention",
+    "cuda/_conv",
     "cuda/_matmul",
     "cuda/_mitchell",
     "cuda/_nystrom",

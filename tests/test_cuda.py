@@ -14,13 +14,14 @@ import child
 import numpy as np
 import pytest
 import tolerance
-from gpu_arrays import PLATFORMS, Fake, FakeTensor, Shim, open_platform
+from gpu_arrays import PLATFORMS, Fake, FakeTensor, Shim, made_by, open_platform
 from samples import FLOATS, MULTIPLIERS, assert_same_bits, near_one, patterns, specials
 
 import fastops
 from fastops import Multiplier, cuda, reference
 from fastops._multiplier import OPS
 from fastops.cuda import _arrays, _runtime
+from fastops.reference.mitchell import sum_to
 
 BINARY = ("mul", "div")
 needs_bfloat16 = pytest.mark.skipif("bf16" not in FLOATS, reason="ml_dtypes is not installed")
@@ -408,6 +409,93 @@ def test_cpu_functions_name_the_way_to_the_gpu(shim: Shim) -> None:
     ):
         with pytest.raises(TypeError, match=r"host memory.*fastops\.cuda|fastops\.cuda.*"):
             call()
+
+
+# --- gradients, element by element -------------------------------------------------------------------------------------------
+
+MODES = ("exact", "ste", "mimic")
+
+
+def native(name: str, *operands: Any, **options: Any) -> Any:
+    """The CPU's kernel on a level with FMA."""
+    from fastops.native import mitchell
+
+    with np.errstate(all="ignore"):
+        return getattr(mitchell, name)(*operands, **({"multiplier": Multiplier()} | options))
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("op", BINARY)
+def test_gradients_have_the_bits_of_the_cpu(
+    gpu: Any, op: str, mode: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = f"mitchell_{op}_grad"
+    row, column = specials(name), specials(name)[:, np.newaxis]
+    special = [np.ascontiguousarray(x) for x in np.broadcast_arrays(row, column, row[::-1])]
+    samples = [special, [sample(name, 2051, seed) for seed in range(3)]]
+    samples.append([x[:2040].reshape(40, 51).T for x in samples[1]])
+    for operands in samples:
+        got = made_by(gpu, function, monkeypatch, *operands, mode=mode)
+        want = native(function, *operands, mode=mode)
+        for x, y in zip(got, want, strict=True):
+            assert_same_bits(x, y, *operands)
+    operands = [sample(name, 301, seed) for seed in range(3)]
+    for kind, options in MULTIPLIERS.items():
+        multiplier = Multiplier(**options)
+        if kind != "plain" and multiplier._has(op):
+            got = made_by(gpu, function, monkeypatch, *operands, multiplier=multiplier, mode=mode)
+            want = native(function, *operands, multiplier=multiplier, mode=mode)
+            for x, y in zip(got, want, strict=True):
+                assert_same_bits(x, y, *operands)
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_gradients_are_summed_to_the_operands(gpu: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
+        ((5, 1), (7,)),
+        ((3, 1, 4), (1, 5, 1)),
+        ((), (6,)),
+        ((), ()),
+        ((0, 3), (3,)),
+        ((1,), (0,)),
+        # In several parts, by threads side by side and one behind the other.
+        ((5000, 40), (40,)),
+        ((3, 20000), (3, 1)),
+    ]
+    for i, (first, second) in enumerate(shapes):
+        whole = np.broadcast_shapes(first, second)
+        a, b, dy = (near_one(FLOATS[name], int(np.prod(s)), i).reshape(s) for s in (first, second, whole))
+        dy = dy / dy.dtype.type(16)  # what is summed stays within float16
+        op, multiplier = BINARY[i % 2], Multiplier(segments=4) if i % 3 == 1 else Multiplier()
+        options = {"multiplier": multiplier, "mode": MODES[i % 3]}
+        got = made_by(gpu, f"mitchell_{op}_grad", monkeypatch, a, b, dy, **options)
+        every = [np.array(np.broadcast_to(x, whole)) for x in (a, b)]
+        each = [x.astype(np.float64) for x in native(f"mitchell_{op}_grad", *every, dy, **options)]
+        for x, terms, shape in zip(got, each, (first, second), strict=True):
+            assert x.shape == shape
+            assert x.dtype == FLOATS[name]
+            want, size = (np.asarray(sum_to(y, shape)) for y in (terms, np.abs(terms)))
+            bound = tolerance.matmul(size, max(1, terms.size // max(1, x.size)), FLOATS[name])
+            assert (np.abs(x.astype(np.float64) - want) <= bound).all(), (op, shapes[i])
+
+
+def test_gradients_refuse_what_does_not_fit(shim: Shim) -> None:
+    for name in ("mitchell_mul_grad", "mitchell_div_grad"):
+        function = getattr(cuda, name)
+        for operands, kind, text in (
+            ((ones(3), ones(4), ones(3)), ValueError, r"^b must be of a shape that broadcasts with \(3,\), got \(4,\)"),
+            ((ones(3), ones(1), ones(1)), ValueError, r"^dy must be of shape \(3,\), got \(1,\)"),
+            ((ones(3), ones(3), ones(3, dtype=np.float64)), TypeError, r"^dy must be of dtype float32, as a"),
+            ((ones(3), 2.0, ones(3)), TypeError, r"^b must be an array on a GPU, got 2.0"),
+            ((ones(3), ones(3), np.ones(3)), TypeError, r"^dy must be an array on a GPU"),
+        ):
+            with pytest.raises(kind, match=text):
+                function(*operands)
+        with pytest.raises(ValueError, match=r"^mode must be 'exact' or 'ste' or 'mimic', got 'mimik'; did you mean"):
+            function(ones(3), ones(3), ones(3), mode="mimik")
+    with pytest.raises(ValueError, match=r"^multiplier must be one that defines div"):
+        cuda.mitchell_div_grad(ones(3), ones(3), ones(3), multiplier=Multiplier("lmul"))
 
 
 # --- matrix products ---------------------------------------------------------------------------------------------------------

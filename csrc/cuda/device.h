@@ -14,12 +14,14 @@
   kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #define FASTOPS_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #define FASTOPS_DEVICE __device__ __forceinline__
+#define FASTOPS_DEVICE_CALL __device__ __noinline__
 #else
 #include "cuda/shim.h"
 #define FASTOPS_LAUNCH(kernel, grid, block, shared, stream, ...) \
   (static_cast<void>(stream), ::fastops::shim::launch(grid, block, shared, [&] { kernel(__VA_ARGS__); }))
 #define FASTOPS_DYNAMIC_SHARED(name) unsigned char* const name = ::fastops::shim::dynamic_memory()
 #define FASTOPS_DEVICE inline __attribute__((always_inline))
+#define FASTOPS_DEVICE_CALL __attribute__((noinline))
 #endif
 
 namespace fastops::FASTOPS_LEVEL {

@@ -88,6 +88,25 @@ struct Elementwise {
 // F16 .. F64. `out` may equal an operand exactly.
 Status mitchell_apply(const fastops_mitchell& m, const Elementwise& call, Stream stream) noexcept;
 
+// Of mitchell_mul or mitchell_div. A gradient has strides of 0 along the axes over which it is summed.
+struct Strided {
+  const void* data;
+  std::ptrdiff_t stride[kMaxDimensions];
+};
+struct ElementwiseGradient {
+  fastops_mitchell_op op;
+  fastops_gradient mode;
+  fastops_dtype dtype;
+  int ndim;
+  std::size_t shape[kMaxDimensions];
+  Strided a, b, dy, da, db;
+};
+// Bytes of device memory that a call needs beside its arrays.
+std::size_t mitchell_gradient_workspace(const fastops_mitchell& m, const ElementwiseGradient& call) noexcept;
+// `product`: the multiplier's own products, for the mimicked gradient of a quotient.
+Status mitchell_gradient(const fastops_mitchell& m, const fastops_mitchell& product, const ElementwiseGradient& call,
+                         void* workspace, Stream stream) noexcept;
+
 // out[i] = a[i] b[i] over a batch; strides in elements, those of the batch first.
 inline constexpr int kBatchDimensions = 4;
 struct Matrices {
@@ -101,6 +120,52 @@ struct Matmul {
   Matrices a, b, out;
 };
 Status mitchell_matmul(const fastops_mitchell* m, const Matmul& call, Stream stream) noexcept;
+
+// Matrix products whose rows, columns and depth are several axes each: convolutions, and gradients, which are summed
+// over what a batch repeats.
+enum class Terms {
+  kProducts,  // of the multiplier: M(a, b)
+  kExact,     // a b
+  kSlopes,    // b times the multiplier's slope in `point` at a
+};
+inline constexpr int kIndexAxes = 5;
+// An index, its last axis fastest.
+struct Index {
+  int axes;
+  std::size_t length[kIndexAxes];
+};
+// A step along each axis of an index: in memory, and in the plane of an image.
+struct Walk {
+  std::ptrdiff_t stride[kIndexAxes];
+  std::int32_t y[kIndexAxes], x[kIndexAxes];
+};
+// An element lies at data + offset + the steps of its row and column, its pixel at (y, x) + theirs. Pixels outside
+// height x width are not there. All pixels are below kMostPixels in size.
+inline constexpr std::ptrdiff_t kMostPixels = std::ptrdiff_t{1} << 29;
+struct Gathered {
+  const void* data;
+  bool flush;  // a half type's subnormals read as zero
+  std::ptrdiff_t batch[kBatchDimensions], offset;
+  Walk row, col;
+  std::int32_t y, x, height, width;
+};
+struct GatheredMatmul {
+  fastops_dtype dtype;
+  Terms terms;
+  bool transposed;  // a is the second operand of M, or the point is that of the slopes
+  bool skips;       // what b has not gives no term; else it is zero
+  // Steps of depth among which an element of a result with a point has a term if it has any; 0: it always has one.
+  std::size_t taps;
+  std::size_t batch[kBatchDimensions];  // 1 where there is no such axis
+  Index rows, cols, depth;
+  Gathered a, b, point, out;
+};
+std::size_t mitchell_gathered_workspace(const GatheredMatmul& call) noexcept;
+Status mitchell_gathered(const fastops_mitchell* m, const GatheredMatmul& call, void* workspace,
+                         Stream stream) noexcept;
+// Writes zeros.
+Status clear(void* p, std::size_t bytes, Stream stream) noexcept;
+
 // a and b of bytes, table of 256 x 256 int32 (int64: wide_table) entries, out int32 or int64 (wide_out).
 Status lut_matmul(const Matmul& call, const void* table, bool wide_table, bool wide_out, Stream stream) noexcept;
 

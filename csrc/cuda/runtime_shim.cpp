@@ -38,8 +38,11 @@ OnDevice::~OnDevice() { g_device = before_; }
 
 Status allocate(void** p, std::size_t bytes, Stream stream) noexcept {
   if (const Status status = use(stream)) return status;
-  *p = std::aligned_alloc(256, (bytes + 256) / 256 * 256);
-  return *p == nullptr ? 2 : 0;
+  const std::size_t size = (bytes + 256) / 256 * 256;
+  *p = std::aligned_alloc(256, size);
+  if (*p == nullptr) return 2;
+  std::memset(*p, 0xa5, size);  // what nobody writes shall show
+  return 0;
 }
 void release(void* p, Stream stream, bool shared) noexcept {
   if (!shared) (void)use(stream);

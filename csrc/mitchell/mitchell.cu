@@ -1,44 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Element-wise Mitchell arithmetic on a GPU: the mathematics of the CPU's kernels, one number a lane.
-#include "cuda/device.h"
-#include "mitchell/mitchell_math.h"
+#include "mitchell/mitchell_gpu.h"
 
 namespace fastops::FASTOPS_LEVEL {
 namespace {
 
 using namespace mitchell;
 
-constexpr int kThreads = 256;
-
-// As MitchellConstants, with its table where the kernel keeps it.
-template <class Int> struct Constants {
-  Int c, mantissa_mask, flush_below, lowest_exponent;
-  std::int32_t segment_bits;
-  bool fast;
-  const Int* table;
-};
-struct Form {
-  struct {
-    std::int32_t form, corrections;
-  } params;
-};
-
-template <class T> using IntegerOf = typename Unit<typename T::E>::S;
-template <class T> auto constants_of(const fastops_mitchell& m, fastops_dtype dtype) {
-  const auto copy = [](const auto& k) {
-    return Constants<IntegerOf<T>>{k.c,    k.mantissa_mask, k.flush_below, k.lowest_exponent, k.segment_bits,
-                                   k.fast, nullptr};
-  };
-  if constexpr (sizeof(typename T::E) == 4)
-    return copy(m.single[dtype]);
-  else
-    return copy(m.wide);
-}
-
 // Contiguous arrays, plain logarithms with one constant.
 
-template <class T> inline constexpr int kItems = 16 / sizeof(typename T::S);
-template <class T> using PackOf = Vector<typename T::S, kItems<T>>;
 // Loads that are under way at once.
 inline constexpr int kPacks = 2;
 template <class T> inline constexpr std::size_t kBlock = std::size_t{kThreads} * kItems<T> * kPacks;
@@ -177,20 +147,9 @@ __global__ void __launch_bounds__(kThreads) apply_general(const __grid_constant_
 
 // Launches.
 
-bool is_contiguous(const gpu::Elementwise& call, const std::ptrdiff_t* stride) noexcept {
-  std::ptrdiff_t expected = 1;
-  for (int d = call.ndim - 1; d >= 0; --d) {
-    if (stride[d] != expected) return false;
-    expected *= static_cast<std::ptrdiff_t>(call.shape[d]);
-  }
-  return true;
-}
 bool is_contiguous(const gpu::Elementwise& call, const gpu::Operand& x) noexcept {
-  return x.data == nullptr || is_contiguous(call, x.stride);
+  return x.data == nullptr || is_dense(call.ndim, call.shape, x.stride);
 }
-// To a pack.
-bool is_aligned(const void* p) noexcept { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
-
 template <class T>
 gpu::Status apply(const fastops_mitchell& m, const gpu::Elementwise& call, std::size_t n, gpu::Stream stream) noexcept {
   using E = typename T::E;
@@ -199,7 +158,7 @@ gpu::Status apply(const fastops_mitchell& m, const gpu::Elementwise& call, std::
   const bool binary = is_binary(call.op);
   const gpu::Operand& second = binary ? call.b : call.a;
   if (m.params.form == FASTOPS_FORM_LOG && k.segment_bits == 0 && is_contiguous(call, call.a) &&
-      is_contiguous(call, second) && is_contiguous(call, call.stride_out)) {
+      is_contiguous(call, second) && is_dense(call.ndim, call.shape, call.stride_out)) {
     const bool packs = is_aligned(call.a.data) && is_aligned(second.data) && is_aligned(call.out);
     const auto blocks = static_cast<unsigned>((n + kBlock<T> - 1) / kBlock<T>);
     with_op(call.op, [&](auto op) {

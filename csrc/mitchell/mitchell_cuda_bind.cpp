@@ -1,8 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Mitchell arithmetic on a GPU for Python: operands as (address, shape, strides), axes merged, one launch.
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <functional>
+#include <initializer_list>
 #include <numeric>
+#include <optional>
+#include <utility>
 
 #include "cuda/cuda_bind.h"
 
@@ -136,6 +141,18 @@ int merge(std::vector<std::ptrdiff_t> shape, std::vector<std::ptrdiff_t> (&strid
   return static_cast<int>(merged->size());
 }
 
+// Memory for the time of a call, where it needs any.
+class Workspace {
+ public:
+  Workspace(std::size_t bytes, int device, std::uintptr_t stream) {
+    if (bytes != 0) memory_.emplace(bytes, device, stream);
+  }
+  void* data() const { return memory_ ? memory_->data() : nullptr; }
+
+ private:
+  std::optional<Memory> memory_;
+};
+
 void apply(const Multiplier& multiplier, int op, int dtype, const py::object& a, const py::object& b,
            const py::object& out, int device, std::uintptr_t stream) {
   const Array x = array_of(a), y = array_of(b), r = array_of(out);
@@ -170,6 +187,47 @@ void apply(const Multiplier& multiplier, int op, int dtype, const py::object& a,
   if (status == 0) status = mitchell_apply(*multiplier, call, stream_of(stream));
   const py::gil_scoped_acquire locked;
   raise_unless_ok(status);
+}
+
+// da and db have the shapes of a and b, dy that of the result.
+void grad(const Multiplier& multiplier, const Multiplier& product, int op, int mode, int dtype, const py::object& a,
+          const py::object& b, const py::object& dy, const py::object& da, const py::object& db, int device,
+          std::uintptr_t stream) {
+  constexpr std::size_t kArrays = 5;
+  const char* const names[kArrays] = {"dy", "a", "b", "da", "db"};
+  const Array arrays[kArrays] = {array_of(dy), array_of(a), array_of(b), array_of(da), array_of(db)};
+  if ((op != FASTOPS_MUL && op != FASTOPS_DIV) || mode < 0 || mode > FASTOPS_GRADIENT_MIMIC || dtype < 0 ||
+      dtype > FASTOPS_F64)
+    throw py::value_error("op, mode or dtype is out of range");
+  const std::size_t item = kItemSize[dtype];
+  std::vector<std::ptrdiff_t> strides[kArrays], shape;
+  for (std::size_t k = 0; k < kArrays; ++k) {
+    if (arrays[k].is_number) throw py::value_error(std::string(names[k]) + " must be an array");
+    want_aligned(arrays[k], item, names[k]);
+    strides[k] = broadcast(arrays[k], arrays[0].shape, names[k]);
+    // Of the axes that an operand has not, a gradient has none either.
+    if (k >= 3 && arrays[k].shape != arrays[k - 2].shape)
+      throw py::value_error(std::string(names[k]) + " must have the shape of " + names[k - 2]);
+    for (std::size_t other = 0; k >= 3 && other < k; ++other)
+      refuse_overlap(arrays[k], item, arrays[other], item, names[other], false);
+  }
+  ElementwiseGradient call{};
+  call.op = static_cast<fastops_mitchell_op>(op);
+  call.mode = static_cast<fastops_gradient>(mode);
+  call.dtype = static_cast<fastops_dtype>(dtype);
+  call.ndim = merge(arrays[0].shape, strides, kMaxDimensions, &shape);
+  Strided* const operands[kArrays] = {&call.dy, &call.a, &call.b, &call.da, &call.db};
+  for (int d = 0; d < call.ndim; ++d) {
+    const auto i = static_cast<std::size_t>(d);
+    call.shape[d] = static_cast<std::size_t>(shape[i]);
+    for (std::size_t k = 0; k < kArrays; ++k) operands[k]->stride[d] = strides[k][i];
+  }
+  for (std::size_t k = 0; k < kArrays; ++k) operands[k]->data = reinterpret_cast<const void*>(arrays[k].data);
+  if (is_empty(arrays[3]) && is_empty(arrays[4])) return;
+  const Workspace workspace(mitchell_gradient_workspace(*multiplier, call), device, stream);
+  const OnDevice on(device);
+  raise_unless_ok(on.status);
+  raise_unless_ok(mitchell_gradient(*multiplier, *product, call, workspace.data(), stream_of(stream)));
 }
 
 // The matrices of x, along whose leading axes it is repeated to those of the result.
@@ -223,6 +281,359 @@ void matmul(const Multiplier& multiplier, int dtype, const py::object& a, const 
   raise_unless_ok(mitchell_matmul(&*multiplier, call, stream_of(stream)));
 }
 
+// Gradients of matrix products, convolutions and theirs.
+
+void add_axis(Index* index, std::ptrdiff_t length) { index->length[index->axes++] = static_cast<std::size_t>(length); }
+Index index_of(std::initializer_list<std::ptrdiff_t> lengths) {
+  Index index{};
+  for (const std::ptrdiff_t length : lengths) add_axis(&index, length);
+  return index;
+}
+Walk walk_of(std::initializer_list<std::ptrdiff_t> strides) {
+  Walk walk{};
+  std::copy(strides.begin(), strides.end(), walk.stride);
+  return walk;
+}
+// All of it is there.
+Gathered gathered(const Array& x) {
+  Gathered g{};
+  g.data = reinterpret_cast<const void*>(x.data);
+  g.height = g.width = 1;
+  return g;
+}
+
+GatheredMatmul gathered_call(int dtype, const Multiplier* multiplier, int mode, bool second) {
+  GatheredMatmul call{};
+  std::fill(call.batch, call.batch + kBatchDimensions, std::size_t{1});
+  call.dtype = static_cast<fastops_dtype>(dtype);
+  call.terms = mode == FASTOPS_GRADIENT_EXACT ? Terms::kSlopes
+               : mode == FASTOPS_GRADIENT_STE ? Terms::kExact
+                                              : Terms::kProducts;
+  // The slope is taken in the operand that the gradient belongs to; mimicked products have dy where that is.
+  call.transposed = (mode == FASTOPS_GRADIENT_EXACT) == second;
+  const bool flush = (**multiplier).params.flush != 0 && mode != FASTOPS_GRADIENT_STE;
+  call.a.flush = call.point.flush = flush;
+  call.b.flush = flush && mode != FASTOPS_GRADIENT_EXACT;
+  return call;
+}
+void set_places(Gathered* to, const Array& x) {
+  const bool flush = to->flush;
+  *to = gathered(x);
+  to->flush = flush;
+}
+
+void run(const Multiplier& multiplier, const GatheredMatmul* calls, std::size_t count, int device,
+         std::uintptr_t stream) {
+  std::size_t bytes = 0;
+  for (std::size_t i = 0; i < count; ++i) bytes = std::max(bytes, mitchell_gathered_workspace(calls[i]));
+  const Workspace workspace(bytes, device, stream);
+  const OnDevice on(device);
+  raise_unless_ok(on.status);
+  for (std::size_t i = 0; i < count; ++i)
+    raise_unless_ok(mitchell_gathered(&*multiplier, calls[i], workspace.data(), stream_of(stream)));
+}
+
+// The gradient in x, of a product with `other`, shaped as x: for each step k of the product's depth and element i of
+// x's other axis the sum over n, the result's other axis, and over what the batch repeats.
+GatheredMatmul matmul_gradient(GatheredMatmul call, bool second, const Array& x, const Array& other, const Array& dy,
+                               const Array& gradient) {
+  const std::size_t n = dy.shape.size();
+  const std::vector<std::ptrdiff_t> batch(dy.shape.begin(), dy.shape.end() - 2);
+  const auto leading = [&](const Array& each, const char* name) {
+    Array lead;
+    lead.shape.assign(each.shape.begin(), each.shape.end() - 2);
+    lead.strides.assign(each.strides.begin(), each.strides.end() - 2);
+    return broadcast(lead, batch, name);
+  };
+  std::vector<std::ptrdiff_t> strides[4] = {leading(dy, "dy"), leading(other, "the other operand"), leading(x, "x"),
+                                            leading(gradient, "the gradient")};
+  std::vector<std::ptrdiff_t> merged;
+  merge(batch, strides, kBatchDimensions, &merged);
+  set_places(&call.a, other);
+  set_places(&call.b, dy);
+  set_places(&call.point, x);
+  set_places(&call.out, gradient);
+  int kept = kBatchDimensions;
+  for (std::size_t d = merged.size(); d-- > 0;) {
+    if (strides[3][d] == 0) continue;
+    --kept;
+    call.batch[kept] = static_cast<std::size_t>(merged[d]);
+    Gathered* const arrays[] = {&call.b, &call.a, &call.point, &call.out};
+    for (std::size_t k = 0; k < 4; ++k) arrays[k]->batch[kept] = strides[k][d];
+  }
+  for (std::size_t d = 0; d < merged.size(); ++d) {
+    if (strides[3][d] != 0) continue;
+    call.b.row.stride[call.depth.axes] = strides[0][d];
+    call.a.col.stride[call.depth.axes] = strides[1][d];
+    add_axis(&call.depth, merged[d]);
+  }
+  // Of x and other: the axis that both have (k), and the one of their own; dy has these two.
+  const auto k_of = [&](const Array& each, bool is_second) {
+    return each.strides[each.strides.size() - (is_second ? 2 : 1)];
+  };
+  const auto own_of = [&](const Array& each, bool is_second) {
+    return each.strides[each.strides.size() - (is_second ? 1 : 2)];
+  };
+  const std::ptrdiff_t lengths[] = {dy.shape[n - 2], dy.shape[n - 1]}, steps[] = {dy.strides[n - 2], dy.strides[n - 1]};
+  call.rows = index_of({x.shape[x.shape.size() - (second ? 2 : 1)]});
+  call.cols = index_of({lengths[second ? 1 : 0]});
+  call.a.row = walk_of({k_of(other, !second)});
+  call.a.col.stride[call.depth.axes] = own_of(other, !second);
+  call.b.row.stride[call.depth.axes] = steps[second ? 0 : 1];
+  add_axis(&call.depth, lengths[second ? 0 : 1]);
+  call.b.col = walk_of({steps[second ? 1 : 0]});
+  for (auto [g, each] : {std::pair{&call.point, &x}, std::pair{&call.out, &gradient}}) {
+    g->row = walk_of({k_of(*each, second)});
+    g->col = walk_of({own_of(*each, second)});
+  }
+  return call;
+}
+
+void check_gradients(int mode, int dtype, std::initializer_list<std::pair<const char*, const Array*>> arrays,
+                     std::size_t inputs) {
+  if (mode < 0 || mode > FASTOPS_GRADIENT_MIMIC || dtype < 0 || dtype > FASTOPS_F64)
+    throw py::value_error("mode or dtype is out of range");
+  const auto* const first = arrays.begin();
+  for (std::size_t i = 0; i < arrays.size(); ++i) {
+    const auto& [name, x] = first[i];
+    if (x->is_number || x->shape.size() < 2) throw py::value_error(std::string(name) + " must have two axes or more");
+    want_aligned(*x, kItemSize[dtype], name);
+    for (std::size_t k = 0; i >= inputs && k < i; ++k)
+      refuse_overlap(*x, kItemSize[dtype], *first[k].second, kItemSize[dtype], first[k].first, false);
+  }
+}
+
+void matmul_grad(const Multiplier& multiplier, int mode, int dtype, const py::object& a, const py::object& b,
+                 const py::object& dy, const py::object& da, const py::object& db, int device, std::uintptr_t stream) {
+  const Array x = array_of(a), y = array_of(b), g = array_of(dy), dx = array_of(da), dw = array_of(db);
+  check_gradients(mode, dtype, {{"a", &x}, {"b", &y}, {"dy", &g}, {"da", &dx}, {"db", &dw}}, 3);
+  matmul_of(x, y, g);
+  if (dx.shape != x.shape || dw.shape != y.shape) throw py::value_error("gradients must have their operands' shapes");
+  for (const bool second : {false, true}) {
+    const GatheredMatmul call = matmul_gradient(gathered_call(dtype, &multiplier, mode, second), second, second ? y : x,
+                                                second ? x : y, g, second ? dw : dx);
+    run(multiplier, &call, 1, device, stream);
+  }
+}
+
+// Vertical first.
+using Pair = std::array<std::ptrdiff_t, 2>;
+struct Convolution {
+  Array x, w, y;  // y: the result, or its gradient
+  Pair stride, padding, dilation;
+  std::ptrdiff_t groups;
+  std::ptrdiff_t images() const { return x.shape[0]; }
+  std::ptrdiff_t channels() const { return w.shape[1]; }  // of a group
+  std::ptrdiff_t filters() const { return w.shape[0] / groups; }
+};
+void check(const Convolution& c) {
+  for (const Array* each : {&c.x, &c.w, &c.y})
+    if (each->is_number || each->shape.size() != 4) throw py::value_error("images and kernels must have four axes");
+  const auto in = [](const Pair& values, std::ptrdiff_t low) {
+    return std::all_of(values.begin(), values.end(), [&](std::ptrdiff_t v) { return v >= low && v < kMostPixels; });
+  };
+  if (c.groups < 1 || !in(c.stride, 1) || !in(c.padding, 0) || !in(c.dilation, 1) || c.w.shape[0] % c.groups != 0 ||
+      c.x.shape[1] != c.channels() * c.groups || c.y.shape[0] != c.images() || c.y.shape[1] != c.w.shape[0])
+    throw py::value_error("a convolution's settings must fit its arrays");
+  for (std::size_t d = 0; d < 2; ++d) {
+    const std::ptrdiff_t size = c.x.shape[2 + d], kernel = c.w.shape[2 + d];
+    const std::ptrdiff_t padded = size + 2 * c.padding[d], reach = c.dilation[d] * (kernel - 1) + 1;
+    if (kernel < 1 || size >= kMostPixels || padded >= kMostPixels || padded < reach ||
+        c.y.shape[2 + d] != (padded - reach) / c.stride[d] + 1)
+      throw py::value_error("a convolution's sizes must fit its arrays, whose padded sides are below 2**29");
+  }
+}
+
+// The patches of x: (channel, kernel row, kernel column) x (image, row, column) of a group.
+Index taps_of(const Convolution& c) { return index_of({c.channels(), c.w.shape[2], c.w.shape[3]}); }
+Index positions_of(const Convolution& c) { return index_of({c.images(), c.y.shape[2], c.y.shape[3]}); }
+void set_patches(Gathered* g, const Convolution& c, Walk* taps, Walk* positions) {
+  const std::vector<std::ptrdiff_t>& s = c.x.strides;
+  set_places(g, c.x);
+  g->batch[kBatchDimensions - 1] = c.channels() * s[1];
+  g->offset = -c.padding[0] * s[2] - c.padding[1] * s[3];
+  g->y = static_cast<std::int32_t>(-c.padding[0]);
+  g->x = static_cast<std::int32_t>(-c.padding[1]);
+  g->height = static_cast<std::int32_t>(c.x.shape[2]);
+  g->width = static_cast<std::int32_t>(c.x.shape[3]);
+  *taps = walk_of({s[1], c.dilation[0] * s[2], c.dilation[1] * s[3]});
+  *positions = walk_of({s[0], c.stride[0] * s[2], c.stride[1] * s[3]});
+  taps->y[1] = static_cast<std::int32_t>(c.dilation[0]);
+  taps->x[2] = static_cast<std::int32_t>(c.dilation[1]);
+  positions->y[1] = static_cast<std::int32_t>(c.stride[0]);
+  positions->x[2] = static_cast<std::int32_t>(c.stride[1]);
+}
+// Kernels, or their gradient: filter x (channel, kernel row, kernel column).
+void set_kernels(Gathered* g, const Convolution& c, const Array& w, Walk* filters, Walk* taps) {
+  set_places(g, w);
+  g->batch[kBatchDimensions - 1] = c.filters() * w.strides[0];
+  *filters = walk_of({w.strides[0]});
+  *taps = walk_of({w.strides[1], w.strides[2], w.strides[3]});
+}
+// The result, or its gradient: filter x (image, row, column).
+void set_result(Gathered* g, const Convolution& c, Walk* filters, Walk* positions) {
+  const std::vector<std::ptrdiff_t>& s = c.y.strides;
+  set_places(g, c.y);
+  g->batch[kBatchDimensions - 1] = c.filters() * s[1];
+  *filters = walk_of({s[1]});
+  *positions = walk_of({s[0], s[2], s[3]});
+}
+
+// The axes of an index by the steps that `by` takes along them, the smallest last: threads run along that one, and
+// images may have their channels together.
+void put_in_order(Index* index, const Walk* by, std::initializer_list<Walk*> walks) {
+  int order[kIndexAxes];
+  std::iota(order, order + index->axes, 0);
+  std::stable_sort(order, order + index->axes,
+                   [&](int x, int y) { return std::abs(by->stride[x]) > std::abs(by->stride[y]); });
+  const Index before = *index;
+  for (int d = 0; d < index->axes; ++d) index->length[d] = before.length[order[d]];
+  for (Walk* walk : walks) {
+    const Walk old = *walk;
+    for (int d = 0; d < index->axes; ++d) {
+      walk->stride[d] = old.stride[order[d]];
+      walk->y[d] = old.y[order[d]];
+      walk->x[d] = old.x[order[d]];
+    }
+  }
+}
+
+GatheredMatmul convolution(GatheredMatmul call, const Convolution& c) {
+  call.batch[kBatchDimensions - 1] = static_cast<std::size_t>(c.groups);
+  call.rows = index_of({c.filters()});
+  call.depth = taps_of(c);
+  call.cols = positions_of(c);
+  set_kernels(&call.a, c, c.w, &call.a.row, &call.a.col);
+  set_patches(&call.b, c, &call.b.row, &call.b.col);
+  set_result(&call.out, c, &call.out.row, &call.out.col);
+  const Walk taps = call.b.row;
+  put_in_order(&call.depth, &taps, {&call.a.col, &call.b.row});
+  return call;
+}
+GatheredMatmul kernel_gradient(GatheredMatmul call, const Convolution& c, const Array& dw) {
+  call.batch[kBatchDimensions - 1] = static_cast<std::size_t>(c.groups);
+  call.rows = taps_of(c);
+  call.depth = positions_of(c);
+  call.cols = index_of({c.filters()});
+  set_patches(&call.a, c, &call.a.row, &call.a.col);
+  set_result(&call.b, c, &call.b.col, &call.b.row);
+  set_kernels(&call.point, c, c.w, &call.point.col, &call.point.row);
+  set_kernels(&call.out, c, dw, &call.out.col, &call.out.row);
+  const Walk taps = call.a.row;
+  put_in_order(&call.rows, &taps, {&call.a.row, &call.point.row, &call.out.row});
+  return call;
+}
+
+// Taps first, first + every, ... of a kernel meet the rows (columns) of an image that are `every` steps of the stride
+// apart, from `pixel` on: there is no other product among those of all taps with all of them.
+struct Phase {
+  std::ptrdiff_t first, every, taps, pixel, pixels, position;  // position: of the result at the first of both
+};
+std::vector<Phase> phases_of(const Convolution& c, std::size_t d) {
+  const std::ptrdiff_t stride = c.stride[d], dilation = c.dilation[d], kernel = c.w.shape[2 + d];
+  const std::ptrdiff_t every = stride / std::gcd(stride, dilation), size = c.x.shape[2 + d];
+  std::vector<Phase> phases;
+  for (std::ptrdiff_t first = 0; first < std::min(every, kernel); ++first) {
+    // Pixel + padding = tap * dilation + position * stride.
+    const std::ptrdiff_t pixel = ((first * dilation - c.padding[d]) % stride + stride) % stride;
+    if (pixel >= size) continue;
+    phases.push_back({first, every, (kernel - 1 - first) / every + 1, pixel, (size - 1 - pixel) / stride + 1,
+                      (pixel + c.padding[d] - first * dilation) / stride});
+  }
+  return phases;
+}
+GatheredMatmul image_gradient(GatheredMatmul call, const Convolution& c, const Array& dx, const Phase& down,
+                              const Phase& across) {
+  const std::vector<std::ptrdiff_t>&w = c.w.strides, &s = c.y.strides;
+  call.batch[kBatchDimensions - 1] = static_cast<std::size_t>(c.groups);
+  call.skips = true;
+  call.taps = static_cast<std::size_t>(down.taps * across.taps);
+  call.rows = index_of({c.channels()});
+  call.depth = index_of({c.filters(), down.taps, across.taps});
+  call.cols = index_of({c.images(), down.pixels, across.pixels});
+  set_places(&call.a, c.w);
+  call.a.batch[kBatchDimensions - 1] = c.filters() * w[0];
+  call.a.offset = down.first * w[2] + across.first * w[3];
+  call.a.row = walk_of({w[1]});
+  call.a.col = walk_of({w[0], down.every * w[2], across.every * w[3]});
+  set_places(&call.b, c.y);
+  call.b.batch[kBatchDimensions - 1] = c.filters() * s[1];
+  call.b.offset = down.position * s[2] + across.position * s[3];
+  call.b.y = static_cast<std::int32_t>(down.position);
+  call.b.x = static_cast<std::int32_t>(across.position);
+  call.b.height = static_cast<std::int32_t>(c.y.shape[2]);
+  call.b.width = static_cast<std::int32_t>(c.y.shape[3]);
+  const std::ptrdiff_t back_y = down.every * c.dilation[0] / c.stride[0];
+  const std::ptrdiff_t back_x = across.every * c.dilation[1] / c.stride[1];
+  call.b.row = walk_of({s[1], -back_y * s[2], -back_x * s[3]});
+  call.b.row.y[1] = static_cast<std::int32_t>(-back_y);
+  call.b.row.x[2] = static_cast<std::int32_t>(-back_x);
+  call.b.col = walk_of({s[0], s[2], s[3]});
+  call.b.col.y[1] = call.b.col.x[2] = 1;
+  for (auto [g, each] : {std::pair{&call.point, &c.x}, std::pair{&call.out, &dx}}) {
+    const std::vector<std::ptrdiff_t>& t = each->strides;
+    set_places(g, *each);
+    g->batch[kBatchDimensions - 1] = c.channels() * t[1];
+    g->offset = down.pixel * t[2] + across.pixel * t[3];
+    g->row = walk_of({t[1]});
+    g->col = walk_of({t[0], c.stride[0] * t[2], c.stride[1] * t[3]});
+  }
+  const Walk steps = call.b.row;
+  put_in_order(&call.depth, &steps, {&call.a.col, &call.b.row});
+  // The taps of one filter no longer lie together where filters come last.
+  if (call.b.row.stride[0] != steps.stride[0]) call.taps *= static_cast<std::size_t>(c.filters());
+  return call;
+}
+
+void conv2d(const Multiplier& multiplier, int dtype, const py::object& x, const py::object& w, const Pair& stride,
+            const Pair& padding, const Pair& dilation, std::ptrdiff_t groups, const py::object& out, int device,
+            std::uintptr_t stream) {
+  const Convolution c{array_of(x), array_of(w), array_of(out), stride, padding, dilation, groups};
+  check(c);
+  check_gradients(0, dtype, {{"x", &c.x}, {"w", &c.w}, {"out", &c.y}}, 2);
+  if (is_empty(c.y)) return;
+  GatheredMatmul call = gathered_call(dtype, &multiplier, FASTOPS_GRADIENT_MIMIC, true);
+  const GatheredMatmul one = convolution(call, c);
+  run(multiplier, &one, 1, device, stream);
+}
+// dx must lie together: it is cleared where no tap reaches it.
+void conv2d_grad(const Multiplier& multiplier, int mode, int dtype, const py::object& x, const py::object& w,
+                 const py::object& dy, const Pair& stride, const Pair& padding, const Pair& dilation,
+                 std::ptrdiff_t groups, const py::object& dx, const py::object& dw, int device, std::uintptr_t stream) {
+  const Convolution c{array_of(x), array_of(w), array_of(dy), stride, padding, dilation, groups};
+  const Array image = array_of(dx), kernel = array_of(dw);
+  check(c);
+  check_gradients(mode, dtype, {{"x", &c.x}, {"w", &c.w}, {"dy", &c.y}, {"dx", &image}, {"dw", &kernel}}, 3);
+  if (image.shape != c.x.shape || kernel.shape != c.w.shape)
+    throw py::value_error("gradients must have their operands' shapes");
+  const auto item = static_cast<std::ptrdiff_t>(kItemSize[dtype]);
+  const std::ptrdiff_t size =
+      std::accumulate(image.shape.begin(), image.shape.end(), item, std::multiplies<std::ptrdiff_t>());
+  if (!is_empty(image)) {
+    if (const Span span = span_of(image, kItemSize[dtype]); span.high - span.low != static_cast<std::uintptr_t>(size))
+      throw py::value_error("dx must lie together");
+    const std::vector<Phase> down = phases_of(c, 0), across = phases_of(c, 1);
+    std::vector<GatheredMatmul> calls;
+    std::ptrdiff_t reached = 0;
+    for (const Phase& y : down)
+      for (const Phase& z : across) {
+        calls.push_back(image_gradient(gathered_call(dtype, &multiplier, mode, true), c, image, y, z));
+        reached += y.pixels * z.pixels;
+      }
+    if (reached != c.x.shape[2] * c.x.shape[3]) {
+      const OnDevice on(device);
+      raise_unless_ok(on.status);
+      const Span span = span_of(image, kItemSize[dtype]);
+      raise_unless_ok(clear(reinterpret_cast<void*>(span.low), static_cast<std::size_t>(size), stream_of(stream)));
+    }
+    run(multiplier, calls.data(), calls.size(), device, stream);
+  }
+  if (!is_empty(kernel)) {
+    const GatheredMatmul call = kernel_gradient(gathered_call(dtype, &multiplier, mode, false), c, kernel);
+    run(multiplier, &call, 1, device, stream);
+  }
+}
+
 void lut(const py::object& a, const py::object& b, const py::buffer& table, bool wide_out, const py::object& out,
          int device, std::uintptr_t stream) {
   const Array x = array_of(a), y = array_of(b), r = array_of(out);
@@ -252,8 +663,18 @@ void bind_mitchell(py::module_& m) {
   m.def("apply", &apply, py::arg("multiplier"), py::arg("op"), py::arg("dtype"), py::arg("a"), py::arg("b"),
         py::arg("out"), py::arg("device"), py::arg("stream"),
         "out = op(a, b); arrays are (address, shape, strides in elements), operands may be numbers.");
+  m.def("grad", &grad, py::arg("multiplier"), py::arg("product"), py::arg("op"), py::arg("mode"), py::arg("dtype"),
+        py::arg("a"), py::arg("b"), py::arg("dy"), py::arg("da"), py::arg("db"), py::arg("device"), py::arg("stream"));
   m.def("matmul", &matmul, py::arg("multiplier"), py::arg("dtype"), py::arg("a"), py::arg("b"), py::arg("out"),
         py::arg("device"), py::arg("stream"));
+  m.def("matmul_grad", &matmul_grad, py::arg("multiplier"), py::arg("mode"), py::arg("dtype"), py::arg("a"),
+        py::arg("b"), py::arg("dy"), py::arg("da"), py::arg("db"), py::arg("device"), py::arg("stream"));
+  m.def("conv2d", &conv2d, py::arg("multiplier"), py::arg("dtype"), py::arg("x"), py::arg("w"), py::arg("stride"),
+        py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("out"), py::arg("device"),
+        py::arg("stream"));
+  m.def("conv2d_grad", &conv2d_grad, py::arg("multiplier"), py::arg("mode"), py::arg("dtype"), py::arg("x"),
+        py::arg("w"), py::arg("dy"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),
+        py::arg("dx"), py::arg("dw"), py::arg("device"), py::arg("stream"));
   m.def("lut_matmul", &lut, py::arg("a"), py::arg("b"), py::arg("table"), py::arg("wide_out"), py::arg("out"),
         py::arg("device"), py::arg("stream"));
 }

@@ -483,76 +483,20 @@ fastops_status apply_integer(const fastops_mitchell* m, int, fastops_dtype, cons
 
 // Gradients.
 
-FASTOPS_INLINE double times_power(double v, std::int64_t exponent) {
-  if (exponent > 2100) exponent = 2100;
-  if (exponent < -2200) exponent = -2200;
-  // Steps towards the result's own range, so that at most the last one rounds.
-  for (; exponent > 1000; exponent -= 1000) v *= 0x1p1000;
-  for (; exponent < -900; exponent += 900) v *= 0x1p-900;
-  return v * bits<double>((exponent + 1023) << 52);
-}
-
 template <class T>
 void grad(const fastops_mitchell* m, fastops_mitchell_op op, fastops_gradient mode, const void* pa, const void* pb,
           const void* pdy, void* pda, void* pdb, std::size_t n) noexcept {
   using S = typename T::S;
-  using E = typename T::E;
-  using N = Unit<E>;
   const auto& k = T::constants(*m);
   const auto* a = static_cast<const S*>(pa);
   const auto* b = static_cast<const S*>(pb);
   const auto* dy = static_cast<const S*>(pdy);
   auto* da = static_cast<S*>(pda);
   auto* db = static_cast<S*>(pdb);
-  const bool is_mul = op == FASTOPS_MUL;
   for (std::size_t i = 0; i < n; ++i) {
-    const E x = T::get(a[i]), y = T::get(b[i]), g = T::get(dy[i]);
-    if (mode == FASTOPS_GRADIENT_MIMIC) {
-      const auto product = [&](E u, E v) { return T::get(T::put(full<FASTOPS_MUL>(u, v, *m, k))); };
-      const auto quotient = [&](E u, E v) { return T::get(T::put(full<FASTOPS_DIV>(u, v, *m, k))); };
-      da[i] = T::put(is_mul ? product(g, y) : quotient(g, y));
-      db[i] = T::put(is_mul ? product(g, x) : -quotient(product(g, x), product(y, y)));
-      continue;
-    }
-    const auto xd = static_cast<double>(x), yd = static_cast<double>(y), gd = static_cast<double>(g);
-    if (mode == FASTOPS_GRADIENT_STE) {
-      da[i] = T::put(static_cast<E>(is_mul ? gd * yd : gd / yd));
-      db[i] = T::put(static_cast<E>(is_mul ? gd * xd : -gd * xd / (yd * yd)));
-      continue;
-    }
-    // exact: zeros and infinities have the mantissa of a power of two; their exponent is never used.
-    const auto p = split(x, k), q = split(y, k);
-    const auto px = p.special ? 0 : p.mantissa, qx = q.special ? 0 : q.mantissa;
-    const double u = static_cast<double>(p.value), v = static_cast<double>(q.value);
-    const double sign_u = p.sign ? -1.0 : 1.0, sign_v = q.sign ? -1.0 : 1.0;
-    const auto carry = [&](auto s, auto t) {
-      return static_cast<std::int64_t>((is_mul ? s + t : s - t) + offset<E>(k, s, t)) >> N::kMantissaBits;
-    };
-    double ga, gb;
-    if (is_mul) {
-      const auto slope = [&](const Operand<E>& other, auto own_mantissa, auto other_mantissa, double sign, bool first) {
-        const double value = static_cast<double>(other.value);
-        if (other.special) return gd * value;
-        if (m->params.form == FASTOPS_FORM_LOG)
-          return times_power(gd * sign, other.exponent + (first ? carry(own_mantissa, other_mantissa)
-                                                                : carry(other_mantissa, own_mantissa)));
-        if (m->params.form == FASTOPS_FORM_EQUATION) return times_power(gd * sign, other.exponent);
-        const double significand = static_cast<double>(bits<E>(static_cast<typename N::S>(other.mantissa | N::kOne)));
-        double rest = significand;
-        for (int c = 0; c <= m->params.corrections; ++c) rest = without_top_bit(rest);
-        return times_power(gd * (sign * (significand - rest)), other.exponent);
-      };
-      ga = slope(q, px, qx, sign_v, true);
-      gb = slope(p, qx, px, sign_u, false);
-    } else {
-      const std::int64_t e = carry(px, qx);
-      ga = q.special ? gd / v : times_power(gd * sign_v, e - q.exponent);
-      gb = q.special || p.special ? -gd * u / (v * v) : times_power(gd * -sign_u, e + p.exponent - 2 * q.exponent);
-    }
-    if (u != u) ga = u;
-    if (is_mul && v != v) gb = v;
-    da[i] = T::put(static_cast<E>(ga));
-    db[i] = T::put(static_cast<E>(gb));
+    const auto g = gradient<T>(op, mode, T::get(a[i]), T::get(b[i]), T::get(dy[i]), *m, k, k);
+    da[i] = T::put(g.a);
+    db[i] = T::put(g.b);
   }
 }
 

@@ -577,5 +577,71 @@ template <int op, class F> struct Scaled {
   }
 };
 
+// Gradients.
+
+// v 2^exponent, rounded at most once.
+FASTOPS_HD inline double times_power(double v, std::int64_t exponent) {
+  if (exponent > 2100) exponent = 2100;
+  if (exponent < -2200) exponent = -2200;
+  // Steps towards the result's own range, so that at most the last one rounds.
+  for (; exponent > 1000; exponent -= 1000) v *= 0x1p1000;
+  for (; exponent < -900; exponent += 900) v *= 0x1p-900;
+  return v * bits<double>((exponent + 1023) << 52);
+}
+
+template <class E> struct Gradients {
+  E a, b;
+};
+// Those of a product or quotient of x and y, g that of the result; T rounds to the dtype. One number at a time. Of a
+// quotient FASTOPS_GRADIENT_MIMIC needs products as well, by constants of their own.
+template <class T, class E, class Multiplier, class Constants>
+FASTOPS_HD inline Gradients<E> gradient(int op, fastops_gradient mode, E x, E y, E g, const Multiplier& m,
+                                        const Constants& k, const Constants& k_product) {
+  using N = Unit<E>;
+  const bool is_mul = op == FASTOPS_MUL;
+  if (mode == FASTOPS_GRADIENT_MIMIC) {
+    const auto product = [&](E u, E v) { return T::get(T::put(full<FASTOPS_MUL>(u, v, m, k_product))); };
+    const auto quotient = [&](E u, E v) { return T::get(T::put(full<FASTOPS_DIV>(u, v, m, k))); };
+    if (is_mul) return {product(g, y), product(g, x)};
+    return {quotient(g, y), -quotient(product(g, x), product(y, y))};
+  }
+  // One rounding, as of the double product, which is exact.
+  if (mode == FASTOPS_GRADIENT_STE && is_mul) return {g * y, g * x};
+  const auto xd = static_cast<double>(x), yd = static_cast<double>(y), gd = static_cast<double>(g);
+  if (mode == FASTOPS_GRADIENT_STE) return {static_cast<E>(gd / yd), static_cast<E>(-gd * xd / (yd * yd))};
+  // Exact: zeros and infinities have the mantissa of a power of two; their exponent is never used.
+  const auto p = split(x, k), q = split(y, k);
+  const auto px = p.special ? 0 : p.mantissa, qx = q.special ? 0 : q.mantissa;
+  const double u = static_cast<double>(p.value), v = static_cast<double>(q.value);
+  const double sign_u = p.sign ? -1.0 : 1.0, sign_v = q.sign ? -1.0 : 1.0;
+  const auto carry = [&](auto s, auto t) {
+    return static_cast<std::int64_t>((is_mul ? s + t : s - t) + offset<E>(k, s, t)) >> N::kMantissaBits;
+  };
+  double ga, gb;
+  if (is_mul) {
+    const auto slope = [&](const Operand<E>& other, auto own_mantissa, auto other_mantissa, double sign, bool first) {
+      const double value = static_cast<double>(other.value);
+      if (other.special) return gd * value;
+      if (m.params.form == FASTOPS_FORM_LOG)
+        return times_power(gd * sign, other.exponent + (first ? carry(own_mantissa, other_mantissa)
+                                                              : carry(other_mantissa, own_mantissa)));
+      if (m.params.form == FASTOPS_FORM_EQUATION) return times_power(gd * sign, other.exponent);
+      const double significand = static_cast<double>(bits<E>(static_cast<typename N::S>(other.mantissa | N::kOne)));
+      double rest = significand;
+      for (int c = 0; c <= m.params.corrections; ++c) rest = without_top_bit(rest);
+      return times_power(gd * (sign * (significand - rest)), other.exponent);
+    };
+    ga = slope(q, px, qx, sign_v, true);
+    gb = slope(p, qx, px, sign_u, false);
+  } else {
+    const std::int64_t e = carry(px, qx);
+    ga = q.special ? gd / v : times_power(gd * sign_v, e - q.exponent);
+    gb = q.special || p.special ? -gd * u / (v * v) : times_power(gd * -sign_u, e + p.exponent - 2 * q.exponent);
+  }
+  if (u != u) ga = u;
+  if (is_mul && v != v) gb = v;
+  return {static_cast<E>(ga), static_cast<E>(gb)};
+}
+
 }  // namespace fastops::FASTOPS_LEVEL::mitchell
 #endif

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from ._arrays import Array
 from ._attention import linear_attention, linear_attention_backward, linear_attention_step_
-from ._matmul import lut_matmul, mitchell_matmul
+from ._conv import mitchell_conv2d, mitchell_conv2d_grad
+from ._matmul import lut_matmul, mitchell_matmul, mitchell_matmul_grad
 from ._mitchell import (
     lmul,
     mitchell_div,
+    mitchell_div_grad,
     mitchell_exp2,
     mitchell_log2,
     mitchell_mul,
+    mitchell_mul_grad,
     mitchell_reciprocal,
     mitchell_rsqrt,
     mitchell_sqrt,
@@ -36,11 +39,16 @@ __all__ = [
     "linear_attention_step_",
     "lmul",
     "lut_matmul",
+    "mitchell_conv2d",
+    "mitchell_conv2d_grad",
     "mitchell_div",
+    "mitchell_div_grad",
     "mitchell_exp2",
     "mitchell_log2",
     "mitchell_matmul",
+    "mitchell_matmul_grad",
     "mitchell_mul",
+    "mitchell_mul_grad",
     "mitchell_reciprocal",
     "mitchell_rsqrt",
     "mitchell_sqrt",

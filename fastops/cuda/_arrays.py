@@ -56,6 +56,11 @@ class View(NamedTuple):
         return self.data, self.shape, self.strides
 
     @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
+
+    @property
     def dtype_name(self) -> str:
         """As NumPy spells it."""
         return DTYPES[self.dtype]

@@ -12,9 +12,9 @@ from .. import _validate, mitchell
 from .._multiplier import Multiplier
 from .._validate import Text, clip
 from ._arrays import DTYPES, FLOATS, Call, View, returned
-from ._mitchell import _constants
+from ._mitchell import _constants, want_arrays
 
-__all__ = ["lut_matmul", "mitchell_matmul"]
+__all__ = ["lut_matmul", "mitchell_matmul", "mitchell_matmul_grad"]
 
 Triple = tuple[int, tuple[int, ...], tuple[int, ...]]
 _BYTES = ("uint8", "int8")
@@ -101,7 +101,7 @@ def mitchell_matmul(
     """
     chosen = mitchell._multiplier(multiplier)
     call = Call(stream, a=a, b=b, out=out)
-    _want_arrays(call, a=a, b=b)
+    want_arrays(call, a=a, b=b)
     dtype = call.dtype(FLOATS, "a", "b")
     left, right, shape, drop = _as_matrices(call.views["a"], call.views["b"])
     result, memory = call.output(out, _kept(shape, drop), (dtype,))
@@ -110,10 +110,79 @@ def mitchell_matmul(
     return result if out is not None else returned(call.like, result)
 
 
-def _want_arrays(call: Call, **values: Any) -> None:
-    for name, value in values.items():
-        if name not in call.views:
-            raise _validate.wrong_type(name, "an array on a GPU", value)
+def mitchell_matmul_grad(
+    a: Any, b: Any, dy: Any, *, multiplier: Multiplier | None = None, mode: str = "exact", stream: Any = None
+) -> tuple[Any, Any]:
+    """Differentiate `mitchell_matmul` with respect to its operands, on a GPU.
+
+    Parameters
+    ----------
+    a : (..., M, K) array of float16, bfloat16, float32 or float64
+        The first operand of the product: on a GPU, of any strides.
+    b : (..., K, N) array
+        The second one, of the same dtype and device.
+    dy : (..., M, N) array
+        The gradient of the result, of the same dtype and device.
+    multiplier : fastops.Multiplier, optional
+        That of the product.
+    mode : {"exact", "ste", "mimic"}
+        As in `fastops.mitchell_matmul_grad`.
+    stream : int or stream object, optional
+        As in `mitchell_mul`.
+
+    Returns
+    -------
+    da : (..., M, K) array
+        New, of the library of `a`, summed to its shape. The call returns before the kernel has run.
+    db : (..., K, N) array
+        Likewise for `b`.
+
+    Raises
+    ------
+    RuntimeError, TypeError
+        As `mitchell_mul_grad`.
+    ValueError
+        Shapes that do not fit, arrays on different devices, more than four leading dimensions that do not lie behind one another,
+        an unknown `mode`.
+
+    Notes
+    -----
+    Slopes and subnormal operands as in `fastops.mitchell_matmul_grad`; the sum over what the leading dimensions repeat is part of
+    the same sum, in the precision of the accumulators. 2 M N K products; a sum over many terms to few elements is made in at most
+    256 parts, which take memory.
+    A. Kosson and M. Jaggi, NeurIPS 2023, section 3.
+
+    Examples
+    --------
+    >>> import fastops.cuda
+    >>> if fastops.cuda.is_available():
+    ...     import torch
+    ...     a = torch.ones(2, 2, device="cuda")
+    ...     da, db = fastops.cuda.mitchell_matmul_grad(a, a, a)
+    """
+    chosen = mitchell._multiplier(multiplier)
+    modes = _validate.GRADIENT_MODES
+    _validate.choice("mode", mode, modes)
+    call = Call(stream, a=a, b=b, dy=dy)
+    want_arrays(call, a=a, b=b, dy=dy)
+    dtype = call.dtype(FLOATS, "a", "b", "dy")
+    first, second = call.views["a"], call.views["b"]
+    left, right, shape, drop = _as_matrices(first, second)
+    _validate.same_shape("dy", call.views["dy"], _kept(shape, drop))
+    da, to_a = call.output(None, first.shape, (dtype,))
+    db, to_b = call.output(None, second.shape, (dtype,))
+    call.native.matmul_grad(
+        _constants(call.native, "mul", chosen),
+        modes.index(mode),
+        dtype,
+        left,
+        right,
+        _expanded(call.views["dy"], drop),
+        *_as_matrices(to_a, to_b)[:2],
+        call.device,
+        call.stream,
+    )
+    return returned(call.like, da), returned(call.like, db)
 
 
 def lut_matmul(a: Any, b: Any, table: ArrayLike, *, out: Any = None, stream: Any = None) -> Any:
@@ -160,7 +229,7 @@ def lut_matmul(a: Any, b: Any, table: ArrayLike, *, out: Any = None, stream: Any
     """
     entries, largest = _validate.table("table", table)
     call = Call(stream, a=a, b=b, out=out)
-    _want_arrays(call, a=a, b=b)
+    want_arrays(call, a=a, b=b)
     for name in ("a", "b"):
         call.dtype(_BYTES, name)
     left, right, shape, drop = _as_matrices(call.views["a"], call.views["b"])

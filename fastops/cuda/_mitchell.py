@@ -14,9 +14,11 @@ from ._arrays import FLOATS, Call, returned
 __all__ = [
     "lmul",
     "mitchell_div",
+    "mitchell_div_grad",
     "mitchell_exp2",
     "mitchell_log2",
     "mitchell_mul",
+    "mitchell_mul_grad",
     "mitchell_reciprocal",
     "mitchell_rsqrt",
     "mitchell_sqrt",
@@ -63,6 +65,40 @@ def _apply(op: str, a: Any, b: Any, multiplier: Multiplier | None, out: Any, str
         call.stream,
     )
     return result if out is not None else returned(call.like, result)
+
+
+def want_arrays(call: Call, **values: Any) -> None:
+    """Refuses numbers."""
+    for name, value in values.items():
+        if name not in call.views:
+            raise _validate.wrong_type(name, "an array on a GPU", value)
+
+
+def _gradients(
+    op: str, a: Any, b: Any, dy: Any, multiplier: Multiplier | None, mode: str, stream: Any
+) -> tuple[Any, Any]:
+    chosen = mitchell._multiplier(multiplier, op)
+    modes = _validate.GRADIENT_MODES
+    _validate.choice("mode", mode, modes)
+    call = Call(stream, a=a, b=b, dy=dy)
+    want_arrays(call, a=a, b=b, dy=dy)
+    dtype = call.dtype(FLOATS, "a", "b", "dy")
+    shape = _broadcast({name: call.views[name].shape for name in ("a", "b")})
+    _validate.same_shape("dy", call.views["dy"], shape)
+    results = [call.output(None, call.views[name].shape, (dtype,)) for name in ("a", "b")]
+    call.native.grad(
+        _constants(call.native, op, chosen),
+        _constants(call.native, "mul", chosen),
+        OPS.index(op),
+        modes.index(mode),
+        dtype,
+        *(call.views[name].triple for name in ("a", "b", "dy")),
+        *(memory.triple for _, memory in results),
+        call.device,
+        call.stream,
+    )
+    da, db = (returned(call.like, result) for result, _ in results)
+    return da, db
 
 
 _ARRAY = """Array on a GPU of float16, bfloat16, float32 or float64: torch's, cupy's, jax's, or any other with
@@ -141,6 +177,104 @@ mitchell_sqrt = _unary("sqrt", "mitchell_sqrt", "Take approximate square roots o
 mitchell_rsqrt = _unary("rsqrt", "mitchell_rsqrt", "Take approximate reciprocal square roots on a GPU.")
 mitchell_log2 = _unary("log2", "mitchell_log2", "Take approximate binary logarithms on a GPU.")
 mitchell_exp2 = _unary("exp2", "mitchell_exp2", "Raise 2 to approximate powers on a GPU.")
+
+
+def mitchell_mul_grad(
+    a: Any, b: Any, dy: Any, *, multiplier: Multiplier | None = None, mode: str = "exact", stream: Any = None
+) -> tuple[Any, Any]:
+    """Differentiate `mitchell_mul` with respect to its operands, on a GPU.
+
+    Parameters
+    ----------
+    a : array of float16, bfloat16, float32 or float64
+        The first operand: on a GPU, of any strides.
+    b : array
+        The second one, of the same dtype and device; its shape broadcasts with that of `a`.
+    dy : array
+        The gradient of the result, of the broadcast shape.
+    multiplier : fastops.Multiplier, optional
+        That of the product.
+    mode : {"exact", "ste", "mimic"}
+        As in `fastops.mitchell_mul_grad`.
+    stream : int or stream object, optional
+        As in `mitchell_mul`.
+
+    Returns
+    -------
+    da : array
+        New, of the library of `a`, summed to its shape. The call returns before the kernel has run.
+    db : array
+        Likewise for `b`.
+
+    Raises
+    ------
+    RuntimeError
+        No GPU.
+    TypeError
+        An argument that is not an array on a GPU, of another dtype, or within autograd.
+    ValueError
+        Shapes that do not fit, arrays on different devices, an unknown `mode`.
+
+    Notes
+    -----
+    The bits of `fastops.mitchell_mul_grad` where nothing is summed; sums have another order than the CPU's, which depends on the
+    shapes alone. Five elements of traffic; sums of few elements take memory for at most 1024 parts of them.
+    A. Kosson and M. Jaggi, NeurIPS 2023, section 3.
+
+    Examples
+    --------
+    >>> import fastops.cuda
+    >>> if fastops.cuda.is_available():
+    ...     import torch
+    ...     x = torch.ones(2, device="cuda")
+    ...     da, db = fastops.cuda.mitchell_mul_grad(x, x, x)
+    """
+    return _gradients("mul", a, b, dy, multiplier, mode, stream)
+
+
+def mitchell_div_grad(
+    a: Any, b: Any, dy: Any, *, multiplier: Multiplier | None = None, mode: str = "exact", stream: Any = None
+) -> tuple[Any, Any]:
+    """Differentiate `mitchell_div` with respect to its operands, on a GPU.
+
+    Parameters
+    ----------
+    a : array of float16, bfloat16, float32 or float64
+        The numerator: on a GPU, of any strides.
+    b : array
+        The denominator, of the same dtype and device; its shape broadcasts with that of `a`.
+    dy : array
+        The gradient of the result, of the broadcast shape.
+    multiplier : fastops.Multiplier, optional
+        That of the quotient; one that defines `div`.
+    mode : {"exact", "ste", "mimic"}
+        As in `fastops.mitchell_div_grad`.
+    stream : int or stream object, optional
+        As in `mitchell_mul`.
+
+    Returns
+    -------
+    da, db : array
+        As `mitchell_mul_grad`.
+
+    Raises
+    ------
+    RuntimeError, TypeError, ValueError
+        As `mitchell_mul_grad`; a `multiplier` without `div`.
+
+    Notes
+    -----
+    The bits of `fastops.mitchell_div_grad` where nothing is summed. A. Kosson and M. Jaggi, NeurIPS 2023, section 3.
+
+    Examples
+    --------
+    >>> import fastops.cuda
+    >>> if fastops.cuda.is_available():
+    ...     import torch
+    ...     x = torch.ones(2, device="cuda")
+    ...     da, db = fastops.cuda.mitchell_div_grad(x, x, x)
+    """
+    return _gradients("div", a, b, dy, multiplier, mode, stream)
 
 
 def lmul(a: Any, b: Any, *, out: Any = None, stream: Any = None) -> Any:

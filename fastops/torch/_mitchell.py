@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _validate, mitchell
 from .._backend import backend as _backend
 from .._multiplier import Multiplier
-from .._validate import AnyArray, Text
+from .._validate import AnyArray
 from . import _ops
 from ._ops import array, like, silent, tensor
 
@@ -89,14 +89,19 @@ def _operator(
 
     def kernel(a: Tensor, b: Tensor, multiplier: str, mode: str) -> Tensor:
         if a.is_cuda:
-            return _on_gpu(name, a, b, multiplier)
+            y: Tensor = _on_gpu(name, a, b, multiplier=described(multiplier))
+            return y
         return compute(array("a", a), array("b", b), multiplier)
 
     def fake(a: Tensor, b: Tensor, multiplier: str, mode: str) -> Tensor:
         return torch.empty(shape(a, b), dtype=a.dtype, device=a.device)
 
     def kernel_backward(dy: Tensor, a: Tensor, b: Tensor, multiplier: str, mode: str) -> tuple[Tensor, Tensor]:
-        _refuse_gpu(dy)
+        if a.is_cuda:
+            found: tuple[Tensor, Tensor] = _on_gpu(
+                f"{name}_grad", a, b, dy, multiplier=described(multiplier), mode=mode
+            )
+            return found
         x, y, d = array("a", a), array("b", b), array("dy", dy)
         da, db = gradient(x, y, d, multiplier=described(multiplier), mode=mode)
         return like(da, x), like(db, y)
@@ -139,16 +144,10 @@ def _operator(
     return forward
 
 
-def _on_gpu(name: str, a: Tensor, b: Tensor, multiplier: str) -> Tensor:
+def _on_gpu(name: str, *tensors: Tensor, **options: Any) -> Any:
     from .. import cuda
 
-    y: Tensor = getattr(cuda, name)(a.detach(), b.detach(), multiplier=described(multiplier))
-    return y
-
-
-def _refuse_gpu(dy: Tensor) -> None:
-    if dy.is_cuda:
-        raise _validate.not_offered("a gradient", "taken on the CPU", Text("tensors on a GPU"))
+    return getattr(cuda, name)(*(x.detach() for x in tensors), **options)
 
 
 def _new(x: Tensor) -> Tensor:
@@ -194,7 +193,7 @@ def mitchell_mul(
     Parameters
     ----------
     a : Tensor of float16, bfloat16, float32 or float64, or number
-        On the CPU or on an NVIDIA GPU (`fastops.cuda`, without gradients yet), of any strides; read in place.
+        On the CPU or on an NVIDIA GPU (`fastops.cuda`), of any strides; read in place.
     b : Tensor or number
         Its shape broadcasts with that of `a`, and dtypes are promoted as in ``a * b``.
     multiplier : fastops.Multiplier, optional
@@ -215,11 +214,12 @@ def mitchell_mul(
     ValueError
         Shapes that do not broadcast, an unknown `mode`.
     NotImplementedError
-        A second derivative, or one on a GPU.
+        A second derivative.
 
     Notes
     -----
-    Values and gradients are those of `fastops.mitchell_mul` and `fastops.mitchell_mul_grad`, bit by bit.
+    Values and gradients are those of `fastops.mitchell_mul` and `fastops.mitchell_mul_grad`, bit by bit; on a GPU those of
+    `fastops.cuda`, with their bits of CPUs that have FMA and another order of sums.
 
     Examples
     --------
@@ -300,7 +300,7 @@ def mitchell_matmul(a: Tensor, b: Tensor, *, multiplier: Multiplier | None = Non
     Parameters
     ----------
     a : (..., M, K) or (K,) Tensor of float16, bfloat16, float32 or float64
-        On the CPU or on an NVIDIA GPU (`fastops.cuda`, without gradients yet), of any strides; read in place.
+        On the CPU or on an NVIDIA GPU (`fastops.cuda`), of any strides; read in place.
     b : (..., K, N) or (K,) Tensor
         Leading dimensions broadcast as in `torch.matmul`.
     multiplier : fastops.Multiplier, optional
@@ -366,11 +366,11 @@ def _conv_kernel(
     multiplier: str,
     mode: str,
 ) -> Tensor:
-    return tensor(
-        mitchell.mitchell_conv2d(
-            array("x", x), array("w", w), **_steps(stride, padding, dilation, groups), multiplier=described(multiplier)
-        )
-    )
+    options = {**_steps(stride, padding, dilation, groups), "multiplier": described(multiplier)}
+    if x.is_cuda:
+        y: Tensor = _on_gpu("mitchell_conv2d", x, w, **options)
+        return y
+    return tensor(mitchell.mitchell_conv2d(array("x", x), array("w", w), **options))
 
 
 def _steps(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> dict[str, Any]:
@@ -402,14 +402,11 @@ def _conv_backward_kernel(
     multiplier: str,
     mode: str,
 ) -> tuple[Tensor, Tensor]:
-    dx, dw = mitchell.mitchell_conv2d_grad(
-        array("x", x),
-        array("w", w),
-        array("dy", dy),
-        **_steps(stride, padding, dilation, groups),
-        multiplier=described(multiplier),
-        mode=mode,
-    )
+    options = {**_steps(stride, padding, dilation, groups), "multiplier": described(multiplier), "mode": mode}
+    if x.is_cuda:
+        found: tuple[Tensor, Tensor] = _on_gpu("mitchell_conv2d_grad", x, w, dy, **options)
+        return found
+    dx, dw = mitchell.mitchell_conv2d_grad(array("x", x), array("w", w), array("dy", dy), **options)
     return tensor(dx), tensor(dw)
 
 
@@ -459,7 +456,7 @@ def mitchell_conv2d(
     Parameters
     ----------
     x : (N, C, H, W) Tensor of float16, bfloat16, float32 or float64
-        Images, on the CPU.
+        Images, on the CPU or on an NVIDIA GPU (`fastops.cuda`), of any strides.
     w : (O, C / groups, KH, KW) Tensor
         Kernels.
     stride, padding, dilation : int or (int, int)
