@@ -5,7 +5,7 @@
 #include "attention/attention_math.h"
 
 namespace fastops::FASTOPS_LEVEL {
-namespace {
+namespace linear_kernels {
 
 using namespace attention;
 
@@ -1693,7 +1693,8 @@ class Launches {
   gpu::Status status_ = 0;
 };
 
-}  // namespace
+}  // namespace linear_kernels
+using namespace linear_kernels;
 }  // namespace fastops::FASTOPS_LEVEL
 
 namespace fastops::gpu {

@@ -11,7 +11,7 @@
 #include "cuda/device.h"
 
 namespace fastops::FASTOPS_LEVEL {
-namespace {
+namespace nystrom_kernels {
 
 using namespace attention;
 
@@ -1626,7 +1626,8 @@ class Launches {
   gpu::Status status_ = 0;
 };
 
-}  // namespace
+}  // namespace nystrom_kernels
+using namespace nystrom_kernels;
 }  // namespace fastops::FASTOPS_LEVEL
 
 namespace fastops::gpu {

@@ -3,7 +3,7 @@
 #include "mitchell/mitchell_gpu.h"
 
 namespace fastops::FASTOPS_LEVEL {
-namespace {
+namespace elementwise_kernels {
 
 using namespace mitchell;
 
@@ -194,7 +194,8 @@ gpu::Status apply(const fastops_mitchell& m, const gpu::Elementwise& call, std::
   return launched();
 }
 
-}  // namespace
+}  // namespace elementwise_kernels
+using namespace elementwise_kernels;
 }  // namespace fastops::FASTOPS_LEVEL
 
 namespace fastops::gpu {

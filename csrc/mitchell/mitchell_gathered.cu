@@ -4,7 +4,7 @@
 #include "mitchell/mitchell_tile.h"
 
 namespace fastops::FASTOPS_LEVEL {
-namespace {
+namespace gathered_kernels {
 
 using namespace matmul;
 
@@ -338,7 +338,8 @@ gpu::Status multiply(const fastops_mitchell* m, const gpu::GatheredMatmul& shape
   }
 }
 
-}  // namespace
+}  // namespace gathered_kernels
+using namespace gathered_kernels;
 }  // namespace fastops::FASTOPS_LEVEL
 
 namespace fastops::gpu {

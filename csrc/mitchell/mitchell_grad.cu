@@ -4,7 +4,7 @@
 #include "mitchell/mitchell_gpu.h"
 
 namespace fastops::FASTOPS_LEVEL {
-namespace {
+namespace gradients_kernels {
 
 using namespace mitchell;
 
@@ -358,7 +358,8 @@ gpu::Status differentiate(const fastops_mitchell& m, const fastops_mitchell& pro
   return 0;
 }
 
-}  // namespace
+}  // namespace gradients_kernels
+using namespace gradients_kernels;
 }  // namespace fastops::FASTOPS_LEVEL
 
 namespace fastops::gpu {

@@ -3,7 +3,7 @@
 #include "mitchell/mitchell_tile.h"
 
 namespace fastops::FASTOPS_LEVEL {
-namespace {
+namespace products_kernels {
 
 using namespace matmul;
 
@@ -232,7 +232,8 @@ template <class Entry, class Out> gpu::Status look_up(const LutCall& call, gpu::
   return launched();
 }
 
-}  // namespace
+}  // namespace products_kernels
+using namespace products_kernels;
 }  // namespace fastops::FASTOPS_LEVEL
 
 namespace fastops::gpu {

@@ -7,7 +7,7 @@
 #include "optim/optim_math.h"
 
 namespace fastops::FASTOPS_LEVEL {
-namespace {
+namespace lists_kernels {
 
 using namespace optim;
 
@@ -273,7 +273,8 @@ __global__ void __launch_bounds__(kThreads)
   take_step<SgdStep>(table, rules);
 }
 
-}  // namespace
+}  // namespace lists_kernels
+using namespace lists_kernels;
 }  // namespace fastops::FASTOPS_LEVEL
 
 namespace fastops::gpu {
