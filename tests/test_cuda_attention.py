@@ -678,6 +678,9 @@ def test_options_that_do_not_fit_are_refused(shim: Shim) -> None:
     refused(TypeError, r"^cu_seqlens must be a 1-D array of int32 or int64", cu_seqlens=on_gpu(3))
     refused(TypeError, r"^initial_state must be a tuple of arrays", initial_state=on_gpu(3))
     refused(ValueError, r"^initial_state must be 2 arrays \(S, z\), got 1", initial_state=(on_gpu(3),))
+    refused(
+        TypeError, r"^initial_state\[1\] must be an array on a GPU, got None", initial_state=(on_gpu(1, 2, 4, 4), None)
+    )
     s, z = on_gpu(1, 2, 4, 4), on_gpu(1, 2, 4)
     refused(ValueError, r"^initial_state\[1\] must be of shape \(1, 2, 4\), got", initial_state=(s, s))
     refused(

@@ -121,7 +121,7 @@ class _Linear(OfHeads):
         more |= {name: conditions.get(name) for name in ("key_mask", "decay")}
         more["projection"] = options[-1]
         self.call = call = Call(stream, **arrays, **more)
-        for name in (*arrays, *(key for key, x in more.items() if x is not None)):
+        for name in (*arrays, *flat, *(key for key, x in more.items() if x is not None)):
             if name not in call.views:
                 raise _validate.wrong_type(name, "an array on a GPU", {**arrays, **more}[name])
         self.dtype = call.dtype(_DTYPES, *arrays)
