@@ -230,7 +230,7 @@ def mitchell_conv2d(
 
     Notes
     -----
-    Products and sums as in `mitchell_matmul`; the panels are packed from the image, without an im2col array.
+    Products and sums as in `mitchell_matmul`; the panels are packed from the image (padded, for steps of one pixel), without an im2col array.
     N O OH OW KH KW C / groups products.
     J. N. Mitchell, IRE Trans. EC-11, 1962.
 

@@ -376,6 +376,8 @@ CONVOLUTIONS: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
     ((1, 2, 4, 4), (3, 2, 1, 1), {"stride": 2}),
     ((1, 1, 1, 20), (2, 1, 1, 7), {"padding": (0, 3)}),
     ((1, 2, 9, 19), (37, 2, 3, 3), {"padding": 3}),
+    ((2, 6, 20, 24), (4, 3, 3, 3), {"groups": 2, "padding": 1, "dilation": (1, 2)}),
+    ((3, 4, 15, 31), (5, 4, 2, 3), {"padding": (1, 0), "dilation": (3, 1)}),
     ((0, 3, 5, 5), (4, 3, 3, 3), {}),
     ((1, 0, 5, 5), (4, 0, 3, 3), {}),
     ((1, 3, 5, 5), (0, 3, 3, 3), {}),
@@ -412,11 +414,28 @@ def test_conv2d(backend: ModuleType, target: str, case: int, name: str):
     )
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_conv2d_multipliers(backend: ModuleType, target: str, option: str):
+def test_conv2d_of_many_images_is_that_of_each(native: ModuleType) -> None:
+    """Padded images wait 2**22 elements at a time: 2 of these groups."""
     dtype = FLOATS["f32"]
-    x, w = normal((2, 4, 7, 8), dtype, 1), normal((6, 2, 3, 3), dtype, 2)
-    steps = pairs({"groups": 2, "padding": 1, "stride": 2})
+    x, w = normal((2, 4, 900, 1000), dtype, 1), normal((2, 2, 3, 3), dtype, 2)
+    x[1, 2, 7, 5], x[0, 1, 3, 3] = np.inf, np.nan
+    steps = pairs({"groups": 2, "padding": 1})
+    together = native.mitchell_conv2d(x, w, **steps, multiplier=PLAIN, out=None)
+    part = (slice(None), slice(None), slice(0, 12), slice(0, 12))
+    want = oracle("mitchell_conv2d", x[part], w, **steps, multiplier=PLAIN)[:, :, :10, :10]
+    (sizes,) = magnitude("mitchell_conv2d", np.nan_to_num(x[part], posinf=0), w, **steps, multiplier=PLAIN)
+    close(together[:, :, :10, :10], want, tolerance.matmul(2.0 * sizes[:, :, :10, :10], 18, dtype))
+    for i in range(2):
+        alone = native.mitchell_conv2d(x[i : i + 1], w, **steps, multiplier=PLAIN, out=None)
+        assert np.array_equal(together[i : i + 1], alone, equal_nan=True)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_conv2d_multipliers(backend: ModuleType, target: str, option: str, stride: int):
+    dtype = FLOATS["f32"]
+    x, w = normal((2, 4, 17, 28), dtype, 1), normal((6, 2, 3, 3), dtype, 2)
+    steps = pairs({"groups": 2, "padding": 1, "stride": stride})
     got = backend.mitchell_conv2d(x, w, **steps, multiplier=OPTIONS[option], out=None)
     want = oracle("mitchell_conv2d", x, w, **steps, multiplier=OPTIONS[option])
     (sizes,) = magnitude("mitchell_conv2d", x, w, **steps, multiplier=PLAIN)

@@ -29,15 +29,15 @@ constexpr const NystromGradientKernels* kNystromGradient[] = {FASTOPS_FOR_EACH_L
 constexpr double kNanosecondsPerFlop = 0.02;
 // Where heads are few, a causal one is cut along its tokens; each piece but the first begins with the state that the
 // keys before it make, for this part of the work that their outputs would take.
-constexpr std::size_t kMostPieces = 4;
+constexpr std::size_t kMostPieces = 3;
 constexpr double kStateWork = 0.45;
 // Without causality the keys of a head are cut into parts, where heads are few: at most so many, of at least so many
 // keys.
 constexpr std::size_t kParts = 16, kPartKeys = 512;
 // Parts of heads of Nystrom attention that wait to be added, for each thread.
 constexpr std::size_t kPartsBytes = std::size_t{1} << 18;
-// Blocks of its kernels: parts of keys are whole ones, three at least, and the queries of one unit where heads are few.
-constexpr std::size_t kNystromBlock = 96, kNystromBlocks = 3, kNystromQueries = 2 * kNystromBlock;
+// Parts of keys are whole blocks of its kernels, three at least, and the queries of one unit where heads are few two.
+constexpr std::size_t kNystromBlocks = 3, kNystromQueries = 2 * kNystromBlock;
 // Queries of one unit without causality.
 constexpr std::size_t kPartQueries = 1024;
 
@@ -206,29 +206,21 @@ class Workspaces {
   std::size_t step_ = 0;
 };
 
-// The part of a head's work that its first `pieces` pieces of equal time hold, of the work of one head; times the first
-// piece's.
+// Tokens of the first `pieces` pieces of a head, the first one's as 1: each has so many fewer than the one before that
+// its state and its outputs together take as long.
 double causal_share(std::size_t pieces) noexcept {
   double share = 0, next = 1;
   for (std::size_t i = 0; i < pieces; ++i, next *= 1 - kStateWork) share += next;
   return share;
 }
-// Pieces of each head that make the whole soonest.
-std::size_t causal_pieces(std::size_t heads, unsigned workers) noexcept {
-  std::size_t best = 1;
-  double least = 0;
-  for (std::size_t pieces = 1; pieces <= kMostPieces && heads < 2 * workers; ++pieces) {
-    const std::size_t rounds = (heads * pieces + workers - 1) / workers;
-    const double time = static_cast<double>(rounds) / causal_share(pieces);
-    if (pieces == 1 || time < 0.9 * least) best = pieces, least = time;
-  }
-  return best;
-}
 
 fastops_status causal(const LinearKernels& kernels, const Shape& s, const LinearCall& call, const HeadList& heads,
                       fastops_poll poll) noexcept {
   const unsigned workers = worker_count();
-  const std::size_t pieces = causal_pieces(heads.count(), workers);
+  // Keys before the first query are every piece's work.
+  const bool cuts = heads.count() > 0 && s.keys <= s.queries + s.queries / 4;
+  const std::size_t fair = cuts ? workers / heads.count() : 1;
+  const std::size_t pieces = fair < 1 ? 1 : fair > kMostPieces ? kMostPieces : fair;
   Workspaces work;
   if (!work.reserve(workers, kernels.work_items(call), compute_size(s))) return FASTOPS_NO_MEMORY;
   return parallel_run(
@@ -475,9 +467,15 @@ fastops_status nystrom(const NystromKernels& kernels, const NystromArrays& array
         },
         ns, poll, workers);
     if (status != FASTOPS_OK) return status;
-    for (std::size_t i = from; i < from + heads; ++i)
-      for (std::size_t part = 1; part < parts && norm[i] != 0; ++part)
-        kernels.merge(call, partial_of(i, 0), partial_of(i, part));
+    status = parallel_run(
+        heads,
+        [&](std::size_t unit, unsigned) {
+          const std::size_t i = from + unit;
+          for (std::size_t part = 1; part < parts && norm[i] != 0; ++part)
+            kernels.merge(call, partial_of(i, 0), partial_of(i, part));
+        },
+        0, poll, workers);
+    if (status != FASTOPS_OK) return status;
   }
   status = parallel_run(
       count,

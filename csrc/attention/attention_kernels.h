@@ -110,6 +110,8 @@ struct SoftmaxKernels {
 };
 // The queries of one SoftmaxHead, at most.
 inline constexpr std::size_t kSoftmaxRows = 96;
+// Queries or keys that Nystrom attention takes at once.
+inline constexpr std::size_t kNystromBlock = 96;
 
 // What all heads of a call of Nystrom attention share.
 struct NystromCall {

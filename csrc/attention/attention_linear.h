@@ -126,7 +126,7 @@ template <class T> class Pass {
         factor_(parts.take(rows == kChunk ? kChunk * kChunk : 0)),
         state_(state) {}
 
-  // The queries head.first .. head.last.
+  // The chunks that begin at the queries head.first .. head.last.
   void causal() noexcept {
     load_initial();
     made_decay_ = 0;
@@ -140,7 +140,7 @@ template <class T> class Pass {
       t += n;
       if (stopped()) return;
     }
-    // Of chunks, which are the same whichever the queries are, those that begin between them.
+    // Chunks are the same whichever of them are answered.
     const std::size_t end = head_.last == queries ? keys : shift + head_.last - alone;
     for (std::size_t t = shift; t < end;) {
       const std::size_t i = t - shift + alone, n = take_keys(t, least(kChunk, keys - t));

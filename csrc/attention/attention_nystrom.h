@@ -11,8 +11,7 @@
 
 namespace fastops::FASTOPS_LEVEL::attention {
 
-// Queries or keys of a block.
-inline constexpr std::size_t kBlock = 96;
+inline constexpr std::size_t kBlock = kNystromBlock;
 static_assert(kBlock <= kSoftmaxRows);  // exact rows go to that kernel
 // More steps than this need float64 for the matrices between landmarks.
 inline constexpr std::size_t kSinglePrecisionSteps = 8;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The thread pool: blocks of work by atomic tickets; the split is the caller's and never depends on the thread count.
+// The thread pool: blocks of work by atomic tickets; the split is the caller's.
 #ifndef FASTOPS_CORE_PARALLEL_H
 #define FASTOPS_CORE_PARALLEL_H
 

@@ -33,7 +33,8 @@ struct Operand {
   // Where not zero, row r of a matrix lies at (r / row_inner) row_outer_stride + (r % row_inner) row_stride.
   std::size_t row_inner;
   std::ptrdiff_t row_outer_stride;
-  const std::size_t* row_offsets;  // where not null, of the rows of a matrix, in place of those strides
+  // Where not null, those of the rows of a matrix of T whose columns lie together, in place of the strides.
+  const std::size_t* row_offsets;
   const Patches* patches;
   std::size_t first_col;  // kPatches: added to every column
 };

@@ -45,7 +45,7 @@ constexpr std::size_t kBlocksWanted = 8;
 constexpr std::size_t kFreshRows = 120;
 constexpr std::size_t kFreshCols = 1536;
 
-// Padded images and results of theirs that wait at once, where one is not larger.
+// Elements of padded images, and of their results, that wait at once.
 constexpr std::size_t kFlatElements = std::size_t{1} << 22;
 
 // Of a table product, halved for more blocks down to this.
@@ -465,9 +465,10 @@ struct FlatImage {
       : width(p.width + 2 * p.padding_w),
         plane((p.height + 2 * p.padding_h) * width),
         cols((p.out_height - 1) * width + p.out_width) {}
-  bool pays(const Patches& p) const noexcept {
-    return p.stride_h * p.stride_w == 1 && plane / 2 <= p.height * p.width &&
-           cols - cols / 5 <= p.out_height * p.out_width;
+  bool pays(const Patches& p, std::size_t filters) const noexcept {
+    const std::size_t wanted = p.out_height * p.out_width;
+    return p.stride_h == 1 && p.stride_w == 1 && plane / 2 <= p.height * p.width && cols <= wanted + wanted / 4 &&
+           max_of(p.channels, 1) <= kFlatElements / plane && filters <= kFlatElements / cols;
   }
 };
 template <class T>
@@ -478,10 +479,8 @@ fastops_status conv2d_flat(Product<T> p, const Patches& patches, std::size_t cou
   p.cols = flat.cols;
   p.b.col_stride = 1;
   p.out_row_stride = static_cast<std::ptrdiff_t>(flat.cols);
-  std::size_t image = 0, result = 0;
-  if (!checked_product({channels, flat.plane}, &image) || !checked_product({p.rows, flat.cols}, &result))
-    return FASTOPS_NO_MEMORY;
-  const std::size_t together = max_of(1, min_of(count, kFlatElements / max_of(1, max_of(image, result))));
+  const std::size_t image = channels * flat.plane, result = p.rows * flat.cols;
+  const std::size_t together = max_of(1, min_of(count, kFlatElements / max_of(image, result)));
   Workspace offsets, images, results, lists;
   if (!offsets.reserve({p.depth, sizeof(std::size_t)}) || !images.reserve({together, image, sizeof(T)}) ||
       !results.reserve({together, result, sizeof(T)}) || !lists.reserve({together, 2, sizeof(void*)}))
@@ -557,7 +556,8 @@ fastops_status conv2d(const fastops_mitchell* m, fastops_dtype dtype, const fast
     // The patches are the image itself.
     p.b.row_stride = static_cast<std::ptrdiff_t>(p.cols);
     p.b.col_stride = 1;
-  } else if (item_size(dtype) == sizeof(T) && p.rows > 0 && p.depth > 0 && FlatImage(patches).pays(patches)) {
+  } else if (item_size(dtype) == sizeof(T) && count > 0 && p.rows > 0 && p.depth > 0 &&
+             FlatImage(patches).pays(patches, p.rows)) {
     return conv2d_flat(p, patches, count, pointers, poll);
   } else {
     p.b.layout = Layout::kPatches;

@@ -172,7 +172,7 @@ unsigned char pack_b(const Product<T>& product, std::size_t col, std::size_t k0,
       for (std::size_t q = 0; q < B::kWidth; ++q) pack_row(buffer + q * S::kCols, n);
     }
     for (; k < k1; ++k) pack_row(read(b, k, col, n, buffer), n);
-  } else if (n == S::kCols && b.col_stride == 1 && b.row_inner == 0 && b.row_offsets == nullptr && is_native<T>(b)) {
+  } else if (n == S::kCols && b.col_stride == 1 && b.row_inner == 0 && is_native<T>(b)) {
     const T* from = read(b, k0, col, n, buffer);
     for (std::size_t k = k0; k < k1; ++k, from += b.row_stride) {
       // Rows lie too far apart for the CPU to fetch them ahead. The last element: where the row crosses a cache line,

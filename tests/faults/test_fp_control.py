@@ -52,6 +52,9 @@ for pinv in ("newton", "ridge"):
     CALLS[f"nystrom attention, {pinv}"] = lambda of=of: fastops.nystrom_attention(rows, rows, rows, **of)
     CALLS[f"nystrom attention, {pinv}, backward"] = lambda of=of: fastops.nystrom_attention_backward(
         rows, rows, rows, rows, **of)
+many = f(np.float32, 1, 1, 900, 4)
+tiny = many * np.float32(1e-43)
+CALLS["nystrom attention of tiny values"] = lambda: fastops.nystrom_attention(many, many, tiny, num_landmarks=8)
 CALLS["softmax attention"] = lambda: fastops.softmax_attention(rows, rows, rows, causal=True)
 for dtype in (np.float16, np.float32, np.float64):
     p, q = f(dtype, 333), f(dtype, 333)
