@@ -379,6 +379,50 @@ def test_gradients_beside_kept_lists_are_looked_at_anew(ops: ModuleType) -> None
         assert all((g == 0).all() for g in gradients)
 
 
+@pytest.mark.parametrize("moment", ["the look", "the record"])
+def test_a_list_that_is_emptied_while_its_tensors_are_asked(native: ModuleType, moment: str) -> None:
+    """The step is one of the tensors that were given. In a process of its own: it read memory that was freed."""
+    code = """
+    import torch
+    n = 48
+    p, m, v = ([torch.zeros(4) for _ in range(n)] for _ in range(3))
+    kept = [fastops.TensorList(x) for x in (p, m, v)]
+    given, junk = [], []
+
+    def spoil():
+        if given:
+            given.clear()
+            junk.extend(bytearray(b"A" * (8 * n - 1)) for _ in range(200))
+
+    class Asked(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, f, types, args=(), kwargs=None):
+            if "is_neg" in str(f):
+                spoil()
+            return super().__torch_function__(f, types, args, kwargs or {})
+
+    class Refused(torch.Tensor):
+        def is_neg(self):
+            spoil()
+            return True
+
+    def step(number, first, dtype=torch.float32):
+        tensors = [first, *(torch.ones(4, dtype=dtype) for _ in range(n - 1))]
+        given[:] = tensors
+        fastops.adamw_step_(kept[0], given, kept[1], kept[2], step=number, lr=0.1, weight_decay=0.0)
+
+    step(1, torch.ones(4))
+    if os.sys.argv[1] == "the look":
+        step(2, torch.ones(4).as_subclass(Refused))
+    else:
+        step(2, torch.ones(4, dtype=torch.float16).as_subclass(Asked), torch.float16)
+    assert not given
+    for x in p:
+        assert torch.allclose(x, torch.full((4,), -0.2), atol=1e-6), x
+    """
+    run(code, arguments=[moment], timeout=90)
+
+
 def test_tensors_that_stand_for_others_are_refused(ops: ModuleType) -> None:
     def inner(x: Any) -> Any:
         with pytest.raises(TypeError, match=r"^params\[0\] must be a tensor that NumPy can share"):

@@ -188,6 +188,31 @@ def test_steps_over_shards_are_those_of_the_whole(tmp_path: pathlib.Path) -> Non
     )
 
 
+def test_shards_that_lie_elsewhere_are_stepped(tmp_path: pathlib.Path) -> None:
+    """As after a change of dtype and back, which leaves the parameters the objects that they were."""
+    together(
+        tmp_path,
+        FSDP
+        + textwrap.dedent("""
+        theirs = make()
+        pairs = []
+        for model, kind in ((split, ft.AdamW), (theirs, torch.optim.AdamW)):
+            fully_shard(model, mesh=mesh)
+            pairs.append((model, kind(model.parameters(), lr=0.05)))
+        for i in range(4):
+            x = torch.randn(4, 5)
+            for model, optimizer in pairs:
+                if i == 2:
+                    model.double().float()
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+        for p, q in zip(theirs.parameters(), split.parameters()):
+            torch.testing.assert_close(q.full_tensor(), p.full_tensor(), rtol=1e-4, atol=1e-5)
+        """),
+    )
+
+
 def test_a_call_without_a_group_is_named() -> None:
     import fastops.torch as ft
 

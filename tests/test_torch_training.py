@@ -199,6 +199,29 @@ def test_replaced_layers_are_followed() -> None:
     assert (ema.module[1].bias > 40).all()
 
 
+def test_a_model_that_cannot_be_read_is_refused_in_each_update() -> None:
+    """Neither the weights of an earlier one nor none are taken in its place."""
+    model = torch.nn.Linear(2, 2)
+    emptied = copy.deepcopy(model)
+    emptied.weight.untyped_storage().resize_(0)
+    for begun in (False, True):
+        ema = ft.EMA(model, 0.5)
+        if begun:
+            ema.update()
+        with torch.no_grad():
+            model.weight.add_(1.0)
+        before = copy.deepcopy(ema.state_dict())
+        for bad, kind in ((copy.deepcopy(model).to("meta"), TypeError), (emptied, ValueError)):
+            for _ in range(2):
+                with pytest.raises(kind, match="must be"):
+                    ema.update(bad)
+        for name, x in ema.state_dict().items():
+            assert torch.equal(x, before[name]), name
+        assert ema.update()
+        want = (before["module.weight"] + model.weight) / 2 if begun else model.weight
+        torch.testing.assert_close(ema.module.weight.detach(), want.detach())
+
+
 def test_an_inf_is_left_out(model: Any) -> None:
     ema = ft.EMA(model, 0.5, nonfinite="skip")
     with torch.no_grad():
@@ -487,7 +510,7 @@ def test_options_that_are_refused_are_so_in_a_step() -> None:
     assert (p == 1).all()
 
 
-@pytest.mark.parametrize("bad", ["sparse", "half", "option", "idle"])
+@pytest.mark.parametrize("bad", ["sparse", "half", "option", "idle", "average"])
 def test_a_step_that_raises_has_written_nothing(bad: str) -> None:
     """Neither the group before the one that does not fit, nor in it the parameters that have taken as many steps."""
     params = parameters()[:2] + [torch.nn.Parameter(torch.ones(3, 2)) for _ in range(4)]
@@ -507,6 +530,9 @@ def test_a_step_that_raises_has_written_nothing(bad: str) -> None:
         p.data, text = p.data.half(), r"params\[1\] must be of dtype float32 or float64"
     elif bad == "option":
         optimizer.param_groups[1]["lr"], text = float("nan"), "lr must be"
+    elif bad == "average":
+        state = optimizer.state[params[-1]]
+        state["ema"], text = state["ema"].half(), r"shadows\[1\] must be of dtype bfloat16, float32 or float64"
     else:
         params[-2].data, text = torch.ones(5), r"shadows\[0\] must be of shape \(5,\)"
     before = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in params]

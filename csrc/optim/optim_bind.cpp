@@ -386,7 +386,7 @@ class Lists {
     }
     if (!partly) keys.clear();
     const bool mixed = partly && !planned;
-    if (mixed) hold(m, roles, count);
+    hold(m, roles, count);
     for (Signature& s : m.kept)
       if (partly && s.keys == keys && s.written == written && (planned || follows(m, s, roles, written))) {
         list_ = {count, roles, s.size.data(), s.data.data(), s.dtype.data(), nullptr};
@@ -403,8 +403,6 @@ class Lists {
     list_ = {count, roles, m.size.data(), m.data.data(), m.dtype.data(), m.layout.empty() ? nullptr : m.layout.data()};
     const bool known = !partly && !checked && m.known(roles, written);
     if (!checked && !known && overlaps(m, roles, written)) return false;
-    if (!mixed) hold(m, roles, count);
-    // Everything is held from here on; lists may change while others have their turn.
     if (!planned && !m.tensors.empty()) {
       py::list asked;
       // Where the same memory was found plain before, a lazy sign can only be met where one element makes it dense.
@@ -496,22 +494,33 @@ class Lists {
     return m;
   }
 
+  // Keeps the elements of lists without a plan, and goes on with these: asking one may run Python code, in which lists
+  // change, as they may while others have their turn.
   void hold(Memory& m, std::size_t roles, std::size_t count) {
+    std::size_t lists = 0;
+    for (std::size_t r = 0; r < roles; ++r) lists += items_[r].plan() == nullptr;
+    m.held.reserve(lists * count);  // so that it stays where it is
     for (std::size_t r = 0; r < roles; ++r) {
       if (items_[r].plan() != nullptr) continue;
-      m.held.insert(m.held.end(), elements_[r], elements_[r] + count);
+      PyObject* const* const first = m.held.data() + m.held.size();
       for (std::size_t i = 0; i < count; ++i) Py_INCREF(elements_[r][i]);
+      m.held.insert(m.held.end(), elements_[r], elements_[r] + count);
+      elements_[r] = first;
     }
   }
   void keep_given(const Memory& m, Signature& s, std::size_t roles, std::size_t count) {
     for (std::size_t r = 0; r < roles; ++r)
       for (std::size_t i = 0; i < count && items_[r].plan() == nullptr; ++i) {
         Record now;
+        char* const data = static_cast<char*>(s.data[i * roles + r]);
+        bool stays = true;
         if (is_array(elements_[r][i]))
           now = record_of_array(elements_[r][i]);
-        else if (!record_of_tensor(elements_[r][i], &now))
-          now = {};  // of no tensor, so that it is read anew
-        now.data = static_cast<char*>(s.data[i * roles + r]);
+        else
+          stays = record_of_tensor(elements_[r][i], &now);
+        // What asked it may have changed it: then a record of no tensor, so that it is read anew.
+        if (!stays || now.data != data || now.size != s.size[i]) now = {};
+        now.data = data;
         s.given.push_back(now);
       }
     // Overlaps were ruled out, and the search left all memory in its order.
@@ -676,14 +685,17 @@ class Lists {
 
 // Calls: 0 where the lists are not plain, 1 when it is done, 2 when tensors of another library were among them.
 
-template <class F>
-int call_lists(const std::vector<py::object>& arguments, unsigned written, bool checked, const F& f) {
-  Lists lists;
-  if (!lists.read(arguments, written, checked)) return 0;
+template <class F> int run_lists(const Lists& lists, const F& f) {
   const fastops_status status = unlocked([&](fastops_poll) { return f(lists.get()); });
   if (status == FASTOPS_INVALID) return 0;
   raise_unless_ok(status);
   return lists.torch ? 2 : 1;
+}
+
+template <class F>
+int call_lists(const std::vector<py::object>& arguments, unsigned written, bool checked, const F& f) {
+  Lists lists;
+  return lists.read(arguments, written, checked) ? run_lists(lists, f) : 0;
 }
 
 int ema_update(const py::object& shadow_sets, const py::object& params, const py::object& weights,
@@ -756,13 +768,14 @@ int adamw_step(const py::object& params, const py::object& grads, const py::obje
   step.has_ema = !ema.is_none();
   std::vector<py::object> arguments{params, grads, exp_avg, exp_avg_sq};
   if (step.has_ema) arguments.push_back(ema);
-  return call_lists(arguments, step.zero_grad ? ~0u : ~2u, checked, [&](const fastops_tensor_list* list) {
-    if (!only_looks) return fastops_adamw_step(list, &step);
-    const std::vector<std::size_t> nothing(list->count);
-    fastops_tensor_list empty = *list;
-    empty.size = nothing.data();
-    return fastops_adamw_step(&empty, &step);
-  });
+  Lists lists;
+  if (!lists.read(arguments, step.zero_grad ? ~0u : ~2u, checked)) return 0;
+  if (!only_looks)
+    return run_lists(lists, [&](const fastops_tensor_list* list) { return fastops_adamw_step(list, &step); });
+  fastops_tensor_list empty = *lists.get();
+  const std::vector<std::size_t> nothing(empty.count);
+  empty.size = nothing.data();
+  return run_lists(lists, [&](const fastops_tensor_list*) { return fastops_adamw_step(&empty, &step); });
 }
 
 int lookahead_sync(const py::object& slow, const py::object& fast, double alpha, bool checked) {

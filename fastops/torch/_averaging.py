@@ -116,15 +116,16 @@ class Pairs:
         return gone
 
     def _make(self, averages: list[Any], live: list[Any]) -> None:
-        self._known = averages, live
-        self._devices = [x.device for x in averages]
+        devices = [x.device for x in averages]
         places: dict[Any, list[int]] = {}
         for i, x in enumerate(averages):
             places.setdefault((x.is_cuda, x.device), []).append(i)
-        self._groups = [
+        groups = [
             (index, kept_list([averages[i] for i in index]), kept_list([live[i] for i in index]))
             for index in places.values()
         ]
+        # Last, for a list may refuse its tensors: what is known and the groups are of one call.
+        self._known, self._devices, self._groups = (averages, live), devices, groups
 
 
 def _all_finite(tensors: Any) -> bool:
@@ -473,7 +474,9 @@ def want_averaged(steps: Any, shadows: list[Any], params: list[Any]) -> None:
         steps._optim.want(roles, [params, shadows])
         return
     pairs = zip(params, shadows, strict=True)
-    if not all(p.dtype in _WIDE and p.is_cpu and s.is_cpu and s.shape == p.shape for p, s in pairs):
+    if not all(
+        p.dtype in _WIDE and s.dtype in _WIDE and p.is_cpu and s.is_cpu and s.shape == p.shape for p, s in pairs
+    ):
         _tensors.check(roles, [params, shadows])
 
 

@@ -302,8 +302,12 @@ class AdamW(torch.optim.Optimizer):
                     return False
             except KeyError:
                 return False
+            # The local part of a DTensor is another object each time.
+            if type(bucket.lists[0]) is list:
+                held = zip(bucket.params, bucket.lists[0], strict=True)
+                if any(local(p).data_ptr() != part.data_ptr() for p, part in held):
+                    return False
             if type(bucket.lists[1]) is list:
-                # The local part of a DTensor is another object each time.
                 parts = chain.from_iterable(zip(*bucket.lists[1 : len(kept)], strict=True))
                 shards = (x for x in bucket.entries if x is not bucket.step)
                 if any(local(x).data_ptr() != part.data_ptr() for x, part in zip(shards, parts, strict=True)):
