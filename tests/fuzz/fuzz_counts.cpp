@@ -35,7 +35,7 @@ bool plain_reader(const std::string& s, model::Result* result) {
   const bool documents = at<std::uint32_t>(s, 12) == 1;
   if (at<std::uint32_t>(s, 12) > 1 || at<std::uint64_t>(s, 48) != 0 || at<std::uint32_t>(s, 60) != 0) return false;
   const std::uint64_t n = at<std::uint64_t>(s, 16), each = documents ? 20 : 12;
-  if (n > s.size() || at<std::uint64_t>(s, 24) != s.size() - 64 - n * each) return false;
+  if (n > (s.size() - 64) / each || at<std::uint64_t>(s, 24) != s.size() - 64 - n * each) return false;
   if (crc32(s.data() + 64, s.size() - 64, crc32(s.data(), 56, 0)) != at<std::uint32_t>(s, 56)) return false;
   result->documents = at<std::uint64_t>(s, 40);
   std::size_t key = 64 + n * each;
