@@ -670,6 +670,6 @@ def test_a_table_that_grows_takes_no_more_memory_than_it_has_then(tmp_path: Path
     small.write_text("a")
     environment = {**os.environ, "FASTOPS_BACKEND": "native"}
     command = [sys.executable, "-P", "-c", PEAK, small, large]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 64 < int(done.stdout) < 160
