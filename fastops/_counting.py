@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import os
 import pickle
-import queue
 import sys
 import threading
 import time
@@ -925,6 +924,8 @@ def _texts_in_threads(batches: Iterator[_Batch], job: _FileJob, run: _Run) -> Ta
     second = next(batches, None) if first is not None else None
     if first is None or second is None:
         return _text_loop(iter(() if first is None else (first,)), job, run)
+    import queue
+
     waiting: queue.Queue[_Batch | None] = queue.Queue(maxsize=workers + 1)
 
     def put(batch: _Batch | None) -> None:

@@ -2,17 +2,14 @@
 """Where text comes from: files by name, glob or object, decompressed by their first bytes in pieces of bounded size.
 
 Every decoder must reach the end mark of its format: a file that is cut, damaged or followed by something else is an error.
+What few counts need is imported where it is used: a first count waits for every module.
 """
 
 from __future__ import annotations
 
-import bz2
 import errno
-import glob
 import io
 import itertools
-import json
-import lzma
 import os
 import re
 import select
@@ -177,6 +174,8 @@ def _add(found: list[Source], item: object, argument: str, skip: bool) -> None:
 
 
 def _matches(path: str | bytes) -> list[str] | list[bytes]:
+    import glob
+
     return glob.glob(cast("str", path), recursive=True)
 
 
@@ -429,10 +428,14 @@ def _gzip(name: str, raw: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _bzip2(name: str, raw: Iterator[bytes]) -> Iterator[bytes]:
+    import bz2
+
     return _streams(name, "bzip2", raw, bz2.BZ2Decompressor, OSError)
 
 
 def _xz(name: str, raw: Iterator[bytes]) -> Iterator[bytes]:
+    import lzma
+
     def decoder() -> lzma.LZMADecompressor:
         return lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=MAX_WINDOW + 2**22)
 
@@ -644,6 +647,8 @@ def _field(name: str, number: int, offset: int, line: bytes, field: str, errors:
     except UnicodeDecodeError as problem:
         got = f"0x{line[problem.start]:02x} at byte {offset + problem.start} of the file ({problem.reason})"
         raise DecodeError(f"{name}, line {number} must be UTF-8, got {got}") from None
+    import json
+
     try:
         record = json.loads(text)
     except ValueError as problem:

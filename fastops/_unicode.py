@@ -55,8 +55,11 @@ def _two_stages(values: NDArray[Any]) -> tuple[NDArray[np.uint16], NDArray[Any]]
 
 
 def _code_points(codes: range = range(sys.maxunicode + 1)) -> str:
-    """Code points in order; surrogates are places without meaning."""
-    return np.arange(codes.start, codes.stop, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
+    """Code points in order; in the places of surrogates another one that is no letter, no white space and has no case."""
+    numbers = np.arange(codes.start, codes.stop, dtype="<u4")
+    # Each surrogate would be one call of an error handler.
+    numbers[slice(*(min(max(place - codes.start, 0), len(codes)) for place in (0xD800, 0xE000)))] = 0xE000
+    return numbers.tobytes().decode("utf-32-le")
 
 
 def _beside_sigma(cased_or_not: list[str]) -> tuple[list[int], list[int]]:

@@ -12,6 +12,8 @@ import json
 import lzma
 import os
 import random
+import subprocess
+import sys
 import threading
 import time
 import unicodedata
@@ -645,3 +647,29 @@ def test_texts_have_a_largest_size() -> None:
     assert count_texts(["a" * 50] * 4, Rule(), None, Options(max_output_bytes=200))[0].get(b"a" * 50) == (4, 0)
     with pytest.raises(ValueError, match=r"texts must have at most 199 bytes \(max_output_bytes\), got more"):
         count_texts(["a" * 50] * 4, Rule(), None, Options(max_output_bytes=199))
+
+
+PEAK = """
+import re, sys
+import fastops
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) >> 10
+fastops.count_files(sys.argv[1], workers=1)
+before = peak()
+assert len(fastops.count_files(sys.argv[2], workers=1)) == 1_400_000
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc with a process's peak of memory")
+def test_a_table_that_grows_takes_no_more_memory_than_it_has_then(tmp_path: Path) -> None:
+    # 128 MiB of slots, made out of 64 MiB of them.
+    pytest.importorskip("fastops._core", reason="this build has no native backend")
+    large, small = tmp_path / "large", tmp_path / "small"
+    large.write_text("\n".join(f"{i:x}" for i in range(1_400_000)))
+    small.write_text("a")
+    environment = {**os.environ, "FASTOPS_BACKEND": "native"}
+    command = [sys.executable, "-P", "-c", PEAK, small, large]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 64 < int(done.stdout) < 160

@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -76,12 +77,25 @@ class Region {
     bytes_ = bytes;
     return true;
   }
-  // Makes all pages present and writable at once. A page that is read first and written later costs two faults, the
-  // second of which interrupts every thread of the process.
-  void populate() noexcept {
+  // Makes the pages of some bytes present and writable at once. A page that is read first and written later costs two
+  // faults, the second of which interrupts every thread of the process.
+  void populate(std::size_t offset, std::size_t bytes) noexcept {
 #if defined(MADV_POPULATE_WRITE)
-    if (data_ != nullptr) madvise(data_, bytes_, MADV_POPULATE_WRITE);  // refused by Linux before 5.14: then by faults
+    const std::size_t first = offset / kPage * kPage;
+    // Refused by Linux before 5.14: then by faults.
+    if (bytes > 0) madvise(get<char>() + first, offset + bytes - first, MADV_POPULATE_WRITE);
+#else
+    (void)offset, (void)bytes;
 #endif
+  }
+  // Gives the memory of the bytes from `offset` to `stop` back, and what is in them is lost. To whole huge pages only,
+  // as a piece of one would stay.
+  void discard(std::size_t offset, std::size_t stop) noexcept {
+    const auto cut = [this](std::size_t at) noexcept {
+      const std::uintptr_t address = (reinterpret_cast<std::uintptr_t>(data_) + at) / kHugePage * kHugePage;
+      return std::max(address, reinterpret_cast<std::uintptr_t>(data_)) - reinterpret_cast<std::uintptr_t>(data_);
+    };
+    if (fd_ < 0 && cut(stop) > cut(offset)) madvise(get<char>() + cut(offset), cut(stop) - cut(offset), MADV_DONTNEED);
   }
   void release() noexcept {
     if (data_ != nullptr) munmap(data_, bytes_);
@@ -95,7 +109,7 @@ class Region {
 
  private:
   static constexpr std::size_t kPage = 4096;
-  static constexpr std::size_t kHuge = std::size_t{4} << 20;
+  static constexpr std::size_t kHugePage = std::size_t{2} << 20, kHuge = 2 * kHugePage;
 
   void* data_ = nullptr;
   std::size_t bytes_ = 0;

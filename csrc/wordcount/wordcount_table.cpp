@@ -12,9 +12,10 @@ namespace fastops {
 namespace {
 
 #if defined(FASTOPS_TEST_TINY)
-constexpr std::size_t kFirstCapacity = 4;
+constexpr std::size_t kFirstCapacity = 4, kSweep = 2;
 #else
 constexpr std::size_t kFirstCapacity = 4096;
+constexpr std::size_t kSweep = std::size_t{1} << 18;  // slots of a table that grows, 8 MiB
 #endif
 // The entries that a table of so many slots holds before it grows.
 std::size_t most_of(std::size_t capacity) noexcept { return capacity / 5 * 3 + capacity % 5 * 3 / 5; }
@@ -93,8 +94,6 @@ bool Table::rebuild(std::size_t capacity) noexcept {
   if (file_backed_ && (!slots.back_by_file() || (with_documents_ && !documents.back_by_file()))) return false;
   if (!slots.grow(capacity * sizeof(Slot))) return false;
   if (with_documents_ && !documents.grow(capacity * sizeof(Documents))) return false;
-  slots.populate();
-  documents.populate();
   const std::size_t before = this->capacity();
   std::swap(slots, slots_);
   std::swap(documents, documents_);
@@ -104,12 +103,22 @@ bool Table::rebuild(std::size_t capacity) noexcept {
   for (std::size_t c = capacity; c > 1 && shift_ > 0; c /= 2) --shift_;
   const Slot* const old = slots.get<Slot>();
   Slot* const all = this->slots();
-  for (std::size_t i = 0; i < before; ++i) {
-    if (old[i].size1 == 0) continue;
-    std::size_t j = home(old[i].hash);
-    while (all[j].size1 != 0) j = (j + 1) & mask_;
-    all[j] = old[i];
-    if (with_documents_) documents_.get<Documents>()[j] = documents.get<Documents>()[i];
+  // In sweeps: what was moved gives its memory back before the next slots take theirs.
+  const std::size_t sweeps = std::max<std::size_t>(before / kSweep, 1);
+  for (std::size_t sweep = 0; sweep < sweeps; ++sweep) {
+    const std::size_t first = before / sweeps * sweep, stop = before / sweeps * (sweep + 1);
+    const std::size_t room = capacity / sweeps;
+    slots_.populate(room * sweep * sizeof(Slot), room * sizeof(Slot));
+    if (with_documents_) documents_.populate(room * sweep * sizeof(Documents), room * sizeof(Documents));
+    for (std::size_t i = first; i < stop; ++i) {
+      if (old[i].size1 == 0) continue;
+      std::size_t j = home(old[i].hash);
+      while (all[j].size1 != 0) j = (j + 1) & mask_;
+      all[j] = old[i];
+      if (with_documents_) documents_.get<Documents>()[j] = documents.get<Documents>()[i];
+    }
+    slots.discard(first * sizeof(Slot), stop * sizeof(Slot));
+    if (with_documents_) documents.discard(first * sizeof(Documents), stop * sizeof(Documents));
   }
   return true;
 }
