@@ -123,6 +123,14 @@ Status mitchell_matmul(const fastops_mitchell* m, const Matmul& call, Stream str
 
 // Matrix products whose rows, columns and depth are several axes each: convolutions, and gradients, which are summed
 // over what a batch repeats.
+enum class Results {
+  kMatrix,
+  // Pixels of planes: depth is (channel, kernel row, kernel column), columns are (image, row, column), groups the batch,
+  // and no step of b in the plane leads backwards.
+  kPixels,
+  // Of kernels: rows are (channel, kernel row, kernel column), depth is (image, row, column).
+  kTaps,
+};
 enum class Terms {
   kProducts,  // of the multiplier: M(a, b)
   kExact,     // a b
@@ -151,6 +159,7 @@ struct Gathered {
 };
 struct GatheredMatmul {
   fastops_dtype dtype;
+  Results results;  // but for kMatrix the axes have the order above
   Terms terms;
   bool transposed;  // a is the second operand of M, or the point is that of the slopes
   bool skips;       // what b has not gives no term; else it is zero
@@ -160,6 +169,8 @@ struct GatheredMatmul {
   Index rows, cols, depth;
   Gathered a, b, point, out;
 };
+// Whether kPixels or kTaps are worth a kernel of their own, which tiles of 64 x 64 would leave mostly idle.
+bool mitchell_is_depthwise(const GatheredMatmul& call) noexcept;
 std::size_t mitchell_gathered_workspace(const GatheredMatmul& call) noexcept;
 Status mitchell_gathered(const fastops_mitchell* m, const GatheredMatmul& call, void* workspace,
                          Stream stream) noexcept;
