@@ -38,9 +38,11 @@ class OnDevice {
   int before_ = -1;
 };
 
-// Memory in the order of a stream. `shared`: it may be in use on other streams, so the release waits for all of them.
+// Memory in the order of a stream, of which the release names the same or a later one.
 Status allocate(void** p, std::size_t bytes, Stream stream) noexcept;
-void release(void* p, Stream stream, bool shared) noexcept;
+void release(void* p, Stream stream) noexcept;
+// Waits for all that the current device has got, on whatever streams.
+void release_when_idle(void* p) noexcept;
 // Copies host memory, which may change when the call has returned, without waiting for the stream.
 Status upload(void* to, const void* from, std::size_t bytes, Stream stream) noexcept;
 // What `later` gets from here on runs after all that `earlier` has got.
@@ -125,8 +127,8 @@ Status mitchell_matmul(const fastops_mitchell* m, const Matmul& call, Stream str
 // over what a batch repeats.
 enum class Results {
   kMatrix,
-  // Pixels of planes: depth is (channel, kernel row, kernel column), columns are (image, row, column), groups the batch,
-  // and no step of b in the plane leads backwards.
+  // Pixels of planes: depth is (channel, kernel row, kernel column), columns are (image, row, column), groups the
+  // batch, and no step of b in the plane leads backwards.
   kPixels,
   // Of kernels: rows are (channel, kernel row, kernel column), depth is (image, row, column).
   kTaps,

@@ -20,21 +20,55 @@ constexpr int kMostThreads = 512, kMostUnits = 8;
 // Rows of a matrix from which on its tiles are worth it; pairs of a channel and a filter.
 constexpr std::size_t kFewRows = 16, kFewPairs = 64;
 
+// A length below 2^16 by which numbers below 2^16 are divided without a division, of which each takes a thread as many
+// instructions as a tap of its whole strip.
+struct Divisor {
+  unsigned length, reciprocal;
+};
+FASTOPS_DEVICE int over(int n, const Divisor& by) {
+#if defined(__CUDA_ARCH__)
+  const unsigned above = __umulhi(static_cast<unsigned>(n), by.reciprocal);
+#else
+  const auto above = static_cast<unsigned>(static_cast<std::uint64_t>(static_cast<unsigned>(n)) * by.reciprocal >> 32);
+#endif
+  return by.length == 1 ? n : static_cast<int>(above);
+}
+// The lowest digit of a number, which loses it.
+FASTOPS_DEVICE int take_digit(int* number, const Divisor& by) {
+  const int above = over(*number, by), digit = *number - above * static_cast<int>(by.length);
+  *number = above;
+  return digit;
+}
+FASTOPS_DEVICE unsigned take_digit(unsigned* number, unsigned length) {
+  const unsigned above = *number / length, digit = *number - above * length;
+  *number = above;
+  return digit;
+}
+
+// How threads read patches: each in a column of them, and so many lines further.
+struct Reading {
+  bool near;  // groups lie closer together than columns
+  int high, wide, plane;
+  int step;              // lines that threads read at once
+  Divisor column, line;  // columns that have a thread; the inner length of lines
+};
 // What a block covers: strips of `rows` pixels of the result below one another, `width` columns, of planes of `groups`
-// groups, and the high x wide pixels that they come from.
+// groups.
 struct Cover {
   int groups, filters, strips, rows, width;
-  int high, wide, plane;    // plane: elements between those of two groups, odd to spread them over the banks
-  int taps, result;         // likewise of kernels, and of a strip's pixels
-  int patch;                // elements of all planes, and what a window reads beyond the last
+  int taps;   // elements between the kernels of two planes, odd to spread them over the banks
+  int patch;  // elements of all planes, and what a window reads beyond the last
   int step_y, step_x, tap_y, tap_x;
-  bool near, result_near;   // groups lie closer together than columns
-  std::size_t down, across, filter_blocks, group_blocks;
+  Reading image, result;  // of patches, and of results as large
+  std::ptrdiff_t pixel_row, pixel_col;
+  Divisor by_groups, by_filters, by_strips, by_width, by_places, by_tap_rows, by_tap_cols;
+  unsigned down, across, filter_blocks, group_blocks;
 };
 // Tiles of all images are cut in parts, taps in units of kTaps below one another.
 struct Parts {
   std::size_t tiles, splits, part;
-  int units, in_block, slots;  // slots: threads of a unit
+  int units, in_block;
+  Divisor slots;  // threads of a unit
 };
 
 template <class T> struct DepthwiseCall {
@@ -47,13 +81,6 @@ template <class T> struct DepthwiseCall {
 static_assert(sizeof(DepthwiseCall<double>) <= 4096, "the parameters of a kernel");
 
 FASTOPS_DEVICE int shorter(int a, int b) { return a < b ? a : b; }
-// The lowest digit of a number, which loses it.
-template <class Int> FASTOPS_DEVICE Int take_digit(Int* number, Int length) {
-  const Int above = *number / length, digit = *number - above * length;
-  *number = above;
-  return digit;
-}
-
 // Planes in memory, from the first pixel of a patch on.
 struct Source {
   const char* data;
@@ -62,42 +89,75 @@ struct Source {
   fastops_dtype dtype;
   bool flush;
 };
-// Puts high x wide pixels of each group to put(place, value, whether it is there). Threads run along what lies together.
-template <class T, class Put>
-FASTOPS_DEVICE void stage(const Source& from, int groups, int high, int wide, int plane, bool near, Put&& put) {
+// Puts high x wide pixels of each group to put(place, value, whether it is there). Threads run along what lies together
+// and stay in their column of it: a division for each pixel would cost as much as its products. S: as pixels lie in
+// memory.
+template <class S, class T, class Put>
+FASTOPS_DEVICE void stage_as(const Source& from, const Reading& to, int groups, int most_groups, Put&& put) {
   constexpr int kFlight = 32 / sizeof(T);  // loads under way
-  const int threads = static_cast<int>(blockDim.x), t = static_cast<int>(threadIdx.x);
-  const int n0 = near ? groups : wide, n1 = near ? wide : high, total = groups * high * wide;
-  int rest = t, step = threads;
-  int i0 = take_digit(&rest, n0), i1 = take_digit(&rest, n1), i2 = rest;
-  const int s0 = take_digit(&step, n0), s1 = take_digit(&step, n1), s2 = step;
-  for (int e = t; e < total;) {
-    T value[kFlight];
-    int at[kFlight];
-    unsigned there = 0;
+  const bool near = to.near;
+  // Of three counters the first is the thread's, the others step together as one, `line`.
+  const int n0 = near ? most_groups : to.wide, n1 = near ? to.wide : to.high;
+  const int lines = near ? to.high * to.wide : groups * to.high;
+  const std::ptrdiff_t far0 = near ? from.group : from.col, far1 = near ? from.col : from.row;
+  const std::ptrdiff_t far2 = near ? from.row : from.group;
+  const int at0 = near ? to.plane : 1, at1 = near ? 1 : to.wide, at2 = near ? to.wide : to.plane;
+  // Those that are pixels of the plane, not groups, lie within it from `low` on for `size`.
+  const int low1 = near ? -from.x : -from.y, low2 = near ? -from.y : 0;
+  const auto size1 = static_cast<unsigned>(near ? from.width : from.height);
+  const auto size2 = static_cast<unsigned>(near ? from.height : groups);
+  int first = static_cast<int>(threadIdx.x);
+  const int column = take_digit(&first, to.column), step = to.step;
+  if (first >= step) return;
+  int steps2 = step;
+  const int steps1 = take_digit(&steps2, to.line);
+  const std::ptrdiff_t far = steps1 * far1 + steps2 * far2, far_over = far2 - n1 * far1;
+  const int on = steps1 * at1 + steps2 * at2, on_over = at2 - n1 * at1;
+  for (int i0 = column; i0 < n0; i0 += static_cast<int>(to.column.length)) {
+    int i2 = first;
+    int i1 = take_digit(&i2, to.line), at = i0 * at0 + i1 * at1 + i2 * at2;
+    const bool has_column = near ? i0 < groups : static_cast<unsigned>(from.x + i0) < static_cast<unsigned>(from.width);
+    const S* p = reinterpret_cast<const S*>(from.data) + from.offset + i0 * far0 + i1 * far1 + i2 * far2;
+    for (int line = first; line < lines;) {
+      S value[kFlight];
+      int places[kFlight];
+      unsigned there = 0;
 #pragma unroll
-    for (int l = 0; l < kFlight; ++l) {
-      const int g = near ? i0 : i2, x = near ? i1 : i0, y = near ? i2 : i1;
-      const bool found = e < total && static_cast<unsigned>(from.y + y) < static_cast<unsigned>(from.height) &&
-                         static_cast<unsigned>(from.x + x) < static_cast<unsigned>(from.width);
-      at[l] = e < total ? g * plane + y * wide + x : -1;
-      value[l] = found ? read<T>(from.data, from.offset + g * from.group + y * from.row + x * from.col, from.dtype,
-                                 from.flush)
-                       : T{};
-      there |= found ? 1u << l : 0u;
-      e += threads;
-      i0 += s0;
-      int carry = i0 >= n0 ? 1 : 0;
-      i0 -= carry * n0;
-      i1 += s1 + carry;
-      carry = i1 >= n1 ? 1 : 0;
-      i1 -= carry * n1;
-      i2 += s2 + carry;
+      for (int l = 0; l < kFlight; ++l) {
+        const bool found = has_column && line < lines && static_cast<unsigned>(i1 - low1) < size1 &&
+                           static_cast<unsigned>(i2 - low2) < size2;
+        value[l] = found ? *p : S{};
+        there |= found ? 1u << l : 0u;
+        places[l] = line < lines ? at : -1;
+        line += step;
+        i1 += steps1;
+        i2 += steps2;
+        p += far;
+        at += on;
+        if (i1 >= n1) {
+          i1 -= n1;
+          ++i2;
+          p += far_over;
+          at += on_over;
+        }
+      }
+#pragma unroll
+      for (int l = 0; l < kFlight; ++l) {
+        if (places[l] < 0) break;
+        const bool found = (there >> l & 1) != 0;
+        if constexpr (sizeof(S) == sizeof(T))
+          put(places[l], value[l], found);
+        else
+          put(places[l], from_half(value[l], from.dtype, from.flush), found);
+      }
     }
-#pragma unroll
-    for (int l = 0; l < kFlight; ++l)
-      if (at[l] >= 0) put(at[l], value[l], (there >> l & 1) != 0);
   }
+}
+template <class T, class Put>
+FASTOPS_DEVICE void stage(const Source& from, const Reading& to, int groups, int most_groups, Put&& put) {
+  if constexpr (sizeof(T) == 4)
+    if (from.dtype != FASTOPS_F32) return stage_as<std::uint16_t, T>(from, to, groups, most_groups, put);
+  stage_as<T, T>(from, to, groups, most_groups, put);
 }
 
 // The products of entries in shared memory, added to a thread's sums.
@@ -190,16 +250,12 @@ template <class T, Body kBody> FASTOPS_DEVICE T* set_table(const Arithmetic<T>& 
   }
 }
 
-// Steps of one pixel, of an operand whose taps and positions are `taps` and `positions`.
-FASTOPS_DEVICE std::ptrdiff_t pixel_row(const gpu::Walk& taps) { return taps.stride[1] / taps.y[1]; }
-FASTOPS_DEVICE std::ptrdiff_t pixel_col(const gpu::Walk& taps) { return taps.stride[2] / taps.x[2]; }
-FASTOPS_DEVICE Source source_of(const gpu::Gathered& x, const gpu::Walk& taps, fastops_dtype dtype, int row, int col) {
-  const std::ptrdiff_t down = pixel_row(taps), across = pixel_col(taps);
+FASTOPS_DEVICE Source source_of(const gpu::Gathered& x, const Cover& cover, fastops_dtype dtype, int row, int col) {
   return {static_cast<const char*>(x.data),
-          x.offset + row * down + col * across,
+          x.offset + row * cover.pixel_row + col * cover.pixel_col,
           x.batch[gpu::kBatchDimensions - 1],
-          down,
-          across,
+          cover.pixel_row,
+          cover.pixel_col,
           x.y + row,
           x.x + col,
           x.height,
@@ -225,24 +281,26 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kBody>)
   const int kernels_size = cover.groups * cover.filters * cover.taps;
   const Step step{{}, call.arithmetic, reinterpret_cast<const Int*>(shared)};
   const int height = static_cast<int>(shape.cols.length[1]), width = static_cast<int>(shape.cols.length[2]);
-  const int kernel_rows = static_cast<int>(shape.depth.length[1]), kernel_cols = static_cast<int>(shape.depth.length[2]);
+  const int kernel_rows = static_cast<int>(shape.depth.length[1]),
+            kernel_cols = static_cast<int>(shape.depth.length[2]);
 
-  std::size_t block = blockIdx.x;
+  unsigned block = blockIdx.x;
   const int col0 = static_cast<int>(take_digit(&block, cover.across)) * cover.width;
   const int row0 = static_cast<int>(take_digit(&block, cover.down)) * cover.strips * cover.rows;
-  const std::size_t filter0 = take_digit(&block, cover.filter_blocks) * static_cast<std::size_t>(cover.filters);
-  const std::size_t group0 = take_digit(&block, cover.group_blocks) * static_cast<std::size_t>(cover.groups);
+  const std::size_t filter0 = std::size_t{take_digit(&block, cover.filter_blocks)} * cover.by_filters.length;
+  const std::size_t group0 = std::size_t{take_digit(&block, cover.group_blocks)} * cover.by_groups.length;
   const auto image = static_cast<std::ptrdiff_t>(block);
   const std::size_t groups_left = shape.batch[kGroup] - group0, filters_left = shape.rows.length[0] - filter0;
-  const int groups = groups_left < static_cast<std::size_t>(cover.groups) ? static_cast<int>(groups_left) : cover.groups;
+  const int groups =
+      groups_left < static_cast<std::size_t>(cover.groups) ? static_cast<int>(groups_left) : cover.groups;
   const int filters =
       filters_left < static_cast<std::size_t>(cover.filters) ? static_cast<int>(filters_left) : cover.filters;
 
   int rest = static_cast<int>(threadIdx.x), g = 0;
-  if (cover.result_near) g = take_digit(&rest, cover.groups);
-  const int col = take_digit(&rest, cover.width), top = take_digit(&rest, cover.strips) * cover.rows;
-  const int f = take_digit(&rest, cover.filters);
-  if (!cover.result_near) g = take_digit(&rest, cover.groups);
+  if (cover.result.near) g = take_digit(&rest, cover.by_groups);
+  const int col = take_digit(&rest, cover.by_width), top = take_digit(&rest, cover.by_strips) * cover.rows;
+  const int f = take_digit(&rest, cover.by_filters);
+  if (!cover.result.near) g = take_digit(&rest, cover.by_groups);
   const bool active = rest == 0 && g < groups && f < filters && row0 + top < height && col0 + col < width;
   const int rows = shorter(cover.rows, height - row0 - top);
   // Of an array shaped as the result.
@@ -277,30 +335,29 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kBody>)
     }
   }
 
-  const T* const own = patch + g * cover.plane + top * cover.step_y * cover.wide + col * cover.step_x;
+  const T* const own = patch + g * cover.image.plane + top * cover.step_y * cover.image.wide + col * cover.step_x;
   const T* const own_kernel = kernels + (g * cover.filters + f) * cover.taps;
   for (std::size_t channel = 0; channel < shape.depth.length[0]; ++channel) {
     const auto q = static_cast<std::ptrdiff_t>(channel);
     // What the last channel left has been read.
     if (channel != 0) __syncthreads();
     bool odd = false;
-    Source from = source_of(shape.b, shape.b.row, shape.dtype, row0 * cover.step_y, col0 * cover.step_x);
-    from.offset += static_cast<std::ptrdiff_t>(group0) * from.group + q * shape.b.row.stride[0] +
-                   image * shape.b.col.stride[0];
-    stage<T>(from, groups, cover.high, cover.wide, cover.plane, cover.near, [&](int at, T x, bool is_there) {
+    Source from = source_of(shape.b, cover, shape.dtype, row0 * cover.step_y, col0 * cover.step_x);
+    from.offset +=
+        static_cast<std::ptrdiff_t>(group0) * from.group + q * shape.b.row.stride[0] + image * shape.b.col.stride[0];
+    stage<T>(from, cover.image, groups, cover.groups, [&](int at, T x, bool is_there) {
       odd = Step::put_b(call.arithmetic, x, is_there, patch + at, cover.patch) || odd;
     });
     const int taps = kernel_rows * kernel_cols;
     for (int e = static_cast<int>(threadIdx.x); e < groups * cover.filters * taps; e += kThreads) {
       int tap = e;
       // Taps of a column lie together.
-      const int y = take_digit(&tap, kernel_rows), x = take_digit(&tap, kernel_cols), plane = tap;
-      const int filter = take_digit(&tap, cover.filters);
+      const int y = take_digit(&tap, cover.by_tap_rows), x = take_digit(&tap, cover.by_tap_cols), plane = tap;
+      const int filter = take_digit(&tap, cover.by_filters);
       if (filter >= filters) continue;
-      const std::ptrdiff_t place =
-          shape.a.offset + static_cast<std::ptrdiff_t>(group0 + tap) * shape.a.batch[kGroup] +
-          static_cast<std::ptrdiff_t>(filter0 + filter) * shape.a.row.stride[0] + q * shape.a.col.stride[0] +
-          y * shape.a.col.stride[1] + x * shape.a.col.stride[2];
+      const std::ptrdiff_t place = shape.a.offset + static_cast<std::ptrdiff_t>(group0 + tap) * shape.a.batch[kGroup] +
+                                   static_cast<std::ptrdiff_t>(filter0 + filter) * shape.a.row.stride[0] +
+                                   q * shape.a.col.stride[0] + y * shape.a.col.stride[1] + x * shape.a.col.stride[2];
       const T w = read<T>(static_cast<const char*>(shape.a.data), place, shape.dtype, shape.a.flush);
       T* const to = kernels + plane * cover.taps + x * kernel_rows + y;
       odd = Step::put_a(call.arithmetic, step.table, w, to, kernels_size) || odd;
@@ -308,59 +365,57 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kBody>)
     odd = __syncthreads_or(odd) != 0;
     const bool any = sums.any(call.arithmetic, odd);
     if (!active) continue;
-    if (any) {
+    const int wide = cover.image.wide, down = cover.tap_y * wide, next = cover.step_y * wide;
+    const T *column = own, *tap = own_kernel;
+    // kFull: of a whole strip.
+    const auto tap_by_tap = [&](auto is_any, auto is_full, int strip) {
+      constexpr bool kAny = decltype(is_any)::value, kFull = decltype(is_full)::value;
 #pragma unroll 1
-      for (int x = 0; x < kernel_cols; ++x)
+      for (int x = 0; x < kernel_cols; ++x, column += cover.tap_x) {
+        const T* at = column;
 #pragma unroll 1
-        for (int y = 0; y < kernel_rows; ++y) {
-          const typename Step::A a = Step::load_a(own_kernel + x * kernel_rows + y, kernels_size);
-          const T* const at = own + y * cover.tap_y * cover.wide + x * cover.tap_x;
+        for (int y = 0; y < kernel_rows; ++y, at += down, ++tap) {
+          const typename Step::A a = Step::load_a(tap, kernels_size);
 #pragma unroll
           for (int r = 0; r < kStrip; ++r) {
-            if (r >= rows) break;
-            const typename Step::B b = Step::load_b(at + r * cover.step_y * cover.wide, cover.patch);
-            sums.acc[r] = step.template add<true>(a, b, sums.point(r), sums.factor(r), sums.acc[r]);
+            if (!kFull && r >= strip) break;
+            const typename Step::B b = Step::load_b(at + r * next, cover.patch);
+            sums.acc[r] = step.template add<kAny>(a, b, sums.point(r), sums.factor(r), sums.acc[r]);
           }
         }
-    } else if (cover.rows == kStrip && cover.step_y == 1 && cover.tap_y == 1) {
+      }
+    };
+    if (any) {
+      tap_by_tap(std::true_type{}, std::false_type{}, rows);
+    } else if (cover.rows != kStrip) {
+      tap_by_tap(std::false_type{}, std::false_type{}, cover.rows);
+    } else if (next != wide || down != wide) {
+      tap_by_tap(std::false_type{}, std::true_type{}, kStrip);
+    } else {
       // A column's pixels are read once for all its taps.
 #pragma unroll 1
-      for (int x = 0; x < kernel_cols; ++x)
+      for (int x = 0; x < kernel_cols; ++x, column += cover.tap_x) {
+        const T* at = column;
 #pragma unroll 1
-        for (int y = 0; y < kernel_rows; y += kTaps) {
+        for (int y = 0; y < kernel_rows; y += kTaps, at += kTaps * wide) {
           const int count = shorter(kTaps, kernel_rows - y);
-          const T* const at = own + y * cover.wide + x * cover.tap_x;
           typename Step::B window[kWindow] = {};
 #pragma unroll
-          for (int i = 0; i < kShortWindow; ++i) window[i] = Step::load_b(at + i * cover.wide, cover.patch);
+          for (int i = 0; i < kShortWindow; ++i) window[i] = Step::load_b(at + i * wide, cover.patch);
           if (count > kTaps / 2) {
 #pragma unroll
-            for (int i = kShortWindow; i < kWindow; ++i) window[i] = Step::load_b(at + i * cover.wide, cover.patch);
+            for (int i = kShortWindow; i < kWindow; ++i) window[i] = Step::load_b(at + i * wide, cover.patch);
           }
-          const T* const tap = own_kernel + x * kernel_rows + y;
 #pragma unroll
           for (int s = 0; s < kTaps; ++s) {
             if (s >= count) break;
-            const typename Step::A a = Step::load_a(tap + s, kernels_size);
+            const typename Step::A a = Step::load_a(tap++, kernels_size);
 #pragma unroll
             for (int r = 0; r < kStrip; ++r)
               sums.acc[r] = step.template add<false>(a, window[r + s], sums.point(r), T(1), sums.acc[r]);
           }
         }
-    } else {
-#pragma unroll 1
-      for (int x = 0; x < kernel_cols; ++x)
-#pragma unroll 1
-        for (int y = 0; y < kernel_rows; ++y) {
-          const typename Step::A a = Step::load_a(own_kernel + x * kernel_rows + y, kernels_size);
-          const T* const at = own + y * cover.tap_y * cover.wide + x * cover.tap_x;
-#pragma unroll
-          for (int r = 0; r < kStrip; ++r) {
-            if (r >= cover.rows) break;
-            const typename Step::B b = Step::load_b(at + r * cover.step_y * cover.wide, cover.patch);
-            sums.acc[r] = step.template add<false>(a, b, sums.point(r), T(1), sums.acc[r]);
-          }
-        }
+      }
     }
   }
   if (!active) return;
@@ -385,31 +440,34 @@ __global__ void __launch_bounds__(kMostThreads, sizeof(T) == 4 ? 2 : 1)
   const Cover& cover = call.cover;
   const Parts& parts = call.parts;
   T* const result = patch + Step::kArraysA * cover.patch;
-  const int result_size = cover.groups * cover.result;
+  const int result_size = cover.groups * cover.result.plane;
   const Step step{{}, call.arithmetic, reinterpret_cast<const Int*>(shared)};
   const int kernel_rows = static_cast<int>(shape.rows.length[1]);
 
-  std::size_t block = blockIdx.x;
-  const std::size_t group0 = take_digit(&block, cover.group_blocks) * static_cast<std::size_t>(cover.groups);
-  const auto filter = static_cast<std::ptrdiff_t>(take_digit(&block, shape.cols.length[0]));
-  const auto channel = static_cast<std::ptrdiff_t>(take_digit(&block, shape.rows.length[0]));
-  const auto unit_blocks = static_cast<std::size_t>((parts.units + parts.in_block - 1) / parts.in_block);
-  const int unit0 = static_cast<int>(take_digit(&block, unit_blocks)) * parts.in_block;
+  unsigned block = blockIdx.x;
+  const std::size_t group0 = std::size_t{take_digit(&block, cover.group_blocks)} * cover.by_groups.length;
+  const auto filter = static_cast<std::ptrdiff_t>(take_digit(&block, static_cast<unsigned>(shape.cols.length[0])));
+  const auto channel = static_cast<std::ptrdiff_t>(take_digit(&block, static_cast<unsigned>(shape.rows.length[0])));
+  const int unit_blocks = (parts.units + parts.in_block - 1) / parts.in_block;
+  const int unit0 = static_cast<int>(take_digit(&block, static_cast<unsigned>(unit_blocks))) * parts.in_block;
   const std::size_t split = block, first = split * parts.part;
   const std::size_t last = first + parts.part < parts.tiles ? first + parts.part : parts.tiles;
   const std::size_t groups_left = shape.batch[kGroup] - group0;
-  const int groups = groups_left < static_cast<std::size_t>(cover.groups) ? static_cast<int>(groups_left) : cover.groups;
+  const int groups =
+      groups_left < static_cast<std::size_t>(cover.groups) ? static_cast<int>(groups_left) : cover.groups;
 
   // A thread has a strip of one group's tile, and a unit of taps.
-  const int t = static_cast<int>(threadIdx.x), unit = unit0 + t / parts.slots, places = cover.strips * cover.width;
-  int rest = t % parts.slots, g = 0;
-  if (cover.near) g = take_digit(&rest, cover.groups);
-  const int place = take_digit(&rest, places);
-  if (!cover.near) g = take_digit(&rest, cover.groups);
+  const int t = static_cast<int>(threadIdx.x), places = cover.strips * cover.width;
+  int own_unit = t, g = 0, rest = take_digit(&own_unit, parts.slots);
+  const int unit = unit0 + own_unit;
+  if (cover.image.near) g = take_digit(&rest, cover.by_groups);
+  const int place = take_digit(&rest, cover.by_places);
+  if (!cover.image.near) g = take_digit(&rest, cover.by_groups);
   const bool active = rest == 0 && g < groups && unit < parts.units;
   const int strips = (kernel_rows + kTaps - 1) / kTaps;
   const int tap_x = unit / strips, tap_y = unit % strips * kTaps, count = shorter(kTaps, kernel_rows - tap_y);
-  const int col = place % cover.width, top = place / cover.width * cover.rows;
+  int strip = place;
+  const int col = take_digit(&strip, cover.by_width), top = strip * cover.rows;
 
   Sums<T, kBody, kTaps> sums;
   if constexpr (kHasPoint<kBody>) {
@@ -421,27 +479,27 @@ __global__ void __launch_bounds__(kMostThreads, sizeof(T) == 4 ? 2 : 1)
 #pragma unroll
       for (int s = 0; s < kTaps; ++s) {
         if (s >= count) break;
-        sums.set_point(call.arithmetic, s,
-                       read<T>(static_cast<const char*>(point.data), at + s * point.row.stride[1], shape.dtype,
-                               point.flush));
+        sums.set_point(
+            call.arithmetic, s,
+            read<T>(static_cast<const char*>(point.data), at + s * point.row.stride[1], shape.dtype, point.flush));
       }
     }
   }
 
-  const T* const own = patch + g * cover.plane + (top * cover.step_y + tap_y * cover.tap_y) * cover.wide +
+  const T* const own = patch + g * cover.image.plane + (top * cover.step_y + tap_y * cover.tap_y) * cover.image.wide +
                        col * cover.step_x + tap_x * cover.tap_x;
-  const T* const own_result = result + g * cover.result + top * cover.width + col;
+  const T* const own_result = result + g * cover.result.plane + top * cover.width + col;
   for (std::size_t tile = first; tile < last; ++tile) {
-    std::size_t number = tile;
+    auto number = static_cast<unsigned>(tile);
     const int col0 = static_cast<int>(take_digit(&number, cover.across)) * cover.width;
     const int row0 = static_cast<int>(take_digit(&number, cover.down)) * cover.strips * cover.rows;
     const auto image = static_cast<std::ptrdiff_t>(number);
     if (tile != first) __syncthreads();
     bool odd = false;
-    Source from = source_of(shape.a, shape.a.row, shape.dtype, row0 * cover.step_y, col0 * cover.step_x);
+    Source from = source_of(shape.a, cover, shape.dtype, row0 * cover.step_y, col0 * cover.step_x);
     from.offset += static_cast<std::ptrdiff_t>(group0) * from.group + channel * shape.a.row.stride[0] +
                    image * shape.a.col.stride[0];
-    stage<T>(from, groups, cover.high, cover.wide, cover.plane, cover.near, [&](int at, T x, bool) {
+    stage<T>(from, cover.image, groups, cover.groups, [&](int at, T x, bool) {
       odd = Step::put_a(call.arithmetic, step.table, x, patch + at, cover.patch) || odd;
     });
     const gpu::Gathered& b = shape.b;
@@ -457,10 +515,9 @@ __global__ void __launch_bounds__(kMostThreads, sizeof(T) == 4 ? 2 : 1)
                          static_cast<int>(shape.depth.length[2]),
                          shape.dtype,
                          b.flush};
-    stage<T>(results, groups, cover.strips * cover.rows, cover.width, cover.result, cover.result_near,
-             [&](int at, T x, bool is_there) {
-               odd = Step::put_b(call.arithmetic, x, is_there, result + at, result_size) || odd;
-             });
+    stage<T>(results, cover.result, groups, cover.groups, [&](int at, T x, bool is_there) {
+      odd = Step::put_b(call.arithmetic, x, is_there, result + at, result_size) || odd;
+    });
     odd = __syncthreads_or(odd) != 0;
     const bool any = sums.any(call.arithmetic, odd);
     if (!active) continue;
@@ -472,7 +529,7 @@ __global__ void __launch_bounds__(kMostThreads, sizeof(T) == 4 ? 2 : 1)
         for (int s = 0; s < kTaps; ++s) {
           if (s >= count) break;
           const typename Step::A a =
-              Step::load_a(own + (r * cover.step_y + s * cover.tap_y) * cover.wide, cover.patch);
+              Step::load_a(own + (r * cover.step_y + s * cover.tap_y) * cover.image.wide, cover.patch);
           sums.acc[s] = step.template add<true>(a, b_r, sums.point(s), sums.factor(s), sums.acc[s]);
         }
       }
@@ -480,10 +537,10 @@ __global__ void __launch_bounds__(kMostThreads, sizeof(T) == 4 ? 2 : 1)
       typename Step::A window[kWindow] = {};
       typename Step::B of_strip[kStrip];
 #pragma unroll
-      for (int i = 0; i < kShortWindow; ++i) window[i] = Step::load_a(own + i * cover.wide, cover.patch);
+      for (int i = 0; i < kShortWindow; ++i) window[i] = Step::load_a(own + i * cover.image.wide, cover.patch);
       if (count > kTaps / 2) {
 #pragma unroll
-        for (int i = kShortWindow; i < kWindow; ++i) window[i] = Step::load_a(own + i * cover.wide, cover.patch);
+        for (int i = kShortWindow; i < kWindow; ++i) window[i] = Step::load_a(own + i * cover.image.wide, cover.patch);
       }
 #pragma unroll
       for (int r = 0; r < kStrip; ++r) of_strip[r] = Step::load_b(own_result + r * cover.width, result_size);
@@ -502,7 +559,7 @@ __global__ void __launch_bounds__(kMostThreads, sizeof(T) == 4 ? 2 : 1)
         for (int s = 0; s < kTaps; ++s) {
           if (s >= count) break;
           const typename Step::A a =
-              Step::load_a(own + (r * cover.step_y + s * cover.tap_y) * cover.wide, cover.patch);
+              Step::load_a(own + (r * cover.step_y + s * cover.tap_y) * cover.image.wide, cover.patch);
           sums.acc[s] = step.template add<false>(a, b_r, sums.point(s), T(1), sums.acc[s]);
         }
       }
@@ -515,7 +572,7 @@ __global__ void __launch_bounds__(kMostThreads, sizeof(T) == 4 ? 2 : 1)
   const int threads = static_cast<int>(blockDim.x);
 #pragma unroll
   for (int s = 0; s < kTaps; ++s) patch[s * threads + t] = sums.acc[s];
-  const int other = cover.near ? cover.groups : 1;  // the thread of the next place
+  const int other = cover.image.near ? cover.groups : 1;  // the thread of the next place
   for (int left = places; left > 1;) {
     const int half = (left + 1) / 2;
     __syncthreads();
@@ -558,8 +615,11 @@ constexpr std::size_t kMostShared = 44 * 1024;  // of kernels with every array
 // Blocks that occupy a large GPU.
 constexpr std::size_t kEnough = 1024, kMostSplits = 256;
 
-std::size_t over(std::size_t n, std::size_t length) { return (n + length - 1) / length; }
-int even(std::size_t n, std::size_t most) noexcept { return static_cast<int>(over(n, over(n, most))); }
+std::size_t parts_of(std::size_t n, std::size_t length) noexcept { return (n + length - 1) / length; }
+Divisor divisor(std::size_t n) noexcept {
+  return {static_cast<unsigned>(n), n == 1 ? 0 : static_cast<unsigned>(((std::uint64_t{1} << 32) + n - 1) / n)};
+}
+int even(std::size_t n, std::size_t most) noexcept { return static_cast<int>(parts_of(n, parts_of(n, most))); }
 std::ptrdiff_t size_of(std::ptrdiff_t stride) noexcept { return stride < 0 ? -stride : stride; }
 
 std::size_t shared_of(const Cover& cover, const Parts& parts, bool pixels, int arrays_a, int arrays_b, bool table,
@@ -567,8 +627,8 @@ std::size_t shared_of(const Cover& cover, const Parts& parts, bool pixels, int a
   const auto n = [](int x) { return static_cast<std::size_t>(x); };
   const std::size_t patch = n(cover.patch) * n(pixels ? arrays_b : arrays_a);
   const std::size_t others = pixels ? n(cover.groups) * n(cover.filters) * n(cover.taps) * n(arrays_a)
-                                    : n(cover.groups) * n(cover.result) * n(arrays_b);
-  const std::size_t reduced = pixels ? 0 : n(kTaps) * n(parts.in_block) * n(parts.slots);
+                                    : n(cover.groups) * n(cover.result.plane) * n(arrays_b);
+  const std::size_t reduced = pixels ? 0 : n(kTaps) * n(parts.in_block) * parts.slots.length;
   return ((table ? 256 : 0) + std::max(patch + others, reduced)) * item;
 }
 
@@ -597,19 +657,22 @@ Plan plan_of(const gpu::GatheredMatmul& shape) noexcept {
   cover.step_x = positions.x[2];
   cover.tap_y = taps.y[1];
   cover.tap_x = taps.x[2];
-  cover.near = size_of(image.batch[kGroup]) < size_of(positions.stride[2] / cover.step_x);
-  cover.result_near = size_of(result.batch[kGroup]) < size_of(result_positions.stride[2]);
+  cover.image.near = size_of(image.batch[kGroup]) < size_of(positions.stride[2] / cover.step_x);
+  cover.result.near = size_of(result.batch[kGroup]) < size_of(result_positions.stride[2]);
 
   std::size_t most = kThreads;
   if (!pixels) {
-    parts.units = static_cast<int>(kernel.length[2] * over(kernel.length[1], kTaps));
+    parts.units = static_cast<int>(kernel.length[2] * parts_of(kernel.length[1], kTaps));
     parts.in_block = even(static_cast<std::size_t>(parts.units), kMostUnits);
     most = std::min<std::size_t>(kThreads, kMostThreads / static_cast<std::size_t>(parts.in_block) / 32 * 32);
   }
   cover.rows = height > kStrip / 2 ? kStrip : static_cast<int>(height);
-  const std::size_t all_strips = over(height, static_cast<std::size_t>(cover.rows));
-  cover.width = even(width, cover.near ? 8 : std::max(most / all_strips, std::min<std::size_t>(64, most)));
-  cover.strips = cover.near ? 1 : even(all_strips, std::max<std::size_t>(1, most / static_cast<std::size_t>(cover.width)));
+  const std::size_t all_strips = parts_of(height, static_cast<std::size_t>(cover.rows));
+  // Sides that with a small kernel's leave few threads without a column to read.
+  const std::size_t most_columns = std::max((most - 8) / all_strips, std::min<std::size_t>(62, most));
+  cover.width = even(width, cover.image.near ? 8 : most_columns);
+  cover.strips =
+      cover.image.near ? 1 : even(all_strips, std::max<std::size_t>(1, most / static_cast<std::size_t>(cover.width)));
   const auto places_of = [&] { return static_cast<std::size_t>(cover.strips) * static_cast<std::size_t>(cover.width); };
   cover.filters = even(filters, std::max<std::size_t>(1, most / places_of()));
   cover.groups = static_cast<std::size_t>(cover.filters) < filters
@@ -624,13 +687,14 @@ Plan plan_of(const gpu::GatheredMatmul& shape) noexcept {
     const std::size_t high = sides(cover.strips * cover.rows, cover.step_y, kernel.length[1], cover.tap_y);
     const std::size_t wide = sides(cover.width, cover.step_x, kernel.length[2], cover.tap_x);
     if (high <= kMost && wide <= kMost && high * wide <= kMost && kernel.length[1] * kernel.length[2] <= kMost) {
-      cover.high = static_cast<int>(high);
-      cover.wide = static_cast<int>(wide);
-      cover.plane = (cover.high * cover.wide) | 1;
+      cover.image.high = static_cast<int>(high);
+      cover.image.wide = static_cast<int>(wide);
+      cover.result.high = cover.strips * cover.rows;
+      cover.result.wide = cover.width;
+      for (Reading* each : {&cover.image, &cover.result}) each->plane = (each->high * each->wide) | 1;
       cover.taps = static_cast<int>(kernel.length[1] * kernel.length[2]) | 1;
-      cover.result = (cover.strips * cover.rows * cover.width) | 1;
-      cover.patch = cover.groups * cover.plane + (kTaps / 2 - 1) * cover.wide;
-      parts.slots = static_cast<int>(over(places_of() * static_cast<std::size_t>(cover.groups), 32) * 32);
+      cover.patch = cover.groups * cover.image.plane + (kTaps / 2 - 1) * cover.image.wide;
+      parts.slots = divisor(parts_of(places_of() * static_cast<std::size_t>(cover.groups), 32) * 32);
       if (shared_of(cover, parts, pixels, 3, 2, true, item) <= kMostShared) break;
     }
     int* const longest = cover.groups > 1    ? &cover.groups
@@ -640,38 +704,62 @@ Plan plan_of(const gpu::GatheredMatmul& shape) noexcept {
     if (*longest == 1) return plan;
     *longest = (*longest + 1) / 2;
   }
-  cover.down = over(height, static_cast<std::size_t>(cover.strips) * static_cast<std::size_t>(cover.rows));
-  cover.across = over(width, static_cast<std::size_t>(cover.width));
-  cover.filter_blocks = over(filters, static_cast<std::size_t>(cover.filters));
-  cover.group_blocks = over(groups, static_cast<std::size_t>(cover.groups));
-  parts.tiles = places.length[0] * cover.down * cover.across;
+  const auto n = [](int x) { return static_cast<std::size_t>(x); };
+  const std::size_t threads = pixels ? kThreads : n(parts.in_block) * parts.slots.length;
+  for (Reading* each : {&cover.image, &cover.result}) {
+    const std::size_t columns = std::min(threads, n(each->near ? cover.groups : each->wide));
+    each->column = divisor(columns);
+    each->step = static_cast<int>(threads / columns);
+    each->line = divisor(n(each->near ? each->wide : each->high));
+  }
+  cover.pixel_row = taps.stride[1] / cover.tap_y;
+  cover.pixel_col = taps.stride[2] / cover.tap_x;
+  cover.by_groups = divisor(n(cover.groups));
+  cover.by_filters = divisor(n(cover.filters));
+  cover.by_strips = divisor(n(cover.strips));
+  cover.by_width = divisor(n(cover.width));
+  cover.by_places = divisor(places_of());
+  cover.by_tap_rows = divisor(kernel.length[1]);
+  cover.by_tap_cols = divisor(kernel.length[2]);
+  const std::size_t down =
+      parts_of(height, static_cast<std::size_t>(cover.strips) * static_cast<std::size_t>(cover.rows));
+  const std::size_t across = parts_of(width, static_cast<std::size_t>(cover.width));
+  const std::size_t filter_blocks = parts_of(filters, static_cast<std::size_t>(cover.filters));
+  const std::size_t group_blocks = parts_of(groups, static_cast<std::size_t>(cover.groups));
+  parts.tiles = places.length[0] * down * across;
   if (pixels) {
     parts.splits = 1;
-    plan.blocks = parts.tiles * cover.filter_blocks * cover.group_blocks;
+    plan.blocks = parts.tiles * filter_blocks * group_blocks;
   } else {
-    const std::size_t blocks = cover.group_blocks * shape.cols.length[0] * kernel.length[0] *
-                               over(static_cast<std::size_t>(parts.units), static_cast<std::size_t>(parts.in_block));
+    const std::size_t blocks =
+        group_blocks * shape.cols.length[0] * kernel.length[0] *
+        parts_of(static_cast<std::size_t>(parts.units), static_cast<std::size_t>(parts.in_block));
     parts.splits = blocks == 0 ? 1 : std::max<std::size_t>(1, std::min({kEnough / blocks, kMostSplits, parts.tiles}));
-    parts.part = std::max<std::size_t>(1, over(parts.tiles, parts.splits));
-    parts.splits = std::max<std::size_t>(1, over(parts.tiles, parts.part));
+    parts.part = std::max<std::size_t>(1, parts_of(parts.tiles, parts.splits));
+    parts.splits = std::max<std::size_t>(1, parts_of(parts.tiles, parts.part));
     plan.blocks = blocks * parts.splits;
   }
-  plan.fits = plan.blocks <= 0x7fffffff;
+  constexpr std::size_t kMostBlocks = 0x7fffffff;
+  plan.fits = plan.blocks <= kMostBlocks && parts.tiles <= kMostBlocks && group_blocks <= kMostBlocks;
+  cover.down = static_cast<unsigned>(down);
+  cover.across = static_cast<unsigned>(across);
+  cover.filter_blocks = static_cast<unsigned>(filter_blocks);
+  cover.group_blocks = static_cast<unsigned>(group_blocks);
   return plan;
 }
 
 template <class T, Body kBody> gpu::Status launch(const DepthwiseCall<T>& call, const Plan& plan, gpu::Stream stream) {
   using E = Entry<T, kBody>;
   const bool pixels = call.shape.results == gpu::Results::kPixels;
-  const std::size_t shared =
-      shared_of(call.cover, call.parts, pixels, E::kArraysA, E::kArraysB, E::kTables, sizeof(T));
+  const std::size_t shared = shared_of(call.cover, call.parts, pixels, E::kArraysA, E::kArraysB, E::kTables, sizeof(T));
   const auto blocks = static_cast<unsigned>(plan.blocks);
   if (pixels) {
     const auto kernel = pixels_kernel<T, kBody>;
     FASTOPS_LAUNCH(kernel, blocks, kThreads, shared, stream, call);
   } else {
     const auto kernel = taps_kernel<T, kBody>;
-    FASTOPS_LAUNCH(kernel, blocks, static_cast<unsigned>(call.parts.in_block * call.parts.slots), shared, stream, call);
+    FASTOPS_LAUNCH(kernel, blocks, static_cast<unsigned>(call.parts.in_block) * call.parts.slots.length, shared, stream,
+                   call);
   }
   return launched();
 }

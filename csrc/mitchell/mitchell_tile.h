@@ -31,15 +31,17 @@ template <class T> struct Arithmetic {
   bool skips;      // elements of b that are not there (-0) have no term; else they are zeros
   Int table[256];  // 16 x 16, row: the segment of a (of point)
 };
+FASTOPS_DEVICE float from_half(std::uint16_t h, fastops_dtype dtype, bool flush) {
+  const bool f16 = dtype == FASTOPS_F16;
+  if (flush && (h & (f16 ? 0x7c00 : 0x7f80)) == 0) return half::from_bf16(h & 0x8000);
+  return f16 ? half::from_f16(h) : half::from_bf16(h);
+}
 template <class T> FASTOPS_DEVICE T read(const char* matrix, std::ptrdiff_t offset, fastops_dtype dtype, bool flush) {
   if constexpr (sizeof(T) == 8) {
     return reinterpret_cast<const double*>(matrix)[offset];
   } else {
     if (dtype == FASTOPS_F32) return reinterpret_cast<const float*>(matrix)[offset];
-    const std::uint16_t h = reinterpret_cast<const std::uint16_t*>(matrix)[offset];
-    const bool f16 = dtype == FASTOPS_F16;
-    if (flush && (h & (f16 ? 0x7c00 : 0x7f80)) == 0) return half::from_bf16(h & 0x8000);
-    return f16 ? half::from_f16(h) : half::from_bf16(h);
+    return from_half(reinterpret_cast<const std::uint16_t*>(matrix)[offset], dtype, flush);
   }
 }
 
@@ -178,8 +180,7 @@ template <class T, Body kBody, int kTile> struct Tile : Entry<T, kBody> {
   static constexpr int kPitch = kLength + 4;     // rows of shared memory; the pad spreads a column over the banks
   static constexpr int kLoads = kLength * kDepth / kThreads;  // elements of a stage that a thread fetches
   static constexpr int kSize = kDepth * kPitch;
-  static constexpr std::size_t kShared =
-      2 * (Tile::kArraysA + Tile::kArraysB) * kSize * sizeof(T) + 256 * sizeof(Int);
+  static constexpr std::size_t kShared = 2 * (Tile::kArraysA + Tile::kArraysB) * kSize * sizeof(T) + 256 * sizeof(Int);
 };
 
 // Position i of a thread's square: groups of four, each group of all threads beside that of the others.
