@@ -173,8 +173,12 @@ def gradients(report: Report, bandwidth: float, rounds: int) -> None:
             )
 
 
-# Images, kernels of one channel, strides: of MobileNet, EfficientNet and ConvNeXt.
-DEPTHWISE = (
+# Images, kernels and strides: of a residual network, then depthwise of MobileNet, EfficientNet and ConvNeXt.
+CONVOLUTIONS = (
+    ((32, 64, 56, 56), (64, 64, 3, 3), 1),
+    ((32, 128, 28, 28), (256, 128, 3, 3), 2),
+    ((32, 256, 14, 14), (1024, 256, 1, 1), 1),
+    ((32, 3, 224, 224), (64, 3, 7, 7), 2),
     ((32, 32, 112, 112), (32, 1, 3, 3), 1),
     ((32, 144, 56, 56), (144, 1, 3, 3), 2),
     ((32, 672, 14, 14), (672, 1, 5, 5), 1),
@@ -183,15 +187,9 @@ DEPTHWISE = (
 
 
 def convolutions(report: Report, bandwidth: float, rounds: int) -> None:
-    """Images of a residual network, and of networks of depthwise convolutions, forward and with both gradients."""
+    """Images of networks, forward and with both gradients."""
     torch.backends.cudnn.allow_tf32 = False
-    for x_shape, w_shape, stride in (
-        ((32, 64, 56, 56), (64, 64, 3, 3), 1),
-        ((32, 128, 28, 28), (256, 128, 3, 3), 2),
-        ((32, 256, 14, 14), (1024, 256, 1, 1), 1),
-        ((32, 3, 224, 224), (64, 3, 7, 7), 2),
-        *DEPTHWISE,
-    ):
+    for x_shape, w_shape, stride in CONVOLUTIONS:
         padding = w_shape[-1] // 2
         x, w = torch.randn(x_shape, device="cuda"), torch.randn(w_shape, device="cuda")
         groups = x_shape[1] // w_shape[1]

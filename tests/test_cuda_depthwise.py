@@ -4,6 +4,8 @@ reference, and against the same convolution among so many filters that it goes b
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -257,3 +259,47 @@ def test_depthwise_results_go_where_they_are_wanted(gpu: Any) -> None:
         cuda.mitchell_conv2d(Fake(x), Fake(w), out=Fake(out[..., ::2]), **steps, stream=1)
         assert (out[..., 1::2] == 7).all()
         check_conv2d(gpu, x, w, out=gpu.put(out[..., ::2]), **steps)
+
+
+def test_the_benchmark_checks_its_convolutions(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On small ones: the limit by memory is reported of those in groups alone, and a wrong result stops it."""
+    torch = pytest.importorskip("torch")
+    path = Path(__file__).parents[1] / "bench" / "bench_cuda.py"
+    spec = importlib.util.spec_from_file_location("bench_cuda", path)
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    scale = [1.0]
+
+    def through(name: str) -> Any:
+        function = getattr(cuda, name)
+
+        def called(*tensors: Any, out: Any = None, **options: Any) -> Any:
+            found = function(*(Fake(x.numpy()) for x in tensors), **options, stream=1)
+            made = [scale[0] * torch.from_numpy(shim.get(x)) for x in (found if isinstance(found, tuple) else (found,))]
+            return tuple(made) if isinstance(found, tuple) else made[0]
+
+        return called
+
+    for name in ("mitchell_conv2d", "mitchell_conv2d_grad"):
+        monkeypatch.setattr(cuda, name, through(name))
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, device: randn(*shape))
+    monkeypatch.setattr(bench, "product_rate", lambda: 1.0)
+
+    def once(functions: dict[str, Any], _: int) -> dict[str, float]:
+        for function in functions.values():
+            function()
+        return dict.fromkeys(functions, 1.0)
+
+    monkeypatch.setattr(bench, "milliseconds", once)
+    cases = {x_shape[1] // w_shape[1] for x_shape, w_shape, _ in bench.CONVOLUTIONS}
+    assert {1, 32, 672} <= cases
+    monkeypatch.setattr(bench, "CONVOLUTIONS", (((1, 3, 7, 6), (4, 3, 3, 3), 1), ((2, 4, 7, 6), (4, 1, 3, 3), 2)))
+    report = bench.Report()
+    bench.convolutions(report, 100.0, 1)
+    assert len(report.rows) == 8
+    assert ["share of copy bandwidth" in row for row in report.rows] == [False] * 4 + [True] + [False] * 3
+    assert all("speed against torch conv2d (exact, no TF32)" in report.rows[i] for i in (0, 4))
+    scale[0] = 1.5
+    with pytest.raises(AssertionError, match="wrong result"):
+        bench.convolutions(report, 100.0, 1)
