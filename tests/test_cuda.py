@@ -393,6 +393,12 @@ def test_memory_is_free_after_every_call_that_used_it(trace: Trace) -> None:
     trace.waits()
     del array
     assert trace.waits() == [(0, stream) for stream in (64, 65, 66, 67, 68)]
+    numbers = cuda.Array((3, 3), _arrays.DTYPES.index("uint8"), 0, 60)
+    numbers._memory.end(60)
+    cuda.lut_matmul(numbers, numbers, np.zeros((256, 256), np.int32), stream=69)
+    trace.waits()
+    del numbers
+    assert trace.waits() == [(0, 60), (0, 69)]
     images = cuda.mitchell_square(ones(1, 1, 3, 3), stream=70)
     cuda.mitchell_conv2d(images, images, stream=71)
     cuda.mitchell_conv2d_grad(images, images, ones(1, 1, 1, 1), stream=72)
@@ -407,6 +413,19 @@ def test_a_handle_may_name_another_stream_later(trace: Trace) -> None:
     array = cuda.mitchell_square(ones(3), stream=64)
     cuda.mitchell_square(ones(3), out=array, stream=64)
     assert (64, 64) in trace.waits()
+
+
+def test_a_table_waits_for_both_streams_of_one_handle(trace: Trace) -> None:
+    _runtime.module().forget_plans()
+    shadows, params = [Fake(np.zeros(3, np.float32))], [ones(3)]
+    cuda.ema_update_(shadows, params, 0.5, stream=64)
+    assert trace.waits() == [(64, 64)]  # for the table
+    trace.end_streams(64)
+    trace.runtime.fastops_shim_faults()  # another stream has the handle from here on
+    cuda.ema_update_(shadows, params, 0.5, stream=64)
+    assert trace.waits() == [(64, 64)] * 2
+    _runtime.module().forget_plans()
+    assert trace.host_waits() == 0
 
 
 def test_memory_that_others_have_is_free_when_the_device_is_idle(trace: Trace) -> None:
