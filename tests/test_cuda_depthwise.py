@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tolerance
 from gpu_arrays import PLATFORMS, Fake, Shim, made_by, open_platform
 from samples import FLOATS, MULTIPLIERS, assert_same_bits
 from test_cuda_gradients import F32, check_conv2d, check_conv2d_grad, turned
-from test_matmul import MODES, PLAIN, normal, oracle, pairs
+from test_matmul import MODES, PLAIN, close, normal, oracle, pairs
 
 from fastops import Multiplier, cuda
 
@@ -109,8 +110,9 @@ def test_depthwise_of_every_multiplier_is_within_tolerance(
     gpu: Any, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     multiplier = Multiplier(**MULTIPLIERS[kind])
-    for case in ("channels of a group", "stride"):
-        for dtype in (F32, FLOATS["f64"], FLOATS["f16"]):
+    # The last by the matrix product.
+    for case in ("channels of a group", "stride", "many"):
+        for dtype in (F32, FLOATS["f64"], FLOATS["f16"]) if case != "many" else (F32,):
             x, w, dy, steps = images(case, dtype)
             check_conv2d(gpu, x, w, multiplier=multiplier, **steps)
             for mode in MODES if dtype is F32 else ("exact", "mimic"):
@@ -250,6 +252,24 @@ def test_depthwise_of_subnormal_operands(gpu: Any, name: str, monkeypatch: pytes
                 check_conv2d(gpu, *operands[:2], multiplier=multiplier, **steps)
             for mode in MODES:
                 check_conv2d_grad(gpu, monkeypatch, *operands, multiplier=multiplier, mode=mode, **steps)
+
+
+@pytest.mark.parametrize("kind", ["plain", "negative", "min-mse", "segments-4", "equation", "k1"])
+def test_depthwise_gradients_near_overflow(gpu: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One term each: what the dtype holds is finite."""
+    options = {"multiplier": Multiplier(**MULTIPLIERS[kind])}
+    for dtype, huge in ((F32, 2.0**127), (FLOATS["f64"], 2.0**1023)):
+        rng = np.random.default_rng(1)
+        for w_size, dy_size in ((huge, 1.0), (1.0, huge), (1 / huge, huge), (huge / 8, 4.0), (4.0, huge / 8)):
+            x, w, dy = (
+                (rng.uniform(1.0, 1.99, shape) * size * rng.choice([-1, 1], shape)).astype(dtype)
+                for shape, size in (((1, 1, 9, 7), 1.0), ((1, 1, 1, 1), w_size), ((1, 1, 9, 7), dy_size))
+            )
+            got = made_by(gpu, "mitchell_conv2d_grad", monkeypatch, x, w, dy, **options)[0]
+            with np.errstate(over="ignore"):
+                want = oracle("mitchell_conv2d_grad", x, w, dy, **pairs({}), mode="exact", **options)[0]
+            size = np.abs(np.where(np.isfinite(want), want, 0).astype(np.float64))
+            close(got, want, tolerance.gradient(size, 1, dtype))
 
 
 def test_depthwise_results_go_where_they_are_wanted(gpu: Any) -> None:
