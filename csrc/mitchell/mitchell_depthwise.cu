@@ -160,6 +160,44 @@ FASTOPS_DEVICE void stage(const Source& from, const Reading& to, int groups, int
   stage_as<T, T>(from, to, groups, most_groups, put);
 }
 
+// Terms of entries, added to a sum. kAny: of any operands, and where a product may overflow, it does so before it is
+// added.
+
+// Of kPair; in the short step the caller adds the second products.
+template <bool kAny, class T>
+FASTOPS_DEVICE void add_pair(const Arithmetic<T>& arithmetic, T first_a, T second_a, T first_b, T second_b, T& sum) {
+  if constexpr (kAny) {
+    if (!is_skipped(arithmetic, first_b)) sum += simd::fma(second_a, second_b, first_a * first_b);
+  } else {
+    sum = simd::fma(first_a, first_b, sum);
+  }
+}
+// Of kSlope and kSlopeSegments, whose short step leaves the point's factor to the caller.
+template <bool kAny, bool kTables, class T, class Int>
+FASTOPS_DEVICE void add_slope(const Arithmetic<T>& arithmetic, const Int* table, Int point, T factor, T a, T b,
+                              T& sum) {
+  using B = Bits<T>;
+  const Int u = bits<Int>(a);
+  if constexpr (kTables) point += table[(point >> (B::kMantissa - 4)) * 16 + ((u >> (B::kMantissa - 4)) & 15)];
+  if constexpr (kAny) {
+    if (!is_skipped(arithmetic, b)) sum += any_term<T>(u, point, b, ~B::kFraction, factor);
+  } else {
+    sum = simd::fma(bits<T>(added<T>(u, point) & ~B::kFraction), b, sum);
+  }
+}
+// Of kLog and kSegments.
+template <bool kAny, bool kTables, class T, class Int>
+FASTOPS_DEVICE void add_log(const Arithmetic<T>& arithmetic, const Int* table, Int mantissa, T scale, Int row, T b,
+                            T& sum) {
+  const Int u = bits<Int>(b);
+  if constexpr (kTables) mantissa += table[row + ((u >> (Bits<T>::kMantissa - 4)) & 15)];
+  if constexpr (kAny) {
+    if (!is_skipped(arithmetic, b)) sum += any_term<T>(u, mantissa, scale, -1);
+  } else {
+    sum = log_step(u, mantissa, scale, sum);
+  }
+}
+
 // The products of entries in shared memory, added to a thread's sums.
 template <class T, Body kBody> struct Term : Entry<T, kBody> {
   using E = Entry<T, kBody>;
@@ -185,18 +223,18 @@ template <class T, Body kBody> struct Term : Entry<T, kBody> {
     if constexpr (E::kArraysB > 1) b.second = at[size];
     return b;
   }
-  template <bool kAny> FASTOPS_DEVICE T add(const A& a, const B& b, Int point, T factor, T sum) const {
+  template <bool kAny> FASTOPS_DEVICE void add(const A& a, const B& b, Int point, T factor, T& sum) const {
     if constexpr (kBody == Body::kPair) {
-      sum = add_pair<kAny>(arithmetic, a.first, a.second, b.first, b.second, sum);
+      add_pair<kAny>(arithmetic, a.first, a.second, b.first, b.second, sum);
       if (!kAny && arithmetic.steps == 2) sum = simd::fma(a.second, b.second, sum);
-      return sum;
     } else if constexpr (is_slope(kBody)) {
-      return add_slope<kAny, E::kTables>(arithmetic, table, point, factor, a.first, b.first, sum);
+      add_slope<kAny, E::kTables>(arithmetic, table, point, factor, a.first, b.first, sum);
     } else {
-      return add_log<kAny, E::kTables>(arithmetic, table, bits<Int>(a.first), a.second, a.row, b.first, sum);
+      add_log<kAny, E::kTables>(arithmetic, table, bits<Int>(a.first), a.second, a.row, b.first, sum);
     }
   }
 };
+
 // Slopes of some forms of the multiplier are exact products, which know of the point's nan alone.
 template <Body kBody> constexpr bool kHasPoint = is_slope(kBody) || kBody == Body::kPair;
 
@@ -380,7 +418,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kBody>)
           for (int r = 0; r < kStrip; ++r) {
             if (!kFull && r >= strip) break;
             const typename Step::B b = Step::load_b(at + r * next, cover.patch);
-            sums.acc[r] = step.template add<kAny>(a, b, sums.point(r), sums.factor(r), sums.acc[r]);
+            step.template add<kAny>(a, b, sums.point(r), sums.factor(r), sums.acc[r]);
           }
         }
       }
@@ -412,7 +450,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kBody>)
             const typename Step::A a = Step::load_a(tap++, kernels_size);
 #pragma unroll
             for (int r = 0; r < kStrip; ++r)
-              sums.acc[r] = step.template add<false>(a, window[r + s], sums.point(r), T(1), sums.acc[r]);
+              step.template add<false>(a, window[r + s], sums.point(r), T(1), sums.acc[r]);
           }
         }
       }
@@ -530,7 +568,7 @@ __global__ void __launch_bounds__(kMostThreads, sizeof(T) == 4 ? 2 : 1)
           if (s >= count) break;
           const typename Step::A a =
               Step::load_a(own + (r * cover.step_y + s * cover.tap_y) * cover.image.wide, cover.patch);
-          sums.acc[s] = step.template add<true>(a, b_r, sums.point(s), sums.factor(s), sums.acc[s]);
+          step.template add<true>(a, b_r, sums.point(s), sums.factor(s), sums.acc[s]);
         }
       }
     } else if (cover.rows == kStrip && cover.step_y == 1 && cover.tap_y == 1) {
@@ -549,7 +587,7 @@ __global__ void __launch_bounds__(kMostThreads, sizeof(T) == 4 ? 2 : 1)
         if (s >= count) break;
 #pragma unroll
         for (int r = 0; r < kStrip; ++r)
-          sums.acc[s] = step.template add<false>(window[r + s], of_strip[r], sums.point(s), T(1), sums.acc[s]);
+          step.template add<false>(window[r + s], of_strip[r], sums.point(s), T(1), sums.acc[s]);
       }
     } else {
 #pragma unroll 1
@@ -560,7 +598,7 @@ __global__ void __launch_bounds__(kMostThreads, sizeof(T) == 4 ? 2 : 1)
           if (s >= count) break;
           const typename Step::A a =
               Step::load_a(own + (r * cover.step_y + s * cover.tap_y) * cover.image.wide, cover.patch);
-          sums.acc[s] = step.template add<false>(a, b_r, sums.point(s), T(1), sums.acc[s]);
+          step.template add<false>(a, b_r, sums.point(s), T(1), sums.acc[s]);
         }
       }
     }

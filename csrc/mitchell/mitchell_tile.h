@@ -140,40 +140,6 @@ template <class T> FASTOPS_DEVICE bool is_skipped(const Arithmetic<T>& arithmeti
   return arithmetic.skips && bits<typename Bits<T>::Int>(b) == Bits<T>::kSign;
 }
 
-// Terms of entries, added to a sum. kAny: of any operands, and where a product may overflow, it does so before it is
-// added.
-
-// Of kPair; in the short step the caller adds the second products.
-template <bool kAny, class T>
-FASTOPS_DEVICE T add_pair(const Arithmetic<T>& arithmetic, T first_a, T second_a, T first_b, T second_b, T sum) {
-  if constexpr (kAny)
-    return is_skipped(arithmetic, first_b) ? sum : sum + simd::fma(second_a, second_b, first_a * first_b);
-  else
-    return simd::fma(first_a, first_b, sum);
-}
-// Of kSlope and kSlopeSegments, whose short step leaves the point's factor to the caller.
-template <bool kAny, bool kTables, class T, class Int>
-FASTOPS_DEVICE T add_slope(const Arithmetic<T>& arithmetic, const Int* table, Int point, T factor, T a, T b, T sum) {
-  using B = Bits<T>;
-  const Int u = bits<Int>(a);
-  if constexpr (kTables) point += table[(point >> (B::kMantissa - 4)) * 16 + ((u >> (B::kMantissa - 4)) & 15)];
-  if constexpr (kAny)
-    return is_skipped(arithmetic, b) ? sum : sum + any_term<T>(u, point, b, ~B::kFraction, factor);
-  else
-    return simd::fma(bits<T>(added<T>(u, point) & ~B::kFraction), b, sum);
-}
-// Of kLog and kSegments.
-template <bool kAny, bool kTables, class T, class Int>
-FASTOPS_DEVICE T add_log(const Arithmetic<T>& arithmetic, const Int* table, Int mantissa, T scale, Int row, T b,
-                         T sum) {
-  const Int u = bits<Int>(b);
-  if constexpr (kTables) mantissa += table[row + ((u >> (Bits<T>::kMantissa - 4)) & 15)];
-  if constexpr (kAny)
-    return is_skipped(arithmetic, b) ? sum : sum + any_term<T>(u, mantissa, scale, -1);
-  else
-    return log_step(u, mantissa, scale, sum);
-}
-
 template <class T, Body kBody, int kTile> struct Tile : Entry<T, kBody> {
   using Int = typename IntegerOf<T>::type;
   static constexpr int kLength = kSide * kTile;  // rows and columns of a block's tile
@@ -239,7 +205,10 @@ template <class T, Body kBody, int kTile> struct TileProduct {
     return S::put_b(arithmetic, from, is_there, to, S::kSize);
   }
 
-  // The products of a stage; kAny: of any operands.
+  FASTOPS_DEVICE bool skipped(T b) const { return is_skipped(arithmetic, b); }
+
+  // The products of a stage; kAny: of any operands. Written out: with a function for a term nvcc spills the tile of 8
+  // x 8.
   template <bool kAny> FASTOPS_DEVICE void multiply(int stage) {
     const T* const line_a = tiles + stage * (S::kArraysA + S::kArraysB) * S::kSize;
     const T* const line_b = line_a + S::kArraysA * S::kSize;
@@ -258,8 +227,14 @@ template <class T, Body kBody, int kTile> struct TileProduct {
 #pragma unroll
         for (int i = 0; i < kTile; ++i)
 #pragma unroll
-          for (int j = 0; j < kTile; ++j)
-            acc[i][j] = add_pair<kAny>(arithmetic, first_a[i], second_a[i], first_b[j], second_b[j], acc[i][j]);
+          for (int j = 0; j < kTile; ++j) {
+            // Where a product may overflow, it does so before it is added.
+            if constexpr (kAny) {
+              if (!skipped(first_b[j])) acc[i][j] += simd::fma(second_a[i], second_b[j], first_a[i] * first_b[j]);
+            } else {
+              acc[i][j] = simd::fma(first_a[i], first_b[j], acc[i][j]);
+            }
+          }
         if (!kAny && arithmetic.steps == 2) {
 #pragma unroll
           for (int i = 0; i < kTile; ++i)
@@ -270,9 +245,17 @@ template <class T, Body kBody, int kTile> struct TileProduct {
 #pragma unroll
         for (int i = 0; i < kTile; ++i)
 #pragma unroll
-          for (int j = 0; j < kTile; ++j)
-            acc[i][j] = add_slope<kAny, kTables>(arithmetic, table, points.mantissa[i * kTile + j], factor(i, j),
-                                                 first_a[i], first_b[j], acc[i][j]);
+          for (int j = 0; j < kTile; ++j) {
+            const Int u = bits<Int>(first_a[i]);
+            Int mantissa = points.mantissa[i * kTile + j];
+            if constexpr (kTables)
+              mantissa += table[(mantissa >> (B::kMantissa - 4)) * 16 + ((u >> (B::kMantissa - 4)) & 15)];
+            if constexpr (kAny) {
+              if (!skipped(first_b[j])) acc[i][j] += any_term<T>(u, mantissa, first_b[j], ~B::kFraction, factor(i, j));
+            } else {
+              acc[i][j] = simd::fma(bits<T>(added<T>(u, mantissa) & ~B::kFraction), first_b[j], acc[i][j]);
+            }
+          }
       } else {
         T second_a[kTile];
         load_line<T, kTile>(line_a + S::kSize + k * S::kPitch, down, second_a);
@@ -286,9 +269,16 @@ template <class T, Body kBody, int kTile> struct TileProduct {
 #pragma unroll
         for (int i = 0; i < kTile; ++i)
 #pragma unroll
-          for (int j = 0; j < kTile; ++j)
-            acc[i][j] = add_log<kAny, kTables>(arithmetic, table, bits<Int>(first_a[i]), second_a[i], row[i],
-                                               first_b[j], acc[i][j]);
+          for (int j = 0; j < kTile; ++j) {
+            const Int u = bits<Int>(first_b[j]);
+            Int mantissa = bits<Int>(first_a[i]);
+            if constexpr (kTables) mantissa += table[row[i] + ((u >> (B::kMantissa - 4)) & 15)];
+            if constexpr (kAny) {
+              if (!skipped(first_b[j])) acc[i][j] += any_term<T>(u, mantissa, second_a[i], -1);
+            } else {
+              acc[i][j] = log_step(u, mantissa, second_a[i], acc[i][j]);
+            }
+          }
       }
     }
   }
