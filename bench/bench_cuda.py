@@ -173,18 +173,27 @@ def gradients(report: Report, bandwidth: float, rounds: int) -> None:
             )
 
 
-def convolutions(report: Report, rounds: int) -> None:
-    """Images of a residual network, forward and with both gradients."""
+# Images, kernels and strides: of a residual network, then depthwise of MobileNet, EfficientNet and ConvNeXt.
+CONVOLUTIONS = (
+    ((32, 64, 56, 56), (64, 64, 3, 3), 1),
+    ((32, 128, 28, 28), (256, 128, 3, 3), 2),
+    ((32, 256, 14, 14), (1024, 256, 1, 1), 1),
+    ((32, 3, 224, 224), (64, 3, 7, 7), 2),
+    ((32, 32, 112, 112), (32, 1, 3, 3), 1),
+    ((32, 144, 56, 56), (144, 1, 3, 3), 2),
+    ((32, 672, 14, 14), (672, 1, 5, 5), 1),
+    ((32, 192, 28, 28), (192, 1, 7, 7), 1),
+)
+
+
+def convolutions(report: Report, bandwidth: float, rounds: int) -> None:
+    """Images of networks, forward and with both gradients."""
     torch.backends.cudnn.allow_tf32 = False
-    for x_shape, w_shape, stride in (
-        ((32, 64, 56, 56), (64, 64, 3, 3), 1),
-        ((32, 128, 28, 28), (256, 128, 3, 3), 2),
-        ((32, 256, 14, 14), (1024, 256, 1, 1), 1),
-        ((32, 3, 224, 224), (64, 3, 7, 7), 2),
-    ):
+    for x_shape, w_shape, stride in CONVOLUTIONS:
         padding = w_shape[-1] // 2
         x, w = torch.randn(x_shape, device="cuda"), torch.randn(w_shape, device="cuda")
-        options = {"stride": stride, "padding": padding}
+        groups = x_shape[1] // w_shape[1]
+        options = {"stride": stride, "padding": padding, "groups": groups}
         y = cuda.mitchell_conv2d(x, w, **options)
         dy = torch.randn_like(y)
         few = [t[:1].cpu().numpy() for t in (x, dy)]
@@ -208,7 +217,9 @@ def convolutions(report: Report, rounds: int) -> None:
             },
             rounds,
         )
-        report.add(name, times, share=lambda t, n=products_made: n / (t * 1e-3) / product_rate())
+        # Few products for each pixel: reading and writing them is the limit of depthwise convolutions.
+        moved = {"bytes_moved": x.nbytes + y.nbytes, "bandwidth": bandwidth} if groups > 1 else {}
+        report.add(name, times, share=lambda t, n=products_made: n / (t * 1e-3) / product_rate(), **moved)
         for mode in ("exact", "ste", "mimic"):
             times = milliseconds(
                 {
@@ -411,7 +422,7 @@ def main() -> None:
     elementwise(report, bandwidth, options.rounds)
     products(report, options.rounds)
     gradients(report, bandwidth, options.rounds)
-    convolutions(report, options.rounds)
+    convolutions(report, bandwidth, options.rounds)
     lists(report, bandwidth, options.rounds)
     attention(report, bandwidth, options.rounds)
     nystrom(report, options.rounds)

@@ -3,7 +3,7 @@
 # imported, and no library of CUDA to run. A family adds its .cu file and its bindings to the two lists.
 set(FASTOPS_CUDA auto CACHE STRING "Kernels for NVIDIA GPUs: auto (where nvcc is found), on or off")
 set(FASTOPS_CUDA_ARCHITECTURES "80-real;90-real;100-real;120" CACHE STRING "GPUs to compile for: Ampere, Hopper, both Blackwells; PTX of the last for later ones")
-set(FASTOPS_CUDA_KERNELS csrc/attention/attention_linear.cu csrc/attention/attention_nystrom.cu csrc/mitchell/mitchell.cu csrc/mitchell/mitchell_gathered.cu csrc/mitchell/mitchell_grad.cu csrc/mitchell/mitchell_matmul.cu csrc/optim/optim.cu)
+set(FASTOPS_CUDA_KERNELS csrc/attention/attention_linear.cu csrc/attention/attention_nystrom.cu csrc/mitchell/mitchell.cu csrc/mitchell/mitchell_depthwise.cu csrc/mitchell/mitchell_gathered.cu csrc/mitchell/mitchell_grad.cu csrc/mitchell/mitchell_matmul.cu csrc/optim/optim.cu)
 set(FASTOPS_CUDA_BINDINGS csrc/cuda/cuda_bind.cpp csrc/attention/attention_cuda_bind.cpp csrc/mitchell/mitchell_cuda_bind.cpp csrc/optim/optim_cuda_bind.cpp)
 list(TRANSFORM FASTOPS_CUDA_KERNELS PREPEND "${PROJECT_SOURCE_DIR}/")
 list(TRANSFORM FASTOPS_CUDA_BINDINGS PREPEND "${PROJECT_SOURCE_DIR}/")

@@ -246,7 +246,7 @@ def mitchell_conv2d(
     chosen = _multiplier(multiplier)
     steps = _conv_settings(stride, padding, dilation, groups)
     image, kernel = _validate.float_arrays(x=x, w=w)
-    shape = _validate.conv2d_shape(image, kernel, steps["stride"], steps["padding"], steps["dilation"], steps["groups"])
+    shape = _validate.conv2d_shape(image, kernel, **steps)
     _validate.fits_memory("x and w", shape, image.itemsize)
     if out is not None:
         _validate.out_array(out, shape, (image.dtype,), {"x": image, "w": kernel})
@@ -318,7 +318,7 @@ def mitchell_conv2d_grad(
     _validate.choice("mode", mode, _validate.GRADIENT_MODES)
     steps = _conv_settings(stride, padding, dilation, groups)
     image, kernel, upper = _validate.float_arrays(x=x, w=w, dy=dy)
-    shape = _validate.conv2d_shape(image, kernel, steps["stride"], steps["padding"], steps["dilation"], steps["groups"])
+    shape = _validate.conv2d_shape(image, kernel, **steps)
     _validate.same_shape("dy", upper, shape)
     dx, dw = _backend.mitchell_conv2d_grad(image, kernel, upper, **steps, multiplier=chosen, mode=mode)
     return dx, dw

@@ -198,7 +198,7 @@ def test_new_results_are_readable_by_their_protocols(shim: Shim, name: str) -> N
     assert (result.shape, result.dtype, result.device) == ((3, 4), a.dtype.name, 0)
     assert_same_bits(shim.get(result), expected("square", a))
     interface = result.__cuda_array_interface__
-    assert interface["stream"] == 7
+    assert interface["stream"] == 1
     assert interface["shape"] == (3, 4)
     assert result.__dlpack_device__() == (2, 0)
     data, shape, strides, dtype, read_only = _runtime.module().from_dlpack(result.__dlpack__(stream=7))
@@ -264,7 +264,7 @@ def recorded(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> Recording:
 
 def test_the_producers_stream_is_the_default(recorded: Recording) -> None:
     result = cuda.mitchell_sqrt(Fake(np.ones(3, np.float32), stream=9))
-    assert result.__cuda_array_interface__["stream"] == 9
+    assert result._stream == 9
     assert recorded.waits == []
 
 
@@ -281,19 +281,11 @@ def test_the_two_names_of_the_default_stream_are_one(recorded: Recording) -> Non
     assert recorded.waits == []
 
 
-def test_a_consumers_stream_waits_for_the_kernel(recorded: Recording) -> None:
-    result = cuda.mitchell_sqrt(Fake(np.ones(3, np.float32), stream=9))
-    result.__dlpack__(stream=4)
-    result.__dlpack__(stream=9)
-    result.__dlpack__(stream=-1)
-    assert recorded.waits == [(4, 9)]
-
-
 def test_streams_come_as_objects_of_their_libraries(recorded: Recording) -> None:
     array = Fake(np.ones(3, np.float32))
     for attribute, value in (("cuda_stream", 6), ("ptr", 6), ("__cuda_stream__", lambda: (0, 6))):
         stream = type("Stream", (), {attribute: staticmethod(value) if callable(value) else value})()
-        assert cuda.mitchell_sqrt(array, stream=stream).__cuda_array_interface__["stream"] == 6
+        assert cuda.mitchell_sqrt(array, stream=stream)._stream == 6
     with pytest.raises(TypeError, match=r"stream must be an integer"):
         cuda.mitchell_sqrt(array, stream="six")
 
@@ -326,6 +318,142 @@ def test_torch_tensors_go_to_the_current_stream(recorded: Recording, monkeypatch
         TypeError, match=r"a must be a tensor outside autograd .*, got a tensor with requires_grad=True"
     ):
         cuda.mitchell_sqrt(tensor)
+
+
+# --- memory of results -------------------------------------------------------------------------------------------------------
+
+
+class Trace:
+    """What the shim's runtime was asked for: waits of streams for events, waits of the host, and calls that it refused."""
+
+    def __init__(self) -> None:
+        self.runtime = ctypes.CDLL(_runtime.module().__file__)
+        self.waits()
+        self.runtime.fastops_shim_idle_waits()
+        self.runtime.fastops_shim_faults()
+
+    def waits(self) -> list[tuple[int, int]]:
+        """(The stream that waits, the one for what it had got)."""
+        handles = (ctypes.c_void_p * 64)()
+        found = [h or 0 for h in handles[: self.runtime.fastops_shim_waits(handles, 64)]]
+        return list(zip(found[::2], found[1::2], strict=True))
+
+    def end_streams(self, *streams: int) -> None:
+        for stream in streams:
+            self.runtime.fastops_shim_end_stream(ctypes.c_void_p(stream))
+
+    def capture(self, stream: int | None) -> None:
+        self.runtime.fastops_shim_capture(ctypes.c_void_p(stream))
+
+    def host_waits(self) -> int:
+        """No call named a stream that was gone; the waits of the host."""
+        assert self.runtime.fastops_shim_faults() == 0
+        return int(self.runtime.fastops_shim_idle_waits())
+
+
+@pytest.fixture
+def trace(shim: Shim) -> Trace:
+    """The shim's runtime, from here on."""
+    return Trace()
+
+
+def test_an_array_outlives_the_stream_that_it_was_made_on(trace: Trace) -> None:
+    """Its memory is free after an event of its own, for which the host does not wait."""
+    array = cuda.mitchell_square(ones(3), stream=64)
+    trace.end_streams(64)
+    del array
+    assert trace.waits() == [(0, 64)]
+    assert trace.host_waits() == 0
+
+
+def test_an_array_is_read_when_its_stream_is_gone(trace: Trace, shim: Shim) -> None:
+    array = cuda.mitchell_mul(ones(3), 2.0, stream=64)
+    trace.end_streams(64)
+    again = cuda.mitchell_mul(array, 2.0, stream=65)
+    assert trace.waits() == [(65, 64)]
+    assert cuda.mitchell_mul(array, 2.0)._stream == 1
+    assert (1, 64) in trace.waits()
+    assert array.__cuda_array_interface__["stream"] == 1
+    assert (1, 64) in trace.waits()
+    array.__dlpack__(stream=66)
+    assert (66, 64) in trace.waits()
+    array.__dlpack__(stream=-1)
+    assert trace.waits() == []
+    assert shim.get(again).tolist() == [4.0] * 3
+    assert trace.host_waits() == 0
+
+
+def test_memory_is_free_after_every_call_that_used_it(trace: Trace) -> None:
+    array = cuda.mitchell_square(ones(3, 3), stream=64)
+    cuda.mitchell_mul_grad(array, array, array, stream=65)
+    cuda.mitchell_matmul(array, array, stream=66)
+    cuda.mitchell_matmul_grad(array, array, array, stream=67)
+    cuda.mitchell_square(ones(3, 3), out=array, stream=68)
+    trace.end_streams(64, 65, 66, 67, 68)
+    trace.waits()
+    del array
+    assert trace.waits() == [(0, stream) for stream in (64, 65, 66, 67, 68)]
+    numbers = cuda.Array((3, 3), _arrays.DTYPES.index("uint8"), 0, 60)
+    numbers._memory.end(60)
+    cuda.lut_matmul(numbers, numbers, np.zeros((256, 256), np.int32), stream=69)
+    trace.waits()
+    del numbers
+    assert trace.waits() == [(0, 60), (0, 69)]
+    images = cuda.mitchell_square(ones(1, 1, 3, 3), stream=70)
+    cuda.mitchell_conv2d(images, images, stream=71)
+    cuda.mitchell_conv2d_grad(images, images, ones(1, 1, 1, 1), stream=72)
+    trace.waits()
+    del images
+    assert trace.waits() == [(0, stream) for stream in (70, 71, 72)]
+    assert trace.host_waits() == 0
+
+
+def test_a_handle_may_name_another_stream_later(trace: Trace) -> None:
+    """Whose use of the memory does not take the place of the first one's."""
+    array = cuda.mitchell_square(ones(3), stream=64)
+    cuda.mitchell_square(ones(3), out=array, stream=64)
+    assert (64, 64) in trace.waits()
+
+
+def test_a_table_waits_for_both_streams_of_one_handle(trace: Trace) -> None:
+    _runtime.module().forget_plans()
+    shadows, params = [Fake(np.zeros(3, np.float32))], [ones(3)]
+    cuda.ema_update_(shadows, params, 0.5, stream=64)
+    assert trace.waits() == [(64, 64)]  # for the table
+    trace.end_streams(64)
+    trace.runtime.fastops_shim_faults()  # another stream has the handle from here on
+    cuda.ema_update_(shadows, params, 0.5, stream=64)
+    assert trace.waits() == [(64, 64)] * 2
+    _runtime.module().forget_plans()
+    assert trace.host_waits() == 0
+
+
+def test_memory_that_others_have_is_free_when_the_device_is_idle(trace: Trace) -> None:
+    for lend in (lambda x: x.__cuda_array_interface__, lambda x: x.__dlpack__(stream=65)):
+        array = cuda.mitchell_square(ones(3), stream=64)
+        lend(array)
+        del array
+        assert trace.host_waits() == 1
+    array = cuda.Array((3,), 2, 0, 64)  # of a call that failed
+    trace.end_streams(64)
+    del array
+    assert trace.host_waits() == 1
+
+
+def test_arrays_of_a_graph(trace: Trace) -> None:
+    """Memory that is made in the capture is the graph's; what a graph reads is not free before the device is idle."""
+    before = cuda.mitchell_square(ones(3), stream=64)
+    trace.capture(64)
+    try:
+        inside = cuda.mitchell_square(before, stream=64)
+        assert inside.__cuda_array_interface__["stream"] == 64
+        cuda.mitchell_square(inside)
+        del inside
+        assert trace.host_waits() == 0
+    finally:
+        trace.capture(None)
+    del before
+    assert trace.host_waits() == 1
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------------------

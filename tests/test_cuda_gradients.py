@@ -200,8 +200,8 @@ def test_conv2d_of_every_multiplier_is_within_tolerance(gpu: Any, kind: str) -> 
 
 def test_conv2d_of_large_tiles_and_of_many_terms_is_within_tolerance(gpu: Any) -> None:
     # Enough tiles of 128 x 128 to be worth them; a sum in parts.
-    check_conv2d(gpu, normal((1, 128, 9, 11), F32, 1), normal((256, 1, 2, 1), F32, 2), **pairs({"groups": 128}))
-    check_conv2d(gpu, normal((1, 90, 5, 4), F32, 1), normal((2, 90, 3, 3), F32, 2), **pairs({"padding": 1}))
+    check_conv2d(gpu, normal((1, 128, 9, 11), F32, 1), normal((17 * 128, 1, 2, 1), F32, 2), **pairs({"groups": 128}))
+    check_conv2d(gpu, normal((1, 90, 5, 4), F32, 1), normal((17, 90, 3, 3), F32, 2), **pairs({"padding": 1}))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -222,11 +222,13 @@ def test_conv2d_gradients_of_every_multiplier(gpu: Any, kind: str, mode: str, mo
 
 def test_conv2d_gradients_of_every_stride(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pixels that no tap reaches among them, and strides that share divisors with dilations."""
-    for stride, dilation, kernel in ((4, 2, 3), (6, 4, 2), (2, 3, 2), (5, 1, 2), (3, 3, 3)):
-        steps = pairs({"stride": (stride, 2), "dilation": (dilation, 1), "padding": (3, 1)})
-        x, w = normal((2, 2, 17, 4), F32, 1), normal((3, 2, kernel, 2), F32, 2)
-        dy = normal(oracle("mitchell_conv2d", x, w, **steps, multiplier=PLAIN).shape, F32, 3)
-        check_conv2d_grad(gpu, monkeypatch, x, w, dy, **steps)
+    # Planes, and matrix products.
+    for channels in (2, 18):
+        for stride, dilation, kernel in ((4, 2, 3), (6, 4, 2), (2, 3, 2), (5, 1, 2), (3, 3, 3)):
+            steps = pairs({"stride": (stride, 2), "dilation": (dilation, 1), "padding": (3, 1)})
+            x, w = normal((2, channels, 17, 4), F32, 1), normal((3, channels, kernel, 2), F32, 2)
+            dy = normal(oracle("mitchell_conv2d", x, w, **steps, multiplier=PLAIN).shape, F32, 3)
+            check_conv2d_grad(gpu, monkeypatch, x, w, dy, **steps)
 
 
 def test_conv2d_gradients_in_parts(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,20 +240,22 @@ def test_conv2d_gradients_in_parts(gpu: Any, monkeypatch: pytest.MonkeyPatch) ->
 def test_conv2d_and_its_gradients_of_special_values(gpu: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding multiplies infinite kernels, and gives a gradient of images no term."""
     multiplier = Multiplier(**MULTIPLIERS[kind])
-    for value in (np.inf, np.nan, -0.0):
-        # Every tap of each pixel, some of them, and none where the last result does not reach.
-        for steps in (pairs({"padding": 1}), pairs({}), pairs({"stride": 3})):
-            x, w = normal((1, 2, 6, 7), F32, 1), normal((2, 2, 2, 2), F32, 2)
-            dy = normal(oracle("mitchell_conv2d", x, w, **steps, multiplier=PLAIN).shape, F32, 3)
-            for at in range(3):
-                operands = [x.copy(), w.copy(), dy.copy()]
-                for place in ((0, 0, 0, 0), (0, 1, 1, 1), (0, 0, -1, -1), (0, 1, 0, -1)):
-                    operands[at][place] = value
-                if at < 2:
-                    check_conv2d(gpu, *operands[:2], multiplier=multiplier, **steps)
-                for mode in MODES:
-                    check_conv2d_grad(gpu, monkeypatch, *operands, multiplier=multiplier, mode=mode, **steps)
-                check_conv2d_grad(gpu, monkeypatch, *map(turned, operands), multiplier=multiplier, **steps)
+    # Planes, and matrix products.
+    for channels, modes in ((2, MODES), (18, ("exact",))):
+        for value in (np.inf, np.nan, -0.0):
+            # Every tap of each pixel, some of them, and none where the last result does not reach.
+            for steps in (pairs({"padding": 1}), pairs({}), pairs({"stride": 3})):
+                x, w = normal((1, channels, 6, 7), F32, 1), normal((2, channels, 2, 2), F32, 2)
+                dy = normal(oracle("mitchell_conv2d", x, w, **steps, multiplier=PLAIN).shape, F32, 3)
+                for at in range(3):
+                    operands = [x.copy(), w.copy(), dy.copy()]
+                    for place in ((0, 0, 0, 0), (0, 1, 1, 1), (0, 0, -1, -1), (0, 1, 0, -1)):
+                        operands[at][place] = value
+                    if at < 2:
+                        check_conv2d(gpu, *operands[:2], multiplier=multiplier, **steps)
+                    for mode in modes:
+                        check_conv2d_grad(gpu, monkeypatch, *operands, multiplier=multiplier, mode=mode, **steps)
+                    check_conv2d_grad(gpu, monkeypatch, *map(turned, operands), multiplier=multiplier, **steps)
 
 
 # --- torch -------------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,67 @@ Memory::Memory(std::size_t bytes, int device, std::uintptr_t stream) : device_(d
 }
 Memory::~Memory() {
   const OnDevice on(device_);
-  release(data_, stream_, shared_);
+  release(data_, stream_);
+}
+
+Status Uses::record(std::uintptr_t handle) {
+  // The per-thread default stream is another one in each thread.
+  static thread_local const char thread = 0;
+  constexpr std::uintptr_t kPerThread = 2;
+  const void* const stream = handle == kPerThread ? &thread : stream_of(handle);
+  for (Use& use : uses_)
+    if (use.stream == stream) {
+      // The handle may have been that of another stream before.
+      const Status status = use.event.precede(stream_of(handle));
+      return status != 0 ? status : use.event.record(stream_of(handle));
+    }
+  uses_.remove_if([](Use& use) { return use.event.is_done(); });
+  uses_.emplace_back();
+  uses_.back().stream = stream;
+  return uses_.back().event.record(stream_of(handle));
+}
+Status Uses::precede(std::uintptr_t handle) {
+  for (Use& use : uses_)
+    if (const Status status = use.event.precede(stream_of(handle))) return status;
+  return 0;
+}
+void Uses::release(void* p, Event* first) {
+  std::vector<Event*> events;
+  if (first != nullptr) events.push_back(first);
+  for (Use& use : uses_) events.push_back(&use.event);
+  release_after(p, events.data(), events.size());
+}
+
+ArrayMemory::ArrayMemory(std::size_t bytes, int device, std::uintptr_t stream) : device_(device) {
+  const OnDevice on(device);
+  raise_unless_ok(on.status);
+  captured_ = gpu::is_captured(stream_of(stream));
+  raise_unless_ok(allocate(&data_, bytes, stream_of(stream)));
+}
+ArrayMemory::~ArrayMemory() {
+  if (captured_) return;
+  const OnDevice on(device_);
+  if (calls_ == 0)
+    uses_.release(data_);
+  else
+    release_when_idle(data_);
+}
+void ArrayMemory::begin(std::optional<std::uintptr_t> stream) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  ++calls_;
+  if (!stream || captured_ || gpu::is_captured(stream_of(*stream))) return;
+  const OnDevice on(device_);
+  raise_unless_ok(on.status);
+  raise_unless_ok(uses_.precede(*stream));
+}
+void ArrayMemory::end(std::uintptr_t stream) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  // A graph may be launched at any time.
+  if (captured_ || gpu::is_captured(stream_of(stream))) return;
+  const OnDevice on(device_);
+  raise_unless_ok(on.status);
+  raise_unless_ok(uses_.record(stream));
+  --calls_;
 }
 
 namespace {
@@ -44,7 +104,7 @@ struct DlUnversioned {
 };
 template <class Managed> struct Export {
   Managed managed;
-  std::shared_ptr<Memory> memory;
+  std::shared_ptr<ArrayMemory> memory;
   std::vector<std::int64_t> shape;
 };
 template <class Managed> void destroy(Managed* managed) {
@@ -54,7 +114,7 @@ template <class Managed>
 constexpr const char* kCapsuleName = std::is_same_v<Managed, DlManaged> ? "dltensor_versioned" : "dltensor";
 
 template <class Managed>
-py::object capsule_of(const std::shared_ptr<Memory>& memory, const std::vector<std::int64_t>& shape, int code,
+py::object capsule_of(const std::shared_ptr<ArrayMemory>& memory, const std::vector<std::int64_t>& shape, int code,
                       int bits) {
   auto made = std::make_unique<Export<Managed>>();
   made->memory = memory;
@@ -73,7 +133,6 @@ py::object capsule_of(const std::shared_ptr<Memory>& memory, const std::vector<s
                     made->shape.data(),
                     nullptr,
                     0};
-  memory->share();
   constexpr const char* name = kCapsuleName<Managed>;
   PyObject* capsule = PyCapsule_New(&managed, name, [](PyObject* self) {
     // Taken over by a consumer under another name.
@@ -83,8 +142,8 @@ py::object capsule_of(const std::shared_ptr<Memory>& memory, const std::vector<s
   made.release();
   return py::reinterpret_steal<py::object>(capsule);
 }
-py::object to_dlpack(const std::shared_ptr<Memory>& memory, const std::vector<std::int64_t>& shape, int code, int bits,
-                     bool versioned) {
+py::object to_dlpack(const std::shared_ptr<ArrayMemory>& memory, const std::vector<std::int64_t>& shape, int code,
+                     int bits, bool versioned) {
   return (versioned ? capsule_of<DlManaged> : capsule_of<DlUnversioned>)(memory, shape, code, bits);
 }
 
@@ -136,12 +195,14 @@ PYBIND11_MODULE(FASTOPS_CUDA_MODULE, m) {
       },
       py::arg("later"), py::arg("earlier"), py::arg("device"), "Lets one stream wait for what another has got so far.");
   // Local: the module of the tests has the same classes, over the shim.
-  py::class_<Memory, std::shared_ptr<Memory>>(m, "Memory", "Memory of a device in the order of a stream.",
-                                              py::module_local())
+  py::class_<ArrayMemory, std::shared_ptr<ArrayMemory>>(m, "ArrayMemory", "Memory of a device that outlives streams.",
+                                                        py::module_local())
       .def(py::init<std::size_t, int, std::uintptr_t>(), py::arg("nbytes"), py::arg("device"), py::arg("stream"))
       .def_property_readonly("address",
-                             [](const Memory& memory) { return reinterpret_cast<std::uintptr_t>(memory.data()); })
-      .def("share", &Memory::share, "From now on it may be in use on any stream.");
+                             [](const ArrayMemory& memory) { return reinterpret_cast<std::uintptr_t>(memory.data()); })
+      .def_property_readonly("is_captured", &ArrayMemory::is_captured, "Whether it is the memory of a graph.")
+      .def("begin", &ArrayMemory::begin, py::arg("stream"), "A call uses it, on a stream that waits for those before.")
+      .def("end", &ArrayMemory::end, py::arg("stream"), "The stream has got all of a call that uses it.");
   m.def("to_dlpack", &to_dlpack, py::arg("memory"), py::arg("shape"), py::arg("code"), py::arg("bits"),
         py::arg("versioned"));
   m.def("from_dlpack", &from_dlpack, py::arg("capsule"));

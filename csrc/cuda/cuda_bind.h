@@ -6,9 +6,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <atomic>
 #include <cstdint>
+#include <list>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -22,7 +24,7 @@ constexpr std::int32_t kDlCuda = 2, kDlCudaManaged = 13;
 void raise_unless_ok(Status status);
 Stream stream_of(std::uintptr_t handle);
 
-// Memory of a device, in the order of the stream that it was made on until it is shared.
+// Memory of a device for the time of a call, whose stream lives as long.
 class Memory {
  public:
   Memory(std::size_t bytes, int device, std::uintptr_t stream);
@@ -30,15 +32,54 @@ class Memory {
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
   void* data() const { return data_; }
-  int device() const { return device_; }
-  Stream stream() const { return stream_; }
-  void share() { shared_ = true; }
 
  private:
   void* data_ = nullptr;
   int device_;
   Stream stream_;
-  std::atomic<bool> shared_{false};
+};
+
+// The latest use of something on each stream. It outlives streams, so it names none but that of a call under way.
+class Uses {
+ public:
+  // All that the stream has got so far.
+  Status record(std::uintptr_t handle);
+  // What the stream gets from here on runs after all uses.
+  Status precede(std::uintptr_t handle);
+  // Frees memory on the current device after all uses, and after `first`.
+  void release(void* p, Event* first = nullptr);
+
+ private:
+  struct Use {
+    const void* stream;
+    Event event;
+  };
+  std::list<Use> uses_;
+};
+
+// Memory of a device that stays after the call in which it is made.
+class ArrayMemory {
+ public:
+  ArrayMemory(std::size_t bytes, int device, std::uintptr_t stream);
+  ~ArrayMemory();
+  ArrayMemory(const ArrayMemory&) = delete;
+  ArrayMemory& operator=(const ArrayMemory&) = delete;
+  void* data() const { return data_; }
+  int device() const { return device_; }
+  // From here to `end` a call uses it, on a stream (if given) that waits for those before. Who never says `end`, such
+  // as other libraries, may use it on any stream at any time: its release waits for the device then.
+  void begin(std::optional<std::uintptr_t> stream);
+  void end(std::uintptr_t stream);
+  // Made in the capture of a graph, whose memory it is.
+  bool is_captured() const { return captured_; }
+
+ private:
+  void* data_ = nullptr;
+  int device_;
+  bool captured_;
+  std::size_t calls_ = 1;  // without an end: that in which it is made is the first
+  Uses uses_;
+  std::mutex mutex_;
 };
 
 void bind_attention(pybind11::module_& m);

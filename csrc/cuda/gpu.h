@@ -38,9 +38,11 @@ class OnDevice {
   int before_ = -1;
 };
 
-// Memory in the order of a stream. `shared`: it may be in use on other streams, so the release waits for all of them.
+// Memory in the order of a stream, of which the release names the same or a later one.
 Status allocate(void** p, std::size_t bytes, Stream stream) noexcept;
-void release(void* p, Stream stream, bool shared) noexcept;
+void release(void* p, Stream stream) noexcept;
+// Waits for all that the current device has got, on whatever streams.
+void release_when_idle(void* p) noexcept;
 // Copies host memory, which may change when the call has returned, without waiting for the stream.
 Status upload(void* to, const void* from, std::size_t bytes, Stream stream) noexcept;
 // What `later` gets from here on runs after all that `earlier` has got.
@@ -123,6 +125,14 @@ Status mitchell_matmul(const fastops_mitchell* m, const Matmul& call, Stream str
 
 // Matrix products whose rows, columns and depth are several axes each: convolutions, and gradients, which are summed
 // over what a batch repeats.
+enum class Results {
+  kMatrix,
+  // Pixels of planes: depth is (channel, kernel row, kernel column), columns are (image, row, column), groups the
+  // batch, and no step of b in the plane leads backwards.
+  kPixels,
+  // Of kernels: rows are (channel, kernel row, kernel column), depth is (image, row, column).
+  kTaps,
+};
 enum class Terms {
   kProducts,  // of the multiplier: M(a, b)
   kExact,     // a b
@@ -151,6 +161,7 @@ struct Gathered {
 };
 struct GatheredMatmul {
   fastops_dtype dtype;
+  Results results;  // but for kMatrix the axes have the order above
   Terms terms;
   bool transposed;  // a is the second operand of M, or the point is that of the slopes
   bool skips;       // what b has not gives no term; else it is zero
@@ -160,6 +171,8 @@ struct GatheredMatmul {
   Index rows, cols, depth;
   Gathered a, b, point, out;
 };
+// Whether kPixels or kTaps are worth a kernel of their own, which tiles of 64 x 64 would leave mostly idle.
+bool mitchell_is_depthwise(const GatheredMatmul& call) noexcept;
 std::size_t mitchell_gathered_workspace(const GatheredMatmul& call) noexcept;
 Status mitchell_gathered(const fastops_mitchell* m, const GatheredMatmul& call, void* workspace,
                          Stream stream) noexcept;

@@ -74,10 +74,11 @@ OnDevice::~OnDevice() {
 Status allocate(void** p, std::size_t bytes, Stream stream) noexcept {
   return status_of(cudaMallocAsync(p, bytes == 0 ? 1 : bytes, stream_of(stream)));
 }
-void release(void* p, Stream stream, bool shared) noexcept {
+void release(void* p, Stream stream) noexcept { (void)status_of(cudaFreeAsync(p, stream_of(stream))); }
+void release_when_idle(void* p) noexcept {
   // cudaFree waits for nobody where the memory came from cudaMallocAsync.
-  if (shared) (void)status_of(cudaDeviceSynchronize());
-  (void)status_of(shared ? cudaFree(p) : cudaFreeAsync(p, stream_of(stream)));
+  (void)status_of(cudaDeviceSynchronize());
+  (void)status_of(cudaFree(p));
 }
 Status upload(void* to, const void* from, std::size_t bytes, Stream stream) noexcept {
   const std::lock_guard<std::mutex> lock(g_mutex);

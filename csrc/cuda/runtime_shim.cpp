@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "cuda/gpu.h"
@@ -17,6 +18,8 @@ thread_local int g_device = 0;
 std::vector<Stream> g_gone;
 Stream g_captured = nullptr;  // whose work goes into a graph
 int g_faults = 0;
+int g_idle_waits = 0;
+std::vector<Stream> g_waits;  // of events: the stream that waits, and the one that had been recorded, by turns
 
 Status use(Stream stream) noexcept {
   if (std::find(g_gone.begin(), g_gone.end(), stream) == g_gone.end()) return 0;
@@ -44,8 +47,12 @@ Status allocate(void** p, std::size_t bytes, Stream stream) noexcept {
   std::memset(*p, 0xa5, size);  // what nobody writes shall show
   return 0;
 }
-void release(void* p, Stream stream, bool shared) noexcept {
-  if (!shared) (void)use(stream);
+void release(void* p, Stream stream) noexcept {
+  (void)use(stream);
+  std::free(p);
+}
+void release_when_idle(void* p) noexcept {
+  ++g_idle_waits;
   std::free(p);
 }
 Status upload(void* to, const void* from, std::size_t bytes, Stream stream) noexcept {
@@ -61,6 +68,8 @@ Status wait(Stream later, Stream earlier) noexcept {
 Event::~Event() = default;
 Status Event::record(Stream stream) noexcept {
   g_faults += g_captured != nullptr;
+  // Of the default stream, too, something that is not null.
+  event_ = static_cast<char*>(stream) + 1;
   return use(stream);
 }
 bool Event::is_done() noexcept {
@@ -69,6 +78,9 @@ bool Event::is_done() noexcept {
 }
 Status Event::precede(Stream later) noexcept {
   g_faults += g_captured != nullptr;
+  if (event_ == nullptr) return 0;
+  g_waits.push_back(later);
+  g_waits.push_back(static_cast<char*>(event_) - 1);
   return use(later);
 }
 bool is_captured(Stream stream) noexcept { return stream != nullptr && stream == g_captured; }
@@ -85,6 +97,17 @@ __attribute__((visibility("default"))) void fastops_shim_end_stream(void* stream
 }
 // Null: nothing is captured any more.
 __attribute__((visibility("default"))) void fastops_shim_capture(void* stream) { fastops::gpu::g_captured = stream; }
+// Copies the waits for events since the last call, at most so many handles; how many there were.
+__attribute__((visibility("default"))) int fastops_shim_waits(void** to, int most) {
+  std::vector<void*> waits;
+  waits.swap(fastops::gpu::g_waits);
+  std::copy_n(waits.begin(), std::min<std::size_t>(waits.size(), static_cast<std::size_t>(most)), to);
+  return static_cast<int>(waits.size());
+}
+// Waits of the host for all that a device has got; counts anew.
+__attribute__((visibility("default"))) int fastops_shim_idle_waits() {
+  return std::exchange(fastops::gpu::g_idle_waits, 0);
+}
 // Calls that named an ended stream, or events within a capture; counts anew.
 __attribute__((visibility("default"))) int fastops_shim_faults() {
   const int faults = fastops::gpu::g_faults;

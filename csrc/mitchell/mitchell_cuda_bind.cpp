@@ -498,6 +498,18 @@ void put_in_order(Index* index, const Walk* by, std::initializer_list<Walk*> wal
   }
 }
 
+// With the axes of its depth in the order that its kernel takes them.
+GatheredMatmul as_pixels(GatheredMatmul call) {
+  call.results = Results::kPixels;
+  if (mitchell_is_depthwise(call)) return call;
+  call.results = Results::kMatrix;
+  const Walk taps = call.b.row;
+  const std::size_t filters = call.depth.length[0];
+  put_in_order(&call.depth, &taps, {&call.a.col, &call.b.row});
+  // The taps of one filter no longer lie together where filters come last.
+  if (call.b.row.stride[0] != taps.stride[0]) call.taps *= filters;
+  return call;
+}
 GatheredMatmul convolution(GatheredMatmul call, const Convolution& c) {
   call.batch[kBatchDimensions - 1] = static_cast<std::size_t>(c.groups);
   call.rows = index_of({c.filters()});
@@ -506,9 +518,7 @@ GatheredMatmul convolution(GatheredMatmul call, const Convolution& c) {
   set_kernels(&call.a, c, c.w, &call.a.row, &call.a.col);
   set_patches(&call.b, c, &call.b.row, &call.b.col);
   set_result(&call.out, c, &call.out.row, &call.out.col);
-  const Walk taps = call.b.row;
-  put_in_order(&call.depth, &taps, {&call.a.col, &call.b.row});
-  return call;
+  return as_pixels(call);
 }
 GatheredMatmul kernel_gradient(GatheredMatmul call, const Convolution& c, const Array& dw) {
   call.batch[kBatchDimensions - 1] = static_cast<std::size_t>(c.groups);
@@ -519,6 +529,9 @@ GatheredMatmul kernel_gradient(GatheredMatmul call, const Convolution& c, const 
   set_result(&call.b, c, &call.b.col, &call.b.row);
   set_kernels(&call.point, c, c.w, &call.point.col, &call.point.row);
   set_kernels(&call.out, c, dw, &call.out.col, &call.out.row);
+  call.results = Results::kTaps;
+  if (mitchell_is_depthwise(call)) return call;
+  call.results = Results::kMatrix;
   const Walk taps = call.a.row;
   put_in_order(&call.rows, &taps, {&call.a.row, &call.point.row, &call.out.row});
   return call;
@@ -551,23 +564,25 @@ GatheredMatmul image_gradient(GatheredMatmul call, const Convolution& c, const A
   call.rows = index_of({c.channels()});
   call.depth = index_of({c.filters(), down.taps, across.taps});
   call.cols = index_of({c.images(), down.pixels, across.pixels});
+  // From the last tap to the first, so that the results that they meet follow one another.
+  const std::ptrdiff_t back_y = down.every * c.dilation[0] / c.stride[0], last_y = down.taps - 1;
+  const std::ptrdiff_t back_x = across.every * c.dilation[1] / c.stride[1], last_x = across.taps - 1;
   set_places(&call.a, c.w);
   call.a.batch[kBatchDimensions - 1] = c.filters() * w[0];
-  call.a.offset = down.first * w[2] + across.first * w[3];
+  call.a.offset = (down.first + last_y * down.every) * w[2] + (across.first + last_x * across.every) * w[3];
   call.a.row = walk_of({w[1]});
-  call.a.col = walk_of({w[0], down.every * w[2], across.every * w[3]});
+  call.a.col = walk_of({w[0], -down.every * w[2], -across.every * w[3]});
   set_places(&call.b, c.y);
   call.b.batch[kBatchDimensions - 1] = c.filters() * s[1];
-  call.b.offset = down.position * s[2] + across.position * s[3];
-  call.b.y = static_cast<std::int32_t>(down.position);
-  call.b.x = static_cast<std::int32_t>(across.position);
+  const std::ptrdiff_t first_y = down.position - last_y * back_y, first_x = across.position - last_x * back_x;
+  call.b.offset = first_y * s[2] + first_x * s[3];
+  call.b.y = static_cast<std::int32_t>(first_y);
+  call.b.x = static_cast<std::int32_t>(first_x);
   call.b.height = static_cast<std::int32_t>(c.y.shape[2]);
   call.b.width = static_cast<std::int32_t>(c.y.shape[3]);
-  const std::ptrdiff_t back_y = down.every * c.dilation[0] / c.stride[0];
-  const std::ptrdiff_t back_x = across.every * c.dilation[1] / c.stride[1];
-  call.b.row = walk_of({s[1], -back_y * s[2], -back_x * s[3]});
-  call.b.row.y[1] = static_cast<std::int32_t>(-back_y);
-  call.b.row.x[2] = static_cast<std::int32_t>(-back_x);
+  call.b.row = walk_of({s[1], back_y * s[2], back_x * s[3]});
+  call.b.row.y[1] = static_cast<std::int32_t>(back_y);
+  call.b.row.x[2] = static_cast<std::int32_t>(back_x);
   call.b.col = walk_of({s[0], s[2], s[3]});
   call.b.col.y[1] = call.b.col.x[2] = 1;
   for (auto [g, each] : {std::pair{&call.point, &c.x}, std::pair{&call.out, &dx}}) {
@@ -578,11 +593,7 @@ GatheredMatmul image_gradient(GatheredMatmul call, const Convolution& c, const A
     g->row = walk_of({t[1]});
     g->col = walk_of({t[0], c.stride[0] * t[2], c.stride[1] * t[3]});
   }
-  const Walk steps = call.b.row;
-  put_in_order(&call.depth, &steps, {&call.a.col, &call.b.row});
-  // The taps of one filter no longer lie together where filters come last.
-  if (call.b.row.stride[0] != steps.stride[0]) call.taps *= static_cast<std::size_t>(c.filters());
-  return call;
+  return as_pixels(call);
 }
 
 void conv2d(const Multiplier& multiplier, int dtype, const py::object& x, const py::object& w, const Pair& stride,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Convolutions, and the gradients of matrix products and convolutions, on a GPU: one matrix product whose operands are
 // gathered from where they lie, so that no patches are written to memory.
+#include "mitchell/mitchell_depthwise.h"
 #include "mitchell/mitchell_tile.h"
 
 namespace fastops::FASTOPS_LEVEL {
@@ -285,6 +286,22 @@ Cut cut_of(const gpu::GatheredMatmul& shape) noexcept {
   return {part == 0 ? 1 : (depth + part - 1) / part, part};
 }
 
+template <class T> GatheredCall<T> call_of(const gpu::GatheredMatmul& shape, void* workspace) noexcept {
+  GatheredCall<T> call{};
+  call.shape = shape;
+  call.rows = size_of(shape.rows);
+  call.cols = size_of(shape.cols);
+  call.depth = size_of(shape.depth);
+  call.parts = static_cast<T*>(workspace);
+  return call;
+}
+template <class T> gpu::Status add(const GatheredCall<T>& call, gpu::Stream stream) noexcept {
+  const auto kernel = add_parts<T>;
+  const std::size_t size = batch_of(call.shape) * call.rows * call.cols;
+  FASTOPS_LAUNCH(kernel, static_cast<unsigned>((size + kThreads - 1) / kThreads), kThreads, 0, stream, call);
+  return launched();
+}
+
 template <class T, Body kBody, int kTile>
 gpu::Status launch(GatheredCall<T>& call, const Cut& cut, gpu::Stream stream) noexcept {
   using S = GatheredTile<T, kBody, kTile>;
@@ -298,22 +315,13 @@ gpu::Status launch(GatheredCall<T>& call, const Cut& cut, gpu::Stream stream) no
   const auto kernel = gathered_kernel<T, kBody, kTile>;
   FASTOPS_LAUNCH(kernel, static_cast<unsigned>(blocks), kThreads, S::kAll, stream, call);
   const gpu::Status status = launched();
-  if (status != 0 || call.splits == 1) return status;
-  const auto add = add_parts<T>;
-  const std::size_t size = batch * call.rows * call.cols;
-  FASTOPS_LAUNCH(add, static_cast<unsigned>((size + kThreads - 1) / kThreads), kThreads, 0, stream, call);
-  return launched();
+  return status != 0 || call.splits == 1 ? status : add(call, stream);
 }
 
 template <class T>
 gpu::Status multiply(const fastops_mitchell* m, const gpu::GatheredMatmul& shape, void* workspace,
                      gpu::Stream stream) noexcept {
-  GatheredCall<T> call{};
-  call.shape = shape;
-  call.rows = size_of(shape.rows);
-  call.cols = size_of(shape.cols);
-  call.depth = size_of(shape.depth);
-  call.parts = static_cast<T*>(workspace);
+  GatheredCall<T> call = call_of<T>(shape, workspace);
   const std::size_t batch = batch_of(shape);
   if (batch == 0 || call.rows == 0 || call.cols == 0) return 0;
   const Body body = set_arithmetic<T>(m, shape.dtype, shape.terms, shape.transposed, &call.arithmetic);
@@ -346,6 +354,7 @@ namespace fastops::gpu {
 
 std::size_t mitchell_gathered_workspace(const GatheredMatmul& call) noexcept {
   namespace level = fastops::FASTOPS_LEVEL;
+  if (call.results != Results::kMatrix) return mitchell_depthwise_workspace(call);
   const std::size_t splits = level::cut_of(call).splits;
   if (splits == 1) return 0;
   return splits * level::matmul::batch_of(call) * level::size_of(call.rows) * level::size_of(call.cols) *
@@ -355,8 +364,18 @@ std::size_t mitchell_gathered_workspace(const GatheredMatmul& call) noexcept {
 Status mitchell_gathered(const fastops_mitchell* m, const GatheredMatmul& call, void* workspace,
                          Stream stream) noexcept {
   namespace level = fastops::FASTOPS_LEVEL;
+  if (call.results != Results::kMatrix) return mitchell_depthwise(m, call, workspace, stream);
   return call.dtype == FASTOPS_F64 ? level::multiply<double>(m, call, workspace, stream)
                                    : level::multiply<float>(m, call, workspace, stream);
+}
+
+Status mitchell_add_parts(const GatheredMatmul& call, void* parts, std::size_t splits, Stream stream) noexcept {
+  namespace level = fastops::FASTOPS_LEVEL;
+  const auto add = [&](auto made) {
+    made.splits = splits;
+    return level::add(made, stream);
+  };
+  return call.dtype == FASTOPS_F64 ? add(level::call_of<double>(call, parts)) : add(level::call_of<float>(call, parts));
 }
 
 Status clear(void* p, std::size_t bytes, Stream stream) noexcept {

@@ -31,15 +31,17 @@ template <class T> struct Arithmetic {
   bool skips;      // elements of b that are not there (-0) have no term; else they are zeros
   Int table[256];  // 16 x 16, row: the segment of a (of point)
 };
+FASTOPS_DEVICE float from_half(std::uint16_t h, fastops_dtype dtype, bool flush) {
+  const bool f16 = dtype == FASTOPS_F16;
+  if (flush && (h & (f16 ? 0x7c00 : 0x7f80)) == 0) return half::from_bf16(h & 0x8000);
+  return f16 ? half::from_f16(h) : half::from_bf16(h);
+}
 template <class T> FASTOPS_DEVICE T read(const char* matrix, std::ptrdiff_t offset, fastops_dtype dtype, bool flush) {
   if constexpr (sizeof(T) == 8) {
     return reinterpret_cast<const double*>(matrix)[offset];
   } else {
     if (dtype == FASTOPS_F32) return reinterpret_cast<const float*>(matrix)[offset];
-    const std::uint16_t h = reinterpret_cast<const std::uint16_t*>(matrix)[offset];
-    const bool f16 = dtype == FASTOPS_F16;
-    if (flush && (h & (f16 ? 0x7c00 : 0x7f80)) == 0) return half::from_bf16(h & 0x8000);
-    return f16 ? half::from_f16(h) : half::from_bf16(h);
+    return from_half(reinterpret_cast<const std::uint16_t*>(matrix)[offset], dtype, flush);
   }
 }
 
@@ -53,15 +55,98 @@ FASTOPS_DEVICE double log_step(std::int64_t b, std::int64_t mantissa, double sca
   return simd::fma(bits<double>(zero ? b : added<double>(b, mantissa)), scale, acc);
 }
 
-template <class T, Body kBody, int kTile> struct Tile {
+// An element of a or b as it lies in shared memory: so many numbers, each in an array of its own.
+template <class T, Body kBody> struct Entry {
+  using B = Bits<T>;
+  using Int = typename B::Int;
+  static constexpr bool kTables = kBody == Body::kSegments || kBody == Body::kSlopeSegments;
+  static constexpr int kArraysA = is_slope(kBody) ? 1 : kBody == Body::kSegments ? 3 : 2;
+  static constexpr int kArraysB = kBody == Body::kPair ? 2 : 1;
+
+  // Puts an element at `to`, in arrays of `size`; whether the short step cannot multiply it.
+  static FASTOPS_DEVICE bool put_a(const Arithmetic<T>& arithmetic, const Int* table, T from, T* to, int size) {
+    if constexpr (kBody == Body::kPair) {
+      const Pair<T> x = pack_pair_a<T>(arithmetic, from);
+      to[0] = x.first;
+      to[size] = x.second;
+      return is_large<T>(from);
+    } else {
+      const T x = clean<T>(from, arithmetic.keep);
+      if constexpr (is_slope(kBody)) {
+        to[0] = x;
+      } else {
+        const Int u = bits<Int>(x);
+        Int c = arithmetic.c, mantissa, scale;
+        if constexpr (kTables) {
+          const Int segment = (u >> (B::kMantissa - 4)) & 15;
+          c = table[segment * 16];
+          to[2 * size] = bits<T>(static_cast<Int>(segment * 16));
+        }
+        log_entry<T>(u, c, &mantissa, &scale);
+        if constexpr (kTables) mantissa -= c;
+        to[0] = bits<T>(mantissa);
+        to[size] = bits<T>(scale);
+      }
+      return is_odd<T>(x);
+    }
+  }
+  static FASTOPS_DEVICE bool put_b(const Arithmetic<T>& arithmetic, T from, bool is_there, T* to, int size) {
+    T first = from, second{};
+    bool odd = false;
+    if constexpr (kBody == Body::kPair) {
+      const Pair<T> y = pack_pair_b<T>(arithmetic, from);
+      first = y.first;
+      second = y.second;
+      odd = is_large<T>(from);
+    } else if constexpr (!is_slope(kBody)) {
+      first = clean<T>(from, arithmetic.keep);
+      odd = is_odd<T>(first);
+    }
+    if (arithmetic.skips) first = is_there ? first + T(0) : -T(0);
+    to[0] = first;
+    if constexpr (kBody == Body::kPair) to[size] = second;
+    return odd;
+  }
+};
+
+// The points where N results of a thread take their slopes: the mantissa with the constant in [0, 1), and where a unit
+// has left it for the exponent, or come from it.
+template <class T, Body kBody, int N> struct Points {
+  using B = Bits<T>;
+  using Int = typename B::Int;
+  static_assert(N <= 32);
+  Int mantissa[is_slope(kBody) ? N : 1] = {};
+  unsigned carried = 0, borrowed = 0;
+
+  FASTOPS_DEVICE void set(const Arithmetic<T>& arithmetic, int at, T x) {
+    const Int u = bits<Int>(clean<T>(x, arithmetic.keep));
+    const Int m = (u & B::kMagnitude) >= B::kInfinity ? 0 : u & B::kFraction;
+    if constexpr (kBody == Body::kSlopeSegments) {
+      mantissa[at] = m;
+    } else {
+      const Int sum = m + arithmetic.c;
+      const unsigned bit = 1u << at;
+      carried |= sum >= B::kSmallest ? bit : 0;
+      borrowed |= sum < 0 ? bit : 0;
+      mantissa[at] = sum - (sum >= B::kSmallest ? B::kSmallest : sum < 0 ? -B::kSmallest : 0);
+    }
+  }
+  FASTOPS_DEVICE T factor(int at) const {
+    return (carried >> at & 1) != 0 ? T(2) : (borrowed >> at & 1) != 0 ? T(0.5) : T(1);
+  }
+};
+
+template <class T> FASTOPS_DEVICE bool is_skipped(const Arithmetic<T>& arithmetic, T b) {
+  return arithmetic.skips && bits<typename Bits<T>::Int>(b) == Bits<T>::kSign;
+}
+
+template <class T, Body kBody, int kTile> struct Tile : Entry<T, kBody> {
   using Int = typename IntegerOf<T>::type;
   static constexpr int kLength = kSide * kTile;  // rows and columns of a block's tile
   static constexpr int kPitch = kLength + 4;     // rows of shared memory; the pad spreads a column over the banks
   static constexpr int kLoads = kLength * kDepth / kThreads;  // elements of a stage that a thread fetches
-  static constexpr int kArraysA = is_slope(kBody) ? 1 : kBody == Body::kSegments ? 3 : 2;
-  static constexpr int kArraysB = kBody == Body::kPair ? 2 : 1;
   static constexpr int kSize = kDepth * kPitch;
-  static constexpr std::size_t kShared = 2 * (kArraysA + kArraysB) * kSize * sizeof(T) + 256 * sizeof(Int);
+  static constexpr std::size_t kShared = 2 * (Tile::kArraysA + Tile::kArraysB) * kSize * sizeof(T) + 256 * sizeof(Int);
 };
 
 // Position i of a thread's square: groups of four, each group of all threads beside that of the others.
@@ -85,18 +170,14 @@ template <class T, Body kBody, int kTile> struct TileProduct {
   using S = Tile<T, kBody, kTile>;
   using B = Bits<T>;
   using Int = typename B::Int;
-  static constexpr bool kSlopes = is_slope(kBody);
-  static constexpr bool kTables = kBody == Body::kSegments || kBody == Body::kSlopeSegments;
+  static constexpr bool kSlopes = is_slope(kBody), kTables = S::kTables;
 
   const Arithmetic<T>& arithmetic;
   T* tiles;
   Int* table;
   int down, across;  // of the thread
   T acc[kTile][kTile] = {};
-  // Of the points where slopes are taken: the mantissa with the constant in [0, 1), and where a unit has left it for
-  // the exponent, or come from it.
-  Int point[kSlopes ? kTile : 1][kSlopes ? kTile : 1] = {};
-  unsigned carried = 0, borrowed = 0;
+  Points<T, kBody, kSlopes ? kTile * kTile : 1> points;
   bool factored = false;
 
   FASTOPS_DEVICE TileProduct(const Arithmetic<T>& arithmetic_, void* shared)
@@ -111,73 +192,23 @@ template <class T, Body kBody, int kTile> struct TileProduct {
     }
   }
 
-  FASTOPS_DEVICE void set_point(int i, int j, T x) {
-    const Int u = bits<Int>(clean<T>(x, arithmetic.keep));
-    const Int m = (u & B::kMagnitude) >= B::kInfinity ? 0 : u & B::kFraction;
-    if constexpr (kBody == Body::kSlopeSegments) {
-      point[i][j] = m;
-    } else {
-      const Int sum = m + arithmetic.c;
-      const unsigned bit = 1u << (i * kTile + j);
-      carried |= sum >= B::kSmallest ? bit : 0;
-      borrowed |= sum < 0 ? bit : 0;
-      point[i][j] = sum - (sum >= B::kSmallest ? B::kSmallest : sum < 0 ? -B::kSmallest : 0);
-    }
-  }
-  FASTOPS_DEVICE T factor(int i, int j) const {
-    const int at = i * kTile + j;
-    return (carried >> at & 1) != 0 ? T(2) : (borrowed >> at & 1) != 0 ? T(0.5) : T(1);
-  }
+  FASTOPS_DEVICE void set_point(int i, int j, T x) { points.set(arithmetic, i * kTile + j, x); }
+  FASTOPS_DEVICE T factor(int i, int j) const { return points.factor(i * kTile + j); }
 
   // Puts an element of a or b at `at` of a stage; whether the short step cannot multiply it.
   FASTOPS_DEVICE bool put_a(int stage, int at, T from) const {
     T* const to = tiles + stage * (S::kArraysA + S::kArraysB) * S::kSize + at;
-    if constexpr (kBody == Body::kPair) {
-      const Pair<T> x = pack_pair_a<T>(arithmetic, from);
-      to[0] = x.first;
-      to[S::kSize] = x.second;
-      return is_large<T>(from);
-    } else {
-      const T x = clean<T>(from, arithmetic.keep);
-      if constexpr (kSlopes) {
-        to[0] = x;
-      } else {
-        const Int u = bits<Int>(x);
-        Int c = arithmetic.c, mantissa, scale;
-        if constexpr (kTables) {
-          const Int segment = (u >> (B::kMantissa - 4)) & 15;
-          c = table[segment * 16];
-          to[2 * S::kSize] = bits<T>(static_cast<Int>(segment * 16));
-        }
-        log_entry<T>(u, c, &mantissa, &scale);
-        if constexpr (kTables) mantissa -= c;
-        to[0] = bits<T>(mantissa);
-        to[S::kSize] = bits<T>(scale);
-      }
-      return is_odd<T>(x);
-    }
+    return S::put_a(arithmetic, table, from, to, S::kSize);
   }
   FASTOPS_DEVICE bool put_b(int stage, int at, T from, bool is_there = true) const {
     T* const to = tiles + (stage * (S::kArraysA + S::kArraysB) + S::kArraysA) * S::kSize + at;
-    T first = from, second{};
-    bool odd = false;
-    if constexpr (kBody == Body::kPair) {
-      const Pair<T> y = pack_pair_b<T>(arithmetic, from);
-      first = y.first;
-      second = y.second;
-      odd = is_large<T>(from);
-    } else if constexpr (!kSlopes) {
-      first = clean<T>(from, arithmetic.keep);
-      odd = is_odd<T>(first);
-    }
-    if (arithmetic.skips) first = is_there ? first + T(0) : -T(0);
-    to[0] = first;
-    if constexpr (kBody == Body::kPair) to[S::kSize] = second;
-    return odd;
+    return S::put_b(arithmetic, from, is_there, to, S::kSize);
   }
-  FASTOPS_DEVICE bool skipped(T b) const { return arithmetic.skips && bits<Int>(b) == B::kSign; }
 
-  // The products of a stage; kAny: of any operands.
+  FASTOPS_DEVICE bool skipped(T b) const { return is_skipped(arithmetic, b); }
+
+  // The products of a stage; kAny: of any operands. Written out: with a function for a term nvcc spills the tile of 8
+  // x 8.
   template <bool kAny> FASTOPS_DEVICE void multiply(int stage) {
     const T* const line_a = tiles + stage * (S::kArraysA + S::kArraysB) * S::kSize;
     const T* const line_b = line_a + S::kArraysA * S::kSize;
@@ -216,7 +247,7 @@ template <class T, Body kBody, int kTile> struct TileProduct {
 #pragma unroll
           for (int j = 0; j < kTile; ++j) {
             const Int u = bits<Int>(first_a[i]);
-            Int mantissa = point[i][j];
+            Int mantissa = points.mantissa[i * kTile + j];
             if constexpr (kTables)
               mantissa += table[(mantissa >> (B::kMantissa - 4)) * 16 + ((u >> (B::kMantissa - 4)) & 15)];
             if constexpr (kAny) {

@@ -233,7 +233,7 @@ class Plan {
     if (status == 0) status = upload(at + head, chunks.data(), tail, first);
     if (status == 0) status = uploaded_.record(first);
     if (status != 0) {
-      release(memory_, first, false);
+      release(memory_, first);
       raise_unless_ok(status);
     }
     table_.tensors = reinterpret_cast<const Tensor*>(at);
@@ -243,9 +243,7 @@ class Plan {
     // A graph may be launched at any time.
     if (memory_ == nullptr || captured_) return;
     const OnDevice on(contents_.device);
-    std::vector<Event*> events{&uploaded_};
-    for (Use& use : uses_) events.push_back(&use.event);
-    release_after(memory_, events.data(), events.size());
+    uses_.release(memory_, &uploaded_);
   }
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
@@ -265,34 +263,16 @@ class Plan {
     ready_ = ready_ || uploaded_.is_done();
     if (!ready_) raise_unless_ok(uploaded_.precede(stream));
     raise_unless_ok(f(table_));
-    raise_unless_ok(use_on(handle).record(stream));
+    raise_unless_ok(uses_.record(handle));
   }
 
  private:
-  // The latest launch on a stream, for which the table's memory waits.
-  struct Use {
-    const void* stream;
-    Event event;
-  };
-  Event& use_on(std::uintptr_t handle) {
-    // The per-thread default stream is another one in each thread.
-    static thread_local const char thread = 0;
-    constexpr std::uintptr_t kPerThread = 2;
-    const void* const stream = handle == kPerThread ? &thread : stream_of(handle);
-    for (Use& use : uses_)
-      if (use.stream == stream) return use.event;
-    uses_.remove_if([](Use& use) { return use.event.is_done(); });
-    uses_.emplace_back();
-    uses_.back().stream = stream;
-    return uses_.back().event;
-  }
-
   Contents contents_;
   TensorTable table_{};
   void* memory_ = nullptr;
   Event uploaded_;
   bool ready_ = false, captured_ = false;
-  std::list<Use> uses_;
+  Uses uses_;  // launches
   std::mutex mutex_;
 };
 using PlanPtr = std::shared_ptr<Plan>;

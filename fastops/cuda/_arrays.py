@@ -93,7 +93,7 @@ class Array:
         self.device = device
         self._code = code
         self._stream = stream
-        self._memory = _runtime.module().Memory(math.prod(shape) * _SIZES[code], device, stream)
+        self._memory = _runtime.module().ArrayMemory(math.prod(shape) * _SIZES[code], device, stream)
 
     @property
     def dtype(self) -> str:
@@ -105,7 +105,8 @@ class Array:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        self._memory.share()
+        stream = self._named_stream()
+        self._memory.begin(stream)
         kind = {"uint": "u", "int": "i"}.get(self.dtype.rstrip("0123456789"), "f")
         typestr = "<V2" if self.dtype == "bfloat16" else f"<{kind}{_SIZES[self._code]}"
         return {
@@ -114,8 +115,7 @@ class Array:
             "typestr": typestr,
             "data": (self._memory.address, False),
             "strides": None,
-            # 0 would be ambiguous: the legacy default stream is 1.
-            "stream": self._stream or 1,
+            "stream": stream,
         }
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -137,11 +137,19 @@ class Array:
         code = next(code for code, text in _CODES.items() if text == name)
         if stream is None:
             stream = 1
-        if stream != -1 and not same_stream(stream, self._stream):
-            _runtime.module().wait(stream, self._stream, self.device)
+        self._memory.begin(None if stream == -1 else stream)
         # Who does not say that it knows versions must get what was before them.
         versioned = max_version is not None and max_version[0] >= 1
         return _runtime.module().to_dlpack(self._memory, self.shape, code, 8 * _SIZES[self._code], versioned)
+
+    def _named_stream(self) -> int:
+        """The one that others shall order themselves after: its own may be gone, except while it goes into a graph."""
+        return (self._stream or 1) if self._memory.is_captured else 1
+
+    def _view(self) -> View:
+        return View(
+            self._memory.address, self.shape, _contiguous(self.shape), self._code, self.device, None, False, self
+        )
 
 
 def same_stream(a: int, b: int) -> bool:
@@ -265,6 +273,9 @@ def _from_dlpack(name: str, value: Any, stream: int) -> View:
 
 def view(name: str, value: Any, stream: int = 1, *, in_place: bool = False) -> View:
     """Where the memory of an array on a GPU is; it is not copied. `in_place`: autograd may know the tensor."""
+    if isinstance(value, Array):
+        value._memory.begin(stream)
+        return value._view()
     if is_torch(value):
         return _from_torch(name, value, in_place)
     found = None if isinstance(value, np.ndarray) else interface_of(value)
@@ -304,6 +315,8 @@ def handle(stream: Any) -> int:
 def current_stream(values: Sequence[Any], device: int | None = None) -> int:
     """The caller's stream: the current one of the library whose arrays come first; 1, the default stream, without one."""
     for value in values:
+        if isinstance(value, Array):
+            return value._named_stream()
         if is_torch(value) and value.device.type == "cuda":
             torch = sys.modules["torch"]
             return int(torch.cuda.current_stream(value.device if device is None else device).cuda_stream)
@@ -366,11 +379,17 @@ class Call:
                 raise _validate.wrong_type(name, wanted, Text(found.dtype_name))
         return chosen[0][1].dtype
 
+    def end(self) -> None:
+        """Says that the stream has got all of the call: until then the memory of an `Array` may not be reused."""
+        for found in self.views.values():
+            if isinstance(found.keep, Array):
+                found.keep._memory.end(self.stream)
+
     def output(self, out: Any, shape: tuple[int, ...], dtypes: Sequence[int]) -> tuple[Any, View]:
         """`out`, checked, or a new array of the caller's kind and of the first of the dtypes; and its memory."""
         if out is None:
             made = empty_like(self.like, shape, dtypes[0], self.device, self.stream)
-            return made, view("out", made, self.stream)
+            return made, made._view() if isinstance(made, Array) else view("out", made, self.stream)
         found = self.views["out"]
         if found.dtype not in dtypes:
             wanted = _either([DTYPES[code] for code in dtypes])
@@ -405,7 +424,11 @@ def empty_like(like: Any, shape: tuple[int, ...], code: int, device: int, stream
 
 
 def returned(like: Any, result: Any) -> Any:
-    """What the caller gets of a new array: jax's own kind where its arrays came, which only a finished one can become."""
-    if isinstance(result, Array) and type(like).__module__.partition(".")[0] in ("jax", "jaxlib"):
+    """What the caller gets of a new array, of which its stream has got all: jax's own kind where its arrays came, which only a
+    finished one can become."""
+    if not isinstance(result, Array):
+        return result
+    result._memory.end(result._stream)
+    if type(like).__module__.partition(".")[0] in ("jax", "jaxlib"):
         return sys.modules["jax"].dlpack.from_dlpack(result)
     return result

@@ -9,7 +9,7 @@ from .. import _validate, mitchell
 from .._multiplier import Multiplier
 from .._validate import Text, clip
 from ._arrays import FLOATS, Call, returned
-from ._mitchell import _constants, want_arrays
+from ._mitchell import _constants, arrays_of, gradient_mode
 
 __all__ = ["mitchell_conv2d", "mitchell_conv2d_grad"]
 
@@ -79,8 +79,8 @@ def mitchell_conv2d(
     Notes
     -----
     Products and sums as in `mitchell_matmul`: one product of the kernels with the patches of all images, which are read from where
-    they lie. Its tiles take 64 filters of a group and more, so that groups of few filters leave most of a tile idle.
-    N O OH OW KH KW C / groups products.
+    they lie. Groups of at most 16 filters, depthwise convolutions among them, have a kernel that reads each pixel once for all of
+    its taps. N O OH OW KH KW C / groups products.
 
     Examples
     --------
@@ -92,8 +92,7 @@ def mitchell_conv2d(
     """
     chosen = mitchell._multiplier(multiplier)
     settings = mitchell._conv_settings(stride, padding, dilation, groups)
-    call = Call(stream, x=x, w=w, out=out)
-    want_arrays(call, x=x, w=w)
+    call = arrays_of(stream, out, x=x, w=w)
     dtype = call.dtype(FLOATS, "x", "w")
     result, memory = call.output(out, _shape(call, settings), (dtype,))
     call.native.conv2d(
@@ -106,6 +105,7 @@ def mitchell_conv2d(
         call.device,
         call.stream,
     )
+    call.end()
     return result if out is not None else returned(call.like, result)
 
 
@@ -173,17 +173,15 @@ def mitchell_conv2d_grad(
     ...     dx, dw = fastops.cuda.mitchell_conv2d_grad(x, x[:, :, :3, :3], x[:, :, :2, :2])
     """
     chosen = mitchell._multiplier(multiplier)
-    modes = _validate.GRADIENT_MODES
-    _validate.choice("mode", mode, modes)
+    code = gradient_mode(mode)
     settings = mitchell._conv_settings(stride, padding, dilation, groups)
-    call = Call(stream, x=x, w=w, dy=dy)
-    want_arrays(call, x=x, w=w, dy=dy)
+    call = arrays_of(stream, x=x, w=w, dy=dy)
     dtype = call.dtype(FLOATS, "x", "w", "dy")
     _validate.same_shape("dy", call.views["dy"], _shape(call, settings))
     results = [call.output(None, call.views[name].shape, (dtype,)) for name in ("x", "w")]
     call.native.conv2d_grad(
         _constants(call.native, "mul", chosen),
-        modes.index(mode),
+        code,
         dtype,
         *(call.views[name].triple for name in ("x", "w", "dy")),
         *settings.values(),
@@ -191,5 +189,6 @@ def mitchell_conv2d_grad(
         call.device,
         call.stream,
     )
+    call.end()
     dx, dw = (returned(call.like, result) for result, _ in results)
     return dx, dw

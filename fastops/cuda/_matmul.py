@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike
 from .. import _validate, mitchell
 from .._multiplier import Multiplier
 from .._validate import Text, clip
-from ._arrays import DTYPES, FLOATS, Call, View, returned
-from ._mitchell import _constants, want_arrays
+from ._arrays import DTYPES, FLOATS, View, returned
+from ._mitchell import _constants, arrays_of, gradient_mode
 
 __all__ = ["lut_matmul", "mitchell_matmul", "mitchell_matmul_grad"]
 
@@ -100,13 +100,13 @@ def mitchell_matmul(
     ...     y = fastops.cuda.mitchell_matmul(a, a)
     """
     chosen = mitchell._multiplier(multiplier)
-    call = Call(stream, a=a, b=b, out=out)
-    want_arrays(call, a=a, b=b)
+    call = arrays_of(stream, out, a=a, b=b)
     dtype = call.dtype(FLOATS, "a", "b")
     left, right, shape, drop = _as_matrices(call.views["a"], call.views["b"])
     result, memory = call.output(out, _kept(shape, drop), (dtype,))
     constants = _constants(call.native, "mul", chosen)
     call.native.matmul(constants, dtype, left, right, _expanded(memory, drop), call.device, call.stream)
+    call.end()
     return result if out is not None else returned(call.like, result)
 
 
@@ -161,10 +161,8 @@ def mitchell_matmul_grad(
     ...     da, db = fastops.cuda.mitchell_matmul_grad(a, a, a)
     """
     chosen = mitchell._multiplier(multiplier)
-    modes = _validate.GRADIENT_MODES
-    _validate.choice("mode", mode, modes)
-    call = Call(stream, a=a, b=b, dy=dy)
-    want_arrays(call, a=a, b=b, dy=dy)
+    code = gradient_mode(mode)
+    call = arrays_of(stream, a=a, b=b, dy=dy)
     dtype = call.dtype(FLOATS, "a", "b", "dy")
     first, second = call.views["a"], call.views["b"]
     left, right, shape, drop = _as_matrices(first, second)
@@ -173,7 +171,7 @@ def mitchell_matmul_grad(
     db, to_b = call.output(None, second.shape, (dtype,))
     call.native.matmul_grad(
         _constants(call.native, "mul", chosen),
-        modes.index(mode),
+        code,
         dtype,
         left,
         right,
@@ -182,6 +180,7 @@ def mitchell_matmul_grad(
         call.device,
         call.stream,
     )
+    call.end()
     return returned(call.like, da), returned(call.like, db)
 
 
@@ -228,8 +227,7 @@ def lut_matmul(a: Any, b: Any, table: ArrayLike, *, out: Any = None, stream: Any
     ...     y = fastops.cuda.lut_matmul(a, a, fastops.Multiplier().table(8))
     """
     entries, largest = _validate.table("table", table)
-    call = Call(stream, a=a, b=b, out=out)
-    want_arrays(call, a=a, b=b)
+    call = arrays_of(stream, out, a=a, b=b)
     for name in ("a", "b"):
         call.dtype(_BYTES, name)
     left, right, shape, drop = _as_matrices(call.views["a"], call.views["b"])
@@ -243,4 +241,5 @@ def lut_matmul(a: Any, b: Any, table: ArrayLike, *, out: Any = None, stream: Any
     is_wide = memory.dtype == wide
     # A table of int64 has entries that only an int64 sum holds.
     call.native.lut_matmul(left, right, entries, is_wide, _expanded(memory, drop), call.device, call.stream)
+    call.end()
     return result if out is not None else returned(call.like, result)

@@ -64,24 +64,30 @@ def _apply(op: str, a: Any, b: Any, multiplier: Multiplier | None, out: Any, str
         call.device,
         call.stream,
     )
+    call.end()
     return result if out is not None else returned(call.like, result)
 
 
-def want_arrays(call: Call, **values: Any) -> None:
-    """Refuses numbers."""
+def arrays_of(stream: object, out: Any = None, **values: Any) -> Call:
+    """A call whose operands are arrays all, none of them a number."""
+    call = Call(stream, **values, out=out)
     for name, value in values.items():
         if name not in call.views:
             raise _validate.wrong_type(name, "an array on a GPU", value)
+    return call
+
+
+def gradient_mode(mode: str) -> int:
+    """What the compiled module takes."""
+    return _validate.GRADIENT_MODES.index(_validate.choice("mode", mode, _validate.GRADIENT_MODES))
 
 
 def _gradients(
     op: str, a: Any, b: Any, dy: Any, multiplier: Multiplier | None, mode: str, stream: Any
 ) -> tuple[Any, Any]:
     chosen = mitchell._multiplier(multiplier, op)
-    modes = _validate.GRADIENT_MODES
-    _validate.choice("mode", mode, modes)
-    call = Call(stream, a=a, b=b, dy=dy)
-    want_arrays(call, a=a, b=b, dy=dy)
+    code = gradient_mode(mode)
+    call = arrays_of(stream, a=a, b=b, dy=dy)
     dtype = call.dtype(FLOATS, "a", "b", "dy")
     shape = _broadcast({name: call.views[name].shape for name in ("a", "b")})
     _validate.same_shape("dy", call.views["dy"], shape)
@@ -90,13 +96,14 @@ def _gradients(
         _constants(call.native, op, chosen),
         _constants(call.native, "mul", chosen),
         OPS.index(op),
-        modes.index(mode),
+        code,
         dtype,
         *(call.views[name].triple for name in ("a", "b", "dy")),
         *(memory.triple for _, memory in results),
         call.device,
         call.stream,
     )
+    call.end()
     da, db = (returned(call.like, result) for result, _ in results)
     return da, db
 
