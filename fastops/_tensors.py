@@ -7,7 +7,6 @@ The native backend reads well-formed lists by itself and comes here with all oth
 from __future__ import annotations
 
 import contextlib
-import operator
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -176,7 +175,7 @@ class TensorList(FixedList):
         for i, item in enumerate(self._arrays):
             as_ndarray(f"arrays[{i}]", item)
         self._verify = _validate.boolean("verify", verify)
-        self._plan: object = None
+        self._plan: Any = None
         self._known: tuple[Any, ...] | None = None
         self._busy = 0  # the process whose call uses it: what a fork interrupts does not go on in the child
 
@@ -309,25 +308,6 @@ def within_storage(tensor: Any) -> bool:
     return bool((tensor.storage_offset() + reach) * tensor.element_size() <= tensor.untyped_storage().nbytes())
 
 
-def are_plain(tensors: Iterable[Any]) -> bool:
-    """Whether the memory of torch's tensors is theirs and holds their values: what DLPack's C interface does not tell."""
-    torch = sys.modules["torch"]
-    kind = torch.Tensor
-    listed = list(tensors)
-    # A subclass may forbid to look.
-    with contextlib.suppress(Exception):
-        if any(map(kind.is_neg, listed)):
-            return False
-        held = map(torch.UntypedStorage.nbytes, map(kind.untyped_storage, listed))
-        reach = map(operator.add, map(kind.storage_offset, listed), map(kind.numel, listed))
-        needed = map(operator.mul, reach, map(kind.element_size, listed))
-        return all(
-            (dense and want <= have) or within_storage(tensor)
-            for tensor, dense, want, have in zip(listed, map(kind.is_contiguous, listed), needed, held, strict=True)
-        )
-    return False
-
-
 def _allowed(role: Role, main: np.dtype[Any]) -> tuple[tuple[np.dtype[Any], ...], str]:
     if role.dtypes == "wide":
         return WIDE_DTYPES, _WIDE
@@ -371,7 +351,8 @@ def bump_versions(written: Iterable[Iterable[Any]]) -> None:
     for items in written:
         tensors = items._known_tensors() if isinstance(items, TensorList) else of_torch(items)
         if tensors:
-            torch.autograd.graph.increment_version(tensors)
+            plan = items._plan if isinstance(items, TensorList) else None
+            torch.autograd.graph.increment_version(tensors if plan is None else plan.walk(tensors))
 
 
 def check(roles: Sequence[Role], lists: Sequence[list[Any]]) -> list[list[AnyArray]]:

@@ -402,9 +402,12 @@ def test_a_list_that_is_emptied_while_its_tensors_are_asked(native: ModuleType, 
             return super().__torch_function__(f, types, args, kwargs or {})
 
     class Refused(torch.Tensor):
-        def is_neg(self):
-            spoil()
-            return True
+        @classmethod
+        def __torch_function__(cls, f, types, args=(), kwargs=None):
+            if "is_neg" in str(f):
+                spoil()
+                return True
+            return super().__torch_function__(f, types, args, kwargs or {})
 
     def step(number, first, dtype=torch.float32):
         tensors = [first, *(torch.ones(4, dtype=dtype) for _ in range(n - 1))]
