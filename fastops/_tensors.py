@@ -168,7 +168,7 @@ class TensorList(FixedList):
     array([0.5, 0.5, 0.5], dtype=float32)
     """
 
-    __slots__ = ("_busy", "_known", "_plan", "_verify")
+    __slots__ = ("_busy", "_counters", "_known", "_plan", "_verify")
 
     def __init__(self, arrays: Iterable[Any], *, verify: bool = True) -> None:
         self._arrays = tuple(as_list("arrays", arrays))
@@ -177,6 +177,7 @@ class TensorList(FixedList):
         self._verify = _validate.boolean("verify", verify)
         self._plan: Any = None
         self._known: tuple[Any, ...] | None = None
+        self._counters: tuple[int, tuple[Any, ...]] = -1, ()
         self._busy = 0  # the process whose call uses it: what a fork interrupts does not go on in the child
 
     def _known_tensors(self) -> tuple[Any, ...]:
@@ -184,6 +185,16 @@ class TensorList(FixedList):
         if self._known is None:
             self._known = of_torch(self._arrays)
         return self._known
+
+    def _written_tensors(self) -> Iterable[Any]:
+        """Tensors of torch whose versions are counted for all of them."""
+        tensors, plan = self._known_tensors(), self._plan
+        if plan is None or len(tensors) < 2:
+            return tensors
+        if self._counters[0] != plan.version:
+            self._counters = plan.version, tensors[:1] if _count_together(tensors) else tensors
+        found = self._counters[1]
+        return found if len(found) < 2 else plan.walk(found)
 
     def refresh(self) -> None:
         """Forget what is known of the arrays, so that the next call reads them anew.
@@ -195,6 +206,7 @@ class TensorList(FixedList):
         >>> fastops.TensorList([np.zeros(3)], verify=False).refresh()
         """
         self._plan = None
+        self._counters = -1, ()
 
 
 @contextlib.contextmanager
@@ -349,10 +361,25 @@ def bump_versions(written: Iterable[Iterable[Any]]) -> None:
     if torch is None:
         return
     for items in written:
-        tensors = items._known_tensors() if isinstance(items, TensorList) else of_torch(items)
+        tensors = items._written_tensors() if isinstance(items, TensorList) else of_torch(items)
         if tensors:
-            plan = items._plan if isinstance(items, TensorList) else None
-            torch.autograd.graph.increment_version(tensors if plan is None else plan.walk(tensors))
+            torch.autograd.graph.increment_version(tensors)
+
+
+def _count_together(tensors: Sequence[Any]) -> bool:
+    """Whether tensors that were written have one counter of versions, as views of one tensor have."""
+    torch = sys.modules["torch"]
+    # Numbers that others, which may write meanwhile, do not reach by chance.
+    for times in (3, 7):
+        try:
+            before = {x._version for x in tensors}
+            torch.autograd.graph.increment_version(tensors[:1] * times)
+            after = {x._version for x in tensors}
+        except RuntimeError:  # tensors of inference mode have none
+            return False
+        if len(before) != 1 or after != {before.pop() + times}:
+            return False
+    return True
 
 
 def check(roles: Sequence[Role], lists: Sequence[list[Any]]) -> list[list[AnyArray]]:

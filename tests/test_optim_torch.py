@@ -404,7 +404,7 @@ def test_a_list_that_is_emptied_while_its_tensors_are_asked(native: ModuleType, 
     class Refused(torch.Tensor):
         @classmethod
         def __torch_function__(cls, f, types, args=(), kwargs=None):
-            if "is_neg" in str(f):
+            if "is_neg" in str(f) and given:
                 spoil()
                 return True
             return super().__torch_function__(f, types, args, kwargs or {})

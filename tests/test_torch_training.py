@@ -199,6 +199,41 @@ def test_replaced_layers_are_followed() -> None:
     assert (ema.module[1].bias > 40).all()
 
 
+@pytest.mark.parametrize("change", ["another", "in place of none", "in place of one", "none in place of one"])
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_tensors_that_are_registered_later_are_followed(kind: str, change: str) -> None:
+    model = torch.nn.Linear(2, 2)
+
+    def register(module: Any, name: str, x: Any) -> None:
+        if kind == "parameter":
+            module.register_parameter(name, x if x is None else torch.nn.Parameter(x))
+        else:
+            module.register_buffer(name, x)
+
+    register(model, "first", None if change == "in place of none" else torch.zeros(3))
+    ema = ft.EMA(model, 0.5, buffers="average")
+    for _ in range(2):
+        ema.update()
+    name = "first" if change in ("in place of none", "none in place of one") else "second"
+
+    def alter(module: Any, value: float) -> None:
+        if change == "in place of one":
+            delattr(module, "first")
+        register(module, name, None if change == "none in place of one" else torch.full((3,), value))
+
+    alter(model, 4.0)
+    if change != "in place of one":
+        with pytest.raises(ValueError, match=r"^model must be a module of \d parameters and \d buffers"):
+            ema.update()
+    alter(ema.module, 0.0)
+    torch.nn.init.constant_(model.weight, 0.0)
+    before = ema.module.weight.clone()
+    ema.update()
+    assert torch.equal(ema.module.weight, before / 2)
+    found = getattr(ema.module, name)
+    assert found is None if change == "none in place of one" else (found == 2.0).all()
+
+
 def test_a_model_that_cannot_be_read_is_refused_in_each_update() -> None:
     """Neither the weights of an earlier one nor none are taken in its place."""
     model = torch.nn.Linear(2, 2)

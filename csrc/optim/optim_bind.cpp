@@ -915,9 +915,11 @@ void lazy_adamw_rows(const py::list& params, const py::list& grads, const py::li
 void bind_optim(py::module_& m) {
   using py::arg;
   g_array = reinterpret_cast<PyTypeObject*>(py::detail::npy_api::get().PyArray_Type_);
-  py::class_<Plan>(m, "TensorPlan").def("walk", [](const py::object& self, const py::tuple& tensors) {
-    return walk(tensors, self, self.cast<const Plan&>().homes());
-  });
+  py::class_<Plan>(m, "TensorPlan")
+      .def_property_readonly("version", [](const Plan& plan) { return plan.version(); })
+      .def("walk", [](const py::object& self, const py::tuple& tensors) {
+        return walk(tensors, self, self.cast<const Plan&>().homes());
+      });
   m.def(
       "register_tensor_list",
       [](const py::type& type) { g_tensor_list = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr()); }, arg("type"));

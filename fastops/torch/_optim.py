@@ -14,7 +14,17 @@ from torch import Tensor
 from .. import _tensors, _validate, optim
 from .._backend import backend as _backend
 from .._validate import Text
-from ._tensor_lists import GradientReader, by_device, hold, kept_list, local, same, steps_of, want_averaged
+from ._tensor_lists import (
+    GradientReader,
+    by_device,
+    counted_with,
+    hold,
+    kept_list,
+    local,
+    same,
+    steps_of,
+    want_averaged,
+)
 
 __all__ = ["AdamW"]
 
@@ -44,6 +54,11 @@ class _Bucket(NamedTuple):
 
 
 _ENTRIES = ("step", "exp_avg", "exp_avg_sq", "ema")
+
+
+def _counters() -> dict[str, Tensor]:
+    """What counts the versions of all states of a name."""
+    return {name: torch.empty(0) for name in _ENTRIES[1:]}
 
 
 def _kept(tensors: list[Any]) -> Any:
@@ -122,6 +137,7 @@ class AdamW(torch.optim.Optimizer):
         }
         self._buckets: dict[int, list[_Bucket]] = {}
         self._gradients: dict[int, GradientReader] = {}
+        self._counters = _counters()
         self._seen: tuple[list[Any], list[Any]] | None = None
         self._swapped = False
         super().__init__(params, defaults)
@@ -161,6 +177,7 @@ class AdamW(torch.optim.Optimizer):
         super().__setstate__(state)
         self._buckets = {}
         self._gradients = {}
+        self._counters = _counters()
         self._seen = None
         self._swapped = False
         for group in self.param_groups:
@@ -319,10 +336,12 @@ class AdamW(torch.optim.Optimizer):
             state = self.state[p]
             if not state:
                 state["step"] = torch.tensor(0.0)
-                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                for name in ("exp_avg", "exp_avg_sq"):
+                    zeros = torch.zeros_like(p, memory_format=torch.preserve_format)
+                    state[name] = counted_with(self._counters[name], zeros)
             if averages and "ema" not in state:
-                state["ema"] = p.detach().clone(memory_format=torch.preserve_format)
+                copy = p.detach().clone(memory_format=torch.preserve_format)
+                state["ema"] = counted_with(self._counters["ema"], copy)
             found.setdefault((int(state["step"]), (p.is_cuda, p.device)), []).append(p)
         buckets = []
         for (step, _), members in found.items():

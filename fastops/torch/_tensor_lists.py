@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, repeat
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ __all__ = [
     "Pairs",
     "Slots",
     "by_device",
+    "counted_with",
     "hold",
     "kept_list",
     "local",
@@ -78,21 +79,37 @@ class Slots:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.params, self.buffers = Places([], []), Places([], [])
+        self._vacant = Places([], [])
+        self._dicts: list[dict[str, Any]] = []
         self._children: list[tuple[dict[str, Any], list[Any]]] = []
         seen: set[int] = set()
         for part in module.modules():
             if part._modules:
                 self._children.append((part._modules, list(part._modules.values())))
             for places, tensors in ((self.params, part._parameters), (self.buffers, part._buffers)):
+                self._dicts.append(tensors)
                 for name, x in tensors.items():
-                    if x is not None and id(x) not in seen:
+                    if x is None or id(x) not in seen:
                         seen.add(id(x))
-                        places.dicts.append(tensors)
-                        places.names.append(name)
+                        place = self._vacant if x is None else places
+                        place.dicts.append(tensors)
+                        place.names.append(name)
+        self._sizes = list(map(len, self._dicts))
 
     def current(self) -> bool:
-        """Whether the module still has the parts it had."""
-        return all(len(parts) == len(had) and same(parts.values(), had) for parts, had in self._children)
+        """Whether the module still has the parts it had, with tensors under the same names."""
+        if not all(len(parts) == len(had) and same(parts.values(), had) for parts, had in self._children):
+            return False
+        nothing = repeat(None)
+        try:
+            return (
+                list(map(len, self._dicts)) == self._sizes
+                and same(self._vacant.read(), nothing)
+                and all(map(operator.is_not, self.params.read(), nothing))
+                and all(map(operator.is_not, self.buffers.read(), nothing))
+            )
+        except KeyError:
+            return False
 
 
 def steps_of(tensor: Tensor) -> Any:
@@ -156,6 +173,18 @@ class Pairs:
         ]
         # Last, for a list may refuse its tensors: what is known and the groups are of one call.
         self._known, self._devices, self._groups = (averages, live), devices, groups
+
+
+def counted_with(counter: Tensor, x: Tensor) -> Tensor:
+    """`x` as a tensor whose versions torch counts together with those of `counter`, where it can be one.
+
+    Tensors that are always written in one call need not be told of one by one then.
+    """
+    if type(x) is not Tensor or not x.is_cpu or x.layout is not torch.strided or torch.is_inference_mode_enabled():
+        return x
+    made = counter.detach()
+    made.data = x
+    return made
 
 
 def by_device(tensors: list[Tensor]) -> list[list[Tensor]]:
