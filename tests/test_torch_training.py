@@ -591,6 +591,68 @@ def test_autograd_hears_of_a_step() -> None:
         loss.backward()
 
 
+def versions(optimizer: Any) -> list[int]:
+    own = [x for p in optimizer.state for x in (p, *optimizer.state[p].values()) if x is not optimizer.state[p]["step"]]
+    return [x._version for x in own]
+
+
+@pytest.mark.parametrize("change", ["none", "loaded", "copied", "one replaced", "one swapped", "one elsewhere"])
+def test_autograd_hears_of_every_state(change: str) -> None:
+    """Their versions are counted together where the optimizer made them, and one by one where they came from elsewhere."""
+    params = parameters()
+    optimizer = ft.AdamW([{"params": params[:2]}, {"params": params[2:]}], lr=0.1, ema_decay=0.5)
+
+    def step() -> None:
+        for p in (q for group in optimizer.param_groups for q in group["params"]):
+            p.grad = torch.ones_like(p)
+        before = versions(optimizer)
+        optimizer.step()
+        if before:
+            assert all(x > y for x, y in zip(versions(optimizer), before, strict=True))
+
+    for _ in range(3):
+        step()
+    state = optimizer.state[params[1]]
+    if change == "loaded":
+        theirs = copy.deepcopy(optimizer.state_dict())
+        optimizer = ft.AdamW([{"params": params[:2]}, {"params": params[2:]}], lr=0.1, ema_decay=0.5)
+        optimizer.load_state_dict(theirs)
+    elif change == "copied":
+        optimizer = copy.deepcopy(optimizer)
+    elif change == "one replaced":
+        state["exp_avg"] = state["exp_avg"].clone()
+    elif change == "one swapped":
+        torch.utils.swap_tensors(state["exp_avg_sq"], state["exp_avg_sq"].clone())
+    elif change == "one elsewhere":
+        state["ema"].data = state["ema"].clone()
+    for _ in range(3):
+        step()
+    kept = next(iter(optimizer.state.values()))["exp_avg"]
+    w = torch.ones(kept.shape, requires_grad=True)
+    loss = (w * kept).sum()
+    step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_states_have_memory_of_their_own() -> None:
+    """That their versions are counted together is all that they share."""
+    p = [torch.nn.Parameter(torch.ones(n, dtype=t)) for n, t in ((3, torch.float32), (5, torch.float64))]
+    optimizer = ft.AdamW(p, lr=0.1, ema_decay=0.5)
+    for x in p:
+        x.grad = torch.ones_like(x)
+    optimizer.step()
+    for x in p:
+        for name in ("exp_avg", "exp_avg_sq", "ema"):
+            own = optimizer.state[x][name]
+            assert type(own) is torch.Tensor
+            assert own.dtype is x.dtype
+            assert own._base is None
+            assert not own.requires_grad
+            assert own.untyped_storage().nbytes() == own.nbytes
+            assert own.storage_offset() == 0
+
+
 def test_a_closure_and_copies() -> None:
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = ft.AdamW([p], lr=0.1, ema_decay=0.5)
