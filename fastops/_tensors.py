@@ -144,7 +144,7 @@ class TensorList(FixedList):
         NumPy arrays, torch CPU tensors, or objects with the buffer protocol or DLPack. The list is fixed; the contents of the
         arrays are not.
     verify : bool
-        False spares the look at torch tensors, which costs some 85 ns each, where NumPy's arrays take a few: call `refresh`
+        False spares the look at torch tensors, which costs some 50 ns each, where NumPy's arrays take a few: call `refresh`
         whenever the storage of one was exchanged or resized, since memory that is gone would be written otherwise.
 
     Raises

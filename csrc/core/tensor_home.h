@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Where torch keeps a tensor beside its elements, for walks over thousands of them: by the time a step comes round again
-// its own arithmetic has pushed these lines out of the caches, and each look would wait for four of them in a row.
+// Where torch keeps a tensor beside its elements, for walks over thousands of them: by the time a step comes round
+// again its own arithmetic has pushed these lines out of the caches, and each look would wait for four of them in a
+// row.
 #ifndef FASTOPS_CORE_TENSOR_HOME_H
 #define FASTOPS_CORE_TENSOR_HOME_H
 

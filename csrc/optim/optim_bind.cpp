@@ -174,9 +174,9 @@ Bytes bytes_of(const View& v) {
   return all;
 }
 
-// Whether these bytes of a tensor of torch are its storage's and hold its values. What DLPack's C interface does not tell:
-// that the memory holds the negatives (the imaginary part of a conjugate), and that the storage was resized under its
-// tensor. Runs Python code, in which other threads may get their turn; a subclass may forbid to look.
+// Whether these bytes of a tensor of torch are its storage's and hold its values. What DLPack's C interface does not
+// tell: that the memory holds the negatives (the imaginary part of a conjugate), and that the storage was resized under
+// its tensor. Runs Python code, in which other threads may get their turn; a subclass may forbid to look.
 bool is_plain(PyObject* tensor, Bytes bytes, Home* home = nullptr) {
   struct Questions {
     py::object is_neg, untyped_storage, nbytes, data_ptr;

@@ -15,5 +15,5 @@ void bind_optim_torch(pybind11::module_& m);
 
 // An iterator over tensors that asks for the lines of later ones; `owner` keeps `homes`.
 pybind11::object walk(const pybind11::tuple& tensors, const pybind11::object& owner, const std::vector<Home>& homes);
-}
+}  // namespace fastops
 #endif

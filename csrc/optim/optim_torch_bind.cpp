@@ -12,8 +12,7 @@ namespace {
 
 // The elements of a tuple, one after the other, whose lines are asked for ahead: torch walks over it by itself.
 struct Ahead {
-  PyObject_HEAD
-  PyObject *tensors, *owner;
+  PyObject_HEAD PyObject *tensors, *owner;
   const std::vector<Home>* homes;
   Py_ssize_t next;
 };
@@ -129,9 +128,7 @@ py::object walk(const py::tuple& tensors, const py::object& owner, const std::ve
 
 void bind_optim_torch(py::module_& m) {
   using py::arg;
-  py::class_<GradientReader>(m, "GradientReader")
-      .def(py::init<>())
-      .def("read", &GradientReader::read, arg("params"));
+  py::class_<GradientReader>(m, "GradientReader").def(py::init<>()).def("read", &GradientReader::read, arg("params"));
   m.def("hold", &hold, arg("dicts"), arg("names"), arg("entries"));
 }
 
