@@ -366,7 +366,7 @@ def bump_versions(written: Iterable[Iterable[Any]]) -> None:
             torch.autograd.graph.increment_version(tensors)
 
 
-def _count_together(tensors: Sequence[Any]) -> bool:
+def _count_together(tensors: tuple[Any, ...]) -> bool:
     """Whether tensors that were written have one counter of versions, as views of one tensor have."""
     torch = sys.modules["torch"]
     # Numbers that others, which may write meanwhile, do not reach by chance.
