@@ -635,6 +635,50 @@ def test_autograd_hears_of_every_state(change: str) -> None:
         loss.backward()
 
 
+def test_gradients_are_those_of_the_moment() -> None:
+    """Of other parameters, anew, none, and while a parameter that is asked changes the list or asks again."""
+    from fastops.torch._tensor_lists import GradientReader
+
+    reader = GradientReader()
+    params = parameters() * 5
+    for p in params:
+        p.grad = torch.ones_like(p)
+    for _ in range(3):
+        found, complete = reader.read(params)
+        assert complete
+        assert all(g is p.grad for g, p in zip(found, params, strict=True))
+    params[1].grad = None
+    params[2].grad = torch.zeros_like(params[2])
+    found, complete = reader.read(tuple(params))
+    assert not complete
+    assert found[1] is None
+    assert found[2] is params[2].grad
+
+    class Asked:
+        @property
+        def grad(self) -> str:
+            if given:
+                given.clear()
+                assert reader.read(params[:3])[0][2] is params[2].grad
+            return "asked"
+
+        @property
+        def _cdata(self) -> int:
+            reader.read(params[:2])
+            raise ValueError
+
+    given: list[Any] = [Asked(), *params]
+    found, complete = reader.read(given)
+    assert not given
+    assert found[0] == "asked"
+    assert found[3] is params[2].grad
+    with pytest.raises(AttributeError):
+        reader.read([object()])
+    with pytest.raises(TypeError):
+        reader.read(None)
+    assert reader.read([]) == ([], True)
+
+
 def test_states_have_memory_of_their_own() -> None:
     """That their versions are counted together is all that they share."""
     p = [torch.nn.Parameter(torch.ones(n, dtype=t)) for n, t in ((3, torch.float32), (5, torch.float64))]

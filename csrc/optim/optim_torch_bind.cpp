@@ -54,12 +54,12 @@ PyTypeObject* type_of_walks() {
 class GradientReader {
  public:
   // A list of them, and whether every parameter has one.
-  py::tuple read(const py::list& params) {
+  py::tuple read(const py::object& params) {
     static PyObject* const grad = PyUnicode_InternFromString("grad");
-    const std::size_t count = params.size();
-    // Reading one may run Python code, in which the list may change.
-    const py::tuple kept = py::reinterpret_steal<py::tuple>(PyList_AsTuple(params.ptr()));
+    // Reading one may run Python code, in which a list may change.
+    const py::tuple kept = py::reinterpret_steal<py::tuple>(PySequence_Tuple(params.ptr()));
     if (!kept || grad == nullptr) throw py::error_already_set();
+    const std::size_t count = kept.size();
     if (seen_.size() != count) seen_.assign(count, {});
     py::list found(count);
     bool complete = true;
@@ -74,15 +74,16 @@ class GradientReader {
       if (gradient == nullptr) throw py::error_already_set();
       PyList_SET_ITEM(found.ptr(), static_cast<Py_ssize_t>(i), gradient);
       complete = complete && gradient != Py_None;
-      if (seen_.size() != count) continue;
-      Seen& now = seen_[i];
+      // To ask for an address may run Python code too, which may read with this reader.
+      Seen now = seen_.size() == count ? seen_[i] : Seen{};
       if (now.param != param) now = {param, nullptr, {address_of(param), 0}, {}};
-      // Asked for once it stays: many are made anew in each step.
-      if (now.grad == gradient && now.grad_home.tensor == 0 && gradient != Py_None)
-        seen_[i].grad_home.tensor = address_of(gradient);
-      else if (now.grad != gradient)
+      // Of gradients once they stay: many are made anew in each step.
+      if (now.grad != gradient)
         now.grad_home = {};
-      if (seen_.size() == count) seen_[i].grad = gradient;
+      else if (now.grad_home.tensor == 0 && gradient != Py_None)
+        now.grad_home.tensor = address_of(gradient);
+      now.grad = gradient;
+      if (seen_.size() == count) seen_[i] = now;
     }
     return py::make_tuple(found, complete);
   }

@@ -23,7 +23,7 @@ except ImportError:
     class GradientReader:  # type: ignore[no-redef]
         """The gradients of parameters."""
 
-        def read(self, params: list[Tensor]) -> tuple[list[Any], bool]:
+        def read(self, params: Iterable[Tensor]) -> tuple[list[Any], bool]:
             """A list of them, and whether every parameter has one."""
             found = list(map(attrgetter("grad"), params))
             return found, type(None) not in {*map(type, found)}
