@@ -76,6 +76,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("cpu_info", &cpu_info);
   fastops::bind_mitchell(m);
   fastops::bind_optim(m);
+  fastops::bind_optim_torch(m);
   fastops::bind_attention(m);
   fastops::bind_wordcount(m);
   fastops::bind_wordcount_zh(m);

@@ -7,7 +7,6 @@ The native backend reads well-formed lists by itself and comes here with all oth
 from __future__ import annotations
 
 import contextlib
-import operator
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -145,7 +144,7 @@ class TensorList(FixedList):
         NumPy arrays, torch CPU tensors, or objects with the buffer protocol or DLPack. The list is fixed; the contents of the
         arrays are not.
     verify : bool
-        False spares the look at torch tensors, which costs some 85 ns each, where NumPy's arrays take a few: call `refresh`
+        False spares the look at torch tensors, which costs some 50 ns each, where NumPy's arrays take a few: call `refresh`
         whenever the storage of one was exchanged or resized, since memory that is gone would be written otherwise.
 
     Raises
@@ -169,15 +168,16 @@ class TensorList(FixedList):
     array([0.5, 0.5, 0.5], dtype=float32)
     """
 
-    __slots__ = ("_busy", "_known", "_plan", "_verify")
+    __slots__ = ("_busy", "_counters", "_known", "_plan", "_verify")
 
     def __init__(self, arrays: Iterable[Any], *, verify: bool = True) -> None:
         self._arrays = tuple(as_list("arrays", arrays))
         for i, item in enumerate(self._arrays):
             as_ndarray(f"arrays[{i}]", item)
         self._verify = _validate.boolean("verify", verify)
-        self._plan: object = None
+        self._plan: Any = None
         self._known: tuple[Any, ...] | None = None
+        self._counters: tuple[int, tuple[Any, ...]] = -1, ()
         self._busy = 0  # the process whose call uses it: what a fork interrupts does not go on in the child
 
     def _known_tensors(self) -> tuple[Any, ...]:
@@ -185,6 +185,16 @@ class TensorList(FixedList):
         if self._known is None:
             self._known = of_torch(self._arrays)
         return self._known
+
+    def _written_tensors(self) -> Iterable[Any]:
+        """Tensors of torch whose versions are counted for all of them."""
+        tensors, plan = self._known_tensors(), self._plan
+        if plan is None or len(tensors) < 2:
+            return tensors
+        if self._counters[0] != plan.version:
+            self._counters = plan.version, tensors[:1] if _count_together(tensors) else tensors
+        found = self._counters[1]
+        return found if len(found) < 2 else plan.walk(found)
 
     def refresh(self) -> None:
         """Forget what is known of the arrays, so that the next call reads them anew.
@@ -196,6 +206,7 @@ class TensorList(FixedList):
         >>> fastops.TensorList([np.zeros(3)], verify=False).refresh()
         """
         self._plan = None
+        self._counters = -1, ()
 
 
 @contextlib.contextmanager
@@ -309,25 +320,6 @@ def within_storage(tensor: Any) -> bool:
     return bool((tensor.storage_offset() + reach) * tensor.element_size() <= tensor.untyped_storage().nbytes())
 
 
-def are_plain(tensors: Iterable[Any]) -> bool:
-    """Whether the memory of torch's tensors is theirs and holds their values: what DLPack's C interface does not tell."""
-    torch = sys.modules["torch"]
-    kind = torch.Tensor
-    listed = list(tensors)
-    # A subclass may forbid to look.
-    with contextlib.suppress(Exception):
-        if any(map(kind.is_neg, listed)):
-            return False
-        held = map(torch.UntypedStorage.nbytes, map(kind.untyped_storage, listed))
-        reach = map(operator.add, map(kind.storage_offset, listed), map(kind.numel, listed))
-        needed = map(operator.mul, reach, map(kind.element_size, listed))
-        return all(
-            (dense and want <= have) or within_storage(tensor)
-            for tensor, dense, want, have in zip(listed, map(kind.is_contiguous, listed), needed, held, strict=True)
-        )
-    return False
-
-
 def _allowed(role: Role, main: np.dtype[Any]) -> tuple[tuple[np.dtype[Any], ...], str]:
     if role.dtypes == "wide":
         return WIDE_DTYPES, _WIDE
@@ -369,9 +361,25 @@ def bump_versions(written: Iterable[Iterable[Any]]) -> None:
     if torch is None:
         return
     for items in written:
-        tensors = items._known_tensors() if isinstance(items, TensorList) else of_torch(items)
+        tensors = items._written_tensors() if isinstance(items, TensorList) else of_torch(items)
         if tensors:
             torch.autograd.graph.increment_version(tensors)
+
+
+def _count_together(tensors: tuple[Any, ...]) -> bool:
+    """Whether tensors that were written have one counter of versions, as views of one tensor have."""
+    torch = sys.modules["torch"]
+    # Numbers that others, which may write meanwhile, do not reach by chance.
+    for times in (3, 7):
+        try:
+            before = {x._version for x in tensors}
+            torch.autograd.graph.increment_version(tensors[:1] * times)
+            after = {x._version for x in tensors}
+        except RuntimeError:  # tensors of inference mode have none
+            return False
+        if len(before) != 1 or after != {before.pop() + times}:
+            return False
+    return True
 
 
 def check(roles: Sequence[Role], lists: Sequence[list[Any]]) -> list[list[AnyArray]]:

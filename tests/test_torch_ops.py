@@ -473,6 +473,26 @@ def test_a_step_is_that_of_arrays_and_tells_autograd() -> None:
             assert a._version == 3
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eps": [1]},
+        {"scale": [1]},
+        {"feature_map": ["elu"]},
+        {"normalize": [1]},
+        {"kernel_eps": [1], "feature_map": "relu"},
+    ],
+    ids=str,
+)
+def test_options_of_a_step_without_a_hash(options: dict[str, Any]) -> None:
+    nothing = torch.zeros(1, 2, 0, 4)
+    _, state = ft.linear_attention(nothing, nothing, nothing, causal=True, return_state=True)
+    row = torch.ones(1, 2, 4)
+    with pytest.raises(TypeError, match=rf"^{next(iter(options))} must be .*, got an object of type list"):
+        ft.linear_attention_step_(row, row, row, state, **options)
+    assert all((s == 0).all() for s in state)
+
+
 def test_autograd_refuses_a_state_that_a_step_changed() -> None:
     x = normal(1, 2, 5, 4).requires_grad_()
     _, state = ft.linear_attention(x, x, x, causal=True, return_state=True)

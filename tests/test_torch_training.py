@@ -199,6 +199,41 @@ def test_replaced_layers_are_followed() -> None:
     assert (ema.module[1].bias > 40).all()
 
 
+@pytest.mark.parametrize("change", ["another", "in place of none", "in place of one", "none in place of one"])
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_tensors_that_are_registered_later_are_followed(kind: str, change: str) -> None:
+    model = torch.nn.Linear(2, 2)
+
+    def register(module: Any, name: str, x: Any) -> None:
+        if kind == "parameter":
+            module.register_parameter(name, x if x is None else torch.nn.Parameter(x))
+        else:
+            module.register_buffer(name, x)
+
+    register(model, "first", None if change == "in place of none" else torch.zeros(3))
+    ema = ft.EMA(model, 0.5, buffers="average")
+    for _ in range(2):
+        ema.update()
+    name = "first" if change in ("in place of none", "none in place of one") else "second"
+
+    def alter(module: Any, value: float) -> None:
+        if change == "in place of one":
+            delattr(module, "first")
+        register(module, name, None if change == "none in place of one" else torch.full((3,), value))
+
+    alter(model, 4.0)
+    if change != "in place of one":
+        with pytest.raises(ValueError, match=r"^model must be a module of \d parameters and \d buffers"):
+            ema.update()
+    alter(ema.module, 0.0)
+    torch.nn.init.constant_(model.weight, 0.0)
+    before = ema.module.weight.clone()
+    ema.update()
+    assert torch.equal(ema.module.weight, before / 2)
+    found = getattr(ema.module, name)
+    assert found is None if change == "none in place of one" else (found == 2.0).all()
+
+
 def test_a_model_that_cannot_be_read_is_refused_in_each_update() -> None:
     """Neither the weights of an earlier one nor none are taken in its place."""
     model = torch.nn.Linear(2, 2)
@@ -554,6 +589,112 @@ def test_autograd_hears_of_a_step() -> None:
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def versions(optimizer: Any) -> list[int]:
+    own = [x for p in optimizer.state for x in (p, *optimizer.state[p].values()) if x is not optimizer.state[p]["step"]]
+    return [x._version for x in own]
+
+
+@pytest.mark.parametrize("change", ["none", "loaded", "copied", "one replaced", "one swapped", "one elsewhere"])
+def test_autograd_hears_of_every_state(change: str) -> None:
+    """Their versions are counted together where the optimizer made them, and one by one where they came from elsewhere."""
+    params = parameters()
+    optimizer = ft.AdamW([{"params": params[:2]}, {"params": params[2:]}], lr=0.1, ema_decay=0.5)
+
+    def step() -> None:
+        for p in (q for group in optimizer.param_groups for q in group["params"]):
+            p.grad = torch.ones_like(p)
+        before = versions(optimizer)
+        optimizer.step()
+        if before:
+            assert all(x > y for x, y in zip(versions(optimizer), before, strict=True))
+
+    for _ in range(3):
+        step()
+    state = optimizer.state[params[1]]
+    if change == "loaded":
+        theirs = copy.deepcopy(optimizer.state_dict())
+        optimizer = ft.AdamW([{"params": params[:2]}, {"params": params[2:]}], lr=0.1, ema_decay=0.5)
+        optimizer.load_state_dict(theirs)
+    elif change == "copied":
+        optimizer = copy.deepcopy(optimizer)
+    elif change == "one replaced":
+        state["exp_avg"] = state["exp_avg"].clone()
+    elif change == "one swapped":
+        torch.utils.swap_tensors(state["exp_avg_sq"], state["exp_avg_sq"].clone())
+    elif change == "one elsewhere":
+        state["ema"].data = state["ema"].clone()
+    for _ in range(3):
+        step()
+    kept = next(iter(optimizer.state.values()))["exp_avg"]
+    w = torch.ones(kept.shape, requires_grad=True)
+    loss = (w * kept).sum()
+    step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_gradients_are_those_of_the_moment() -> None:
+    """Of other parameters, anew, none, and while a parameter that is asked changes the list or asks again."""
+    from fastops.torch._tensor_lists import GradientReader
+
+    reader = GradientReader()
+    params = parameters() * 5
+    for p in params:
+        p.grad = torch.ones_like(p)
+    for _ in range(3):
+        found, complete = reader.read(params)
+        assert complete
+        assert all(g is p.grad for g, p in zip(found, params, strict=True))
+    params[1].grad = None
+    params[2].grad = torch.zeros_like(params[2])
+    found, complete = reader.read(tuple(params))
+    assert not complete
+    assert found[1] is None
+    assert found[2] is params[2].grad
+
+    class Asked:
+        @property
+        def grad(self) -> str:
+            if given:
+                given.clear()
+                assert reader.read(params[:3])[0][2] is params[2].grad
+            return "asked"
+
+        @property
+        def _cdata(self) -> int:
+            reader.read(params[:2])
+            raise ValueError
+
+    given: list[Any] = [Asked(), *params]
+    found, complete = reader.read(given)
+    assert not given
+    assert found[0] == "asked"
+    assert found[3] is params[2].grad
+    with pytest.raises(AttributeError):
+        reader.read([object()])
+    with pytest.raises(TypeError):
+        reader.read(None)
+    assert reader.read([]) == ([], True)
+
+
+def test_states_have_memory_of_their_own() -> None:
+    """That their versions are counted together is all that they share."""
+    p = [torch.nn.Parameter(torch.ones(n, dtype=t)) for n, t in ((3, torch.float32), (5, torch.float64))]
+    optimizer = ft.AdamW(p, lr=0.1, ema_decay=0.5)
+    for x in p:
+        x.grad = torch.ones_like(x)
+    optimizer.step()
+    for x in p:
+        for name in ("exp_avg", "exp_avg_sq", "ema"):
+            own = optimizer.state[x][name]
+            assert type(own) is torch.Tensor
+            assert own.dtype is x.dtype
+            assert own._base is None
+            assert not own.requires_grad
+            assert own.untyped_storage().nbytes() == own.nbytes
+            assert own.storage_offset() == 0
 
 
 def test_a_closure_and_copies() -> None:

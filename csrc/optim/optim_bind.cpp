@@ -19,6 +19,7 @@
 
 #include "core/python_call.h"
 #include "core/tensor_exchange.h"
+#include "core/tensor_home.h"
 #include "fastops/fastops.h"
 
 namespace py = pybind11;
@@ -37,6 +38,7 @@ struct View {
   std::size_t size;
   std::uint8_t dtype;
   bool contiguous, writable;
+  bool doubtful;  // of torch: its bytes may be no values, even where its memory was seen before
   int ndim;
   const py::ssize_t* shape;
   const py::ssize_t* strides;  // in units of `unit` bytes; null where contiguous
@@ -77,18 +79,6 @@ bool is_contiguous(const py::ssize_t* shape, const py::ssize_t* strides, int ndi
   return true;
 }
 
-// What DLPack does not say of a torch tensor: that its memory holds the negatives (the imaginary part of a conjugate),
-// and that its storage was resized to nothing, which leaves an offset in place of a pointer.
-bool is_what_it_shows(PyObject* object) {
-  try {
-    const py::handle tensor(object);
-    return !tensor.attr("is_neg")().cast<bool>() &&
-           tensor.attr("untyped_storage")().attr("nbytes")().cast<std::size_t>() > 0;
-  } catch (const py::error_already_set&) {
-    return false;
-  }
-}
-
 // False where the object is of another kind.
 bool view_tensor(PyObject* object, View* v) {
   const Exchange exchange = exchange_of(Py_TYPE(object));
@@ -111,9 +101,9 @@ bool view_tensor(PyObject* object, View* v) {
   for (int axis = 0; axis < v->ndim; ++axis) v->size *= static_cast<std::size_t>(v->shape[axis]);
   v->unit = v->dtype == kNoDtype ? 0 : static_cast<py::ssize_t>(kItemSize[v->dtype]);
   v->contiguous = v->strides == nullptr || is_contiguous(v->shape, v->strides, v->ndim, 1);
-  // Parts of complex tensors have strides, or one element.
-  const bool doubtful = !v->contiguous || v->size == 1 || is_low(v->data);
-  return v->size == 0 || !doubtful || is_what_it_shows(object);
+  // Parts of complex tensors, whose sign may be put off, have strides or one element.
+  v->doubtful = v->size != 0 && (!v->contiguous || v->size == 1 || is_low(v->data));
+  return true;
 }
 
 constexpr int kContiguousFlag = 0x0001, kWriteableFlag = 0x0400;
@@ -152,6 +142,7 @@ inline void view_array(PyObject* object, LatestDtype& latest, View* v) {
         latest.of(array.descr),
         (array.flags & kContiguousFlag) != 0,
         (array.flags & kWriteableFlag) != 0,
+        false,
         array.nd,
         array.dimensions,
         array.strides,
@@ -160,7 +151,6 @@ inline void view_array(PyObject* object, LatestDtype& latest, View* v) {
 
 PyTypeObject* g_array = nullptr;        // numpy.ndarray
 PyTypeObject* g_tensor_list = nullptr;  // fastops.TensorList
-PyObject* g_are_plain = nullptr;        // asks tensors of torch what DLPack's C interface does not tell
 
 PyObject* interned(const char* text) {
   PyObject* const name = PyUnicode_InternFromString(text);
@@ -168,30 +158,56 @@ PyObject* interned(const char* text) {
   return name;
 }
 
-// What `are_plain` asks, of one dense tensor of torch whose memory is known. A subclass may forbid to look.
-bool is_plain(PyObject* tensor, const char* data, std::size_t bytes) {
-  static PyObject* const is_neg = interned("is_neg");
-  static PyObject* const untyped_storage = interned("untyped_storage");
-  static PyObject* const nbytes = interned("nbytes");
-  static PyObject* const data_ptr = interned("data_ptr");
-  const auto ask = [](PyObject* object, PyObject* name) {
-    const bool failed = PyErr_Occurred() != nullptr;
-    return py::reinterpret_steal<py::object>(failed ? nullptr : PyObject_CallMethodNoArgs(object, name));
-  };
-  const py::object negative = ask(tensor, is_neg), storage = ask(tensor, untyped_storage);
-  const py::object size = ask(storage.ptr(), nbytes), start = ask(storage.ptr(), data_ptr);
-  if (negative.ptr() == Py_False && size && start) {
-    const auto low = reinterpret_cast<std::uintptr_t>(data);
-    const std::size_t first = PyLong_AsSize_t(start.ptr()), length = PyLong_AsSize_t(size.ptr());
-    if (PyErr_Occurred() == nullptr && low >= first && low - first <= length && bytes <= length - (low - first))
-      return true;
+struct Bytes {
+  std::uintptr_t low, high;
+};
+Bytes bytes_of(const View& v) {
+  const auto first = reinterpret_cast<std::uintptr_t>(v.data);
+  if (v.size == 0) return {first, first};
+  const std::size_t item = v.dtype == kNoDtype ? 1 : kItemSize[v.dtype];
+  if (v.contiguous) return {first, first + item * v.size};
+  Bytes all{first, first + item};
+  for (int axis = 0; axis < v.ndim; ++axis) {
+    const py::ssize_t span = v.strides[axis] * v.unit * (v.shape[axis] - 1);
+    (span < 0 ? all.low : all.high) += static_cast<std::uintptr_t>(span);
   }
-  PyErr_Clear();
-  return false;
+  return all;
 }
 
-// Runs Python code, in which other threads may get their turn.
-bool are_plain(const py::list& tensors) { return tensors.empty() || py::handle(g_are_plain)(tensors).ptr() == Py_True; }
+// Whether these bytes of a tensor of torch are its storage's and hold its values. What DLPack's C interface does not
+// tell: that the memory holds the negatives (the imaginary part of a conjugate), and that the storage was resized under
+// its tensor. Runs Python code, in which other threads may get their turn; a subclass may forbid to look.
+bool is_plain(PyObject* tensor, Bytes bytes, Home* home = nullptr) {
+  struct Questions {
+    py::object is_neg, untyped_storage, nbytes, data_ptr;
+  };
+  // Of the class, which a subclass cannot hide.
+  static const Questions* known = nullptr;
+  try {
+    if (known == nullptr) {
+      const py::object torch = py::module_::import("sys").attr("modules").attr("get")("torch");
+      if (torch.is_none()) return false;
+      const py::object tensors = torch.attr("Tensor"), storages = torch.attr("UntypedStorage");
+      known = new Questions{tensors.attr("is_neg"), tensors.attr("untyped_storage"), storages.attr("nbytes"),
+                            storages.attr("data_ptr")};
+    }
+    const auto ask = [](const py::object& question, PyObject* object) {
+      PyObject* const answer = PyObject_CallOneArg(question.ptr(), object);
+      if (answer == nullptr) throw py::error_already_set();
+      return py::reinterpret_steal<py::object>(answer);
+    };
+    if (ask(known->is_neg, tensor).ptr() != Py_False) return false;
+    const py::object storage = ask(known->untyped_storage, tensor);
+    const auto length = ask(known->nbytes, storage.ptr()).cast<std::size_t>();
+    const auto first = ask(known->data_ptr, storage.ptr()).cast<std::uintptr_t>();
+    const std::uintptr_t low = bytes.low, high = bytes.high;
+    if (low != high && (low < first || high < low || low - first > length || high - first > length)) return false;
+    if (home != nullptr) *home = {address_of(tensor), address_of(storage.ptr())};
+    return true;
+  } catch (const py::error_already_set&) {
+    return false;
+  }
+}
 
 inline bool is_array(PyObject* object) { return Py_TYPE(object) == g_array; }
 
@@ -213,14 +229,10 @@ inline Record record_of_array(PyObject* object) {
   const auto& array = fields(object);
   return {array.data, array.descr, size_of(array), shape_of(array.dimensions, array.nd), array.nd, array.flags};
 }
-// False where the object is of another kind.
-inline bool record_of_tensor(PyObject* object, Record* r) {
-  View v;
-  if (!view_tensor(object, &v)) return false;
+inline Record record_of_tensor(const View& v) {
   const int flags = (v.contiguous ? kContiguousFlag : 0) | (v.writable ? kWriteableFlag : 0);
   PyObject* const dtype = reinterpret_cast<PyObject*>(static_cast<std::uintptr_t>(v.dtype));
-  *r = {v.data, dtype, v.size, shape_of(v.shape, v.ndim), v.ndim, flags};
-  return true;
+  return {v.data, dtype, v.size, shape_of(v.shape, v.ndim), v.ndim, flags};
 }
 
 // What a TensorList's arrays were when they were last looked at.
@@ -231,12 +243,22 @@ class Plan {
   std::uint64_t version() const { return version_; }
   bool foreign() const { return foreign_; }
 
+  // Where the elements are kept that are tensors of torch.
+  const std::vector<Home>& homes() const { return homes_; }
+
   // Looks at every array; the version changes where one of them did. `trusts`: not at tensors of other libraries, once
   // they were seen. False where an element cannot be read.
   bool look(PyObject* const* items, std::size_t count, bool trusts) {
     bool same = records_.size() == count;
-    if (!same) records_.assign(count, {});
-    py::list changed;  // tensors of torch
+    if (!same) {
+      records_.assign(count, {});
+      homes_.assign(count, {});
+    }
+    struct Asked {
+      std::size_t item;
+      Bytes bytes;
+    };
+    std::vector<Asked> asked;
     for (std::size_t i = 0; i < count; ++i) {
       Record now;
       if (__builtin_expect(is_array(items[i]), 1)) {
@@ -244,18 +266,25 @@ class Plan {
         if (now == records_[i]) continue;
       } else {
         if (same && trusts) continue;
-        if (!record_of_tensor(items[i], &now)) return false;
+        if (i + kAhead < count) homes_[i + kAhead].fetch(items[i + kAhead]);
+        View v;
+        if (!view_tensor(items[i], &v)) return false;
+        now = record_of_tensor(v);
         foreign_ = true;
-        if (now == records_[i]) continue;
-        if (now.flags & kWriteableFlag) changed.append(py::handle(items[i]));
+        const bool stays = now == records_[i];
+        if (v.doubtful || (v.writable && !stays)) asked.push_back({i, bytes_of(v)});
+        if (stays) continue;
       }
       records_[i] = now;
       same = false;
     }
     if (!same) ++version_;
-    if (are_plain(changed)) return true;
-    records_.clear();
-    return false;
+    for (const Asked& x : asked)
+      if (!is_plain(items[x.item], x.bytes, &homes_[x.item])) {
+        records_.clear();
+        return false;
+      }
+    return true;
   }
 
  private:
@@ -264,6 +293,7 @@ class Plan {
   std::uint64_t version_ = 0;
   bool foreign_ = false;
   std::vector<Record> records_;
+  std::vector<Home> homes_;
 };
 
 // Lists of arrays.
@@ -404,15 +434,14 @@ class Lists {
     const bool known = !partly && !checked && m.known(roles, written);
     if (!checked && !known && overlaps(m, roles, written)) return false;
     if (!planned && !m.tensors.empty()) {
-      py::list asked;
       // Where the same memory was found plain before, a lazy sign can only be met where one element makes it dense.
-      for (const auto& [tensor, size] : m.tensors)
-        if (!known || size == 1) asked.append(py::handle(tensor));
-      if (!are_plain(asked)) return false;
+      for (const Tensor& x : m.tensors)
+        if ((!known || x.doubtful) && !is_plain(x.object, x.bytes)) return false;
     }
     if (!checked && !known && m.layout.empty()) {
       Signature& s = m.remember(roles, written, std::move(keys));
       s.given.clear();
+      s.homes.clear();
       s.spans.clear();
       if (mixed) keep_given(m, s, roles, count);
     }
@@ -443,6 +472,7 @@ class Lists {
     std::vector<std::uint64_t> keys;  // id and version of every role's plan, 0 without one; empty where none has one
     // Where some have one: what the lists without one held, list by list, and the memory that is written, in its order.
     std::vector<Record> given;
+    std::vector<Home> homes;
     std::vector<Span> spans;
   };
   struct Layout {
@@ -453,6 +483,11 @@ class Lists {
     std::size_t at, given;  // in Signature::data and Signature::given
     char* data;
   };
+  struct Tensor {
+    PyObject* object;
+    Bytes bytes;
+    bool doubtful;
+  };
   struct Memory {
     bool in_use = false;
     std::vector<void*> data;
@@ -461,7 +496,7 @@ class Lists {
     std::vector<const fastops_layout*> layout;
     std::deque<Layout> layouts;
     std::vector<PyObject*> held;
-    std::vector<std::pair<PyObject*, std::size_t>> tensors;  // of torch, and their sizes
+    std::vector<Tensor> tensors;  // of other libraries
     std::vector<Span> spans;
     std::vector<Moved> moved;
     static constexpr std::size_t kKept = 4;
@@ -512,16 +547,20 @@ class Lists {
     for (std::size_t r = 0; r < roles; ++r)
       for (std::size_t i = 0; i < count && items_[r].plan() == nullptr; ++i) {
         Record now;
+        Home home;
+        View v;
         char* const data = static_cast<char*>(s.data[i * roles + r]);
-        bool stays = true;
-        if (is_array(elements_[r][i]))
+        if (is_array(elements_[r][i])) {
           now = record_of_array(elements_[r][i]);
-        else
-          stays = record_of_tensor(elements_[r][i], &now);
+        } else {
+          home.tensor = address_of(elements_[r][i]);
+          if (view_tensor(elements_[r][i], &v)) now = record_of_tensor(v);
+        }
         // What asked it may have changed it: then a record of no tensor, so that it is read anew.
-        if (!stays || now.data != data || now.size != s.size[i]) now = {};
+        if (now.data != data || now.size != s.size[i]) now = {};
         now.data = data;
         s.given.push_back(now);
+        s.homes.push_back(home);
       }
     // Overlaps were ruled out, and the search left all memory in its order.
     for (const Span& span : m.spans)
@@ -537,20 +576,25 @@ class Lists {
     for (std::size_t r = 0; r < roles; ++r)
       for (std::size_t i = 0; i < count && items_[r].plan() == nullptr; ++i, ++k) {
         Record now;
+        View v;
         PyObject* const element = m.held[k];
         const bool array = is_array(element);
-        if (array)
+        if (array) {
           now = record_of_array(element);
-        else if (!record_of_tensor(element, &now))
-          return false;
+        } else {
+          if (k + kAhead < m.held.size()) s.homes[k + kAhead].fetch(m.held[k + kAhead]);
+          if (!view_tensor(element, &v)) return false;
+          now = record_of_tensor(v);
+          if (v.doubtful && !is_plain(element, bytes_of(v))) return false;
+        }
         const bool stays = now.data == s.given[k].data;
         if (!now.is_like(s.given[k])) return false;
         if (!stays) {
           const auto low = reinterpret_cast<std::uintptr_t>(now.data);
           const std::size_t bytes = now.size * kItemSize[s.dtype[i * roles + r]];
           if ((written >> r & 1) || !is_apart(s.spans, low, low + bytes, near)) return false;
-          const bool torch_tensor = !array && (now.flags & kWriteableFlag);
-          if (torch_tensor && bytes > 0 && !is_plain(element, now.data, bytes)) return false;
+          const bool asked = array || v.doubtful || !v.writable;
+          if (!asked && bytes > 0 && !is_plain(element, {low, low + bytes})) return false;
           m.moved.push_back({i * roles + r, k, now.data});
         }
         foreign = foreign || !array;
@@ -600,7 +644,8 @@ class Lists {
       } else {
         if (!view_tensor(elements_[r][i], &v)) return false;
         // Those of a TensorList have been asked.
-        if (v.writable && items_[r].plan() == nullptr) m.tensors.emplace_back(elements_[r][i], v.size);
+        if ((v.writable || v.doubtful) && items_[r].plan() == nullptr)
+          m.tensors.push_back({elements_[r][i], bytes_of(v), v.doubtful});
         torch = true;
       }
       if (v.dtype == kNoDtype || ((written >> r & 1) && !v.writable) || v.ndim != views[0].ndim) return false;
@@ -870,14 +915,14 @@ void lazy_adamw_rows(const py::list& params, const py::list& grads, const py::li
 void bind_optim(py::module_& m) {
   using py::arg;
   g_array = reinterpret_cast<PyTypeObject*>(py::detail::npy_api::get().PyArray_Type_);
-  py::class_<Plan>(m, "TensorPlan");
+  py::class_<Plan>(m, "TensorPlan")
+      .def_property_readonly("version", [](const Plan& plan) { return plan.version(); })
+      .def("walk", [](const py::object& self, const py::tuple& tensors) {
+        return walk(tensors, self, self.cast<const Plan&>().homes());
+      });
   m.def(
       "register_tensor_list",
-      [](const py::type& type, const py::function& are_plain) {
-        g_tensor_list = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr());
-        g_are_plain = are_plain.inc_ref().ptr();
-      },
-      arg("type"), arg("are_plain"));
+      [](const py::type& type) { g_tensor_list = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr()); }, arg("type"));
   m.def("ema_update", &ema_update, arg("shadow_sets"), arg("params"), arg("weights"), arg("seed"), arg("checked"));
   m.def("sgd_step", &sgd_step, arg("params"), arg("grads"), arg("momentum_buffers"), arg("ema"), arg("step"),
         arg("checked"));

@@ -20,7 +20,7 @@ from .._tensors import AdamStep, EgStep, Role, SgdStep, TensorList
 Array = NDArray[Any]
 Tensors = Sequence[Any]
 
-_core.register_tensor_list(TensorList, _tensors.are_plain)
+_core.register_tensor_list(TensorList)
 
 # Sets of shadows that one call of `_core` takes: its roles (FASTOPS_MAX_ROLES) but the parameters.
 _PROFILES = 15

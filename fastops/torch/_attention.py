@@ -533,7 +533,10 @@ def _quick_step(q: Tensor, k: Tensor, v: Tensor, state: tuple[Tensor, ...], opti
     if normalize is kernel_eps is scale is None and type(eps) is float and not eps and type(feature_map) is str:
         checked = attention._plain_options(q.shape[-1], dtype, feature_map)
     else:
-        checked = attention._quick_options(q.shape[-1], dtype, *options)
+        try:
+            checked = attention._quick_options(q.shape[-1], dtype, *options)
+        except TypeError:  # an option of the wrong type, or one without a hash
+            return None
     if checked is None:
         return None
     y: Tensor | None = _backend.plain_step(q, k, v, state, None, checked)

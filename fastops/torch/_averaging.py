@@ -4,128 +4,21 @@
 from __future__ import annotations
 
 import contextlib
-import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _schedules, _tensors, _validate, optim
+from .. import _schedules, _validate
 from .._backend import backend as _backend
-from .._tensors import TensorList
 from .._validate import Text
+from ._tensor_lists import Pairs, Slots, want_averaged
 
 __all__ = ["EMA"]
 
 _COUNTER = "n_averaged"
-
-
-def local(x: Any) -> Any:
-    """The part of a tensor that is on this rank: of a DTensor its shard, else the tensor."""
-    return x.to_local() if hasattr(x, "to_local") else x
-
-
-def same(items: Iterable[Any], others: Iterable[Any]) -> bool:
-    """Whether two of one length have the same objects."""
-    return all(map(operator.is_, items, others))
-
-
-class Places(NamedTuple):
-    """Entries of dicts."""
-
-    dicts: list[dict[str, Any]]
-    names: list[str]
-
-    def read(self) -> list[Any]:
-        """What the entries are."""
-        return list(map(operator.getitem, self.dicts, self.names))
-
-
-class Slots:
-    """The places of a module's parameters and buffers, from which those of the moment are read without a walk over the module."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.params, self.buffers = Places([], []), Places([], [])
-        self._children: list[tuple[dict[str, Any], list[Any]]] = []
-        seen: set[int] = set()
-        for part in module.modules():
-            if part._modules:
-                self._children.append((part._modules, list(part._modules.values())))
-            for places, tensors in ((self.params, part._parameters), (self.buffers, part._buffers)):
-                for name, x in tensors.items():
-                    if x is not None and id(x) not in seen:
-                        seen.add(id(x))
-                        places.dicts.append(tensors)
-                        places.names.append(name)
-
-    def current(self) -> bool:
-        """Whether the module still has the parts it had."""
-        return all(len(parts) == len(had) and same(parts.values(), had) for parts, had in self._children)
-
-
-def steps_of(tensor: Tensor) -> Any:
-    """The functions that step tensors where this one is: of `fastops.cuda` on a GPU, else of `fastops`."""
-    if tensor.is_cuda:
-        from .. import cuda
-
-        return cuda
-    return optim
-
-
-def kept_list(tensors: list[Any]) -> Any:
-    """A list of tensors that many calls use, where the first one is; None where they stand for shards."""
-    if any(hasattr(x, "to_local") for x in tensors):
-        return None
-    return steps_of(tensors[0]).TensorList(tensors) if tensors and tensors[0].is_cuda else TensorList(tensors)
-
-
-class Pairs:
-    """Averages and the tensors that they follow, device by device, and the lists of them that calls use again and again."""
-
-    def __init__(self) -> None:
-        self._known: tuple[list[Any], list[Any]] = [], []
-        self._devices: list[Any] = []
-        self._groups: list[tuple[list[int], Any, Any]] = []
-
-    def of(self, averages: list[Any], live: list[Any]) -> list[tuple[Any, Any, Any]]:
-        """The functions to call, the averages and the tensors, for each device."""
-        found = averages, live
-        known = all(len(x) == len(y) and same(x, y) for x, y in zip(found, self._known, strict=True))
-        # One list says by itself where a tensor is elsewhere.
-        if not known or (len(self._groups) != 1 and self.moved()):
-            self._make(*found)
-        return [
-            (
-                steps_of(averages[index[0]]) if index else optim,
-                # The local part of a DTensor is another object each time.
-                [local(averages[i]) for i in index] if first is None else first,
-                [local(live[i]) for i in index] if second is None else second,
-            )
-            for index, first, second in self._groups
-        ]
-
-    def moved(self) -> bool:
-        """Whether averages have gone to another device, as the same objects; they are then grouped anew in the next call."""
-        devices = [x.device for x in self._known[0]]
-        gone = devices != self._devices
-        if gone:
-            self._known = [], []
-            self._groups = []
-        return gone
-
-    def _make(self, averages: list[Any], live: list[Any]) -> None:
-        devices = [x.device for x in averages]
-        places: dict[Any, list[int]] = {}
-        for i, x in enumerate(averages):
-            places.setdefault((x.is_cuda, x.device), []).append(i)
-        groups = [
-            (index, kept_list([averages[i] for i in index]), kept_list([live[i] for i in index]))
-            for index in places.values()
-        ]
-        # Last, for a list may refuse its tensors: what is known and the groups are of one call.
-        self._known, self._devices, self._groups = (averages, live), devices, groups
 
 
 def _all_finite(tensors: Any) -> bool:
@@ -462,22 +355,6 @@ class EMA(torch.nn.Module):
         """The decay, for `repr`."""
         decay = self._schedule.decays[0]
         return f"decay={'equal' if decay is None else f'{decay:g}'}, warmup={self._schedule.warmup!r}"
-
-
-_WIDE = (torch.float32, torch.float64)
-
-
-def want_averaged(steps: Any, shadows: list[Any], params: list[Any]) -> None:
-    """Raises what moving these averages would, before any is written: after a look where nothing is unusual."""
-    roles = _tensors.ema_roles(1)
-    if steps is not optim:
-        steps._optim.want(roles, [params, shadows])
-        return
-    pairs = zip(params, shadows, strict=True)
-    if not all(
-        p.dtype in _WIDE and s.dtype in _WIDE and p.is_cpu and s.is_cpu and s.shape == p.shape for p, s in pairs
-    ):
-        _tensors.check(roles, [params, shadows])
 
 
 @torch.no_grad()

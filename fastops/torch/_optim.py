@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from itertools import chain
-from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,17 @@ from torch import Tensor
 from .. import _tensors, _validate, optim
 from .._backend import backend as _backend
 from .._validate import Text
-from ._averaging import kept_list, local, same, steps_of, want_averaged
+from ._tensor_lists import (
+    GradientReader,
+    by_device,
+    counted_with,
+    hold,
+    kept_list,
+    local,
+    same,
+    steps_of,
+    want_averaged,
+)
 
 __all__ = ["AdamW"]
 
@@ -45,7 +54,11 @@ class _Bucket(NamedTuple):
 
 
 _ENTRIES = ("step", "exp_avg", "exp_avg_sq", "ema")
-_GRAD = attrgetter("grad")
+
+
+def _counters() -> dict[str, Tensor]:
+    """What counts the versions of all states of a name."""
+    return {name: torch.empty(0) for name in _ENTRIES[1:]}
 
 
 def _kept(tensors: list[Any]) -> Any:
@@ -123,6 +136,8 @@ class AdamW(torch.optim.Optimizer):
             "ema_decay": ema_decay,
         }
         self._buckets: dict[int, list[_Bucket]] = {}
+        self._gradients: dict[int, GradientReader] = {}
+        self._counters = _counters()
         self._seen: tuple[list[Any], list[Any]] | None = None
         self._swapped = False
         super().__init__(params, defaults)
@@ -161,6 +176,8 @@ class AdamW(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._buckets = {}
+        self._gradients = {}
+        self._counters = _counters()
         self._seen = None
         self._swapped = False
         for group in self.param_groups:
@@ -223,13 +240,13 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         self._forget()
         work = [self._work(i, group) for i, group in enumerate(self.param_groups)]
-        if sum(len(calls) + len(_by_device(idle)) for calls, idle in work) > 1:
+        if sum(len(calls) + len(by_device(idle)) for calls, idle in work) > 1:
             # A call checks its own tensors before it writes, but those of the next ones too late.
             for group, (calls, idle) in zip(self.param_groups, work, strict=True):
                 self._check(group)
                 for bucket, grads in calls:
                     _want_fit(bucket, grads)
-                for params in _by_device(idle):
+                for params in by_device(idle):
                     shadows = [local(self.state[p]["ema"]) for p in params]
                     want_averaged(steps_of(params[0]), shadows, [local(p) for p in params])
         for group, (calls, idle) in zip(self.param_groups, work, strict=True):
@@ -243,9 +260,9 @@ class AdamW(torch.optim.Optimizer):
                 raise _validate.wrong_value(name, "False", group[name])
         params: list[Tensor] = group["params"]
         averages = group["ema_decay"] is not None
-        grads = list(map(_GRAD, params))
+        grads, complete = self._gradients.setdefault(i, GradientReader()).read(params)
         idle: list[Tensor] = []
-        if type(None) in {*map(type, grads)}:
+        if not complete:
             # Averages follow parameters that stand still, too.
             idle = [
                 p
@@ -277,7 +294,7 @@ class AdamW(torch.optim.Optimizer):
                 ema_decay=group["ema_decay"],
             )
             bucket.step.add_(1)
-        for params in _by_device(idle):
+        for params in by_device(idle):
             shadows = [local(self.state[p]["ema"]) for p in params]
             steps_of(params[0]).ema_update_(shadows, [local(p) for p in params], group["ema_decay"])
 
@@ -297,10 +314,7 @@ class AdamW(torch.optim.Optimizer):
         """Whether the entries of the states are what the lists were made of."""
         for bucket in buckets:
             kept = _ENTRIES if bucket.lists[3] is not None else _ENTRIES[:3]
-            try:
-                if not same(chain.from_iterable(map(itemgetter(*kept), bucket.states)), bucket.entries):
-                    return False
-            except KeyError:
+            if not hold(bucket.states, kept, bucket.entries):
                 return False
             # The local part of a DTensor is another object each time.
             if type(bucket.lists[0]) is list:
@@ -322,10 +336,12 @@ class AdamW(torch.optim.Optimizer):
             state = self.state[p]
             if not state:
                 state["step"] = torch.tensor(0.0)
-                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                for name in ("exp_avg", "exp_avg_sq"):
+                    zeros = torch.zeros_like(p, memory_format=torch.preserve_format)
+                    state[name] = counted_with(self._counters[name], zeros)
             if averages and "ema" not in state:
-                state["ema"] = p.detach().clone(memory_format=torch.preserve_format)
+                copy = p.detach().clone(memory_format=torch.preserve_format)
+                state["ema"] = counted_with(self._counters["ema"], copy)
             found.setdefault((int(state["step"]), (p.is_cuda, p.device)), []).append(p)
         buckets = []
         for (step, _), members in found.items():
@@ -398,13 +414,6 @@ def _want_fit(bucket: _Bucket, grads: list[Tensor]) -> None:
         _tensors.check(roles, lists[: len(roles)])
     else:
         steps._optim.want(roles, lists[: len(roles)])
-
-
-def _by_device(params: list[Tensor]) -> list[list[Tensor]]:
-    found: dict[Any, list[Tensor]] = {}
-    for p in params:
-        found.setdefault((p.is_cuda, p.device), []).append(p)
-    return list(found.values())
 
 
 def _holds(buckets: list[_Bucket], params: list[Tensor], averages: bool) -> bool:
