@@ -203,6 +203,7 @@ void attend_through_landmarks(const py::tuple& options, const py::tuple& sizes, 
 void copy_up(std::uintptr_t to, const py::bytes& from, int device, std::uintptr_t stream) {
   const OnDevice on(device);
   raise_unless_ok(on.status);
+  refuse_capture(stream_of(stream), "offsets in host memory: put cu_seqlens on the GPU before");
   const std::string contents = from;
   raise_unless_ok(upload(reinterpret_cast<void*>(to), contents.data(), contents.size(), stream_of(stream)));
 }

@@ -2,6 +2,7 @@
 // The module behind fastops.cuda: addresses, shapes and strides to calls of the kernels, and what protects memory.
 #include <pybind11/pybind11.h>
 
+#include <optional>
 #include <string>
 #include <type_traits>
 
@@ -22,6 +23,10 @@ void raise_unless_ok(Status status) {
 
 Stream stream_of(std::uintptr_t handle) { return reinterpret_cast<Stream>(handle); }
 
+void refuse_capture(Stream stream, const char* what) {
+  if (is_captured(stream)) throw std::runtime_error(std::string("CUDA graphs cannot capture ") + what);
+}
+
 Memory::Memory(std::size_t bytes, int device, std::uintptr_t stream) : device_(device), stream_(stream_of(stream)) {
   const OnDevice on(device);
   raise_unless_ok(on.status);
@@ -29,6 +34,10 @@ Memory::Memory(std::size_t bytes, int device, std::uintptr_t stream) : device_(d
 }
 Memory::~Memory() {
   const OnDevice on(device_);
+  // That of shared memory waits for the device, which may have called back for what needs the interpreter. Consumers of
+  // DLPack end it without the interpreter, too.
+  std::optional<py::gil_scoped_release> unlocked;
+  if (shared_ && Py_IsInitialized() != 0 && PyGILState_Check() != 0) unlocked.emplace();
   release(data_, stream_, shared_);
 }
 
