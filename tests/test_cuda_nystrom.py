@@ -175,6 +175,21 @@ def test_tf32_rounds_elements_alone(gpu: Any) -> None:
         assert distance(got, want) <= tolerance.nystrom(np.dtype(F32))
 
 
+def test_tf32_takes_elements_as_tf32_holds_them(gpu: Any) -> None:
+    """In results and gradients: weights that are computed anew are the same again."""
+    marks = tuple(arrays_of(24, 1, 2, 1, 9, 9, 12, 1)[:2])
+    arrays = [*arrays_of(25, 1, 2, 1, 70, 90, 12, 9), arrays_of(26, 1, 2, 1, 70, 1, 9, 1)[0]]
+    # To 10 bits of fraction, ties away from zero.
+    rounded = [(x.view(np.uint32) + 0x1000 & 0xFFFFE000).astype(np.uint32).view(F32) for x in arrays]
+    assert all((x != y).any() for x, y in zip(arrays, rounded, strict=True))
+    options = {"landmarks": marks, "normalize": True, "tf32": True}
+    want, got = (gpu.get(cuda.nystrom_attention(*map(gpu.put, x[:3]), **put(gpu, options))) for x in (rounded, arrays))
+    assert_same_bits(got, want)
+    want, got = (gradients(gpu, x[3], x[:3], **options) for x in (rounded, arrays))
+    for x, y in zip(got, want, strict=True):
+        assert_same_bits(x, y)
+
+
 def test_halves_are_the_same_with_tf32(gpu: Any) -> None:
     for name in ("f16", "bf16"):
         arrays = arrays_of(22, 1, 2, 1, 70, 70, 8, 5, name)
@@ -538,7 +553,9 @@ def test_torch_multiplies_in_tf32_where_its_own_products_do(torch_on: Any, monke
     for name in ("nystrom_attention", "nystrom_attention_backward"):
         plain = getattr(cuda, name)
         monkeypatch.setattr(
-            cuda, name, lambda *args, plain=plain, **options: (asked.append(options["tf32"]), plain(*args, **options))[1]
+            cuda,
+            name,
+            lambda *args, plain=plain, **options: (asked.append(options["tf32"]), plain(*args, **options))[1],
         )
     before = torch.get_float32_matmul_precision()
     try:

@@ -74,8 +74,9 @@ template <class Call> Call begin_call(const py::tuple& options, const py::tuple&
     throw py::value_error("rows must be at most 2**30, of at most 2**20 numbers");
   if (call.heads_kv == 0 ? call.heads_q != 0 : call.heads_q % call.heads_kv != 0)
     throw py::value_error("heads must be a multiple of those of k and v");
-  const std::pair<const char*, Heads*> rows[] = {{"q", &call.q},   {"k", &call.k},   {"v", &call.v},   {"out", &call.out},
-                                                 {"dy", &call.dy}, {"dq", &call.dq}, {"dk", &call.dk}, {"dv", &call.dv}};
+  const std::pair<const char*, Heads*> rows[] = {{"q", &call.q},     {"k", &call.k},   {"v", &call.v},
+                                                 {"out", &call.out}, {"dy", &call.dy}, {"dq", &call.dq},
+                                                 {"dk", &call.dk},   {"dv", &call.dv}};
   for (const auto& [name, x] : rows) *x = heads_of(arrays, name, kItem[dtype]);
   call.mask = heads_of(arrays, "key_mask", 1);
   return call;

@@ -536,8 +536,8 @@ enum class Role {
 };
 FASTOPS_DEVICE bool is_of_keys(Role role) { return role >= Role::kKeys; }
 
-// Takes what is not finite out of y, and adds it, times w, to the rows that see it: elsewhere 0 times it would be added.
-// What is left goes through the same product as other tiles, whose rounding the tensor cores have to themselves.
+// Takes what is not finite out of y, and adds it, times w, to the rows that see it: elsewhere 0 times it would be
+// added. What is left goes through the same product as other tiles, whose rounding the tensor cores have to themselves.
 template <class A>
 FASTOPS_DEVICE void take_wild(Sums& d, const typename A::S* w, typename A::S* y, int row, bool later) {
   const auto is_wild = [](float x) { return x * 0.0f != 0.0f; };

@@ -23,8 +23,8 @@ constexpr float kLowest = -__builtin_huge_valf();
 
 // Floats on tensor cores as sums of two numbers of TF32, the second of what the first leaves. Elements of the arrays
 // need but one: those of float16 and bfloat16 are one, and those of float32, where TF32 is asked for, are rounded as
-// they are read, which moves whole rows and columns of logits as other elements would. What is rounded number by number,
-// as weights would be, is amplified by Z.
+// they are read, which moves whole rows and columns of logits as other elements would. What is rounded number by
+// number, as weights would be, is amplified by Z.
 template <bool kSplitA, bool kSplitB> struct BySplitTf32 : ByFloats {
   static FASTOPS_DEVICE float rest(float x, float high) {
     const float low = x - high;
@@ -586,17 +586,6 @@ FASTOPS_DEVICE int own_column(int n, int i) { return n * 8 + static_cast<int>(th
 struct Running {
   float top[2] = {kLowest, kLowest}, sum[2] = {};
 };
-// d += a b of one tile among many: summed by itself, since a term is lost beside the sum of many, and the tensor cores
-// round every step of a sum towards zero.
-template <class P>
-FASTOPS_DEVICE void add_product(Sums& d, const float* a, const float* b, int depth, int columns) {
-  Sums own = {};
-  P::template product<false, true>(own, a, b, depth, columns);
-#pragma unroll
-  for (int n = 0; n < kColumns; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) d[n][i] += own[n][i];
-}
 // Logits become weights relative to the maxima; what came before has to be multiplied by the factors.
 FASTOPS_DEVICE void take_weights(Running& running, Sums& s, float (&factor)[2], const Source& columns, int c0,
                                  float scale) {
@@ -708,8 +697,17 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const __grid_constant_
     }
     load_tile(y, sources[kOfValues], c0, e0);
     __syncthreads();
-    if (is_alive)
-      add_product<Weights>(d, x + warp * 16 * Weights::kPitch, y, smaller(columns - c0, kTile), width);
+    if (is_alive) {
+      // A tile is summed by itself: terms are lost beside the sum of many, and the tensor cores round every step of a
+      // sum towards zero.
+      Sums own = {};
+      Weights::template product<false, true>(own, x + warp * 16 * Weights::kPitch, y, smaller(columns - c0, kTile),
+                                             width);
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) d[n][i] += own[n][i];
+    }
     __syncthreads();
   }
   if (is_alive) {
@@ -1039,8 +1037,8 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(const __grid_constan
     load_tile(y, sources[of_rows ? kOfColumns : of_values ? kOfGradients : kOfRows], c0, d0);
     __syncthreads();
     if (is_alive)
-      add_product<Both>(d, x + warp * 16 * ByFloats::kPitch, y, smaller(others - c0, kTile),
-                        smaller(width - d0, kTile));
+      Both::template product<false, true>(d, x + warp * 16 * ByFloats::kPitch, y, smaller(others - c0, kTile),
+                                          smaller(width - d0, kTile));
     __syncthreads();
   }
   if (is_alive) put_tile(x, d);

@@ -227,7 +227,8 @@ class Plan {
     const Stream first = stream_of(stream);
     const OnDevice on(contents_.device);
     raise_unless_ok(on.status);
-    refuse_capture(first, "a call whose list is not on the GPU yet: call once before, with the same memory, and wait for it");
+    refuse_capture(first,
+                   "a call whose list is not on the GPU yet: call once before, with the same memory, and wait for it");
     raise_unless_ok(allocate(&memory_, head + tail, first));
     auto* const at = static_cast<char*>(memory_);
     Status status = upload(at, contents_.tensors.data(), head, first);

@@ -194,9 +194,9 @@ def nystrom_attention(
     Notes
     -----
     Landmarks, A, Z, weights and sums are float32 (A and Z float64 beyond 8 iterations and with "ridge") whatever the dtype. float32
-    is multiplied exactly; of float16 and bfloat16 tensor cores multiply each number as the sum of two of TF32. How many keys a mask
-    leaves is found on the GPU, and so is whether a sample's attention is exact. 4 m (2 (D + E) + 6 m) bytes of memory a head,
-    and some 8 MiB of sums of parts of the keys.
+    is multiplied exactly; of float16 and bfloat16 tensor cores multiply each number as the sum of two of TF32, and so they do of
+    float32 with `tf32`, of which elements of q, k and v are one, rounded. How many keys a mask leaves is found on the GPU, and so is
+    whether a sample's attention is exact. 4 m (2 (D + E) + 6 m) bytes of memory a head, and some 8 MiB of sums of parts of the keys.
 
     Examples
     --------
