@@ -446,7 +446,7 @@ struct Source {
   const float *factors, *more;  // of each row: what its numbers are multiplied by, and one number more
   int rows, columns;
   fastops_dtype dtype;
-  bool packs, rounds;  // rounds: to TF32
+  bool packs, rounds;  // rounds: to TF32, which holds halves as they are
 };
 FASTOPS_DEVICE void set_array(Source* to, const Call& call, const gpu::Heads& x, std::int64_t batch, std::int64_t head,
                               std::size_t rows, std::size_t columns, bool is_masked) {

@@ -47,8 +47,7 @@ class _Nystrom(OfHeads):
         given = {name: shape_of(call.views[name]) for name in arrays}
         self.p = p = Problem(layout, *(given.pop(name) for name in "qkv"), **given)
         self.options = _nystrom.options(p.d, *options)
-        # Elements of halves are numbers of TF32 already.
-        self.tf32 = _validate.boolean("tf32", tf32) and self.dtype == _F32
+        self.tf32 = _validate.boolean("tf32", tf32)
         self.rows = {name: self._operand(call.views[name]) for name in arrays}
         self.numbers: dict[str, Any] = {}
         self.taps = 0
