@@ -321,6 +321,8 @@ def attention(report: Report, bandwidth: float, rounds: int) -> None:
                 "fastops": lambda: cuda.linear_attention(q, k, v, causal=True),
                 "torch in chunks": lambda: torch_chunks(q, k, v),
             }
+            if dtype is torch.float32:
+                functions["fastops in TF32"] = lambda: cuda.linear_attention(q, k, v, causal=True, tf32=True)
             if shape[2] <= 8192:
                 functions["torch SDPA (softmax)"] = lambda: torch.nn.functional.scaled_dot_product_attention(
                     q, k, v, is_causal=True
@@ -393,6 +395,8 @@ def nystrom(report: Report, rounds: int) -> None:
                 "torch P1 (Z (P3 V))": lambda: torch_nystrom(q, k, v, m),
                 "torch SDPA (softmax)": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v),
             }
+            if dtype is torch.float32:
+                functions["fastops in TF32"] = lambda: cuda.nystrom_attention(q, k, v, num_landmarks=m, tf32=True)
             report.add(f"nystrom_attention m{m} {dtype} {shape}", milliseconds(functions, rounds))
             leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
 

@@ -962,6 +962,28 @@ def test_a_graph_takes_a_call_whose_table_is_there(shim: Shim) -> None:
     assert shadows[0].array.tolist() == [0.75] * 3
 
 
+def test_a_graph_refuses_what_comes_from_host_memory(shim: Shim) -> None:
+    """It would copy from memory that holds something else by then."""
+    runtime = ctypes.CDLL(_runtime.module().__file__)
+    first, second, params = [Fake(np.zeros(3, np.float32))], [Fake(np.zeros(3, np.float32))], [ones(3)]
+    cuda.ema_update_(first, params, 0.5, stream=64)
+    row = Fake(np.ones((1, 5, 4), np.float32))
+    runtime.fastops_shim_capture(ctypes.c_void_p(64))
+    try:
+        with pytest.raises(RuntimeError, match=r"^CUDA graphs cannot capture a call whose list is not on the GPU yet"):
+            cuda.ema_update_(second, params, 0.5, stream=64)
+        with pytest.raises(RuntimeError, match=r"^CUDA graphs cannot capture decays of every tensor"):
+            cuda.ema_update_(first, params, [0.5], stream=64)
+        with pytest.raises(RuntimeError, match=r"^CUDA graphs cannot capture offsets in host memory"):
+            cuda.linear_attention(row, row, row, cu_seqlens=[0, 5], stream=64)
+    finally:
+        runtime.fastops_shim_capture(None)
+    assert runtime.fastops_shim_faults() == 0
+    assert (first[0].array.tolist(), second[0].array.tolist()) == ([0.5] * 3, [0.0] * 3)
+    cuda.ema_update_(second, params, 0.5, stream=64)
+    assert second[0].array.tolist() == [0.5] * 3
+
+
 def test_a_stream_that_is_gone_is_refused_by_the_shim(shim: Shim) -> None:
     """Without which the test above could not fail."""
     runtime = ctypes.CDLL(_runtime.module().__file__)

@@ -652,6 +652,28 @@ def test_arrays_that_do_not_fit_are_refused(shim: Shim) -> None:
     refused(ValueError, r"^q must be of at most 4 leading dimensions", crossed, many, many)
 
 
+def misaligned(*shape: int, dtype: Any = F32) -> Any:
+    """Ones, a byte after where they should lie."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    array = np.empty(size + 1, np.uint8)[1:].view(dtype).reshape(shape)
+    array[...] = 1
+    return array
+
+
+def test_arrays_that_are_not_aligned_are_refused(shim: Shim) -> None:
+    """Which the CPU reads, and a GPU ends the process's work for."""
+    q = on_gpu(1, 2, 5, 4)
+    refused(ValueError, r"^k must be aligned to its elements", q, Fake(misaligned(1, 2, 5, 4)), q)
+    refused(ValueError, r"^decay must be aligned to its elements", decay=Fake(misaligned(2)), causal=True)
+    state = on_gpu(1, 2, 4, 4), Fake(misaligned(1, 2, 4))
+    refused(ValueError, r"^initial_state\[1\] must be aligned to its elements", initial_state=state)
+    offsets = misaligned(2, dtype=np.int64)
+    offsets[:] = 0, 5
+    refused(ValueError, r"^cu_seqlens must be aligned to its elements", cu_seqlens=Fake(offsets))
+    projection = Fake(misaligned(3, 4))
+    refused(ValueError, r"^projection must be aligned to its elements", projection=projection, feature_map="favor")
+
+
 def test_options_that_do_not_fit_are_refused(shim: Shim) -> None:
     refused(
         NotImplementedError,

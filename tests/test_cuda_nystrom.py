@@ -11,7 +11,7 @@ import tolerance
 from gpu_arrays import PLATFORMS, Fake, Shim, open_platform
 from quadratic import wide
 from samples import FLOATS, assert_same_bits
-from test_cuda_attention import full_of_nan, through_torch
+from test_cuda_attention import full_of_nan, misaligned, through_torch
 
 from fastops import attention as cpu
 from fastops import cuda, reference
@@ -69,7 +69,7 @@ def in_float64(arrays: list[Any], options: dict[str, Any]) -> tuple[list[Any], d
             return tuple(map(wide, x))
         return wide(x) if isinstance(x, np.ndarray) and x.dtype != bool else x
 
-    return [wide(x) for x in arrays], {key: moved(x) for key, x in options.items()}
+    return [wide(x) for x in arrays], {key: moved(x) for key, x in options.items() if key != "tf32"}
 
 
 def distance(got: Any, want: Any) -> float:
@@ -85,7 +85,7 @@ def check(gpu: Any, arrays: list[Any], bound: float = 0.0, **options: Any) -> An
     want, told = cpu.nystrom_attention(*exact, **given, return_info=True)
     assert got.shape == want.shape
     assert got.dtype == arrays[0].dtype
-    bound = bound or tolerance.nystrom(got.dtype)
+    bound = bound or (tolerance.NYSTROM_TF32 if options.get("tf32") else tolerance.nystrom(got.dtype))
     heads = want.shape[:2] if options.get("layout") != "bnhd" else (want.shape[0], want.shape[2])
     for b, h in np.ndindex(*heads):
         at = (b, slice(None), h) if options.get("layout") == "bnhd" else (b, h)
@@ -151,6 +151,62 @@ def test_conditions_are_within_tolerance(gpu: Any, kind: str, name: str) -> None
             # The closed form has no coefficient to begin with.
             solver = "ridge" if n != m and kind != "batch" else "newton"
             check(gpu, arrays_of(seed, *sizes, 9, name), num_landmarks=7, pinv=solver, **options[kind])
+
+
+@solvers
+def test_tf32_is_within_its_tolerance(gpu: Any, pinv: str) -> None:
+    for seed, (*sizes, landmarks) in enumerate(SIZES):
+        check(gpu, arrays_of(seed, *sizes), num_landmarks=landmarks, pinv=pinv, tf32=True)
+    arrays = arrays_of(5, 2, 4, 2, 70, 70, 12, 9)
+    for given in conditions(5, 2, 4, 2, 70, 70, 12).values():
+        check(gpu, arrays, num_landmarks=7, pinv="newton" if "init" in given else pinv, tf32=True, **given)
+
+
+def test_tf32_rounds_elements_alone(gpu: Any) -> None:
+    """With elements that TF32 holds the result has the error of float32: landmarks, weights and what lies between are not rounded."""
+    arrays = [x.astype(np.float16).astype(F32) for x in arrays_of(21, 1, 2, 1, 150, 150, 40, 33)]
+    exact, fast = (
+        gpu.get(cuda.nystrom_attention(*map(gpu.put, arrays), **put(gpu, {"num_landmarks": 16}), tf32=x))
+        for x in (False, True)
+    )
+    assert (exact != fast).any()
+    want = cpu.nystrom_attention(*in_float64(arrays, {})[0], num_landmarks=16)
+    for got in (exact, fast):
+        assert distance(got, want) <= tolerance.nystrom(np.dtype(F32))
+
+
+def test_tf32_takes_elements_as_tf32_holds_them(gpu: Any) -> None:
+    """In results and gradients: weights that are computed anew are the same again."""
+    marks = tuple(arrays_of(24, 1, 2, 1, 9, 9, 12, 1)[:2])
+    arrays = [*arrays_of(25, 1, 2, 1, 70, 90, 12, 9), arrays_of(26, 1, 2, 1, 70, 1, 9, 1)[0]]
+    # To 10 bits of fraction, ties away from zero.
+    rounded = [(x.view(np.uint32) + 0x1000 & 0xFFFFE000).astype(np.uint32).view(F32) for x in arrays]
+    assert all((x != y).any() for x, y in zip(arrays, rounded, strict=True))
+    options = {"landmarks": marks, "normalize": True, "tf32": True}
+    want, got = (gpu.get(cuda.nystrom_attention(*map(gpu.put, x[:3]), **put(gpu, options))) for x in (rounded, arrays))
+    assert_same_bits(got, want)
+    want, got = (gradients(gpu, x[3], x[:3], **options) for x in (rounded, arrays))
+    for x, y in zip(got, want, strict=True):
+        assert_same_bits(x, y)
+
+
+def test_halves_are_the_same_with_tf32(gpu: Any) -> None:
+    for name in ("f16", "bf16"):
+        arrays = arrays_of(22, 1, 2, 1, 70, 70, 8, 5, name)
+        plain, asked = (
+            gpu.get(cuda.nystrom_attention(*map(gpu.put, arrays), **put(gpu, {"num_landmarks": 6}), tf32=x))
+            for x in (False, True)
+        )
+        assert_same_bits(asked, plain)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_sums_over_many_keys_do_not_drift(gpu: Any, tf32: bool) -> None:
+    """The tensor cores round every step towards zero: of ones a mean would fall below 1 as the keys grow many."""
+    q, k, v = arrays_of(23, 1, 1, 1, 8, 16384, 4, 3)
+    options = {"num_landmarks": 8, "tf32": tf32}
+    y = gpu.get(cuda.nystrom_attention(*map(gpu.put, (q, k, np.ones_like(v))), **put(gpu, options)))
+    assert abs(wide(y) - 1.0).max() <= tolerance.nystrom(y.dtype)
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 3, 8, 12])
@@ -274,7 +330,8 @@ def check_gradients(gpu: Any, seed: int, arrays: list[Any], **options: Any) -> l
     for i, (got, exact_one) in enumerate(zip(found, flat, strict=True)):
         assert got.shape == exact_one.shape
         assert got.dtype == (q.dtype if i < 3 else F32)
-        assert distance(got, exact_one) <= tolerance.nystrom_gradient(got.dtype), (i, distance(got, exact_one), options)
+        bound = tolerance.nystrom_gradient(got.dtype) + (2 * tolerance.NYSTROM_TF32 if options.get("tf32") else 0.0)
+        assert distance(got, exact_one) <= bound, (i, distance(got, exact_one), options)
     return found
 
 
@@ -295,6 +352,16 @@ def test_gradients_under_conditions_are_within_tolerance(gpu: Any, kind: str, na
             solver = "ridge" if n != m and kind != "batch" else "newton"
             given = options[kind] | {"return_d_landmarks": "landmarks" in options[kind]}
             check_gradients(gpu, seed, arrays_of(seed, *sizes, 9, name), num_landmarks=7, pinv=solver, **given)
+
+
+@solvers
+def test_gradients_in_tf32_are_within_its_tolerance(gpu: Any, pinv: str) -> None:
+    for seed, (*sizes, landmarks) in enumerate(SIZES):
+        check_gradients(gpu, seed, arrays_of(seed, *sizes), num_landmarks=landmarks, pinv=pinv, tf32=True)
+    sizes = (2, 4, 2, 70, 70, 12)
+    for given in conditions(5, *sizes).values():
+        more = {"return_d_landmarks": "landmarks" in given, "pinv": "newton" if "init" in given else pinv}
+        check_gradients(gpu, 5, arrays_of(5, *sizes, 9), num_landmarks=7, tf32=True, **given, **more)
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 12])
@@ -397,6 +464,7 @@ def test_arguments_that_do_not_fit_are_refused(shim: Shim) -> None:
     refused(ValueError, r"^ridge must be None with pinv='newton'", ridge=0.1)
     refused(ValueError, r"^init must be 'matrix' with pinv='ridge'", pinv="ridge", init="batch")
     refused(NotImplementedError, r"^causal must be False, since the means of segments", causal=True)
+    refused(TypeError, r"^tf32 must be ", tf32=1)
     refused(TypeError, r"^key_mask must be an array on a GPU", key_mask=np.ones((1, 5), bool))
     refused(TypeError, r"^key_mask must be of dtype bool .*, got float32", key_mask=on_gpu(1, 5))
     refused(ValueError, r"^key_mask must be of shape \(1, 5\), one for all", key_mask=on_gpu(1, 2, 5, dtype=bool))
@@ -419,6 +487,15 @@ def test_arguments_that_do_not_fit_are_refused(shim: Shim) -> None:
         cuda.nystrom_attention_backward(q, q, q, q, return_d_landmarks=True)
     with pytest.raises(ValueError, match=r"^dy must be of shape \(1, 2, 5, 4\), got \(1, 2, 5, 3\)"):
         cuda.nystrom_attention_backward(on_gpu(1, 2, 5, 3), q, q, q)
+
+
+def test_arrays_that_are_not_aligned_are_refused(shim: Shim) -> None:
+    """Which the CPU reads, and a GPU ends the process's work for."""
+    q, odd = on_gpu(1, 2, 5, 4), Fake(misaligned(1, 2, 5, 4))
+    refused(ValueError, r"^k must be aligned to its elements", q, odd, q)
+    refused(ValueError, r"^conv_weight must be aligned to its elements", conv_weight=Fake(misaligned(2, 3)))
+    pair = on_gpu(1, 2, 3, 4), Fake(misaligned(1, 2, 3, 4))
+    refused(ValueError, r"^landmarks\[1\] must be aligned to its elements", landmarks=pair)
 
 
 # --- torch -------------------------------------------------------------------------------------------------------------------
@@ -465,3 +542,26 @@ def test_torch_says_what_the_gpu_has_not(torch_on: Any) -> None:
     x = torch.ones(1, 1, 3, 2, device=device, dtype=torch.float64)
     with pytest.raises(TypeError, match=r"^q must be of dtype float16 or bfloat16 or float32, got float64"):
         ft.nystrom_attention(x, x, x)
+
+
+def test_torch_multiplies_in_tf32_where_its_own_products_do(torch_on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastops import torch as ft
+
+    torch, device = torch_on
+    x = torch.ones(1, 1, 3, 2, device=device, requires_grad=True)
+    asked: list[bool] = []
+    for name in ("nystrom_attention", "nystrom_attention_backward"):
+        plain = getattr(cuda, name)
+        monkeypatch.setattr(
+            cuda,
+            name,
+            lambda *args, plain=plain, **options: (asked.append(options["tf32"]), plain(*args, **options))[1],
+        )
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            ft.nystrom_attention(x, x, x, num_landmarks=1).sum().backward()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert asked == [False, False, True, True]

@@ -82,6 +82,45 @@ FASTOPS_HD inline int rounded_up(int n, int to) { return (n + to - 1) / to * to;
 
 inline std::int64_t divided_up(std::int64_t n, std::int64_t by) noexcept { return (n + by - 1) / by; }
 
+FASTOPS_DEVICE float sum_of_quad(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+template <class T> FASTOPS_DEVICE T sum_of_warp(T x) {
+#pragma unroll
+  for (unsigned step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+  return x;
+}
+// By all threads of a block of so many warps, in a fixed order; `shared` has a place for each warp.
+template <int kWarps, class T> FASTOPS_DEVICE T sum_of_block(T x, T* shared) {
+  x = sum_of_warp(x);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = shared[0];
+  for (int i = 1; i < kWarps; ++i) x += shared[i];
+  return x;
+}
+
+// The launches of a call, up to the first that fails.
+class Launcher {
+ protected:
+  explicit Launcher(gpu::Stream stream) noexcept : stream_(stream) {}
+  // launch(blocks), where there are any.
+  template <class F> void run(std::int64_t blocks, const F& launch) noexcept {
+    if (status_ != 0 || blocks <= 0) return;
+    if (blocks > 0x7fffffff) {
+      status_ = gpu::kTooLarge;
+      return;
+    }
+    launch(static_cast<unsigned>(blocks));
+    status_ = launched();
+  }
+
+  gpu::Stream stream_;
+  gpu::Status status_ = 0;
+};
+
 // The memory of a call, one array after another; sizes alone with null.
 class Parts {
  public:

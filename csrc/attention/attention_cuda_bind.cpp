@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Linear and Nystrom attention on a GPU for Python: arrays as (address, strides of the batch, head, row, column), and
 // its workspace.
-#include <cstring>
+#include <initializer_list>
 #include <new>
+#include <string>
+#include <utility>
 
 #include "cuda/cuda_bind.h"
 
@@ -13,6 +15,10 @@ namespace {
 
 constexpr std::size_t kItem[] = {2, 2, 4, 8};
 
+// Elsewhere a load would end all that the process does on the device.
+void want_aligned(const void* p, std::size_t item, const std::string& name) {
+  if (reinterpret_cast<std::uintptr_t>(p) % item != 0) throw py::value_error(name + " must be aligned to its elements");
+}
 // Null where there is none.
 Heads heads_of(const py::dict& arrays, const char* name, std::size_t item) {
   Heads x{};
@@ -20,6 +26,7 @@ Heads heads_of(const py::dict& arrays, const char* name, std::size_t item) {
   const py::tuple given = arrays[name].cast<py::tuple>();
   if (given.size() != 5) throw py::value_error("arrays must be (address, batch strides, head, row, column)");
   x.data = reinterpret_cast<const void*>(given[0].cast<std::uintptr_t>());
+  want_aligned(x.data, item, name);
   const py::tuple batch = given[1].cast<py::tuple>();
   if (batch.size() != kBatchDimensions) throw py::value_error("arrays must have four strides of the batch");
   for (std::size_t d = 0; d < kBatchDimensions; ++d) x.batch[d] = batch[d].cast<std::ptrdiff_t>();
@@ -32,25 +39,64 @@ Heads heads_of(const py::dict& arrays, const char* name, std::size_t item) {
   for (const std::ptrdiff_t stride : x.batch) x.packs = x.packs && stride % step == 0;
   return x;
 }
-void* address_of(const py::dict& arrays, const char* name) {
-  return arrays.contains(name) ? reinterpret_cast<void*>(arrays[name].cast<std::uintptr_t>()) : nullptr;
+void* address_of(const py::dict& arrays, const char* name, std::size_t item) {
+  if (!arrays.contains(name)) return nullptr;
+  void* const p = reinterpret_cast<void*>(arrays[name].cast<std::uintptr_t>());
+  want_aligned(p, item, name);
+  return p;
 }
 LinearState state_of(const py::dict& arrays, const char* name) {
   LinearState state{};
   if (!arrays.contains(name)) return state;
   const py::tuple given = arrays[name].cast<py::tuple>();
   float** const parts[] = {&state.s, &state.z, &state.m};
-  for (std::size_t i = 0; i < given.size() && i < 3; ++i)
+  for (std::size_t i = 0; i < given.size() && i < 3; ++i) {
     *parts[i] = reinterpret_cast<float*>(given[i].cast<std::uintptr_t>());
+    want_aligned(*parts[i], sizeof(float), std::string(name) + "[" + std::to_string(i) + "]");
+  }
   return state;
 }
 
-LinearAttention call_of(const py::tuple& options, const py::tuple& sizes, const py::dict& arrays) {
-  LinearAttention call{};
-  if (options.size() != 8 || sizes.size() != 4 + 8) throw py::value_error("options or sizes of the wrong length");
+// What linear and Nystrom attention share: the first of the options, all but the last two of the sizes, and the rows of
+// heads.
+template <class Call> Call begin_call(const py::tuple& options, const py::tuple& sizes, const py::dict& arrays) {
+  Call call{};
+  if (options.size() != 8 || sizes.size() != kBatchDimensions + 8)
+    throw py::value_error("options or sizes of the wrong length");
   const int dtype = options[0].cast<int>();
   if (dtype < FASTOPS_F16 || dtype > FASTOPS_F32) throw py::type_error("arrays must be of 2 or 4 bytes");
   call.dtype = static_cast<fastops_dtype>(dtype);
+  for (std::size_t d = 0; d < kBatchDimensions; ++d) call.batch[d] = sizes[d].cast<std::size_t>();
+  std::size_t* const numbers[] = {&call.heads_q, &call.heads_kv, &call.queries, &call.keys, &call.dim, &call.values};
+  for (std::size_t i = 0; i < 6; ++i) *numbers[i] = sizes[kBatchDimensions + i].cast<std::size_t>();
+  if (call.dim == 0 || call.values == 0) throw py::value_error("sizes of rows must be at least 1");
+  if (call.queries > kMostTokens || call.keys > kMostTokens || call.dim > kMostNumbers || call.values > kMostNumbers)
+    throw py::value_error("rows must be at most 2**30, of at most 2**20 numbers");
+  if (call.heads_kv == 0 ? call.heads_q != 0 : call.heads_q % call.heads_kv != 0)
+    throw py::value_error("heads must be a multiple of those of k and v");
+  const std::pair<const char*, Heads*> rows[] = {{"q", &call.q},     {"k", &call.k},   {"v", &call.v},
+                                                 {"out", &call.out}, {"dy", &call.dy}, {"dq", &call.dq},
+                                                 {"dk", &call.dk},   {"dv", &call.dv}};
+  for (const auto& [name, x] : rows) *x = heads_of(arrays, name, kItem[dtype]);
+  call.mask = heads_of(arrays, "key_mask", 1);
+  return call;
+}
+void want_arrays(const py::dict& arrays, std::initializer_list<const char*> names) {
+  for (const char* name : names)
+    if (!arrays.contains(name)) throw py::value_error(std::string("a call needs ") + name);
+}
+// With a workspace of so many bytes.
+template <class Call>
+void launch(const Call& call, Status (*run)(const Call&, void*, Stream) noexcept, std::size_t bytes, int device,
+            std::uintptr_t stream) {
+  const Memory workspace(bytes, device, stream);
+  const OnDevice on(device);
+  raise_unless_ok(on.status);
+  raise_unless_ok(run(call, workspace.data(), stream_of(stream)));
+}
+
+LinearAttention linear_of(const py::tuple& options, const py::tuple& sizes, const py::dict& arrays) {
+  auto call = begin_call<LinearAttention>(options, sizes, arrays);
   call.map = static_cast<fastops_feature_map>(options[1].cast<int>());
   if (call.map < FASTOPS_MAP_ELU || call.map > FASTOPS_MAP_SOFTMAX) throw py::value_error("a map that is not here");
   call.causal = options[2].cast<bool>();
@@ -59,68 +105,40 @@ LinearAttention call_of(const py::tuple& options, const py::tuple& sizes, const 
   call.kernel_eps = options[5].cast<float>();
   call.scale = options[6].cast<float>();
   call.tf32 = options[7].cast<bool>();
-  std::size_t n[4 + 8];
-  for (std::size_t i = 0; i < sizes.size(); ++i) n[i] = sizes[i].cast<std::size_t>();
-  for (std::size_t i = 0; i < kBatchDimensions; ++i) call.batch[i] = n[i];
-  call.heads_q = n[4];
-  call.heads_kv = n[5];
-  call.queries = n[6];
-  call.keys = n[7];
-  call.dim = n[8];
-  call.features = n[9];
-  call.values = n[10];
-  call.sequences = n[11];
-  if (call.dim == 0 || call.values == 0 || call.features == 0)
-    throw py::value_error("sizes of rows must be at least 1");
-  if (call.queries > kMostTokens || call.keys > kMostTokens || call.features > kMostNumbers ||
-      call.values > kMostNumbers)
-    throw py::value_error("rows must be at most 2**30, of at most 2**20 numbers");
-  if (call.heads_kv == 0 ? call.heads_q != 0 : call.heads_q % call.heads_kv != 0)
-    throw py::value_error("heads must be a multiple of those of k and v");
-  const std::size_t item = kItem[dtype];
-  call.q = heads_of(arrays, "q", item);
-  call.k = heads_of(arrays, "k", item);
-  call.v = heads_of(arrays, "v", item);
-  call.out = heads_of(arrays, "out", item);
-  call.dy = heads_of(arrays, "dy", item);
-  call.y = heads_of(arrays, "y", item);
-  call.mask = heads_of(arrays, "key_mask", 1);
+  call.features = sizes[kBatchDimensions + 6].cast<std::size_t>();
+  call.sequences = sizes[kBatchDimensions + 7].cast<std::size_t>();
+  if (call.features == 0 || call.features > kMostNumbers)
+    throw py::value_error("features must be at least 1 and at most 2**20");
+  call.y = heads_of(arrays, "y", kItem[call.dtype]);
   call.decay_dtype = static_cast<fastops_dtype>(arrays.contains("decay_dtype") ? arrays["decay_dtype"].cast<int>() : 2);
   if (call.decay_dtype < FASTOPS_F16 || call.decay_dtype > FASTOPS_F64) throw py::type_error("decay must be of floats");
   call.decay = heads_of(arrays, "decay", kItem[call.decay_dtype]);
-  call.projection = address_of(arrays, "projection");
   const int projection = arrays.contains("projection_dtype") ? arrays["projection_dtype"].cast<int>() : FASTOPS_F32;
   if (projection < FASTOPS_F16 || projection > FASTOPS_F64) throw py::type_error("projection must be of floats");
   call.projection_dtype = static_cast<fastops_dtype>(projection);
+  call.projection = address_of(arrays, "projection", kItem[projection]);
   if (call.map == FASTOPS_MAP_FAVOR ? call.projection == nullptr : call.features < call.dim)
     throw py::value_error("features must fit the map");
   if (call.map >= FASTOPS_MAP_EXP && call.decay.data != nullptr)
     throw py::value_error("exponential maps have no decay");
-  call.offsets = address_of(arrays, "cu_seqlens");
   call.wide_offsets = arrays.contains("wide_offsets") && arrays["wide_offsets"].cast<bool>();
+  call.offsets = address_of(arrays, "cu_seqlens", call.wide_offsets ? 8 : 4);
   call.initial = state_of(arrays, "initial_state");
   call.final = state_of(arrays, "final_state");
   call.d_final = state_of(arrays, "d_state");
   call.d_initial = state_of(arrays, "d_initial_state");
-  call.dq = heads_of(arrays, "dq", item);
-  call.dk = heads_of(arrays, "dk", item);
-  call.dv = heads_of(arrays, "dv", item);
   return call;
 }
 
 void attend(const py::tuple& options, const py::tuple& sizes, const py::dict& arrays, bool gradient, int device,
             std::uintptr_t stream) {
-  const LinearAttention call = call_of(options, sizes, arrays);
-  for (const char* name : {"dy", "y", "dq", "dk", "dv"})
-    if (gradient && !arrays.contains(name)) throw py::value_error("a gradient needs dy, y, dq, dk and dv");
-  const Memory workspace(linear_attention_workspace(call, gradient), device, stream);
-  const OnDevice on(device);
-  raise_unless_ok(on.status);
-  raise_unless_ok(gradient ? linear_attention_backward(call, workspace.data(), stream_of(stream))
-                           : linear_attention(call, workspace.data(), stream_of(stream)));
+  const LinearAttention call = linear_of(options, sizes, arrays);
+  if (gradient) want_arrays(arrays, {"dy", "y", "dq", "dk", "dv"});
+  launch(call, gradient ? &linear_attention_backward : &linear_attention, linear_attention_workspace(call, gradient),
+         device, stream);
 }
 void step(const py::tuple& options, const py::tuple& sizes, const py::dict& arrays, int device, std::uintptr_t stream) {
-  const LinearAttention call = call_of(options, sizes, arrays);
+  const LinearAttention call = linear_of(options, sizes, arrays);
   if (call.final.s == nullptr || call.queries != 1 || call.keys != 1)
     throw py::value_error("a step needs one token and its state");
   const OnDevice on(device);
@@ -128,45 +146,18 @@ void step(const py::tuple& options, const py::tuple& sizes, const py::dict& arra
   raise_unless_ok(linear_attention_step(call, stream_of(stream)));
 }
 NystromAttention nystrom_of(const py::tuple& options, const py::tuple& sizes, const py::dict& arrays) {
-  NystromAttention call{};
-  if (options.size() != 7 || sizes.size() != 4 + 8) throw py::value_error("options or sizes of the wrong length");
-  const int dtype = options[0].cast<int>();
-  if (dtype < FASTOPS_F16 || dtype > FASTOPS_F32) throw py::type_error("arrays must be of 2 or 4 bytes");
-  call.dtype = static_cast<fastops_dtype>(dtype);
+  auto call = begin_call<NystromAttention>(options, sizes, arrays);
   call.iterations = options[1].cast<std::size_t>();
   call.ridge_solve = options[2].cast<bool>();
   call.ridge = options[3].cast<double>();
   call.scale = options[4].cast<double>();
   call.batch_init = options[5].cast<bool>();
   call.normalize = options[6].cast<bool>();
-  std::size_t n[4 + 8];
-  for (std::size_t i = 0; i < sizes.size(); ++i) n[i] = sizes[i].cast<std::size_t>();
-  for (std::size_t i = 0; i < kBatchDimensions; ++i) call.batch[i] = n[i];
-  call.heads_q = n[4];
-  call.heads_kv = n[5];
-  call.queries = n[6];
-  call.keys = n[7];
-  call.dim = n[8];
-  call.values = n[9];
-  call.landmarks = n[10];
-  call.taps = n[11];
-  if (call.dim == 0 || call.values == 0 || call.landmarks == 0 || call.landmarks > kMostLandmarks)
-    throw py::value_error("sizes of rows must be at least 1, landmarks 1 to 4096");
-  if (call.queries > kMostTokens || call.keys > kMostTokens || call.dim > kMostNumbers || call.values > kMostNumbers ||
-      call.taps > kMostTokens)
-    throw py::value_error("rows must be at most 2**30, of at most 2**20 numbers");
-  if (call.heads_kv == 0 ? call.heads_q != 0 : call.heads_q % call.heads_kv != 0)
-    throw py::value_error("heads must be a multiple of those of k and v");
-  const std::size_t item = kItem[dtype];
-  call.q = heads_of(arrays, "q", item);
-  call.k = heads_of(arrays, "k", item);
-  call.v = heads_of(arrays, "v", item);
-  call.out = heads_of(arrays, "out", item);
-  call.dy = heads_of(arrays, "dy", item);
-  call.dq = heads_of(arrays, "dq", item);
-  call.dk = heads_of(arrays, "dk", item);
-  call.dv = heads_of(arrays, "dv", item);
-  call.mask = heads_of(arrays, "key_mask", 1);
+  call.tf32 = options[7].cast<bool>();
+  call.landmarks = sizes[kBatchDimensions + 6].cast<std::size_t>();
+  call.taps = sizes[kBatchDimensions + 7].cast<std::size_t>();
+  if (call.landmarks == 0 || call.landmarks > kMostLandmarks) throw py::value_error("landmarks must be 1 to 4096");
+  if (call.taps > kMostTokens) throw py::value_error("taps must be at most 2**30");
   // Floats of any size in C order.
   const auto given = [&](const char* name, fastops_dtype* of) -> const void* {
     if (!arrays.contains(name)) return nullptr;
@@ -174,7 +165,9 @@ NystromAttention nystrom_of(const py::tuple& options, const py::tuple& sizes, co
     const int code = pair[1].cast<int>();
     if (code < FASTOPS_F16 || code > FASTOPS_F64) throw py::type_error("arrays must be of floats");
     *of = static_cast<fastops_dtype>(code);
-    return reinterpret_cast<const void*>(pair[0].cast<std::uintptr_t>());
+    const auto* const p = reinterpret_cast<const void*>(pair[0].cast<std::uintptr_t>());
+    want_aligned(p, kItem[code], name);
+    return p;
   };
   call.conv = given("conv_weight", &call.conv_dtype);
   call.q_landmarks = given("landmarks[0]", &call.q_landmarks_dtype);
@@ -184,10 +177,10 @@ NystromAttention nystrom_of(const py::tuple& options, const py::tuple& sizes, co
   if (call.conv != nullptr && (call.taps % 2 == 0 || call.queries != call.keys))
     throw py::value_error("a convolution must have an odd number of taps, and as many queries as keys");
   const char* const told[] = {"residual", "coefficient", "row_sum_min", "row_sum_max"};
-  for (std::size_t i = 0; i < 4; ++i) call.info[i] = static_cast<float*>(address_of(arrays, told[i]));
-  call.d_conv = static_cast<float*>(address_of(arrays, "d_conv_weight"));
-  call.d_q_landmarks = static_cast<float*>(address_of(arrays, "d_landmarks[0]"));
-  call.d_k_landmarks = static_cast<float*>(address_of(arrays, "d_landmarks[1]"));
+  for (std::size_t i = 0; i < 4; ++i) call.info[i] = static_cast<float*>(address_of(arrays, told[i], sizeof(float)));
+  call.d_conv = static_cast<float*>(address_of(arrays, "d_conv_weight", sizeof(float)));
+  call.d_q_landmarks = static_cast<float*>(address_of(arrays, "d_landmarks[0]", sizeof(float)));
+  call.d_k_landmarks = static_cast<float*>(address_of(arrays, "d_landmarks[1]", sizeof(float)));
   return call;
 }
 void attend_through_landmarks(const py::tuple& options, const py::tuple& sizes, const py::dict& arrays, bool gradient,
@@ -199,22 +192,19 @@ void attend_through_landmarks(const py::tuple& options, const py::tuple& sizes, 
                    static_cast<double>(call.landmarks * call.landmarks);
     for (const std::size_t n : call.batch) bytes *= static_cast<double>(n);
     if (bytes > 0x1p60) throw std::bad_alloc();
-    for (const char* name : {"dy", "dq", "dk", "dv"})
-      if (!arrays.contains(name)) throw py::value_error("a gradient needs dy, dq, dk and dv");
+    want_arrays(arrays, {"dy", "dq", "dk", "dv"});
     if ((call.conv == nullptr) != (call.d_conv == nullptr))
       throw py::value_error("a convolution needs room for its gradient");
-  } else if (!arrays.contains("out")) {
-    throw py::value_error("a result needs out");
+  } else {
+    want_arrays(arrays, {"out"});
   }
-  const Memory workspace(nystrom_attention_workspace(call, gradient), device, stream);
-  const OnDevice on(device);
-  raise_unless_ok(on.status);
-  raise_unless_ok(gradient ? nystrom_attention_backward(call, workspace.data(), stream_of(stream))
-                           : nystrom_attention(call, workspace.data(), stream_of(stream)));
+  launch(call, gradient ? &nystrom_attention_backward : &nystrom_attention, nystrom_attention_workspace(call, gradient),
+         device, stream);
 }
 void copy_up(std::uintptr_t to, const py::bytes& from, int device, std::uintptr_t stream) {
   const OnDevice on(device);
   raise_unless_ok(on.status);
+  refuse_capture(stream_of(stream), "offsets in host memory: put cu_seqlens on the GPU before");
   const std::string contents = from;
   raise_unless_ok(upload(reinterpret_cast<void*>(to), contents.data(), contents.size(), stream_of(stream)));
 }

@@ -536,10 +536,12 @@ enum class Role {
 };
 FASTOPS_DEVICE bool is_of_keys(Role role) { return role >= Role::kKeys; }
 
-// d += w y over the steps that a row sees, for numbers that are not finite: elsewhere 0 times them would be added.
+// Takes what is not finite out of y, and adds it, times w, to the rows that see it: elsewhere 0 times it would be
+// added. What is left goes through the same product as other tiles, whose rounding the tensor cores have to themselves.
 template <class A>
-FASTOPS_DEVICE void limited_product(Sums& d, const typename A::S* w, const typename A::S* y, int row, bool later) {
-  const int c = static_cast<int>(threadIdx.x) % 4 * 2;
+FASTOPS_DEVICE void take_wild(Sums& d, const typename A::S* w, typename A::S* y, int row, bool later) {
+  const auto is_wild = [](float x) { return x * 0.0f != 0.0f; };
+  const int t = static_cast<int>(threadIdx.x), c = t % 4 * 2;
 #pragma unroll 1
   for (int k = 0; k < kTile; ++k)
 #pragma unroll
@@ -547,10 +549,16 @@ FASTOPS_DEVICE void limited_product(Sums& d, const typename A::S* w, const typen
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int at = row + i / 2 * 8;
-        if (later ? k < at : k > at) continue;
-        d[n][i] =
-            simd::fma(A::get(w[i / 2 * 8 * A::kPitch + k]), A::get(y[k * A::kPitch + n * 8 + c + i % 2]), d[n][i]);
+        const float x = A::get(y[k * A::kPitch + n * 8 + c + i % 2]);
+        if (is_wild(x) && (later ? k >= at : k <= at))
+          d[n][i] = simd::fma(A::get(w[i / 2 * 8 * A::kPitch + k]), x, d[n][i]);
       }
+  __syncthreads();
+  for (int i = t; i < kTile * kTile; i += kThreads) {
+    typename A::S& x = y[i / kTile * A::kPitch + i % kTile];
+    if (is_wild(A::get(x))) x = A::put(0.0f);
+  }
+  __syncthreads();
 }
 
 // Two kernels: of the first two roles and of the others.
@@ -703,10 +711,8 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const __grid_constant
     if (!kGradient && !is_y) continue;
     __syncthreads();
     const bool wild = load_tile<A>(y, call, third_source, r, p, n0, nullptr);
-    if (__syncthreads_or(wild) && diagonal)
-      limited_product<A>(d, own_w + (g - warp * 16) * A::kPitch, y, g, later);
-    else
-      A::template product<false, true>(d, own_w, y, rounded_up(tokens, 16), most);
+    if (__syncthreads_or(wild) && diagonal) take_wild<A>(d, own_w + (g - warp * 16) * A::kPitch, y, g, later);
+    A::template product<false, true>(d, own_w, y, rounded_up(tokens, 16), most);
   }
 
 #pragma unroll
@@ -901,10 +907,6 @@ __global__ void __launch_bounds__(kThreads) decays_kernel(const __grid_constant_
   if (lane == 0) call.chunk_decays[i] = split(sum);
 }
 
-FASTOPS_DEVICE float sum_of_warp(float v) {
-  for (unsigned d = 16; d != 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
-  return v;
-}
 // A power of two that brings a number next to 1. (Of subnormal ones the inverse would overflow.)
 FASTOPS_DEVICE float power_down(float largest) {
   const int exponent = static_cast<int>(simd::bits<std::uint32_t>(largest) >> 23 & 255) - 126;
@@ -1294,16 +1296,6 @@ __global__ void __launch_bounds__(kThreads) power_gradients_kernel(const __grid_
 
 // One token: a block for each head of the state. Threads lie along the values, and in slices of the features.
 constexpr int kStepThreads = 256, kSlices = kStepThreads / 32;
-FASTOPS_DEVICE float sum_of_block(float v, float* shared) {
-  const int t = static_cast<int>(threadIdx.x);
-  v = sum_of_warp(v);
-  __syncthreads();
-  if (t % 32 == 0) shared[t / 32] = v;
-  __syncthreads();
-  float sum = 0.0f;
-  for (int i = 0; i < kSlices; ++i) sum += shared[i];
-  return sum;
-}
 __global__ void __launch_bounds__(kStepThreads) step_kernel(const __grid_constant__ Call call) {
   FASTOPS_DYNAMIC_SHARED(memory);
   __shared__ float shared[kStepThreads];
@@ -1333,7 +1325,7 @@ __global__ void __launch_bounds__(kStepThreads) step_kernel(const __grid_constan
           const float v = element_of(data, d * x.col, of.dtype) * norm.down;
           sum = simd::fma(v, v, sum);
         }
-        norm.root = simd::sqrt(sum_of_block(sum, shared));
+        norm.root = simd::sqrt(sum_of_block<kSlices>(sum, shared));
       }
     }
     for (int d = t; d < features; d += kStepThreads) {
@@ -1403,7 +1395,7 @@ __global__ void __launch_bounds__(kStepThreads) step_kernel(const __grid_constan
         sum += qf[d];
       }
       if (is_softmax) {
-        sum = sum_of_block(sum, shared);
+        sum = sum_of_block<kSlices>(sum, shared);
         for (int d = t; d < features; d += kStepThreads) qf[d] = z[d] == 0.0f ? 0.0f : qf[d] / sum / z[d];
       } else {
         denominator = math::exp2(-top);
@@ -1414,7 +1406,7 @@ __global__ void __launch_bounds__(kStepThreads) step_kernel(const __grid_constan
     if (of.normalize && !is_softmax) {
       float sum = 0.0f;
       for (int d = t; d < features; d += kStepThreads) sum = simd::fma(qf[d], z[d], sum);
-      denominator = sum_of_block(sum, shared) + eps;
+      denominator = sum_of_block<kSlices>(sum, shared) + eps;
       is_empty = denominator < 0x1p-126f && denominator > -0x1p-126f;
     }
     char* const out = const_cast<char*>(head_of(call, of.out, item, batch, head_q, 0));
@@ -1538,10 +1530,9 @@ Prepared prepare(const gpu::LinearAttention& of, void* workspace, bool gradient)
   return p;
 }
 
-// The launches of a call, up to the first that fails.
-class Launches {
+class Launches : Launcher {
  public:
-  Launches(const Prepared& p, gpu::Stream stream) noexcept : p_(p), call_(p.call), stream_(stream) {}
+  Launches(const Prepared& p, gpu::Stream stream) noexcept : Launcher(stream), p_(p), call_(p.call) {}
 
   gpu::Status forward() noexcept {
     before();
@@ -1579,15 +1570,6 @@ class Launches {
   }
   std::int64_t rows_k() const noexcept {
     return p_.batches * static_cast<std::int64_t>(call_.of.heads_kv * call_.of.keys);
-  }
-  template <class F> void run(std::int64_t blocks, const F& launch) noexcept {
-    if (status_ != 0 || blocks <= 0) return;
-    if (blocks > 0x7fffffff) {
-      status_ = gpu::kTooLarge;
-      return;
-    }
-    launch(static_cast<unsigned>(blocks));
-    status_ = launched();
   }
   template <class F> void by_warps(std::int64_t warps, const F& launch) noexcept {
     run(divided_up(warps, kThreads / 32), launch);
@@ -1689,8 +1671,6 @@ class Launches {
 
   const Prepared& p_;
   const Call& call_;
-  gpu::Stream stream_;
-  gpu::Status status_ = 0;
 };
 
 }  // namespace linear_kernels

@@ -21,8 +21,10 @@ constexpr unsigned kAll = ~0u;
 constexpr std::size_t kSinglePrecisionSteps = 8;
 constexpr float kLowest = -__builtin_huge_valf();
 
-// Floats on tensor cores as sums of two numbers of TF32, the second of what the first leaves: elements of float16 and
-// bfloat16 need but one. Rounding to one alone would be amplified by Z.
+// Floats on tensor cores as sums of two numbers of TF32, the second of what the first leaves. Elements of the arrays
+// need but one: those of float16 and bfloat16 are one, and those of float32, where TF32 is asked for, are rounded as
+// they are read, which moves whole rows and columns of logits as other elements would. What is rounded number by
+// number, as weights would be, is amplified by Z.
 template <bool kSplitA, bool kSplitB> struct BySplitTf32 : ByFloats {
   static FASTOPS_DEVICE float rest(float x, float high) {
     const float low = x - high;
@@ -125,26 +127,6 @@ struct Segment {
 FASTOPS_DEVICE Segment segment_of(int n, int m, int i) {
   const int length = n / m, shorter = m - n % m;
   return {i * length + (i > shorter ? i - shorter : 0), length + (i >= shorter ? 1 : 0)};
-}
-
-FASTOPS_DEVICE float sum_of_quad(float x) {
-  x += __shfl_xor_sync(kAll, x, 1);
-  return x + __shfl_xor_sync(kAll, x, 2);
-}
-template <class T> FASTOPS_DEVICE T sum_of_warp(T x) {
-#pragma unroll
-  for (unsigned step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kAll, x, step);
-  return x;
-}
-// By all threads, in a fixed order; `shared` has a place for each warp.
-template <class T> FASTOPS_DEVICE T sum_of_block(T x, T* shared) {
-  x = sum_of_warp(x);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = shared[0];
-  for (int i = 1; i < kWarps; ++i) x += shared[i];
-  return x;
 }
 
 // A block for each sample: which keys count.
@@ -464,7 +446,7 @@ struct Source {
   const float *factors, *more;  // of each row: what its numbers are multiplied by, and one number more
   int rows, columns;
   fastops_dtype dtype;
-  bool packs;
+  bool packs, rounds;  // rounds: to TF32, which holds halves as they are
 };
 FASTOPS_DEVICE void set_array(Source* to, const Call& call, const gpu::Heads& x, std::int64_t batch, std::int64_t head,
                               std::size_t rows, std::size_t columns, bool is_masked) {
@@ -478,6 +460,7 @@ FASTOPS_DEVICE void set_array(Source* to, const Call& call, const gpu::Heads& x,
   to->columns = static_cast<int>(columns);
   to->dtype = call.of.dtype;
   to->packs = x.packs;
+  to->rounds = call.of.tf32;
 }
 FASTOPS_DEVICE void set_made(Source* to, const Call& call, const void* data, std::int64_t index, int pitch, int columns,
                              bool is_double) {
@@ -549,6 +532,10 @@ FASTOPS_DEVICE void load_tile(float* to, const Source& from, int first, int colu
 #pragma unroll
         for (int j = 0; j < 8; ++j)
           if (col + j < from.columns) x[j] = element_of(from.data, at + j * from.col, from.dtype);
+      }
+      if (from.rounds) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) x[j] = to_tf32(x[j]);
       }
       if (from.factors != nullptr) {
         const float factor = from.factors[i];
@@ -710,9 +697,17 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const __grid_constant_
     }
     load_tile(y, sources[kOfValues], c0, e0);
     __syncthreads();
-    if (is_alive)
-      Weights::template product<false, true>(d, x + warp * 16 * Weights::kPitch, y, smaller(columns - c0, kTile),
+    if (is_alive) {
+      // A tile is summed by itself: terms are lost beside the sum of many, and the tensor cores round every step of a
+      // sum towards zero.
+      Sums own = {};
+      Weights::template product<false, true>(own, x + warp * 16 * Weights::kPitch, y, smaller(columns - c0, kTile),
                                              width);
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) d[n][i] += own[n][i];
+    }
     __syncthreads();
   }
   if (is_alive) {
@@ -811,8 +806,8 @@ __global__ void __launch_bounds__(kThreads) info_kernel(const __grid_constant__ 
     off = simd::fma(rest, rest, off);
     size = simd::fma(whole, whole, size);
   }
-  off = sum_of_block(off, sums);
-  size = sum_of_block(size, sums);
+  off = sum_of_block<kWarps>(off, sums);
+  size = sum_of_block<kWarps>(size, sums);
   const std::uint8_t* const mask = call.masks_queries ? mask_of(call, batch) : nullptr;
   const auto queries = static_cast<int>(call.of.queries);
   const float* const weights = call.weights + head * queries;
@@ -1114,7 +1109,7 @@ __global__ void __launch_bounds__(kThreads)
   double dot = 0.0;
   for (std::int64_t i = threadIdx.x; i < m * m; i += kThreads)
     dot = simd::fma(static_cast<double>(dz[i % m * m + i / m]), static_cast<double>(a[i]), dot);
-  dot = sum_of_block(dot, sums);
+  dot = sum_of_block<kWarps>(dot, sums);
   const Norms norms = call.norms[head];
   const double c = call.starts[head], share = call.of.batch_init ? 0.0 : -dot * c;
   const T column = static_cast<T>(share / norms.column), row = static_cast<T>(share / norms.row);
@@ -1134,7 +1129,7 @@ __global__ void __launch_bounds__(kThreads)
   const std::int64_t m = call.landmarks;
   double trace = 0.0;
   for (std::int64_t i = threadIdx.x; i < m; i += kThreads) trace -= product[head * m * m + i * (m + 1)];
-  trace = sum_of_block(trace, sums);
+  trace = sum_of_block<kWarps>(trace, sums);
   const Norms norms = call.norms[head];
   const double dc = call.of.ridge * trace;
   double* const da = static_cast<double*>(call.da) + head * m * m;
@@ -1180,7 +1175,7 @@ __global__ void __launch_bounds__(kThreads) taps_kernel(const __grid_constant__ 
              static_cast<double>(element_of(v, key * of.v.row + e * of.v.col, of.dtype));
     }
   }
-  sum = sum_of_block(sum, sums);
+  sum = sum_of_block<kWarps>(sum, sums);
   if (threadIdx.x == 0) of.d_conv[head * taps + tap] = static_cast<float>(sum);
 }
 
@@ -1302,11 +1297,10 @@ Prepared prepare(const gpu::NystromAttention& of, void* workspace, bool gradient
   return p;
 }
 
-// The launches of a call, up to the first that fails.
-class Launches {
+class Launches : Launcher {
  public:
   Launches(const Prepared& p, gpu::Stream stream) noexcept
-      : p_(p), call_(p.call), of_(p.call.of), stream_(stream), m_(p.call.landmarks) {}
+      : Launcher(stream), p_(p), call_(p.call), of_(p.call.of), m_(p.call.landmarks) {}
 
   gpu::Status forward() noexcept {
     before();
@@ -1336,15 +1330,6 @@ class Launches {
   }
 
  private:
-  template <class F> void run(std::int64_t blocks, const F& launch) noexcept {
-    if (status_ != 0 || blocks <= 0) return;
-    if (blocks > 0x7fffffff) {
-      status_ = gpu::kTooLarge;
-      return;
-    }
-    launch(static_cast<unsigned>(blocks));
-    status_ = launched();
-  }
   // Whether there may be a sample with more rows than landmarks.
   bool landmarks_stand() const noexcept {
     const std::size_t fewest = of_.queries < of_.keys ? of_.queries : of_.keys;
@@ -1357,7 +1342,7 @@ class Launches {
       f(float{});
   }
   template <class F> void by_arithmetic(const F& f) noexcept {
-    if (of_.dtype == FASTOPS_F32)
+    if (of_.dtype == FASTOPS_F32 && !of_.tf32)
       f(InFloats());
     else
       f(OnTensorCores());
@@ -1621,9 +1606,7 @@ class Launches {
   const Prepared& p_;
   const Call& call_;
   const gpu::NystromAttention& of_;
-  gpu::Stream stream_;
   const int m_;
-  gpu::Status status_ = 0;
 };
 
 }  // namespace nystrom_kernels

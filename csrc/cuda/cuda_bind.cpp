@@ -2,6 +2,7 @@
 // The module behind fastops.cuda: addresses, shapes and strides to calls of the kernels, and what protects memory.
 #include <pybind11/pybind11.h>
 
+#include <optional>
 #include <string>
 #include <type_traits>
 
@@ -21,6 +22,10 @@ void raise_unless_ok(Status status) {
 }
 
 Stream stream_of(std::uintptr_t handle) { return reinterpret_cast<Stream>(handle); }
+
+void refuse_capture(Stream stream, const char* what) {
+  if (is_captured(stream)) throw std::runtime_error(std::string("CUDA graphs cannot capture ") + what);
+}
 
 Memory::Memory(std::size_t bytes, int device, std::uintptr_t stream) : device_(device), stream_(stream_of(stream)) {
   const OnDevice on(device);
@@ -69,10 +74,15 @@ ArrayMemory::ArrayMemory(std::size_t bytes, int device, std::uintptr_t stream) :
 ArrayMemory::~ArrayMemory() {
   if (captured_) return;
   const OnDevice on(device_);
-  if (calls_ == 0)
+  if (calls_ == 0) {
     uses_.release(data_);
-  else
-    release_when_idle(data_);
+    return;
+  }
+  // The device may have called back for what needs the interpreter. Consumers of DLPack end it without the interpreter,
+  // too.
+  std::optional<py::gil_scoped_release> unlocked;
+  if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) unlocked.emplace();
+  release_when_idle(data_);
 }
 void ArrayMemory::begin(std::optional<std::uintptr_t> stream) {
   const std::lock_guard<std::mutex> lock(mutex_);

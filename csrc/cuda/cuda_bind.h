@@ -23,6 +23,8 @@ constexpr std::int32_t kDlCuda = 2, kDlCudaManaged = 13;
 
 void raise_unless_ok(Status status);
 Stream stream_of(std::uintptr_t handle);
+// Of the current device: raises where what the stream gets goes into a graph, which cannot have `what`.
+void refuse_capture(Stream stream, const char* what);
 
 // Memory of a device for the time of a call, whose stream lives as long.
 class Memory {

@@ -135,6 +135,10 @@ template <int kLeft> FASTOPS_DEVICE void copy_async_wait() {
 #endif
 }
 
+// Tiles of the tensor cores are volatile, since all lanes must meet at them: the compiler may move other assembly to
+// where only some need its result. They round sums towards zero, eight terms at a time (Fasi, Higham, Mikaitis and
+// Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021), and so do the plain bodies.
+
 // d (16 x 8, float) += a (16 x 16) b (16 x 8) by the lanes of a warp, of F16 or BF16. With g = lane / 4, t = lane % 4:
 // a[0] holds (g, 2t) and (g, 2t + 1), a[1] row g + 8, a[2] and a[3] the same 8 columns further; b[0] holds (2t, g) and
 // (2t + 1, g), b[1] 8 rows further; d[0], d[1]: (g, 2t), (g, 2t + 1), d[2], d[3]: row g + 8. (PTX ISA, mma.m16n8k16.)
@@ -142,11 +146,13 @@ template <class H>
 FASTOPS_DEVICE void multiply_tile(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
 #if defined(__CUDACC__)
   if constexpr (std::is_same_v<H, BF16>)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
@@ -159,13 +165,17 @@ FASTOPS_DEVICE void multiply_tile(float (&d)[4], const std::uint32_t (&a)[4], co
   };
   const shim::Shown<Fragment> shown(Fragment{{a[0], a[1], a[2], a[3], b[0], b[1]}});
   // Row g's part of a lies in the lanes 4g .. 4g + 3, column n's part of b in the lanes 4n .. 4n + 3.
-  for (unsigned k = 0; k < 16; ++k) {
-    const unsigned half = k / 8, from = k % 8 / 2;
-    const Fragment row = shown.of(g * 4 + from);
-    for (unsigned n = 0; n < 2; ++n) {
-      const Fragment column = shown.of((2 * t + n) * 4 + from);
-      for (unsigned r = 0; r < 2; ++r) d[2 * r + n] += element(row.v[2 * half + r], k) * element(column.v[4 + half], k);
+  for (unsigned half = 0; half < 2; ++half) {
+    double sums[4] = {d[0], d[1], d[2], d[3]};
+    for (unsigned k = 0; k < 8; ++k) {
+      const Fragment row = shown.of(g * 4 + k / 2);
+      for (unsigned n = 0; n < 2; ++n) {
+        const Fragment column = shown.of((2 * t + n) * 4 + k / 2);
+        for (unsigned r = 0; r < 2; ++r)
+          sums[2 * r + n] += double{element(row.v[2 * half + r], k)} * double{element(column.v[4 + half], k)};
+      }
     }
+    for (unsigned i = 0; i < 4; ++i) d[i] = shim::toward_zero(sums[i]);
   }
 #endif
 }
@@ -187,7 +197,8 @@ FASTOPS_DEVICE float to_tf32(float x) {
 FASTOPS_DEVICE void multiply_tile_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
 #if defined(__CUDACC__)
   const auto word = [](float x) { return simd::bits<std::uint32_t>(x); };
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(word(a[0])), "r"(word(a[1])), "r"(word(a[2])), "r"(word(a[3])), "r"(word(b[0])), "r"(word(b[1])));
 #else
@@ -196,13 +207,15 @@ FASTOPS_DEVICE void multiply_tile_tf32(float (&d)[4], const float (&a)[4], const
   };
   const unsigned g = shim::lane() / 4, t = shim::lane() % 4;
   const shim::Shown<Fragment> shown(Fragment{{a[0], a[1], a[2], a[3], b[0], b[1]}});
+  double sums[4] = {d[0], d[1], d[2], d[3]};
   for (unsigned k = 0; k < 8; ++k) {
     const Fragment row = shown.of(g * 4 + k % 4);
     for (unsigned n = 0; n < 2; ++n) {
       const Fragment column = shown.of((2 * t + n) * 4 + k % 4);
-      for (unsigned r = 0; r < 2; ++r) d[2 * r + n] += row.v[k / 4 * 2 + r] * column.v[4 + k / 4];
+      for (unsigned r = 0; r < 2; ++r) sums[2 * r + n] += double{row.v[k / 4 * 2 + r]} * double{column.v[4 + k / 4]};
     }
   }
+  for (unsigned i = 0; i < 4; ++i) d[i] = shim::toward_zero(sums[i]);
 #endif
 }
 

@@ -256,8 +256,8 @@ Status linear_attention_step(const LinearAttention& call, Stream stream) noexcep
 
 inline constexpr std::size_t kMostLandmarks = 4096;
 struct NystromAttention {
-  fastops_dtype dtype;  // F16, BF16 or F32
-  bool ridge_solve, normalize, batch_init;
+  fastops_dtype dtype;                            // F16, BF16 or F32
+  bool ridge_solve, normalize, batch_init, tf32;  // tf32: of F32, by the tensor cores
   std::size_t iterations, taps;
   double ridge, scale;
   std::size_t batch[kBatchDimensions];

@@ -6,6 +6,7 @@
 
 #include <ucontext.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -157,6 +158,8 @@ inline void launch(dim3 grid, dim3 block, std::size_t shared, const std::functio
   const std::lock_guard<std::mutex> lock(engine.mutex);
   const unsigned count = block.x * block.y * block.z;
   if (count == 0 || count > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0) fail("a launch without threads");
+  if (grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff) fail("a launch of more blocks than a GPU takes");
+  if (shared > 48 * 1024) fail("more shared memory than a kernel has without asking");
   while (engine.fibers.size() < count) {
     engine.fibers.push_back(std::make_unique<Fiber>());
     Fiber& fiber = *engine.fibers.back();
@@ -205,6 +208,13 @@ template <class T> class Shown {
     return result;
   }
 };
+// A float that is no further from zero.
+inline float toward_zero(double x) {
+  const auto nearest = static_cast<float>(x);
+  const bool beyond = std::isfinite(nearest) && std::fabs(static_cast<double>(nearest)) > std::fabs(x);
+  return beyond ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 // The value that lane `source` gives; every lane of the warp calls.
 template <class T> T exchange(const T& value, unsigned source) { return Shown<T>(value).of(source); }
 

@@ -227,6 +227,8 @@ class Plan {
     const Stream first = stream_of(stream);
     const OnDevice on(contents_.device);
     raise_unless_ok(on.status);
+    refuse_capture(first,
+                   "a call whose list is not on the GPU yet: call once before, with the same memory, and wait for it");
     raise_unless_ok(allocate(&memory_, head + tail, first));
     auto* const at = static_cast<char*>(memory_);
     Status status = upload(at, contents_.tensors.data(), head, first);
@@ -356,6 +358,10 @@ void ema(Plan& plan, const py::object& weight, const py::object& seed, std::uint
   const auto weights = weight.cast<std::vector<double>>();
   if (weights.size() != tensors.size()) throw py::value_error("weights must be as many as tensors");
   if (weights.empty()) return;
+  {
+    const OnDevice on(plan.contents().device);
+    refuse_capture(stream_of(stream), "decays of every tensor, which come from host memory: give one for all");
+  }
   const Memory memory(weights.size() * sizeof(double), plan.contents().device, stream);
   plan.launch(stream, [&](const TensorTable& table) {
     const Status status = upload(memory.data(), weights.data(), weights.size() * sizeof(double), stream_of(stream));

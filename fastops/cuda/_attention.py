@@ -60,6 +60,13 @@ class OfHeads:
         head, row = (-2, -3) if self.p.layout == "bnhd" else (-3, -2)
         return Rows(x.data, strides[:-3], strides[head], strides[row], strides[-1])
 
+    def mask(self) -> View | None:
+        """The key mask, where there is one."""
+        x = self.call.views.get("key_mask")
+        if x is not None and x.dtype_name != "bool":
+            raise _validate.wrong_type("key_mask", "of dtype bool (True where a key counts)", Text(x.dtype_name))
+        return x
+
     def output(self, out: Any) -> Any:
         """The result y."""
         p = self.p
@@ -162,11 +169,9 @@ class _Linear(OfHeads):
         return options
 
     def _take_mask(self) -> None:
-        x = self.call.views.get("key_mask")
+        x = self.mask()
         if x is None:
             return
-        if x.dtype_name != "bool":
-            raise _validate.wrong_type("key_mask", "of dtype bool (True where a key counts)", Text(x.dtype_name))
         p = self.p
         p.key_mask(shape_of(x).astype(bool) if not math.prod(x.shape) else np.broadcast_to(np.True_, x.shape))
         own = len(x.shape) > len(p.batch) + 1
@@ -272,7 +277,7 @@ class _Linear(OfHeads):
             self.tf32,
         )
         tokens = (1, 1) if self.step else (p.nq, p.nk)
-        sizes = (*shape, p.hq, p.hkv, *tokens, p.d, o.features(p.d), p.e, self.sequences or 0)
+        sizes = (*shape, p.hq, p.hkv, *tokens, p.d, p.e, o.features(p.d), self.sequences or 0)
         arrays = {**self.numbers, **rows}
         if o.projection is not None:
             w = self.call.views["projection"]

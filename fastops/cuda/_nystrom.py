@@ -34,6 +34,7 @@ class _Nystrom(OfHeads):
         layout: object,
         options: tuple[object, ...],
         causal: object,
+        tf32: object,
     ) -> None:
         _nystrom.refuse_causal(causal)
         pair = (None, None) if landmarks is None else _nystrom.two_landmarks(landmarks)
@@ -46,6 +47,7 @@ class _Nystrom(OfHeads):
         given = {name: shape_of(call.views[name]) for name in arrays}
         self.p = p = Problem(layout, *(given.pop(name) for name in "qkv"), **given)
         self.options = _nystrom.options(p.d, *options)
+        self.tf32 = _validate.boolean("tf32", tf32)
         self.rows = {name: self._operand(call.views[name]) for name in arrays}
         self.numbers: dict[str, Any] = {}
         self.taps = 0
@@ -55,11 +57,9 @@ class _Nystrom(OfHeads):
             self._take_landmarks()
 
     def _take_mask(self) -> None:
-        x = self.call.views.get("key_mask")
+        x = self.mask()
         if x is None:
             return
-        if x.dtype_name != "bool":
-            raise _validate.wrong_type("key_mask", "of dtype bool (True where a key counts)", Text(x.dtype_name))
         _nystrom.checked_mask(self.p, np.broadcast_to(np.True_, x.shape))
         self.rows["key_mask"] = Rows(x.data, x.strides[:-1], 0, x.strides[-1], 0)
 
@@ -100,7 +100,8 @@ class _Nystrom(OfHeads):
             return
         shape, rows = walked(p.batch, self.rows)
         ridges = o.pinv == "ridge"
-        options = (self.dtype, 0 if ridges else o.iterations, ridges, o.ridge, o.scale, o.batch_init, o.normalize)
+        steps = 0 if ridges else o.iterations
+        options = (self.dtype, steps, ridges, o.ridge, o.scale, o.batch_init, o.normalize, self.tf32)
         sizes = (*shape, p.hq, p.hkv, p.nq, p.nk, p.d, p.e, o.landmarks, self.taps)
         native = self.call.native
         native.nystrom_attention(options, sizes, {**self.numbers, **rows}, gradient, self.call.device, self.call.stream)
@@ -125,6 +126,7 @@ def nystrom_attention(
     layout: str = "bhnd",
     out: Any = None,
     return_info: bool = False,
+    tf32: bool = False,
     stream: Any = None,
 ) -> Any:
     """Approximate softmax attention on a GPU through landmarks, at a cost that grows linearly with the length.
@@ -165,6 +167,8 @@ def nystrom_attention(
         Where the result goes, of its shape and dtype, apart from the arguments in memory.
     return_info : bool
         Return a `fastops.NystromInfo` too, of float32 arrays on the GPU.
+    tf32 : bool
+        Let tensor cores multiply float32 with 10 bits of fraction.
     stream : int or stream object, optional
         As in `mitchell_mul`.
 
@@ -189,9 +193,9 @@ def nystrom_attention(
     Notes
     -----
     Landmarks, A, Z, weights and sums are float32 (A and Z float64 beyond 8 iterations and with "ridge") whatever the dtype. float32
-    is multiplied exactly; of float16 and bfloat16 tensor cores multiply each number as the sum of two of TF32. How many keys a mask
-    leaves is found on the GPU, and so is whether a sample's attention is exact. 4 m (2 (D + E) + 6 m) bytes of memory a head,
-    and some 8 MiB of sums of parts of the keys.
+    is multiplied exactly; of float16 and bfloat16 tensor cores multiply each number as the sum of two of TF32, and so they do of
+    float32 with `tf32`, of which elements of q, k and v are one, rounded. How many keys a mask leaves is found on the GPU, and so is
+    whether a sample's attention is exact. 4 m (2 (D + E) + 6 m) bytes of memory a head, and some 8 MiB of sums of parts of the keys.
 
     Examples
     --------
@@ -204,7 +208,7 @@ def nystrom_attention(
     told = _validate.boolean("return_info", return_info)
     more = {"key_mask": key_mask, "conv_weight": conv_weight}
     options = (num_landmarks, iterations, pinv, ridge, scale, init, normalize)
-    call = _Nystrom(stream, {"q": q, "k": k, "v": v}, out, more, landmarks, layout, options, causal)
+    call = _Nystrom(stream, {"q": q, "k": k, "v": v}, out, more, landmarks, layout, options, causal, tf32)
     result = call.output(out)
     shape = (*call.p.batch, call.p.hq) if call.p.heads else ()
     info = [call.floats(name, shape) for name in NystromInfo._fields] if told else []
@@ -232,6 +236,7 @@ def nystrom_attention_backward(
     causal: bool = False,
     layout: str = "bhnd",
     return_d_landmarks: bool = False,
+    tf32: bool = False,
     stream: Any = None,
 ) -> tuple[Any, ...]:
     """Differentiate `nystrom_attention` on a GPU with respect to q, k, v, the weights of the convolution and given landmarks.
@@ -272,6 +277,8 @@ def nystrom_attention_backward(
         As `nystrom_attention`.
     return_d_landmarks : bool
         Return the gradients of given landmarks too.
+    tf32 : bool
+        As `nystrom_attention`.
     stream : int or stream object, optional
         As in `mitchell_mul`.
 
@@ -306,7 +313,7 @@ def nystrom_attention_backward(
     more = {"key_mask": key_mask, "conv_weight": conv_weight}
     options = (num_landmarks, iterations, pinv, ridge, scale, init, normalize)
     arrays = {"dy": dy, "q": q, "k": k, "v": v}
-    call = _Nystrom(stream, arrays, None, more, landmarks, layout, options, causal)
+    call = _Nystrom(stream, arrays, None, more, landmarks, layout, options, causal, tf32)
     if told and landmarks is None:
         raise _validate.wrong_value("return_d_landmarks", "False without landmarks", told)
     found = [call.gradient(f"d{name}", name) for name in "qkv"]

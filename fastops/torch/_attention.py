@@ -114,6 +114,11 @@ def _cuda() -> Any:
     return cuda
 
 
+def _takes_tf32() -> bool:
+    """Whether a GPU multiplies float32 with 10 bits of fraction: as torch's own products."""
+    return torch.get_float32_matmul_precision() != "highest"
+
+
 def _tensor(x: Any) -> Tensor:
     return x if isinstance(x, Tensor) else tensor(x)
 
@@ -128,8 +133,7 @@ def _cuda_conditions(extras: Sequence[Tensor | None], options: Sequence[Any]) ->
         "cu_seqlens": cu_seqlens,
         "decay": decay,
         "initial_state": state,
-        # As torch's own products of float32.
-        "tf32": torch.get_float32_matmul_precision() != "highest",
+        "tf32": _takes_tf32(),
         **dict(zip(_NAMES, options, strict=True)),
     }
 
@@ -932,7 +936,7 @@ def _cuda_nystrom_options(extras: Sequence[Tensor | None], options: Sequence[Any
     """What `fastops.cuda` takes beside q, k and v."""
     key_mask, conv_weight, *pair = (None if x is None else x.detach().contiguous() for x in extras)
     landmarks = None if pair[0] is None else tuple(pair)
-    given = {"key_mask": key_mask, "conv_weight": conv_weight, "landmarks": landmarks}
+    given = {"key_mask": key_mask, "conv_weight": conv_weight, "landmarks": landmarks, "tf32": _takes_tf32()}
     return {**given, **dict(zip(_NYSTROM_NAMES, options, strict=True))}
 
 
@@ -1058,6 +1062,11 @@ def nystrom_attention(
         As `fastops.nystrom_attention`.
     NotImplementedError
         A second derivative.
+
+    Notes
+    -----
+    On a GPU as `fastops.cuda.nystrom_attention`; float32 is multiplied in TF32 where ``torch.get_float32_matmul_precision()`` is not
+    "highest".
 
     Examples
     --------

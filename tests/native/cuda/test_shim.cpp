@@ -136,6 +136,24 @@ void test_tf32() {
   check(to_tf32(__builtin_inff()) == __builtin_inff() && to_tf32(__builtin_nanf("")) != 0.0f, "what is not finite");
 }
 
+// 1 and, in the first step, a term that rounding to nearest would see; -1 and its negative.
+__global__ void rounding_kernel(float* d) {
+  const bool is_first = threadIdx.x % 4 == 0;
+  const float x = is_first ? 0x1.8p-12f : 0.0f, y = is_first ? 0x1p-12f : 0.0f;
+  float of_floats[4] = {1.0f, 1.0f, -1.0f, -1.0f}, of_halves[4] = {1.0f, 1.0f, -1.0f, -1.0f};
+  multiply_tile_tf32(of_floats, {x, -x, 0.0f, 0.0f}, {y, 0.0f});
+  multiply_tile<F16>(of_halves, {F16::put(x), F16::put(-x), 0u, 0u}, {F16::put(y), 0u});
+  for (unsigned i = 0; i < 4; ++i) {
+    d[threadIdx.x * 8 + i] = of_floats[i];
+    d[threadIdx.x * 8 + 4 + i] = of_halves[i];
+  }
+}
+void test_rounding() {
+  float d[32 * 8];
+  FASTOPS_LAUNCH(rounding_kernel, 1, 32, 0, nullptr, d);
+  for (int i = 0; i < 32 * 8; ++i) check(d[i] == (i % 4 < 2 ? 1.0f : -1.0f), "a sum rounded towards zero");
+}
+
 // Four matrices side by side in rows of 40 numbers.
 template <bool kTransposed> __global__ void matrices_kernel(const std::uint16_t* from, std::uint32_t* to) {
   alignas(16) __shared__ std::uint16_t shared[8 * 40];
@@ -276,6 +294,7 @@ int main() {
   test_tile<F16>();
   test_tile<BF16>();
   test_tf32();
+  test_rounding();
   test_matrices<false>();
   test_matrices<true>();
   test_exact_buffers();
