@@ -7,7 +7,8 @@ import ctypes
 import gc
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import child
@@ -240,6 +241,11 @@ def test_dlpack_speaks_the_version_that_is_asked_for(shim: Shim) -> None:
 # --- streams and devices -----------------------------------------------------------------------------------------------------
 
 
+def described(name: str, value: Any) -> Any:
+    """What the module asks of a tensor, of which nothing else is to be known."""
+    return _arrays.described(name, _arrays.view(name, value, in_place=True))
+
+
 class Recording:
     """The module, and the waits that it is asked for."""
 
@@ -249,6 +255,10 @@ class Recording:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
+
+    def plan_unseen(self, roles: Any, lists: Any, describe: object, stream: int) -> Any:
+        """As for torch's own tensors, which the module reads itself."""
+        return self.module.plan(roles, lists, described, stream)
 
     def wait(self, later: int, earlier: int, device: int) -> None:
         self.waits.append((later, earlier))
@@ -341,6 +351,10 @@ class Trace:
     def end_streams(self, *streams: int) -> None:
         for stream in streams:
             self.runtime.fastops_shim_end_stream(ctypes.c_void_p(stream))
+
+    def finish(self, *streams: int) -> None:
+        for stream in streams:
+            self.runtime.fastops_shim_finish_stream(ctypes.c_void_p(stream))
 
     def capture(self, stream: int | None) -> None:
         self.runtime.fastops_shim_capture(ctypes.c_void_p(stream))
@@ -454,6 +468,270 @@ def test_arrays_of_a_graph(trace: Trace) -> None:
         trace.capture(None)
     del before
     assert trace.host_waits() == 1
+
+
+class Exporter:
+    """As jax's arrays: an interface that names no stream, and DLPack, which learns of the reader's."""
+
+    def __init__(self, *shape: int, **changes: Any) -> None:
+        self.made = exported(np.ones(shape, np.float32))
+        self.streams: list[int] = []
+        interface = self.made.__cuda_array_interface__ | {"version": 2} | changes
+        del interface["stream"]
+        self.__cuda_array_interface__ = interface | changes
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+    def __dlpack__(self, *, stream: int) -> object:
+        self.streams.append(stream)
+        return self.made.__dlpack__(stream=-1)
+
+
+def test_who_names_no_stream_is_told_that_of_the_call(trace: Trace, shim: Shim) -> None:
+    a, b = Exporter(3), Exporter(3)
+    result = cuda.mitchell_mul(a, b, stream=64)
+    assert shim.get(result).tolist() == [1.0] * 3
+    assert (a.streams, b.streams) == ([64], [64])
+    named = Exporter(3, version=3, stream=65)
+    cuda.mitchell_square(named, stream=64)
+    assert named.streams == []
+    cuda.ema_update_([ones(3)], [a], 0.5, stream=66)
+    assert a.streams == [64, 66]
+    fixed = Exporter(3, data=(a.made._memory.address, True))
+    with pytest.raises(ValueError, match=r"^out must be writable"):
+        cuda.mitchell_square(b, out=fixed)
+    trace.capture(64)
+    try:
+        cuda.mitchell_square(b, stream=64)
+    finally:
+        trace.capture(None)
+    assert b.streams == [64, 1]
+
+
+def heads(*shape: int) -> Fake:
+    return ones(1, 1, *shape)
+
+
+# With an array to which the test holds no other reference.
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "product": lambda x: cuda.mitchell_mul(x, 2.0, stream=64),
+    "gradient": lambda x: cuda.mitchell_mul_grad(x, ones(1), ones(1, 1, 4, 4), stream=64),
+    "matrix product": lambda x: cuda.mitchell_matmul(x, ones(4, 2), stream=64),
+    "convolution": lambda x: cuda.mitchell_conv2d(x, ones(1, 1, 2, 2), stream=64),
+    "linear": lambda x: cuda.linear_attention(x, heads(4, 4), heads(4, 4), stream=64),
+    "nystrom": lambda x: cuda.nystrom_attention(x, heads(4, 4), heads(4, 4), num_landmarks=2, stream=64),
+    "read in a list": lambda x: cuda.ema_update_([ones(1, 1, 4, 4)], [x], 0.5, stream=64),
+    "written in a list": lambda x: cuda.ema_update_([x], [ones(1, 1, 4, 4)], 0.5, stream=64),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_operands_stay_until_the_stream_is_done(trace: Trace, name: str) -> None:
+    x = Exporter(1, 1, 4, 4)
+    alive = weakref.ref(x)
+    CALLS[name](x)
+    del x
+    cuda.mitchell_square(ones(3), stream=65)
+    gc.collect()
+    assert alive() is not None
+    trace.finish(64)
+    cuda.mitchell_square(ones(3), stream=65)
+    gc.collect()
+    assert alive() is None
+    assert trace.host_waits() == 1  # for the exporter's own memory
+
+
+def test_operands_of_the_calls_own_stream_or_of_a_graph_do_not_stay(trace: Trace) -> None:
+    x = ones(3, stream=64)
+    cuda.mitchell_square(x)
+    assert not _arrays.kept
+    trace.capture(64)
+    try:
+        cuda.mitchell_square(ones(3), stream=64)
+        cuda.mitchell_square(ones(3, stream=65), stream=64)
+    finally:
+        trace.capture(None)
+    assert not _arrays.kept
+    assert trace.host_waits() == 0
+
+
+def test_an_operand_may_call_when_it_goes(trace: Trace) -> None:
+    gone = []
+
+    class Caller(Fake):
+        def __del__(self) -> None:
+            cuda.mitchell_square(ones(3), stream=66)
+            gone.append(1)
+
+    cuda.mitchell_square(Caller(np.ones(3, np.float32)), stream=64)
+    trace.finish(64)
+    assert not gone
+    cuda.mitchell_square(ones(3), stream=65)
+    assert gone
+
+
+def test_nothing_stays_at_exit() -> None:
+    child.run(
+        """
+        import atexit
+        gone = []
+        atexit.register(lambda: gone or os._exit(1))
+        from fastops.cuda import _arrays
+
+        class Thing:
+            def __del__(self):
+                gone.append(1)
+
+        _arrays.kept.add(0, 1, None, Thing())
+        """
+    )
+
+
+class Libraries:
+    """torch and cupy, with current streams 8 and 9."""
+
+    class Cupy(Fake):
+        pass
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.Cupy.__module__ = "cupy"
+        cupy = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=9)))
+        current = SimpleNamespace(current_stream=lambda _: SimpleNamespace(cuda_stream=8))
+        torch = SimpleNamespace(
+            cuda=current,
+            Tensor=FakeTensor,
+            nn=SimpleNamespace(Parameter=FakeTensor),
+            autograd=SimpleNamespace(graph=SimpleNamespace(increment_version=lambda _: None)),
+            float32=np.float32,
+            empty=lambda shape, dtype, device: FakeTensor(np.empty(shape, dtype)),
+        )
+        monkeypatch.setitem(sys.modules, "cupy", cupy)
+        monkeypatch.setitem(sys.modules, "torch", torch)
+
+    def cupy(self) -> Any:
+        return self.Cupy(np.ones(3, np.float32), stream=9)
+
+    def torch(self) -> Any:
+        return FakeTensor(np.ones(3, np.float32))
+
+
+def test_streams_of_several_libraries(recorded: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream of a call waits for each of them; who owns what it wrote on a stream it chose itself waits for it."""
+    libraries = Libraries(monkeypatch)
+    cuda.mitchell_mul(libraries.cupy(), libraries.torch(), out=libraries.torch())
+    assert recorded.waits == [(9, 8), (8, 9)]
+    recorded.waits.clear()
+    cuda.mitchell_mul(libraries.torch(), libraries.cupy())
+    assert recorded.waits == [(8, 9)]
+    recorded.waits.clear()
+    cuda.mitchell_mul(libraries.cupy(), libraries.torch(), out=libraries.torch(), stream=5)
+    assert recorded.waits == [(5, 9), (5, 8)]
+    recorded.waits.clear()
+    array = exported(np.ones(3, np.float32))
+    cuda.mitchell_mul(array, libraries.torch(), out=libraries.torch())
+    assert recorded.waits == []
+    cuda.ema_update_([libraries.torch()], [libraries.cupy()], 0.5)
+    assert recorded.waits == [(9, 8), (8, 9)]
+    recorded.waits.clear()
+    monkeypatch.setattr(recorded, "plan", recorded.plan_unseen, raising=False)
+    x = libraries.torch()
+    alive = weakref.ref(x)
+    cuda.ema_update_([x], [libraries.torch()], 0.5)
+    del x
+    gc.collect()
+    assert (recorded.waits, alive()) == ([], None)
+    cuda.ema_update_([libraries.torch()], [libraries.cupy()], 0.5)
+    assert recorded.waits == [(9, 8), (8, 9)]
+    recorded.waits.clear()
+    x = libraries.torch()
+    alive = weakref.ref(x)
+    cuda.ema_update_([libraries.torch(), x], [libraries.torch()] * 2, 0.5, stream=5)
+    del x
+    gc.collect()
+    assert recorded.waits == [(5, 8)]
+    assert alive() is not None
+
+
+def test_tensors_stay_on_another_stream_than_that_of_their_library(
+    trace: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    libraries = Libraries(monkeypatch)
+    for call in (
+        lambda x, **options: cuda.mitchell_square(x, **options),
+        lambda x, **options: cuda.ema_update_([x], [libraries.torch()], 0.5, **options),
+    ):
+        _arrays.kept.clear()
+        for stream, stays in ((None, False), (8, False), (64, True)):
+            x = libraries.torch()
+            alive = weakref.ref(x)
+            result = call(x, stream=stream)
+            written = weakref.ref(result) if result is not None else alive
+            del x, result
+            gc.collect()
+            assert (alive() is not None, written() is not None) == (stays, stays)
+
+
+def test_a_graph_waits_for_no_stream_outside(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    libraries = Libraries(monkeypatch)
+    recorded = Recording(_runtime.module())
+    trace.capture(64)
+    try:
+        cuda.mitchell_mul(libraries.torch(), libraries.cupy(), out=libraries.torch(), stream=64)
+        trace.capture(9)
+        monkeypatch.setattr(_runtime, "_loaded", recorded)
+        cuda.mitchell_mul(libraries.cupy(), 2.0, out=libraries.torch())
+        assert recorded.waits == [(9, 8)]  # which does nothing
+        monkeypatch.setattr(_runtime, "_loaded", recorded.module)
+    finally:
+        trace.capture(None)
+    assert trace.host_waits() == 0
+
+
+def test_arrays_are_free_after_attention_and_lists(trace: Trace) -> None:
+    """Which say when they have used one: nobody waits for the device, and who reads what they wrote waits for them."""
+
+    def array(*shape: int) -> cuda.Array:
+        made = exported(np.ones(shape, np.float32))
+        made._memory.end(1)
+        return made
+
+    q = array(1, 1, 4, 4)
+    y, state = cuda.linear_attention(q, q, q, return_state=True, stream=64)
+    cuda.nystrom_attention(q, q, q, num_landmarks=2, out=y, stream=65)
+    token = array(1, 1, 4)
+    cuda.linear_attention_step_(token, token, token, state, stream=66)
+    trace.waits()
+    cuda.mitchell_square(y, stream=67)
+    assert (67, 65) in trace.waits()
+    cuda.mitchell_square(state[0], stream=67)
+    assert (67, 66) in trace.waits()
+    cuda.ema_update_([y], [q], 0.5, stream=68)
+    trace.waits()
+    cuda.mitchell_square(y, stream=67)
+    assert (67, 68) in trace.waits()
+    lists = [cuda.TensorList([x], verify=False) for x in (y, q)]
+    for stream in (69, 70):
+        cuda.ema_update_(*lists, 0.5, stream=stream)
+    trace.waits()
+    cuda.mitchell_square(y, stream=67)
+    assert {(67, 69), (67, 70)} <= set(trace.waits())
+    packed = array(1, 4, 4)
+    cuda.linear_attention(packed, packed, packed, cu_seqlens=[0, 4], stream=65)
+    del q, y, state, token, lists, packed
+    gc.collect()
+    assert trace.host_waits() == 0
+
+
+def test_more_blocks_than_a_grid_has_are_refused(shim: Shim) -> None:
+    native, shape = _runtime.module(), (2**32, 1, 1)
+    same, out = (2**45, shape, (0, 0, 0)), (2**44, shape, (1, 0, 0))
+    multiplier = native.Multiplier(tuple(Multiplier().spec("mul")))
+    for code in (_arrays.DTYPES.index("float32"), _arrays.DTYPES.index("float64")):
+        with pytest.raises(RuntimeError, match=r"^CUDA: "):
+            native.matmul(multiplier, code, same, same, out, 0, 1)
+    with pytest.raises(RuntimeError, match=r"^CUDA: "):
+        native.lut_matmul(same, same, np.zeros((256, 256), np.int32), False, out, 0, 1)
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------------------
@@ -927,11 +1205,11 @@ def test_plans_are_shared_by_calls_with_the_same_memory(shim: Shim) -> None:
     from fastops import _tensors
 
     roles = _tensors.ema_roles(1)
-    plan = native.plan(roles, lists, _arrays.describe, 1)
-    assert native.plan(roles, lists, _arrays.describe, 1) is plan
-    assert native.plan(roles, ([ones(5), ones(6)], lists[1]), _arrays.describe, 1) is not plan
+    plan = native.plan(roles, lists, described, 1)
+    assert native.plan(roles, lists, described, 1) is plan
+    assert native.plan(roles, ([ones(5), ones(6)], lists[1]), described, 1) is not plan
     native.forget_plans()
-    assert native.plan(roles, lists, _arrays.describe, 1) is not plan
+    assert native.plan(roles, lists, described, 1) is not plan
 
 
 def test_a_list_outlives_the_streams_that_it_was_used_on(shim: Shim) -> None:
@@ -997,7 +1275,7 @@ def test_a_stream_that_is_gone_is_refused_by_the_shim(shim: Shim) -> None:
 
 def test_a_list_is_gone_with_its_last_reference(shim: Shim) -> None:
     """Not when the collector runs: that may be long after the GPU's memory was wanted."""
-    arrays = [Fake(np.ones(3, np.float32)) for _ in range(2)]
+    arrays = [Fake(np.ones(3, np.float32), stream=1) for _ in range(2)]
     params, shadows = (cuda.TensorList([x], verify=False) for x in arrays)
     before = [weakref.ref(x) for x in arrays]
     gc.disable()

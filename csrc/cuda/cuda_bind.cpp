@@ -102,7 +102,19 @@ void ArrayMemory::end(std::uintptr_t stream) {
   --calls_;
 }
 
+Mark::Mark(int device, std::uintptr_t stream) {
+  const OnDevice on(device);
+  raise_unless_ok(on.status);
+  raise_unless_ok(event_.record(stream_of(stream)));
+}
+
 namespace {
+
+bool is_captured_on(int device, std::uintptr_t stream) {
+  const OnDevice on(device);
+  raise_unless_ok(on.status);
+  return gpu::is_captured(stream_of(stream));
+}
 
 // DLPack, in and out.
 
@@ -201,9 +213,16 @@ PYBIND11_MODULE(FASTOPS_CUDA_MODULE, m) {
       [](std::uintptr_t later, std::uintptr_t earlier, int device) {
         const OnDevice on(device);
         raise_unless_ok(on.status);
+        // What a graph reads is there when it is launched; it cannot wait for what is outside of it.
+        if (is_captured(stream_of(later)) && !is_captured(stream_of(earlier))) return;
         raise_unless_ok(wait(stream_of(later), stream_of(earlier)));
       },
       py::arg("later"), py::arg("earlier"), py::arg("device"), "Lets one stream wait for what another has got so far.");
+  m.def("is_captured", &is_captured_on, py::arg("device"), py::arg("stream"),
+        "Whether what a stream gets goes into a graph.");
+  py::class_<Mark>(m, "Mark", "All that a stream has got so far.", py::module_local())
+      .def(py::init<int, std::uintptr_t>(), py::arg("device"), py::arg("stream"))
+      .def("is_done", &Mark::is_done);
   // Local: the module of the tests has the same classes, over the shim.
   py::class_<ArrayMemory, std::shared_ptr<ArrayMemory>>(m, "ArrayMemory", "Memory of a device that outlives streams.",
                                                         py::module_local())

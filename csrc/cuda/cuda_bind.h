@@ -84,6 +84,16 @@ class ArrayMemory {
   std::mutex mutex_;
 };
 
+// All that a stream of a device had got at some moment, for Python.
+class Mark {
+ public:
+  Mark(int device, std::uintptr_t stream);
+  bool is_done() { return event_.is_done(); }
+
+ private:
+  Event event_;
+};
+
 void bind_attention(pybind11::module_& m);
 void bind_mitchell(pybind11::module_& m);
 void bind_optim(pybind11::module_& m);

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The runtime's functions that the Python module needs. Nothing here waits for a device.
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <cstring>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "cuda/gpu.h"
@@ -24,6 +26,34 @@ cudaError_t count_devices(int* count) noexcept {
     *count = 0;
   }
   return error;
+}
+
+// While any thread captures a graph in the global mode, calls that do not touch it are refused, too, and end it.
+class WithinCaptures {
+ public:
+  WithinCaptures() noexcept { (void)status_of(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  ~WithinCaptures() { (void)status_of(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  WithinCaptures(const WithinCaptures&) = delete;
+  WithinCaptures& operator=(const WithinCaptures&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// Whether the device has the context that all libraries of the process share; true where the driver does not tell.
+bool has_context(int device) noexcept {
+  using State = decltype(&cuDevicePrimaryCtxGetState);
+  static const State state = [] {
+    constexpr unsigned kSince = 7000;
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+    const Status status = status_of(
+        cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &found, kSince, cudaEnableDefault, &result));
+    return status == 0 && result == cudaDriverEntryPointSuccess ? reinterpret_cast<State>(found) : nullptr;
+  }();
+  unsigned flags = 0;
+  int active = 0;
+  return state == nullptr || state(device, &flags, &active) != CUDA_SUCCESS || active != 0;
 }
 
 // Pinned memory from which copies are under way or were.
@@ -68,7 +98,9 @@ OnDevice::OnDevice(int device) noexcept {
   status = status_of(cudaSetDevice(device));
 }
 OnDevice::~OnDevice() {
-  if (before_ >= 0) (void)cudaSetDevice(before_);
+  // As torch does: since CUDA 12 to set a device that nobody has used makes a context there, some hundred MB for a
+  // process that works on another GPU alone. It stays unset then.
+  if (before_ >= 0 && has_context(before_)) (void)status_of(cudaSetDevice(before_));
 }
 
 Status allocate(void** p, std::size_t bytes, Stream stream) noexcept {
@@ -82,6 +114,7 @@ void release_when_idle(void* p) noexcept {
 }
 Status upload(void* to, const void* from, std::size_t bytes, Stream stream) noexcept {
   const std::lock_guard<std::mutex> lock(g_mutex);
+  std::optional<WithinCaptures> within(std::in_place);
   int device = 0;
   if (const Status status = status_of(cudaGetDevice(&device))) return status;
   Staging* free = nullptr;
@@ -102,6 +135,7 @@ Status upload(void* to, const void* from, std::size_t bytes, Stream stream) noex
     stagings().push_back(made);
     free = &stagings().back();
   }
+  within.reset();
   std::memcpy(free->memory, from, bytes);
   if (const Status status =
           status_of(cudaMemcpyAsync(to, free->memory, bytes, cudaMemcpyHostToDevice, stream_of(stream))))
@@ -129,7 +163,9 @@ Status Event::record(Stream stream) noexcept {
   return status_of(cudaEventRecord(static_cast<cudaEvent_t>(event_), stream_of(stream)));
 }
 bool Event::is_done() noexcept {
-  return event_ == nullptr || status_of(cudaEventQuery(static_cast<cudaEvent_t>(event_))) == 0;
+  if (event_ == nullptr) return true;
+  const WithinCaptures within;
+  return status_of(cudaEventQuery(static_cast<cudaEvent_t>(event_))) == 0;
 }
 Status Event::precede(Stream later) noexcept {
   if (event_ == nullptr) return 0;

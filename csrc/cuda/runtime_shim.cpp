@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The runtime of the shim: two devices whose memory is the host's, and whose streams are done at once. Tests may end a
-// stream, after which no call may name it.
+// The runtime of the shim: two devices whose memory is the host's, and whose streams are done at once, though events of
+// one say so only when a test has finished it. Tests may end a stream, after which no call may name it.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -16,7 +16,8 @@ constexpr int kDevices = 2;
 constexpr Status kGone = 400;  // cudaErrorInvalidResourceHandle
 thread_local int g_device = 0;
 std::vector<Stream> g_gone;
-Stream g_captured = nullptr;  // whose work goes into a graph
+std::vector<Stream> g_finished;  // whose events are done
+Stream g_captured = nullptr;     // whose work goes into a graph
 int g_faults = 0;
 int g_idle_waits = 0;
 std::vector<Stream> g_waits;  // of events: the stream that waits, and the one that had been recorded, by turns
@@ -62,6 +63,7 @@ Status upload(void* to, const void* from, std::size_t bytes, Stream stream) noex
 }
 Status wait(Stream later, Stream earlier) noexcept {
   const Status status = use(later);
+  g_faults += is_captured(later) && !is_captured(earlier);
   return status != 0 ? status : use(earlier);
 }
 
@@ -74,7 +76,8 @@ Status Event::record(Stream stream) noexcept {
 }
 bool Event::is_done() noexcept {
   g_faults += g_captured != nullptr;
-  return false;
+  const Stream stream = static_cast<char*>(event_) - 1;
+  return std::find(g_finished.begin(), g_finished.end(), stream) != g_finished.end();
 }
 Status Event::precede(Stream later) noexcept {
   g_faults += g_captured != nullptr;
@@ -95,6 +98,10 @@ extern "C" {
 __attribute__((visibility("default"))) void fastops_shim_end_stream(void* stream) {
   fastops::gpu::g_gone.push_back(stream);
 }
+// Its events are done from here on.
+__attribute__((visibility("default"))) void fastops_shim_finish_stream(void* stream) {
+  fastops::gpu::g_finished.push_back(stream);
+}
 // Null: nothing is captured any more.
 __attribute__((visibility("default"))) void fastops_shim_capture(void* stream) { fastops::gpu::g_captured = stream; }
 // Copies the waits for events since the last call, at most so many handles; how many there were.
@@ -113,6 +120,7 @@ __attribute__((visibility("default"))) int fastops_shim_faults() {
   const int faults = fastops::gpu::g_faults;
   fastops::gpu::g_faults = 0;
   fastops::gpu::g_gone.clear();
+  fastops::gpu::g_finished.clear();
   return faults;
 }
 }

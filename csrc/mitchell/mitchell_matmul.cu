@@ -190,12 +190,18 @@ __global__ void __launch_bounds__(kThreads) lut_kernel(const __grid_constant__ L
 
 // Launches.
 
+bool fits_grid(std::size_t batch, std::size_t down, std::size_t across) noexcept {
+  constexpr std::size_t kMostBlocks = 0x7fffffff;
+  return down <= kMostBlocks && across <= kMostBlocks / down && batch <= kMostBlocks / (down * across);
+}
+
 template <class T, Body kBody, int kTile>
 gpu::Status launch(MatmulCall<T>& call, std::size_t batch, gpu::Stream stream) noexcept {
   using S = Tile<T, kBody, kTile>;
   static_assert(S::kShared <= 48 * 1024, "more shared memory must be asked for");
   call.tiles_down = tiles_of(call.shape.rows, S::kLength);
   call.tiles_across = tiles_of(call.shape.cols, S::kLength);
+  if (!fits_grid(batch, call.tiles_down, call.tiles_across)) return gpu::kTooLarge;
   const auto kernel = matmul_kernel<T, kBody, kTile>;
   FASTOPS_LAUNCH(kernel, static_cast<unsigned>(batch * call.tiles_down * call.tiles_across), kThreads, S::kShared,
                  stream, call);
@@ -226,9 +232,10 @@ gpu::Status multiply(const fastops_mitchell* m, const gpu::Matmul& shape, gpu::S
 }
 
 template <class Entry, class Out> gpu::Status look_up(const LutCall& call, gpu::Stream stream) noexcept {
+  const std::size_t batch = batch_of(call.shape);
+  if (!fits_grid(batch, call.tiles_down, call.tiles_across)) return gpu::kTooLarge;
   const auto kernel = lut_kernel<Entry, Out>;
-  FASTOPS_LAUNCH(kernel, static_cast<unsigned>(batch_of(call.shape) * call.tiles_down * call.tiles_across), kThreads, 0,
-                 stream, call);
+  FASTOPS_LAUNCH(kernel, static_cast<unsigned>(batch * call.tiles_down * call.tiles_across), kThreads, 0, stream, call);
   return launched();
 }
 

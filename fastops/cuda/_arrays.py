@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import sys
+import threading
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -281,9 +284,16 @@ def view(name: str, value: Any, stream: int = 1, *, in_place: bool = False) -> V
     found = None if isinstance(value, np.ndarray) else interface_of(value)
     if found is not None:
         result = _from_interface(name, value, found)
+        exports = hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__")
         if result is not None:
-            return result
-        if not hasattr(value, "__dlpack__"):
+            # Who names no stream may be about to write it still (jax), and orders itself before ours by DLPack alone. A
+            # graph waits for nobody outside of it.
+            if result.stream is not None or not exports or _runtime.module().is_captured(result.device, stream):
+                return result
+            # DLPack before 1.0 cannot say that an array is read-only.
+            ordered = _from_dlpack(name, value, stream)
+            return ordered._replace(read_only=ordered.read_only or result.read_only)
+        if not exports:
             got = Text(clip(str(found["typestr"]), 20))
             raise _validate.wrong_type(name, f"of dtype {_validate.FLOAT_NAMES}", got)
     if hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__") and not isinstance(value, np.ndarray):
@@ -291,9 +301,11 @@ def view(name: str, value: Any, stream: int = 1, *, in_place: bool = False) -> V
     raise _validate.wrong_type(name, _WANTED, value)
 
 
-def describe(name: str, value: Any) -> tuple[int, tuple[int, ...], tuple[int, ...], int, int, bool]:
+Described = tuple[int, tuple[int, ...], tuple[int, ...], int, int, bool]
+
+
+def described(name: str, found: View) -> Described:
     """What the compiled module asks of a tensor in a list that it cannot read itself."""
-    found = view(name, value, in_place=True)
     if found.dtype_name not in FLOATS:
         raise _validate.wrong_type(name, f"of dtype {_validate.FLOAT_NAMES}", Text(found.dtype_name))
     return found.data, found.shape, found.strides, found.dtype, found.device, found.read_only
@@ -313,19 +325,136 @@ def handle(stream: Any) -> int:
 
 
 def current_stream(values: Sequence[Any], device: int | None = None) -> int:
-    """The caller's stream: the current one of the library whose arrays come first; 1, the default stream, without one."""
+    """The caller's stream: the current one of torch or cupy, whose arrays come first, else the one that an array names, else 1,
+    the default stream."""
     for value in values:
-        if isinstance(value, Array):
-            return value._named_stream()
         if is_torch(value) and value.device.type == "cuda":
             torch = sys.modules["torch"]
             return int(torch.cuda.current_stream(value.device if device is None else device).cuda_stream)
         if type(value).__module__.partition(".")[0] == "cupy":
             return int(sys.modules["cupy"].cuda.get_current_stream().ptr)
+    for value in values:
+        if isinstance(value, Array):
+            return value._named_stream()
         found = interface_of(value)
         if found is not None and found.get("stream"):
             return int(found["stream"])
     return 1
+
+
+def _torch_stream(tensor: Any) -> int | None:
+    """torch's current stream, on which it reuses memory and on which tensors are taken to be written."""
+    torch: Any = sys.modules.get("torch")
+    kind: Any = getattr(torch, "Tensor", ())
+    if not isinstance(tensor, kind):
+        return None
+    return int(torch.cuda.current_stream(tensor.device).cuda_stream)
+
+
+class Kept:
+    """What calls under way use and nobody else may hold: objects whose memory their libraries reuse when the last reference goes.
+
+    The host never waits: what is done is dropped when a later call looks, and at exit all is.
+    """
+
+    def __init__(self) -> None:
+        self._new: deque[tuple[tuple[int, int], Any, object]] = deque()
+        self._queues: dict[tuple[int, int], deque[tuple[Any, object]]] = {}
+        # Who finds it taken leaves the look to the other, or is what a look has called.
+        self._looking = threading.Lock()
+
+    def __bool__(self) -> bool:
+        return bool(self._new or self._queues)
+
+    def add(self, device: int, stream: int, mark: Any, things: object) -> None:
+        """Keeps things until what the mark stands for is done."""
+        self._new.append(((device, stream), mark, things))
+
+    def drop_done(self) -> None:
+        """Lets go of what is done. A stream's calls end in their order."""
+        if not self._looking.acquire(blocking=False):
+            return
+        done = []
+        try:
+            while self._new:
+                key, mark, things = self._new.popleft()
+                self._queues.setdefault(key, deque()).append((mark, things))
+            for key, queue in list(self._queues.items()):
+                while queue and queue[0][0].is_done():
+                    done.append(queue.popleft())
+                if not queue:
+                    del self._queues[key]
+        finally:
+            self._looking.release()
+        done.clear()  # which may run anything, this function too
+
+    def clear(self) -> None:
+        """Lets go of all, as long as the libraries are there that own it."""
+        self._new.clear()
+        self._queues.clear()
+
+
+kept = Kept()
+atexit.register(kept.clear)
+
+
+class Operands:
+    """What a call uses: its stream waits for theirs, and they stay as they are until the stream is done with the call."""
+
+    def __init__(self, stream: object, values: Sequence[Any]) -> None:
+        self.native = _runtime.module()
+        self.stream = current_stream(values) if stream is None else handle(stream)
+        # The usual call, of torch's tensors alone on torch's current stream, asks for that once.
+        self.of_torch = stream is None and bool(values) and is_torch(values[0])
+        self._waited: list[int] = []
+        self._arrays: list[Array] = []
+        self._guests: list[object] = []
+        self._later: list[int] = []
+        self._chosen = stream is None
+
+    def take(self, value: Any, found: View, *, written: bool = False) -> bool:
+        """Orders the stream after an operand's; whether its library may reuse its memory on another one."""
+        if isinstance(value, Array):
+            self._arrays.append(value)
+            return False
+        theirs = found.stream
+        if theirs is None and is_torch(value):
+            theirs = self.stream if self.of_torch else _torch_stream(value)
+        if theirs is not None:
+            if same_stream(theirs, self.stream):
+                return False
+            if theirs not in self._waited:
+                self.native.wait(self.stream, theirs, found.device)
+                self._waited.append(theirs)
+            if written and self._chosen and theirs not in self._later:
+                self._later.append(theirs)
+        self._guests.append(found.keep)
+        return True
+
+    def keep(self, thing: object) -> None:
+        """Something else that must stay."""
+        self._guests.append(thing)
+
+    def use(self, array: Array) -> None:
+        """An array of which the address is known already."""
+        array._memory.begin(self.stream)
+        self._arrays.append(array)
+
+    def end(self, device: int) -> None:
+        """Says that the stream has got all of the call."""
+        for array in self._arrays:
+            array._memory.end(self.stream)
+        self._arrays.clear()
+        # What a graph reads must live as long as it, which its owner knows; in a capture no event is asked for, and who waits
+        # for one becomes part of it.
+        if not (self._guests or kept) or self.native.is_captured(device, self.stream):
+            return
+        for stream in self._later:
+            self.native.wait(stream, self.stream, device)
+        if self._guests:
+            kept.add(device, self.stream, self.native.Mark(device, self.stream), tuple(self._guests))
+            self._guests.clear()
+        kept.drop_done()
 
 
 def same_memory(a: View, b: View) -> bool:
@@ -345,11 +474,13 @@ class Call:
     """The arrays of one call: on one device, ordered before a stream, of one dtype each of `dtypes`."""
 
     def __init__(self, stream: object, **values: Any) -> None:
-        self.native = _runtime.module()
         arrays = {name: value for name, value in values.items() if value is not None and not is_number(value)}
         if not arrays:
+            _runtime.module()
             raise _validate.wrong_type(next(iter(values)), _WANTED, next(iter(values.values())))
-        self.stream = current_stream(list(arrays.values())) if stream is None else handle(stream)
+        self.operands = operands = Operands(stream, list(arrays.values()))
+        self.native, self.stream = operands.native, operands.stream
+        self._results_stay = False
         self.views: dict[str, View] = {}
         self.device = -1
         first = next(iter(arrays))
@@ -360,13 +491,10 @@ class Call:
                 raise _validate.wrong_value(name, wanted, Text(f"an array on device {found.device}"))
             self.device = found.device
             self.views[name] = found
+            moves = operands.take(value, found, written=name == "out" or name.startswith("state["))
+            if name == first:
+                self._results_stay = moves
         self.like = arrays[first]
-        waited: list[int] = []
-        for found in self.views.values():
-            other = found.stream
-            if other is not None and not same_stream(other, self.stream) and other not in waited:
-                self.native.wait(self.stream, other, self.device)
-                waited.append(other)
 
     def dtype(self, allowed: Sequence[str], *names: str) -> int:
         """The one dtype of the arrays of these names, as a code."""
@@ -380,16 +508,22 @@ class Call:
         return chosen[0][1].dtype
 
     def end(self) -> None:
-        """Says that the stream has got all of the call: until then the memory of an `Array` may not be reused."""
-        for found in self.views.values():
-            if isinstance(found.keep, Array):
-                found.keep._memory.end(self.stream)
+        """Says that the stream has got all of the call: until it is done with that, no memory may be reused."""
+        self.operands.end(self.device)
+
+    def new(self, shape: tuple[int, ...], code: int) -> tuple[Any, View]:
+        """An array of the caller's kind, and its memory."""
+        made = empty_like(self.like, shape, code, self.device, self.stream)
+        if isinstance(made, Array):
+            return made, made._view()
+        if self._results_stay:
+            self.operands.keep(made)
+        return made, view("a result", made, self.stream)
 
     def output(self, out: Any, shape: tuple[int, ...], dtypes: Sequence[int]) -> tuple[Any, View]:
         """`out`, checked, or a new array of the caller's kind and of the first of the dtypes; and its memory."""
         if out is None:
-            made = empty_like(self.like, shape, dtypes[0], self.device, self.stream)
-            return made, made._view() if isinstance(made, Array) else view("out", made, self.stream)
+            return self.new(shape, dtypes[0])
         found = self.views["out"]
         if found.dtype not in dtypes:
             wanted = _either([DTYPES[code] for code in dtypes])

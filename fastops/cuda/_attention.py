@@ -12,7 +12,6 @@ import numpy as np
 from .. import _attention, _validate
 from .._attention import LinearOptions, Problem
 from .._validate import Text, clip
-from . import _arrays
 from ._arrays import DTYPES, FLOATS, Call, View, is_torch, returned, same_memory
 
 __all__ = ["linear_attention", "linear_attention_backward", "linear_attention_step_"]
@@ -92,8 +91,7 @@ class OfHeads:
 
     def new(self, shape: tuple[int, ...], code: int) -> tuple[Any, View]:
         """An array of the caller's kind."""
-        made = _arrays.empty_like(self.call.like, shape, code, self.call.device, self.call.stream)
-        return made, _arrays.view("a result", made, self.call.stream)
+        return self.call.new(shape, code)
 
     def gradient(self, name: str, of: str) -> Any:
         """Memory for the gradient of an argument."""
@@ -262,9 +260,14 @@ class _Linear(OfHeads):
 
     def run(self, kind: str = "") -> None:
         """The launches."""
+        if self.p.b * self.p.hq:
+            self._launch(kind)
+        for memory in self._keep:
+            memory.end(self.call.stream)
+        self.call.end()
+
+    def _launch(self, kind: str) -> None:
         p, o, native = self.p, self.options, self.call.native
-        if not p.b * p.hq:
-            return
         shape, rows = walked(p.batch, self.rows)
         options = (
             self.dtype,

@@ -95,9 +95,12 @@ class _Nystrom(OfHeads):
 
     def run(self, *, gradient: bool = False) -> None:
         """The launches."""
+        if self.p.b * self.p.hq or gradient:
+            self._launch(gradient)
+        self.call.end()
+
+    def _launch(self, gradient: bool) -> None:
         p, o = self.p, self.options
-        if not p.b * p.hq and not gradient:
-            return
         shape, rows = walked(p.batch, self.rows)
         ridges = o.pinv == "ridge"
         steps = 0 if ridges else o.iterations

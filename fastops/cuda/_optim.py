@@ -9,8 +9,7 @@ from typing import Any
 
 from .. import _tensors, _validate, optim
 from .._tensors import FixedList, Role
-from . import _runtime
-from ._arrays import current_stream, describe, handle, interface_of, is_torch
+from ._arrays import Array, Described, Operands, described, interface_of, is_torch, view
 
 __all__ = ["TensorList", "adamw_step_", "ema_update_", "sgd_step_"]
 
@@ -52,7 +51,8 @@ class TensorList(FixedList):
         self._arrays = tuple(_as_list("arrays", arrays))
         self._verify = _validate.boolean("verify", verify)
         # By roles and lists: the versions that these had, their plan, and the other lists, so that their addresses stay theirs.
-        self._plans: dict[tuple[Any, ...], tuple[list[int], Any, tuple[Any, ...]]] = {}
+        # With the plan, the device and arrays of our own.
+        self._plans: dict[tuple[Any, ...], tuple[list[int], Any, tuple[int, list[Array], list[Any]]]] = {}
         self._version = 0
         self._held: tuple[Any, ...] = ()
         self._tensors: tuple[Any, ...] | None = None
@@ -91,34 +91,65 @@ def _as_list(name: str, value: object) -> list[Any]:
 class _Step:
     """The tensors of a call as a plan, and the stream that it goes to."""
 
+    device = 0  # of empty lists
+
     def __init__(self, roles: list[Role], values: list[Any], stream: object) -> None:
-        self.native = _runtime.module()
         self._roles, self._values = roles, values
         lists = [
             v._arrays if isinstance(v, TensorList) else _as_list(r.name, v) for r, v in zip(roles, values, strict=True)
         ]
-        first = lists[0][:1] if lists else []
-        self.stream = current_stream(first) if stream is None else handle(stream)
+        self._operands = operands = Operands(stream, lists[0][:1] if lists else [])
+        self.native, self.stream = operands.native, operands.stream
         self._lists = lists
+        self._own: list[Array] = []
+        self._take_tensors()
         self.plan = self._known()
+
+    def _take_tensors(self) -> None:
+        """The compiled module reads torch's tensors itself, and knows nothing of streams."""
+        if self._operands.of_torch:
+            return
+        for role, items in zip(self._roles, self._lists, strict=True):
+            if items and is_torch(items[0]) and items[0].device.type == "cuda":
+                found = view(f"{role.name}[0]", items[0], self.stream, in_place=True)
+                self.device = found.device
+                if self._operands.take(items[0], found, written=role.written):
+                    self._operands.keep(tuple(items))
+
+    def _describe(self, name: str, value: Any) -> Described:
+        found = view(name, value, self.stream, in_place=True)
+        if isinstance(value, Array):
+            self._own.append(value)
+        self.device = found.device
+        self._operands.take(value, found, written=True)
+        return described(name, found)
 
     def _known(self) -> Any:
         values = self._values
         kept = values[0]
         if not all(isinstance(v, TensorList) and not v._verify for v in values):
-            return self.native.plan(self._roles, self._lists, describe, self.stream)
+            return self.native.plan(self._roles, self._lists, self._describe, self.stream)
         key = (*self._roles, *map(id, values))
         versions = [value._version for value in values]
         found = kept._plans.get(key)
         if found is None or found[0] != versions:
             for value in values:
                 value._hold()
-            plan = self.native.plan(self._roles, self._lists, describe, self.stream)
-            found = kept._plans[key] = versions, plan, tuple(x for x in values if x is not kept)
+            plan = self.native.plan(self._roles, self._lists, self._describe, self.stream)
+            found = kept._plans[key] = versions, plan, (self.device, self._own, [x for x in values if x is not kept])
+        else:
+            self.device, own, _ = found[2]
+            for array in own:
+                self._operands.use(array)
         return found[1]
 
+    def end(self) -> None:
+        """Says that the stream has got all of the call."""
+        self._operands.end(self.device)
+
     def done(self) -> None:
-        """Tells torch's autograd what was written."""
+        """Says that the stream has got all of the call, and tells torch's autograd what was written."""
+        self.end()
         for role, value, items in zip(self._roles, self._values, self._lists, strict=True):
             if not role.written:
                 continue
@@ -130,7 +161,7 @@ class _Step:
 
 def want(roles: list[Role], lists: list[list[Any]]) -> None:
     """Raises what a call with these lists would."""
-    _Step(roles, lists, None)
+    _Step(roles, lists, None).end()
 
 
 def ema_update_(
