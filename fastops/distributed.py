@@ -6,6 +6,7 @@ The engines see opaque tasks and the bytes of tables alone: each worker counts n
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import re
@@ -76,7 +77,7 @@ def count_files(
     client : object, optional
         A ``distributed.Client`` or the address of a scheduler; a ``SparkSession``. By default the one that is active here.
     span_bytes : int, optional
-        Plain files are cut into spans of this size, at line ends; small files are put together up to it.
+        Plain files are cut into equal spans of at most this size, at line ends; small files are put together up to it.
     field : str, optional
         The files are JSON lines: count this field of each.
     column : str, optional
@@ -187,8 +188,11 @@ def _tasks(found: list[_sources.Source], job: _counting._FileJob, span: int) -> 
             raise _validate.wrong_type(f"files[{order}]", "a path, which workers can open", Text("a file object"))
         place = _sources.Source(source.name, path=os.path.abspath(source.path), size=source.size)
         if source.size > span and not job.options.skip and _may_cut(place, job):
-            for start in range(0, source.size, span):
-                yield [(order, place, start, min(start + span, source.size))]
+            # Of one size: the last one finishes with the others.
+            pieces = -(-source.size // span)
+            cuts = [source.size * i // pieces for i in range(pieces + 1)]
+            for start, stop in itertools.pairwise(cuts):
+                yield [(order, place, start, stop)]
             continue
         if group and size + source.size > span:
             yield group
