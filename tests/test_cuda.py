@@ -1246,7 +1246,10 @@ def test_a_graph_refuses_what_comes_from_host_memory(shim: Shim) -> None:
     first, second, params = [Fake(np.zeros(3, np.float32))], [Fake(np.zeros(3, np.float32))], [ones(3)]
     cuda.ema_update_(first, params, 0.5, stream=64)
     row = Fake(np.ones((1, 5, 4), np.float32))
+    numbers, out = Fake(np.ones((2, 2), np.uint8)), Fake(np.zeros((2, 2), np.int32))
+    table = np.ones((256, 256), np.int32)
     runtime.fastops_shim_capture(ctypes.c_void_p(64))
+    runtime.fastops_shim_allocations()
     try:
         with pytest.raises(RuntimeError, match=r"^CUDA graphs cannot capture a call whose list is not on the GPU yet"):
             cuda.ema_update_(second, params, 0.5, stream=64)
@@ -1254,8 +1257,11 @@ def test_a_graph_refuses_what_comes_from_host_memory(shim: Shim) -> None:
             cuda.ema_update_(first, params, [0.5], stream=64)
         with pytest.raises(RuntimeError, match=r"^CUDA graphs cannot capture offsets in host memory"):
             cuda.linear_attention(row, row, row, cu_seqlens=[0, 5], stream=64)
+        with pytest.raises(RuntimeError, match=r"^CUDA graphs cannot capture tables in host memory"):
+            cuda.lut_matmul(numbers, numbers, table, out=out, stream=64)
     finally:
         runtime.fastops_shim_capture(None)
+    assert runtime.fastops_shim_allocations() == 0
     assert runtime.fastops_shim_faults() == 0
     assert (first[0].array.tolist(), second[0].array.tolist()) == ([0.5] * 3, [0.0] * 3)
     cuda.ema_update_(second, params, 0.5, stream=64)
