@@ -454,6 +454,16 @@ def test_memory_that_others_have_is_free_when_the_device_is_idle(trace: Trace) -
     assert trace.host_waits() == 1
 
 
+def test_a_call_that_cannot_wait_for_an_array_does_not_use_it(trace: Trace) -> None:
+    array = cuda.mitchell_square(ones(3), stream=64)
+    trace.end_streams(65)
+    with pytest.raises(RuntimeError, match="CUDA: an error of the shim"):
+        cuda.mitchell_square(array, out=ones(3), stream=65)
+    assert trace.runtime.fastops_shim_faults() > 0
+    del array
+    assert trace.host_waits() == 0
+
+
 def test_arrays_of_a_graph(trace: Trace) -> None:
     """Memory that is made in the capture is the graph's; what a graph reads is not free before the device is idle."""
     before = cuda.mitchell_square(ones(3), stream=64)
