@@ -663,6 +663,48 @@ def test_streams_of_several_libraries(recorded: Recording, monkeypatch: pytest.M
     assert alive() is not None
 
 
+def test_a_list_that_is_not_read_again_waits_for_its_libraries(
+    recorded: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their current streams may be others by then; who is only read does not wait for the call."""
+    libraries = Libraries(monkeypatch)
+    read, written, ours = ones(3, stream=7), ones(3, stream=8), [libraries.cupy(), libraries.cupy()]
+    lists = [cuda.TensorList(x, verify=False) for x in ([ours[0], written], [ours[1], read])]
+    cuda.ema_update_(*lists, 0.5)
+    assert recorded.waits == [(9, 7), (9, 8), (8, 9)]
+    recorded.waits.clear()
+    read.__cuda_array_interface__["stream"], written.__cuda_array_interface__["stream"] = 10, 11
+    cuda.ema_update_(*lists, 0.5)
+    assert recorded.waits == [(9, 10), (9, 11), (11, 9)]
+
+
+def test_a_list_that_is_not_read_again_stays_until_the_stream_is_done(trace: Trace) -> None:
+    x = ones(3)
+    alive = weakref.ref(x)
+    lists = [cuda.TensorList([ones(3), y], verify=False) for y in (ones(3), x)]
+    for _ in range(2):
+        _arrays.kept.clear()
+        cuda.ema_update_(*lists, 0.5, stream=64)
+    del x, lists
+    gc.collect()
+    assert alive() is not None
+    trace.finish(64)
+    cuda.mitchell_square(ones(3), stream=65)
+    gc.collect()
+    assert alive() is None
+    assert trace.host_waits() == 0
+
+
+def test_tensors_behind_arrays_of_our_own_are_waited_for(recorded: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    libraries = Libraries(monkeypatch)
+    monkeypatch.setattr(recorded, "plan", recorded.plan_unseen, raising=False)
+    lists = [[exported(np.ones(3, np.float32)), libraries.torch()] for _ in range(2)]
+    for call in (lists, [cuda.TensorList(x, verify=False) for x in lists]):
+        recorded.waits.clear()
+        cuda.ema_update_(*call, 0.5)
+        assert recorded.waits == [(1, 8), (8, 1)]
+
+
 def test_tensors_stay_on_another_stream_than_that_of_their_library(
     trace: Trace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 from .. import _tensors, _validate, optim
 from .._tensors import FixedList, Role
-from ._arrays import Array, Described, Operands, described, interface_of, is_torch, view
+from ._arrays import Array, Described, Operands, View, described, interface_of, is_torch, view
 
 __all__ = ["TensorList", "adamw_step_", "ema_update_", "sgd_step_"]
 
 Tensors = Iterable[Any]
+# Arrays of other libraries than torch, by kind, the stream that they named and whether they are written.
+Guests = dict[tuple[type, int | None, bool], list[tuple[Any, View]]]
 
 
 class TensorList(FixedList):
@@ -51,8 +53,8 @@ class TensorList(FixedList):
         self._arrays = tuple(_as_list("arrays", arrays))
         self._verify = _validate.boolean("verify", verify)
         # By roles and lists: the versions that these had, their plan, and the other lists, so that their addresses stay theirs.
-        # With the plan, the device and arrays of our own.
-        self._plans: dict[tuple[Any, ...], tuple[list[int], Any, tuple[int, list[Array], list[Any]]]] = {}
+        # With the plan, the device, arrays of our own and of others.
+        self._plans: dict[tuple[Any, ...], tuple[list[int], Any, tuple[int, list[Array], Guests, list[Any]]]] = {}
         self._version = 0
         self._held: tuple[Any, ...] = ()
         self._tensors: tuple[Any, ...] | None = None
@@ -101,7 +103,9 @@ class _Step:
         self._operands = operands = Operands(stream, lists[0][:1] if lists else [])
         self.native, self.stream = operands.native, operands.stream
         self._lists = lists
+        self._written = {role.name for role in roles if role.written}
         self._own: list[Array] = []
+        self._guests: Guests = {}
         self._take_tensors()
         self.plan = self._known()
 
@@ -109,20 +113,38 @@ class _Step:
         """The compiled module reads torch's tensors itself, and knows nothing of streams."""
         if self._operands.of_torch:
             return
-        for role, items in zip(self._roles, self._lists, strict=True):
-            if items and is_torch(items[0]) and items[0].device.type == "cuda":
-                found = view(f"{role.name}[0]", items[0], self.stream, in_place=True)
+        for role, value, items in zip(self._roles, self._values, self._lists, strict=True):
+            tensors = value._known_tensors() if isinstance(value, TensorList) else items
+            first = next((x for x in tensors if is_torch(x)), None)
+            if first is not None and first.device.type == "cuda":
+                at = next(i for i, x in enumerate(items) if x is first)
+                found = view(f"{role.name}[{at}]", first, self.stream, in_place=True)
                 self.device = found.device
-                if self._operands.take(items[0], found, written=role.written):
+                if self._operands.take(first, found, written=role.written):
                     self._operands.keep(tuple(items))
 
     def _describe(self, name: str, value: Any) -> Described:
         found = view(name, value, self.stream, in_place=True)
-        if isinstance(value, Array):
-            self._own.append(value)
         self.device = found.device
-        self._operands.take(value, found, written=True)
+        if not is_torch(value):
+            written = name.partition("[")[0] in self._written
+            self._operands.take(value, found, written=written)
+            if isinstance(value, Array):
+                self._own.append(value)
+            else:
+                self._guests.setdefault((type(value), found.stream, written), []).append((value, found))
         return described(name, found)
+
+    def _take_again(self, own: list[Array], guests: Guests) -> None:
+        for array in own:
+            self._operands.use(array)
+        for (_, stream, written), items in guests.items():
+            value, found = items[0]
+            if stream is not None:
+                # The one of the first call may be gone.
+                found = found._replace(stream=(interface_of(value) or {}).get("stream"))
+            if self._operands.take(value, found, written=written):
+                self._operands.keep(items)
 
     def _known(self) -> Any:
         values = self._values
@@ -136,11 +158,11 @@ class _Step:
             for value in values:
                 value._hold()
             plan = self.native.plan(self._roles, self._lists, self._describe, self.stream)
-            found = kept._plans[key] = versions, plan, (self.device, self._own, [x for x in values if x is not kept])
+            others = [x for x in values if x is not kept]
+            found = kept._plans[key] = versions, plan, (self.device, self._own, self._guests, others)
         else:
-            self.device, own, _ = found[2]
-            for array in own:
-                self._operands.use(array)
+            self.device, own, guests, _ = found[2]
+            self._take_again(own, guests)
         return found[1]
 
     def end(self) -> None:
