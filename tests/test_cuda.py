@@ -695,6 +695,16 @@ def test_a_list_that_is_not_read_again_stays_until_the_stream_is_done(trace: Tra
     assert trace.host_waits() == 0
 
 
+def test_lists_of_tensors_end_on_their_device(recorded: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    Libraries(monkeypatch)
+    cuda.mitchell_square(ones(3), stream=64)  # what is kept is looked at by the next call
+    devices: list[int] = []
+    monkeypatch.setattr(recorded, "plan", recorded.plan_unseen, raising=False)
+    monkeypatch.setattr(recorded, "is_captured", lambda device, _: bool(devices.append(device)), raising=False)
+    cuda.ema_update_(*([FakeTensor(np.ones(3, np.float32), "cuda:1")] for _ in range(2)), 0.5)
+    assert devices == [1]
+
+
 def test_tensors_behind_arrays_of_our_own_are_waited_for(recorded: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     libraries = Libraries(monkeypatch)
     monkeypatch.setattr(recorded, "plan", recorded.plan_unseen, raising=False)

@@ -53,8 +53,8 @@ class TensorList(FixedList):
         self._arrays = tuple(_as_list("arrays", arrays))
         self._verify = _validate.boolean("verify", verify)
         # By roles and lists: the versions that these had, their plan, and the other lists, so that their addresses stay theirs.
-        # With the plan, the device, arrays of our own and of others.
-        self._plans: dict[tuple[Any, ...], tuple[list[int], Any, tuple[int, list[Array], Guests, list[Any]]]] = {}
+        # With the plan, arrays of our own and of others.
+        self._plans: dict[tuple[Any, ...], tuple[list[int], Any, tuple[list[Array], Guests, list[Any]]]] = {}
         self._version = 0
         self._held: tuple[Any, ...] = ()
         self._tensors: tuple[Any, ...] | None = None
@@ -93,8 +93,6 @@ def _as_list(name: str, value: object) -> list[Any]:
 class _Step:
     """The tensors of a call as a plan, and the stream that it goes to."""
 
-    device = 0  # of empty lists
-
     def __init__(self, roles: list[Role], values: list[Any], stream: object) -> None:
         self._roles, self._values = roles, values
         lists = [
@@ -119,13 +117,11 @@ class _Step:
             if first is not None and first.device.type == "cuda":
                 at = next(i for i, x in enumerate(items) if x is first)
                 found = view(f"{role.name}[{at}]", first, self.stream, in_place=True)
-                self.device = found.device
                 if self._operands.take(first, found, written=role.written):
                     self._operands.keep(tuple(items))
 
     def _describe(self, name: str, value: Any) -> Described:
         found = view(name, value, self.stream, in_place=True)
-        self.device = found.device
         if not is_torch(value):
             written = name.partition("[")[0] in self._written
             self._operands.take(value, found, written=written)
@@ -159,15 +155,15 @@ class _Step:
                 value._hold()
             plan = self.native.plan(self._roles, self._lists, self._describe, self.stream)
             others = [x for x in values if x is not kept]
-            found = kept._plans[key] = versions, plan, (self.device, self._own, self._guests, others)
+            found = kept._plans[key] = versions, plan, (self._own, self._guests, others)
         else:
-            self.device, own, guests, _ = found[2]
+            own, guests, _ = found[2]
             self._take_again(own, guests)
         return found[1]
 
     def end(self) -> None:
         """Says that the stream has got all of the call."""
-        self._operands.end(self.device)
+        self._operands.end(self.plan.device)
 
     def done(self) -> None:
         """Says that the stream has got all of the call, and tells torch's autograd what was written."""
