@@ -705,6 +705,24 @@ def test_lists_of_tensors_end_on_their_device(recorded: Recording, monkeypatch: 
     assert devices == [1]
 
 
+def test_autograd_knows_what_was_written_by_a_call_that_cannot_end(
+    recorded: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    libraries = Libraries(monkeypatch)
+    written: list[Any] = []
+    monkeypatch.setattr(sys.modules["torch"].autograd.graph, "increment_version", written.extend)
+
+    def refused(*_: object) -> None:
+        raise RuntimeError("no event")
+
+    monkeypatch.setattr(recorded, "Mark", refused, raising=False)
+    shadow = libraries.torch()
+    for shadows in ([shadow], cuda.TensorList([shadow])):
+        with pytest.raises(RuntimeError, match="no event"):
+            cuda.ema_update_(shadows, [libraries.torch()], 0.5, stream=5)
+    assert written == [shadow] * 2
+
+
 def test_tensors_behind_arrays_of_our_own_are_waited_for(recorded: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     libraries = Libraries(monkeypatch)
     monkeypatch.setattr(recorded, "plan", recorded.plan_unseen, raising=False)

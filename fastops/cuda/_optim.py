@@ -166,8 +166,7 @@ class _Step:
         self._operands.end(self.plan.device)
 
     def done(self) -> None:
-        """Says that the stream has got all of the call, and tells torch's autograd what was written."""
-        self.end()
+        """Tells torch's autograd what was written, and says that the stream has got all of the call."""
         for role, value, items in zip(self._roles, self._values, self._lists, strict=True):
             if not role.written:
                 continue
@@ -175,6 +174,7 @@ class _Step:
                 _tensors.bump_versions((items,))
             elif known := value._known_tensors():
                 sys.modules["torch"].autograd.graph.increment_version(known)
+        self.end()
 
 
 def want(roles: list[Role], lists: list[list[Any]]) -> None:
