@@ -464,6 +464,23 @@ def test_a_call_that_cannot_wait_for_an_array_does_not_use_it(trace: Trace) -> N
     assert trace.host_waits() == 0
 
 
+def test_a_call_that_is_refused_does_not_use_its_arrays(trace: Trace) -> None:
+    array, host = cuda.mitchell_square(ones(3), stream=64), np.ones(3, np.float32)
+    with pytest.raises(TypeError, match="an array on a GPU"):
+        cuda.mitchell_mul(array, host, stream=65)
+    with pytest.raises(TypeError, match="an array on a GPU"):
+        cuda.ema_update_([ones(3), host], [array] * 2, 0.5, stream=65)
+    del array
+    assert trace.host_waits() == 0
+
+
+def test_an_array_alone_is_a_list_that_nobody_else_has(trace: Trace) -> None:
+    shadow, param = (cuda.mitchell_square(ones(3), stream=64) for _ in range(2))
+    cuda.ema_update_(shadow, param, 0.5, stream=64)
+    del shadow, param
+    assert trace.host_waits() == 0
+
+
 def test_arrays_of_a_graph(trace: Trace) -> None:
     """Memory that is made in the capture is the graph's; what a graph reads is not free before the device is idle."""
     before = cuda.mitchell_square(ones(3), stream=64)

@@ -85,7 +85,7 @@ class TensorList(FixedList):
 
 
 def _as_list(name: str, value: object) -> list[Any]:
-    if not is_torch(value) and interface_of(value) is not None:
+    if isinstance(value, Array) or (not is_torch(value) and interface_of(value) is not None):
         return [value]
     return _tensors.as_list(name, value)
 
@@ -104,8 +104,12 @@ class _Step:
         self._written = {role.name for role in roles if role.written}
         self._own: list[Array] = []
         self._guests: Guests = {}
-        self._take_tensors()
-        self.plan = self._known()
+        try:
+            self._take_tensors()
+            self.plan = self._known()
+        except BaseException:
+            operands.give_up()
+            raise
 
     def _take_tensors(self) -> None:
         """The compiled module reads torch's tensors itself, and knows nothing of streams."""
