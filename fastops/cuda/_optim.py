@@ -26,8 +26,8 @@ class TensorList(FixedList):
     arrays : iterable of arrays
         On one GPU: torch's, cupy's, or any with ``__cuda_array_interface__`` or DLPack.
     verify : bool
-        False spares the look at every tensor in each call, which costs more than the kernel where tensors are many and small:
-        call `refresh` whenever the memory of one was exchanged, since the old memory, which the list keeps alive, would be
+        False spares the look at every tensor in each call, which is expected to cost more than the kernel where tensors are many
+        and small: call `refresh` whenever the memory of one was exchanged, since the old memory, which the list keeps alive, would be
         changed otherwise.
 
     Raises
