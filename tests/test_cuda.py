@@ -454,6 +454,33 @@ def test_memory_that_others_have_is_free_when_the_device_is_idle(trace: Trace) -
     assert trace.host_waits() == 1
 
 
+def test_a_call_that_cannot_wait_for_an_array_does_not_use_it(trace: Trace) -> None:
+    array = cuda.mitchell_square(ones(3), stream=64)
+    trace.end_streams(65)
+    with pytest.raises(RuntimeError, match="CUDA: an error of the shim"):
+        cuda.mitchell_square(array, out=ones(3), stream=65)
+    assert trace.runtime.fastops_shim_faults() > 0
+    del array
+    assert trace.host_waits() == 0
+
+
+def test_a_call_that_is_refused_does_not_use_its_arrays(trace: Trace) -> None:
+    array, host = cuda.mitchell_square(ones(3), stream=64), np.ones(3, np.float32)
+    with pytest.raises(TypeError, match="an array on a GPU"):
+        cuda.mitchell_mul(array, host, stream=65)
+    with pytest.raises(TypeError, match="an array on a GPU"):
+        cuda.ema_update_([ones(3), host], [array] * 2, 0.5, stream=65)
+    del array
+    assert trace.host_waits() == 0
+
+
+def test_an_array_alone_is_a_list_that_nobody_else_has(trace: Trace) -> None:
+    shadow, param = (cuda.mitchell_square(ones(3), stream=64) for _ in range(2))
+    cuda.ema_update_(shadow, param, 0.5, stream=64)
+    del shadow, param
+    assert trace.host_waits() == 0
+
+
 def test_arrays_of_a_graph(trace: Trace) -> None:
     """Memory that is made in the capture is the graph's; what a graph reads is not free before the device is idle."""
     before = cuda.mitchell_square(ones(3), stream=64)
@@ -651,6 +678,76 @@ def test_streams_of_several_libraries(recorded: Recording, monkeypatch: pytest.M
     gc.collect()
     assert recorded.waits == [(5, 8)]
     assert alive() is not None
+
+
+def test_a_list_that_is_not_read_again_waits_for_its_libraries(
+    recorded: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their current streams may be others by then; who is only read does not wait for the call."""
+    libraries = Libraries(monkeypatch)
+    read, written, ours = ones(3, stream=7), ones(3, stream=8), [libraries.cupy(), libraries.cupy()]
+    lists = [cuda.TensorList(x, verify=False) for x in ([ours[0], written], [ours[1], read])]
+    cuda.ema_update_(*lists, 0.5)
+    assert recorded.waits == [(9, 7), (9, 8), (8, 9)]
+    recorded.waits.clear()
+    read.__cuda_array_interface__["stream"], written.__cuda_array_interface__["stream"] = 10, 11
+    cuda.ema_update_(*lists, 0.5)
+    assert recorded.waits == [(9, 10), (9, 11), (11, 9)]
+
+
+def test_a_list_that_is_not_read_again_stays_until_the_stream_is_done(trace: Trace) -> None:
+    x = ones(3)
+    alive = weakref.ref(x)
+    lists = [cuda.TensorList([ones(3), y], verify=False) for y in (ones(3), x)]
+    for _ in range(2):
+        _arrays.kept.clear()
+        cuda.ema_update_(*lists, 0.5, stream=64)
+    del x, lists
+    gc.collect()
+    assert alive() is not None
+    trace.finish(64)
+    cuda.mitchell_square(ones(3), stream=65)
+    gc.collect()
+    assert alive() is None
+    assert trace.host_waits() == 0
+
+
+def test_lists_of_tensors_end_on_their_device(recorded: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    Libraries(monkeypatch)
+    cuda.mitchell_square(ones(3), stream=64)  # what is kept is looked at by the next call
+    devices: list[int] = []
+    monkeypatch.setattr(recorded, "plan", recorded.plan_unseen, raising=False)
+    monkeypatch.setattr(recorded, "is_captured", lambda device, _: bool(devices.append(device)), raising=False)
+    cuda.ema_update_(*([FakeTensor(np.ones(3, np.float32), "cuda:1")] for _ in range(2)), 0.5)
+    assert devices == [1]
+
+
+def test_autograd_knows_what_was_written_by_a_call_that_cannot_end(
+    recorded: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    libraries = Libraries(monkeypatch)
+    written: list[Any] = []
+    monkeypatch.setattr(sys.modules["torch"].autograd.graph, "increment_version", written.extend)
+
+    def refused(*_: object) -> None:
+        raise RuntimeError("no event")
+
+    monkeypatch.setattr(recorded, "Mark", refused, raising=False)
+    shadow = libraries.torch()
+    for shadows in ([shadow], cuda.TensorList([shadow])):
+        with pytest.raises(RuntimeError, match="no event"):
+            cuda.ema_update_(shadows, [libraries.torch()], 0.5, stream=5)
+    assert written == [shadow] * 2
+
+
+def test_tensors_behind_arrays_of_our_own_are_waited_for(recorded: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    libraries = Libraries(monkeypatch)
+    monkeypatch.setattr(recorded, "plan", recorded.plan_unseen, raising=False)
+    lists = [[exported(np.ones(3, np.float32)), libraries.torch()] for _ in range(2)]
+    for call in (lists, [cuda.TensorList(x, verify=False) for x in lists]):
+        recorded.waits.clear()
+        cuda.ema_update_(*call, 0.5)
+        assert recorded.waits == [(1, 8), (8, 1)]
 
 
 def test_tensors_stay_on_another_stream_than_that_of_their_library(
@@ -1246,7 +1343,10 @@ def test_a_graph_refuses_what_comes_from_host_memory(shim: Shim) -> None:
     first, second, params = [Fake(np.zeros(3, np.float32))], [Fake(np.zeros(3, np.float32))], [ones(3)]
     cuda.ema_update_(first, params, 0.5, stream=64)
     row = Fake(np.ones((1, 5, 4), np.float32))
+    numbers, out = Fake(np.ones((2, 2), np.uint8)), Fake(np.zeros((2, 2), np.int32))
+    table = np.ones((256, 256), np.int32)
     runtime.fastops_shim_capture(ctypes.c_void_p(64))
+    runtime.fastops_shim_allocations()
     try:
         with pytest.raises(RuntimeError, match=r"^CUDA graphs cannot capture a call whose list is not on the GPU yet"):
             cuda.ema_update_(second, params, 0.5, stream=64)
@@ -1254,8 +1354,11 @@ def test_a_graph_refuses_what_comes_from_host_memory(shim: Shim) -> None:
             cuda.ema_update_(first, params, [0.5], stream=64)
         with pytest.raises(RuntimeError, match=r"^CUDA graphs cannot capture offsets in host memory"):
             cuda.linear_attention(row, row, row, cu_seqlens=[0, 5], stream=64)
+        with pytest.raises(RuntimeError, match=r"^CUDA graphs cannot capture tables in host memory"):
+            cuda.lut_matmul(numbers, numbers, table, out=out, stream=64)
     finally:
         runtime.fastops_shim_capture(None)
+    assert runtime.fastops_shim_allocations() == 0
     assert runtime.fastops_shim_faults() == 0
     assert (first[0].array.tolist(), second[0].array.tolist()) == ([0.5] * 3, [0.0] * 3)
     cuda.ema_update_(second, params, 0.5, stream=64)

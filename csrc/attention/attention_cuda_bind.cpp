@@ -201,12 +201,14 @@ void attend_through_landmarks(const py::tuple& options, const py::tuple& sizes, 
   launch(call, gradient ? &nystrom_attention_backward : &nystrom_attention, nystrom_attention_workspace(call, gradient),
          device, stream);
 }
-void copy_up(std::uintptr_t to, const py::bytes& from, int device, std::uintptr_t stream) {
+std::shared_ptr<ArrayMemory> copied_up(const py::bytes& from, int device, std::uintptr_t stream) {
   const OnDevice on(device);
   raise_unless_ok(on.status);
   refuse_capture(stream_of(stream), "offsets in host memory: put cu_seqlens on the GPU before");
   const std::string contents = from;
-  raise_unless_ok(upload(reinterpret_cast<void*>(to), contents.data(), contents.size(), stream_of(stream)));
+  const auto made = std::make_shared<ArrayMemory>(contents.size(), device, stream);
+  raise_unless_ok(upload(made->data(), contents.data(), contents.size(), stream_of(stream)));
+  return made;
 }
 
 }  // namespace
@@ -218,8 +220,8 @@ void bind_attention(py::module_& m) {
         py::arg("stream"));
   m.def("nystrom_attention", &attend_through_landmarks, py::arg("options"), py::arg("sizes"), py::arg("arrays"),
         py::arg("gradient"), py::arg("device"), py::arg("stream"));
-  m.def("upload", &copy_up, py::arg("address"), py::arg("contents"), py::arg("device"), py::arg("stream"),
-        "Copies host memory without waiting for the stream.");
+  m.def("uploaded", &copied_up, py::arg("contents"), py::arg("device"), py::arg("stream"),
+        "Memory with a copy of the host's, which does not wait for the stream.");
   m.attr("most_step_features") = kMostStepFeatures;
 }
 

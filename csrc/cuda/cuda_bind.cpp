@@ -86,18 +86,20 @@ ArrayMemory::~ArrayMemory() {
 }
 void ArrayMemory::begin(std::optional<std::uintptr_t> stream) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  if (stream && !captured_) {
+    const OnDevice on(device_);
+    raise_unless_ok(on.status);
+    if (!gpu::is_captured(stream_of(*stream))) raise_unless_ok(uses_.precede(*stream));
+  }
   ++calls_;
-  if (!stream || captured_ || gpu::is_captured(stream_of(*stream))) return;
-  const OnDevice on(device_);
-  raise_unless_ok(on.status);
-  raise_unless_ok(uses_.precede(*stream));
 }
 void ArrayMemory::end(std::uintptr_t stream) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  // A graph may be launched at any time.
-  if (captured_ || gpu::is_captured(stream_of(stream))) return;
+  if (captured_) return;
   const OnDevice on(device_);
   raise_unless_ok(on.status);
+  // A graph may be launched at any time.
+  if (gpu::is_captured(stream_of(stream))) return;
   raise_unless_ok(uses_.record(stream));
   --calls_;
 }

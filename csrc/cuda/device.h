@@ -185,7 +185,7 @@ FASTOPS_DEVICE float to_tf32(float x) {
 #if defined(__CUDACC__)
   std::uint32_t r;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
-  return simd::bits<float>(r);
+  return simd::bits<float>(r & ~0x1fffu);  // PTX leaves these open
 #else
   const auto u = simd::bits<std::uint32_t>(x);
   return (u & 0x7fffffffu) >= 0x7f800000u ? x : simd::bits<float>((u + 0x1000u) & ~0x1fffu);

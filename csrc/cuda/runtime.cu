@@ -108,9 +108,10 @@ Status allocate(void** p, std::size_t bytes, Stream stream) noexcept {
 }
 void release(void* p, Stream stream) noexcept { (void)status_of(cudaFreeAsync(p, stream_of(stream))); }
 void release_when_idle(void* p) noexcept {
-  // cudaFree waits for nobody where the memory came from cudaMallocAsync.
-  (void)status_of(cudaDeviceSynchronize());
-  (void)status_of(cudaFree(p));
+  const WithinCaptures within;
+  // cudaFree waits for nobody where the memory came from cudaMallocAsync. No device is waited for while a stream of it
+  // is captured: the memory stays then.
+  if (status_of(cudaDeviceSynchronize()) == 0) (void)status_of(cudaFree(p));
 }
 Status upload(void* to, const void* from, std::size_t bytes, Stream stream) noexcept {
   const std::lock_guard<std::mutex> lock(g_mutex);

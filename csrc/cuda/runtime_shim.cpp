@@ -20,6 +20,7 @@ std::vector<Stream> g_finished;  // whose events are done
 Stream g_captured = nullptr;     // whose work goes into a graph
 int g_faults = 0;
 int g_idle_waits = 0;
+int g_allocations = 0;
 std::vector<Stream> g_waits;  // of events: the stream that waits, and the one that had been recorded, by turns
 
 Status use(Stream stream) noexcept {
@@ -42,6 +43,7 @@ OnDevice::~OnDevice() { g_device = before_; }
 
 Status allocate(void** p, std::size_t bytes, Stream stream) noexcept {
   if (const Status status = use(stream)) return status;
+  ++g_allocations;
   const std::size_t size = (bytes + 256) / 256 * 256;
   *p = std::aligned_alloc(256, size);
   if (*p == nullptr) return 2;
@@ -114,6 +116,10 @@ __attribute__((visibility("default"))) int fastops_shim_waits(void** to, int mos
 // Waits of the host for all that a device has got; counts anew.
 __attribute__((visibility("default"))) int fastops_shim_idle_waits() {
   return std::exchange(fastops::gpu::g_idle_waits, 0);
+}
+// Allocations; counts anew.
+__attribute__((visibility("default"))) int fastops_shim_allocations() {
+  return std::exchange(fastops::gpu::g_allocations, 0);
 }
 // Calls that named an ended stream, or events within a capture; counts anew.
 __attribute__((visibility("default"))) int fastops_shim_faults() {

@@ -658,9 +658,10 @@ void lut(const py::object& a, const py::object& b, const py::buffer& table, bool
   refuse_overlap(r, wide_out ? 8 : 4, y, 1, "b", false);
   if (is_empty(r)) return;
   const auto bytes = static_cast<std::size_t>(entries.size * entries.itemsize);
-  const Memory memory(bytes, device, stream);
   const OnDevice on(device);
   raise_unless_ok(on.status);
+  refuse_capture(stream_of(stream), "tables in host memory");
+  const Memory memory(bytes, device, stream);
   raise_unless_ok(upload(memory.data(), entries.ptr, bytes, stream_of(stream)));
   raise_unless_ok(lut_matmul(call, memory.data(), wide_table && wide_out, wide_out, stream_of(stream)));
 }

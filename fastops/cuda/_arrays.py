@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import math
 import sys
 import threading
@@ -440,6 +441,13 @@ class Operands:
         array._memory.begin(self.stream)
         self._arrays.append(array)
 
+    def give_up(self) -> None:
+        """Says that the call, which raises, will not use its arrays."""
+        for array in self._arrays:
+            with contextlib.suppress(RuntimeError):
+                array._memory.end(self.stream)
+        self._arrays.clear()
+
     def end(self, device: int) -> None:
         """Says that the stream has got all of the call."""
         for array in self._arrays:
@@ -483,6 +491,13 @@ class Call:
         self._results_stay = False
         self.views: dict[str, View] = {}
         self.device = -1
+        try:
+            self._take(arrays)
+        except BaseException:
+            operands.give_up()
+            raise
+
+    def _take(self, arrays: dict[str, Any]) -> None:
         first = next(iter(arrays))
         for name, value in arrays.items():
             found = view(name, value, self.stream)
@@ -491,7 +506,7 @@ class Call:
                 raise _validate.wrong_value(name, wanted, Text(f"an array on device {found.device}"))
             self.device = found.device
             self.views[name] = found
-            moves = operands.take(value, found, written=name == "out" or name.startswith("state["))
+            moves = self.operands.take(value, found, written=name == "out" or name.startswith("state["))
             if name == first:
                 self._results_stay = moves
         self.like = arrays[first]

@@ -185,8 +185,7 @@ class _Linear(OfHeads):
         if x is None:
             checked = p.offsets(np.asarray(value.numpy() if is_torch(value) else value))
             assert checked is not None
-            memory = call.native.ArrayMemory(checked.nbytes, call.device, call.stream)
-            call.native.upload(memory.address, checked.tobytes(), call.device, call.stream)
+            memory = call.native.uploaded(checked.tobytes(), call.device, call.stream)
             self._keep.append(memory)
             data, wide, count = memory.address, True, len(checked)
         else:

@@ -9,11 +9,13 @@ from typing import Any
 
 from .. import _tensors, _validate, optim
 from .._tensors import FixedList, Role
-from ._arrays import Array, Described, Operands, described, interface_of, is_torch, view
+from ._arrays import Array, Described, Operands, View, described, interface_of, is_torch, view
 
 __all__ = ["TensorList", "adamw_step_", "ema_update_", "sgd_step_"]
 
 Tensors = Iterable[Any]
+# Arrays of other libraries than torch, by kind, the stream that they named and whether they are written.
+Guests = dict[tuple[type, int | None, bool], list[tuple[Any, View]]]
 
 
 class TensorList(FixedList):
@@ -24,8 +26,8 @@ class TensorList(FixedList):
     arrays : iterable of arrays
         On one GPU: torch's, cupy's, or any with ``__cuda_array_interface__`` or DLPack.
     verify : bool
-        False spares the look at every tensor in each call, which costs more than the kernel where tensors are many and small:
-        call `refresh` whenever the memory of one was exchanged, since the old memory, which the list keeps alive, would be
+        False spares the look at every tensor in each call, which is expected to cost more than the kernel where tensors are many
+        and small: call `refresh` whenever the memory of one was exchanged, since the old memory, which the list keeps alive, would be
         changed otherwise.
 
     Raises
@@ -51,8 +53,8 @@ class TensorList(FixedList):
         self._arrays = tuple(_as_list("arrays", arrays))
         self._verify = _validate.boolean("verify", verify)
         # By roles and lists: the versions that these had, their plan, and the other lists, so that their addresses stay theirs.
-        # With the plan, the device and arrays of our own.
-        self._plans: dict[tuple[Any, ...], tuple[list[int], Any, tuple[int, list[Array], list[Any]]]] = {}
+        # With the plan, arrays of our own and of others.
+        self._plans: dict[tuple[Any, ...], tuple[list[int], Any, tuple[list[Array], Guests, list[Any]]]] = {}
         self._version = 0
         self._held: tuple[Any, ...] = ()
         self._tensors: tuple[Any, ...] | None = None
@@ -83,15 +85,13 @@ class TensorList(FixedList):
 
 
 def _as_list(name: str, value: object) -> list[Any]:
-    if not is_torch(value) and interface_of(value) is not None:
+    if isinstance(value, Array) or (not is_torch(value) and interface_of(value) is not None):
         return [value]
     return _tensors.as_list(name, value)
 
 
 class _Step:
     """The tensors of a call as a plan, and the stream that it goes to."""
-
-    device = 0  # of empty lists
 
     def __init__(self, roles: list[Role], values: list[Any], stream: object) -> None:
         self._roles, self._values = roles, values
@@ -101,28 +101,50 @@ class _Step:
         self._operands = operands = Operands(stream, lists[0][:1] if lists else [])
         self.native, self.stream = operands.native, operands.stream
         self._lists = lists
+        self._written = {role.name for role in roles if role.written}
         self._own: list[Array] = []
-        self._take_tensors()
-        self.plan = self._known()
+        self._guests: Guests = {}
+        try:
+            self._take_tensors()
+            self.plan = self._known()
+        except BaseException:
+            operands.give_up()
+            raise
 
     def _take_tensors(self) -> None:
         """The compiled module reads torch's tensors itself, and knows nothing of streams."""
         if self._operands.of_torch:
             return
-        for role, items in zip(self._roles, self._lists, strict=True):
-            if items and is_torch(items[0]) and items[0].device.type == "cuda":
-                found = view(f"{role.name}[0]", items[0], self.stream, in_place=True)
-                self.device = found.device
-                if self._operands.take(items[0], found, written=role.written):
+        for role, value, items in zip(self._roles, self._values, self._lists, strict=True):
+            tensors = value._known_tensors() if isinstance(value, TensorList) else items
+            first = next((x for x in tensors if is_torch(x)), None)
+            if first is not None and first.device.type == "cuda":
+                at = next(i for i, x in enumerate(items) if x is first)
+                found = view(f"{role.name}[{at}]", first, self.stream, in_place=True)
+                if self._operands.take(first, found, written=role.written):
                     self._operands.keep(tuple(items))
 
     def _describe(self, name: str, value: Any) -> Described:
         found = view(name, value, self.stream, in_place=True)
-        if isinstance(value, Array):
-            self._own.append(value)
-        self.device = found.device
-        self._operands.take(value, found, written=True)
+        if not is_torch(value):
+            written = name.partition("[")[0] in self._written
+            self._operands.take(value, found, written=written)
+            if isinstance(value, Array):
+                self._own.append(value)
+            else:
+                self._guests.setdefault((type(value), found.stream, written), []).append((value, found))
         return described(name, found)
+
+    def _take_again(self, own: list[Array], guests: Guests) -> None:
+        for array in own:
+            self._operands.use(array)
+        for (_, stream, written), items in guests.items():
+            value, found = items[0]
+            if stream is not None:
+                # The one of the first call may be gone.
+                found = found._replace(stream=(interface_of(value) or {}).get("stream"))
+            if self._operands.take(value, found, written=written):
+                self._operands.keep(items)
 
     def _known(self) -> Any:
         values = self._values
@@ -136,20 +158,19 @@ class _Step:
             for value in values:
                 value._hold()
             plan = self.native.plan(self._roles, self._lists, self._describe, self.stream)
-            found = kept._plans[key] = versions, plan, (self.device, self._own, [x for x in values if x is not kept])
+            others = [x for x in values if x is not kept]
+            found = kept._plans[key] = versions, plan, (self._own, self._guests, others)
         else:
-            self.device, own, _ = found[2]
-            for array in own:
-                self._operands.use(array)
+            own, guests, _ = found[2]
+            self._take_again(own, guests)
         return found[1]
 
     def end(self) -> None:
         """Says that the stream has got all of the call."""
-        self._operands.end(self.device)
+        self._operands.end(self.plan.device)
 
     def done(self) -> None:
-        """Says that the stream has got all of the call, and tells torch's autograd what was written."""
-        self.end()
+        """Tells torch's autograd what was written, and says that the stream has got all of the call."""
         for role, value, items in zip(self._roles, self._values, self._lists, strict=True):
             if not role.written:
                 continue
@@ -157,6 +178,7 @@ class _Step:
                 _tensors.bump_versions((items,))
             elif known := value._known_tensors():
                 sys.modules["torch"].autograd.graph.increment_version(known)
+        self.end()
 
 
 def want(roles: list[Role], lists: list[list[Any]]) -> None:
