@@ -180,7 +180,7 @@ def counted_with(counter: Tensor, x: Tensor) -> Tensor:
 
     Tensors that are always written in one call need not be told of one by one then.
     """
-    if type(x) is not Tensor or not x.is_cpu or x.layout is not torch.strided or torch.is_inference_mode_enabled():
+    if type(x) is not Tensor or not x.is_cpu or x.layout is not torch.strided:
         return x
     made = counter.detach()
     made.data = x
