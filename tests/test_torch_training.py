@@ -234,6 +234,23 @@ def test_tensors_that_are_registered_later_are_followed(kind: str, change: str) 
     assert found is None if change == "none in place of one" else (found == 2.0).all()
 
 
+@pytest.mark.parametrize("call", ["update", "set", "copy_to_"])
+def test_a_model_of_other_shapes_leaves_all_untouched(call: str) -> None:
+    """Buffers that are copied, too, after what is averaged; for a copy of all, the weights."""
+    model = torch.nn.BatchNorm1d(3)
+    ema = ft.EMA(model, 0.5)
+    other = torch.nn.BatchNorm1d(3)
+    for x in (*other.parameters(), *other.buffers()):
+        torch.nn.init.constant_(x, 7)
+    other.running_var = torch.ones(1)
+    before = copy.deepcopy(ema.state_dict()), copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"shapes of their averages, got \(1,\) beside \(3,\)$"):
+        getattr(ema, call)(other)
+    for had, now in zip(before, (ema, other), strict=True):
+        for name, x in now.state_dict().items():
+            assert torch.equal(x, had[name]), name
+
+
 def test_a_model_that_cannot_be_read_is_refused_in_each_update() -> None:
     """Neither the weights of an earlier one nor none are taken in its place."""
     model = torch.nn.Linear(2, 2)
