@@ -184,9 +184,14 @@ def test_replaced_parameters_are_followed(model: Any) -> None:
     ema.update()
     assert (ema.module.last.bias > 40).all()
     model.load_state_dict({name: torch.zeros_like(x) for name, x in model.state_dict().items()}, assign=True)
+    # That makes a tensor for each name, also for two that had one.
+    with pytest.raises(ValueError, match=r"^model must be a module of 5 parameters and 3 buffers, got one of 6 and 3"):
+        ema.update()
+    model.last.weight = model.first.weight
     for _ in range(40):
         ema.update()
     assert (ema.module.last.bias.abs() < 1e-6).all()
+    assert (ema.module.last.weight.abs() < 1e-6).all()
 
 
 def test_replaced_layers_are_followed() -> None:
@@ -232,6 +237,31 @@ def test_tensors_that_are_registered_later_are_followed(kind: str, change: str) 
     assert torch.equal(ema.module.weight, before / 2)
     found = getattr(ema.module, name)
     assert found is None if change == "none in place of one" else (found == 2.0).all()
+
+
+def test_a_part_that_a_layer_gets_later_is_followed() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    ema = ft.EMA(model, 0.5)
+    ema.update()
+    model[0].add_module("later", torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"^model must be a module of 2 parameters and 0 buffers, got one of 4 and 0"):
+        ema.update()
+    ema.module[0].add_module("later", copy.deepcopy(model[0].later))
+    torch.nn.init.constant_(model[0].later.bias, 100.0)
+    ema.update()
+    assert (ema.module[0].later.bias > 40).all()
+
+
+def test_weights_that_are_shared_no_more_are_followed(model: Any) -> None:
+    ema = ft.EMA(model, 0.5)
+    ema.update()
+    model.last.weight = torch.nn.Parameter(torch.full((4, 4), 100.0))
+    with pytest.raises(ValueError, match=r"^model must be a module of 5 parameters and 3 buffers, got one of 6 and 3"):
+        ema.update()
+    ema.module.last.weight = torch.nn.Parameter(torch.zeros(4, 4))
+    ema.update()
+    assert (ema.module.last.weight == 50).all()
+    assert (ema.module.first.weight < 10).all()
 
 
 @pytest.mark.parametrize("call", ["update", "set", "copy_to_"])

@@ -168,7 +168,11 @@ class EMA(torch.nn.Module):
     def _tensors(self, model: torch.nn.Module | None) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
         """Live and averaged tensors that are averaged, and those that are copied."""
         source, own = self._places(self._model(model)), self._places(self.module)
-        have, want = ((len(x.params.names), len(x.buffers.names)) for x in (source, own))
+        if source.counts() != own.counts():
+            # Names may have come to share a tensor, which places do not tell of.
+            self._slots.clear()
+            source, own = self._places(self._model(model)), self._places(self.module)
+        have, want = source.counts(), own.counts()
         if have != want:
             wanted = f"a module of {want[0]} parameters and {want[1]} buffers"
             raise _validate.wrong_value("model", wanted, Text(f"one of {have[0]} and {have[1]}"))
