@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import ModuleType
 from typing import Any
 
@@ -326,6 +327,91 @@ def test_tensor_list_has_the_new_storage(ops: ModuleType, verify: bool) -> None:
     with pytest.raises(ValueError, match=r"^params\[0\] must be a tensor whose storage holds"):
         ops.ema_update_(plan, params, 0.5)
     assert (s == 0).all()
+
+
+def test_a_list_that_was_refused_is_looked_at_anew(ops: ModuleType) -> None:
+    """All of it: what lies before the tensor at fault may have moved, and memory that is gone must not be written."""
+    s = [torch.zeros(4) for _ in range(3)]
+    shadows, params = fastops.TensorList(s), fastops.TensorList([torch.ones(4) for _ in s])
+    for _ in range(2):
+        ops.ema_update_(shadows, params, 0.5)
+    old = s[0].data
+    s[0].data = torch.zeros(4)
+    away = torch.zeros(4, device="meta")
+    torch.utils.swap_tensors(s[1], away)
+    with pytest.raises(TypeError, match=r"^shadows\[1\] must be an array in host memory"):
+        ops.ema_update_(shadows, params, 0.5)
+    torch.utils.swap_tensors(s[1], away)
+    ops.ema_update_(shadows, params, 0.5)
+    assert (old == 0.75).all()
+    assert [x.tolist() for x in s] == [[0.5] * 4, [0.875] * 4, [0.875] * 4]
+
+
+def test_walks_are_made_by_plans_alone(native: ModuleType) -> None:
+    """One without tensors read memory at address 0."""
+    items = tensors(60, (3,), (4,), (5,))
+    kept = fastops.TensorList(items)
+    native.optim.all_finite(kept)
+    walk = kept._plan.walk(tuple(items))
+    with pytest.raises(TypeError):
+        type(walk)()
+    with pytest.raises(TypeError):
+        copy.copy(walk)
+    assert all(x is y for x, y in zip(walk, items, strict=True))
+
+
+def test_an_error_while_gradients_are_remembered(native: ModuleType) -> None:
+    """The next step finds nothing of what was remembered by half. In a process of its own: it read memory at address 0."""
+    code = """
+    import threading, torch
+    count = 40
+
+    class Name:
+        def __str__(self):
+            Meta.asked += 1
+            if Meta.asked == count + 1:
+                raise KeyError("asked")
+            return "mine"
+
+    class Meta(type(torch.Tensor)):
+        asked = count + 1
+        __module__ = property(lambda cls: Name())
+
+    def step(shadows, kinds):
+        fastops.ema_update_(shadows, [torch.ones(4).as_subclass(kind) for kind in kinds], 0.5)
+
+    def run():
+        # A thread knows as many types as it meets first, and asks the others each time.
+        for i in range(70):
+            step([torch.zeros(4)], [type(f"Kind{i}", (torch.Tensor,), {})])
+        odd = Meta("Odd", (torch.Tensor,), {})
+        shadows = fastops.TensorList([torch.zeros(4) for _ in range(count)])
+        Meta.asked = 0
+        try:
+            step(shadows, [odd] * count)
+        except KeyError:
+            raised.append(True)
+        step(shadows, [odd] * count)
+        values.extend(shadows)
+
+    raised, values = [], []
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert raised
+    assert len(values) == count
+    assert all((x == 0.5).all() for x in values)
+    """
+    run(code, timeout=90)
+
+
+def test_axes_of_one_element_have_any_stride(ops: ModuleType) -> None:
+    """Their multiples, which overflowed, move nothing."""
+    x, s = torch.arange(8.0).as_strided((1, 3), (2**62, 2)), torch.zeros(1, 3)
+    ops.ema_update_([s], [x], 0.5)
+    assert s.tolist() == [[0.0, 1.0, 2.0]]
+    ops.ema_update_([x], [s], 0.5)
+    assert x.tolist() == [[0.0, 1.5, 3.0]]
 
 
 def test_gradients_beside_kept_lists_may_be_others_in_each_step(ops: ModuleType) -> None:

@@ -184,9 +184,14 @@ def test_replaced_parameters_are_followed(model: Any) -> None:
     ema.update()
     assert (ema.module.last.bias > 40).all()
     model.load_state_dict({name: torch.zeros_like(x) for name, x in model.state_dict().items()}, assign=True)
+    # That makes a tensor for each name, also for two that had one.
+    with pytest.raises(ValueError, match=r"^model must be a module of 5 parameters and 3 buffers, got one of 6 and 3"):
+        ema.update()
+    model.last.weight = model.first.weight
     for _ in range(40):
         ema.update()
     assert (ema.module.last.bias.abs() < 1e-6).all()
+    assert (ema.module.last.weight.abs() < 1e-6).all()
 
 
 def test_replaced_layers_are_followed() -> None:
@@ -232,6 +237,48 @@ def test_tensors_that_are_registered_later_are_followed(kind: str, change: str) 
     assert torch.equal(ema.module.weight, before / 2)
     found = getattr(ema.module, name)
     assert found is None if change == "none in place of one" else (found == 2.0).all()
+
+
+def test_a_part_that_a_layer_gets_later_is_followed() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    ema = ft.EMA(model, 0.5)
+    ema.update()
+    model[0].add_module("later", torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"^model must be a module of 2 parameters and 0 buffers, got one of 4 and 0"):
+        ema.update()
+    ema.module[0].add_module("later", copy.deepcopy(model[0].later))
+    torch.nn.init.constant_(model[0].later.bias, 100.0)
+    ema.update()
+    assert (ema.module[0].later.bias > 40).all()
+
+
+def test_weights_that_are_shared_no_more_are_followed(model: Any) -> None:
+    ema = ft.EMA(model, 0.5)
+    ema.update()
+    model.last.weight = torch.nn.Parameter(torch.full((4, 4), 100.0))
+    with pytest.raises(ValueError, match=r"^model must be a module of 5 parameters and 3 buffers, got one of 6 and 3"):
+        ema.update()
+    ema.module.last.weight = torch.nn.Parameter(torch.zeros(4, 4))
+    ema.update()
+    assert (ema.module.last.weight == 50).all()
+    assert (ema.module.first.weight < 10).all()
+
+
+@pytest.mark.parametrize("call", ["update", "set", "copy_to_"])
+def test_a_model_of_other_shapes_leaves_all_untouched(call: str) -> None:
+    """Buffers that are copied, too, after what is averaged; for a copy of all, the weights."""
+    model = torch.nn.BatchNorm1d(3)
+    ema = ft.EMA(model, 0.5)
+    other = torch.nn.BatchNorm1d(3)
+    for x in (*other.parameters(), *other.buffers()):
+        torch.nn.init.constant_(x, 7)
+    other.running_var = torch.ones(1)
+    before = copy.deepcopy(ema.state_dict()), copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"shapes of their averages, got \(1,\) beside \(3,\)$"):
+        getattr(ema, call)(other)
+    for had, now in zip(before, (ema, other), strict=True):
+        for name, x in now.state_dict().items():
+            assert torch.equal(x, had[name]), name
 
 
 def test_a_model_that_cannot_be_read_is_refused_in_each_update() -> None:
@@ -695,6 +742,109 @@ def test_states_have_memory_of_their_own() -> None:
             assert not own.requires_grad
             assert own.untyped_storage().nbytes() == own.nbytes
             assert own.storage_offset() == 0
+
+
+@pytest.mark.parametrize("moment", ["made", "stepped"])
+def test_the_default_device_and_dtype_are_not_those_of_states(moment: str) -> None:
+    """On another device they could be no states of parameters here, and 256 + 1 = 256 in bfloat16."""
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+
+    def make() -> Any:
+        return ft.AdamW([p], lr=0.1, ema_decay=0.5)
+
+    def step(optimizer: Any) -> None:
+        optimizer.step()
+        state = optimizer.state[p]
+        assert all(x.device.type == "cpu" and x.dtype is torch.float32 for x in state.values())
+        state["step"].fill_(256.0)
+        optimizer.step()
+        assert int(state["step"]) == 257
+
+    with torch.device("meta"):
+        optimizer = make()
+        if moment == "stepped":
+            step(optimizer)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        step(optimizer if moment == "made" else make())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_steps_in_inference_mode_and_after_it() -> None:
+    """States that are made there could not be counted outside it, which was heard of when the parameters had moved."""
+    ours, theirs = parameters(), parameters()
+    mine, other = ft.AdamW(ours, lr=0.1, ema_decay=0.5), torch.optim.AdamW(theirs, lr=0.1)
+    for mode in (True, False, True, False):
+        for params in (ours, theirs):
+            for p in params:
+                p.grad = torch.ones_like(p)
+        with torch.inference_mode(mode):
+            mine.step()
+        other.step()
+    for x, y in zip(ours, theirs, strict=True):
+        close(x, y, 4)
+        assert not any(state.is_inference() for state in mine.state[x].values())
+
+
+def test_steps_that_are_no_tensors() -> None:
+    """As optimizers of torch had them once, and as they are written into a state."""
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    other = torch.optim.AdamW([p])
+    other.step()
+    theirs = other.state_dict()
+    theirs["state"][0]["step"] = 1
+    optimizer = ft.AdamW([p])
+    optimizer.load_state_dict(theirs)
+    for same in (optimizer.state_dict()["state"][0], *pickle.loads(pickle.dumps(optimizer)).state.values()):
+        assert same["step"] == 1
+        assert same["step"].dtype is torch.float32
+    optimizer.step()
+    assert int(optimizer.state[p]["step"]) == 2
+
+
+def test_a_state_that_is_refused_changes_nothing() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer, other = ft.AdamW([p], lr=0.1), torch.optim.AdamW([p], amsgrad=True)
+    for x in (optimizer, other):
+        x.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="amsgrad must be False"):
+        optimizer.load_state_dict(other.state_dict())
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert all(torch.equal(x, after["state"][0][name]) for name, x in before["state"][0].items())
+    optimizer.step()
+    assert int(optimizer.state[p]["step"]) == 2
+
+
+def test_options_that_a_state_does_not_have_stay() -> None:
+    params = parameters()
+    groups = [{"params": params[:2], "ema_decay": 0.5}, {"params": params[2:], "decoupled_weight_decay": False}]
+    optimizer = ft.AdamW(groups, weight_decay=0.1)
+    theirs = torch.optim.AdamW([{"params": params[:2]}, {"params": params[2:]}], lr=0.5).state_dict()
+    for group in theirs["param_groups"]:
+        # As of older versions of torch.
+        group.pop("decoupled_weight_decay", None)
+    optimizer.load_state_dict(theirs)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+    assert [group["ema_decay"] for group in optimizer.param_groups] == [0.5, None]
+    assert [group["decoupled_weight_decay"] for group in optimizer.param_groups] == [True, False]
+
+
+def test_a_copy_leaves_the_lists_of_an_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To make them anew takes as long as many steps."""
+    params = parameters()
+    optimizer = ft.AdamW(params)
+    train(optimizer, params, 1)
+    copied = copy.deepcopy(optimizer)
+    monkeypatch.setattr(ft.AdamW, "_sort", None)
+    train(optimizer, params, 1)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {2}
+    assert {int(state["step"]) for state in copied.state.values()} == {1}
 
 
 def test_a_closure_and_copies() -> None:

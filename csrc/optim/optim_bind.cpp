@@ -168,6 +168,7 @@ Bytes bytes_of(const View& v) {
   if (v.contiguous) return {first, first + item * v.size};
   Bytes all{first, first + item};
   for (int axis = 0; axis < v.ndim; ++axis) {
+    if (v.shape[axis] == 1) continue;  // its stride may be any number
     const py::ssize_t span = v.strides[axis] * v.unit * (v.shape[axis] - 1);
     (span < 0 ? all.low : all.high) += static_cast<std::uintptr_t>(span);
   }
@@ -247,8 +248,21 @@ class Plan {
   const std::vector<Home>& homes() const { return homes_; }
 
   // Looks at every array; the version changes where one of them did. `trusts`: not at tensors of other libraries, once
-  // they were seen. False where an element cannot be read.
+  // they were seen. False where an element cannot be read: then those before it count as not seen.
   bool look(PyObject* const* items, std::size_t count, bool trusts) {
+    struct Forget {
+      std::vector<Record>* records;
+      ~Forget() {
+        if (records != nullptr) records->clear();
+      }
+    } otherwise{&records_};
+    if (!compare(items, count, trusts)) return false;
+    otherwise.records = nullptr;
+    return true;
+  }
+
+ private:
+  bool compare(PyObject* const* items, std::size_t count, bool trusts) {
     bool same = records_.size() == count;
     if (!same) {
       records_.assign(count, {});
@@ -280,14 +294,10 @@ class Plan {
     }
     if (!same) ++version_;
     for (const Asked& x : asked)
-      if (!is_plain(items[x.item], x.bytes, &homes_[x.item])) {
-        records_.clear();
-        return false;
-      }
+      if (!is_plain(items[x.item], x.bytes, &homes_[x.item])) return false;
     return true;
   }
 
- private:
   inline static std::atomic<std::uint64_t> g_ids{0};
   const std::uint64_t id_;
   std::uint64_t version_ = 0;
@@ -439,11 +449,9 @@ class Lists {
         if ((!known || x.doubtful) && !is_plain(x.object, x.bytes)) return false;
     }
     if (!checked && !known && m.layout.empty()) {
-      Signature& s = m.remember(roles, written, std::move(keys));
-      s.given.clear();
-      s.homes.clear();
-      s.spans.clear();
+      Signature& s = m.remember(roles, written);
       if (mixed) keep_given(m, s, roles, count);
+      s.keys = std::move(keys);  // last: asking a tensor may have raised an error
     }
     return true;
   }
@@ -510,16 +518,19 @@ class Lists {
           return true;
       return false;
     }
-    Signature& remember(std::size_t roles, unsigned written, std::vector<std::uint64_t>&& keys) {
+    // Without keys, by which lists with a plan find it.
+    Signature& remember(std::size_t roles, unsigned written) {
       Signature& s = kept[next];
       s.roles = 0;
       s.keys.clear();
+      s.given.clear();
+      s.homes.clear();
+      s.spans.clear();
       s.data = data;
       s.size = size;
       s.dtype = dtype;
       s.written = written;
       s.roles = roles;
-      s.keys = std::move(keys);
       next = (next + 1) % kKept;
       return s;
     }
@@ -671,8 +682,8 @@ class Lists {
     for (std::size_t r = 0; r < roles; ++r) {
       std::ptrdiff_t step = static_cast<std::ptrdiff_t>(kItemSize[views[r].dtype]);
       for (std::size_t axis = ndim; axis-- > 0;) {
-        const bool dense = views[r].strides == nullptr;
-        numbers[(r + 1) * ndim + axis] = dense ? step : views[r].strides[axis] * views[r].unit;
+        const bool dense = views[r].strides == nullptr, alone = views[r].shape[axis] == 1;
+        numbers[(r + 1) * ndim + axis] = alone ? 0 : dense ? step : views[r].strides[axis] * views[r].unit;
         step *= views[r].shape[axis];
       }
     }

@@ -2,8 +2,8 @@
 // What an optimizer of torch asks of thousands of parameters in each step, in one walk each.
 #include "optim/optim_bind.h"
 
-#include <algorithm>
-#include <new>
+#include <cstddef>
+#include <vector>
 
 namespace py = pybind11;
 
@@ -39,13 +39,17 @@ void free_walk(PyObject* self) {
   Py_DECREF(type);
 }
 
-PyTypeObject* type_of_walks() {
+PyTypeObject* g_walk = nullptr;
+
+PyTypeObject* make_type_of_walks() {
   static PyType_Slot slots[] = {{Py_tp_iter, reinterpret_cast<void*>(&PyObject_SelfIter)},
                                 {Py_tp_iternext, reinterpret_cast<void*>(&next_of)},
                                 {Py_tp_dealloc, reinterpret_cast<void*>(&free_walk)},
                                 {0, nullptr}};
-  static PyType_Spec spec = {"fastops._core.TensorWalk", sizeof(Ahead), 0, Py_TPFLAGS_DEFAULT, slots};
-  static PyTypeObject* const type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&spec));
+  // One that Python makes would walk over nothing.
+  static PyType_Spec spec = {"fastops._core.TensorWalk", sizeof(Ahead), 0,
+                             Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
+  auto* const type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&spec));
   if (type == nullptr) throw py::error_already_set();
   return type;
 }
@@ -117,8 +121,7 @@ bool hold(const py::list& dicts, const py::tuple& names, const py::list& entries
 }  // namespace
 
 py::object walk(const py::tuple& tensors, const py::object& owner, const std::vector<Home>& homes) {
-  PyTypeObject* const type = type_of_walks();
-  auto* const made = PyObject_New(Ahead, type);
+  auto* const made = PyObject_New(Ahead, g_walk);
   if (made == nullptr) throw py::error_already_set();
   made->tensors = py::object(tensors).release().ptr();
   made->owner = py::object(owner).release().ptr();
@@ -129,6 +132,7 @@ py::object walk(const py::tuple& tensors, const py::object& owner, const std::ve
 
 void bind_optim_torch(py::module_& m) {
   using py::arg;
+  g_walk = make_type_of_walks();
   py::class_<GradientReader>(m, "GradientReader").def(py::init<>()).def("read", &GradientReader::read, arg("params"));
   m.def("hold", &hold, arg("dicts"), arg("names"), arg("entries"));
 }

@@ -168,7 +168,11 @@ class EMA(torch.nn.Module):
     def _tensors(self, model: torch.nn.Module | None) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
         """Live and averaged tensors that are averaged, and those that are copied."""
         source, own = self._places(self._model(model)), self._places(self.module)
-        have, want = ((len(x.params.names), len(x.buffers.names)) for x in (source, own))
+        if source.counts() != own.counts():
+            # Names may have come to share a tensor, which places do not tell of.
+            self._slots.clear()
+            source, own = self._places(self._model(model)), self._places(self.module)
+        have, want = source.counts(), own.counts()
         if have != want:
             wanted = f"a module of {want[0]} parameters and {want[1]} buffers"
             raise _validate.wrong_value("model", wanted, Text(f"one of {have[0]} and {have[1]}"))
@@ -230,6 +234,7 @@ class EMA(torch.nn.Module):
         if self._swapped:
             raise _validate.wrong_moment("update", "called outside average_parameters()", "a call within")
         live, averages, sources, targets = self._tensors(model)
+        _want_shapes(sources, targets)
         groups = self._pairs.of(averages, live)
         count = int(self.n_averaged) + 1 if step is None else step
         decay = self.get_decay(count)
@@ -245,8 +250,7 @@ class EMA(torch.nn.Module):
             moved = self._move(self._pairs.of(averages, live), decay, seed)
         if not moved:
             return False
-        for x, s in zip(sources, targets, strict=True):
-            s.copy_(x)
+        _write(targets, sources)
         self.n_averaged.fill_(count)
         return True
 
@@ -271,7 +275,6 @@ class EMA(torch.nn.Module):
         """
         self.update(model)
 
-    @torch.no_grad()
     def set(self, model: torch.nn.Module | None = None) -> None:
         """Make the averages a copy of the weights.
 
@@ -279,12 +282,16 @@ class EMA(torch.nn.Module):
         ----------
         model : torch.nn.Module, optional
             Whose weights; by default the model that this was made of.
+
+        Raises
+        ------
+        ValueError
+            Weights or buffers of other shapes. Nothing was written.
         """
         live, averages, sources, targets = self._tensors(model)
-        for x, s in zip(live + sources, averages + targets, strict=True):
-            s.copy_(x)
+        _want_shapes(live + sources, averages + targets)
+        _write(averages + targets, live + sources)
 
-    @torch.no_grad()
     def copy_to_(self, model: torch.nn.Module | None = None) -> None:
         """Write the averages into a model for good.
 
@@ -292,10 +299,15 @@ class EMA(torch.nn.Module):
         ----------
         model : torch.nn.Module, optional
             By default the model that this was made of.
+
+        Raises
+        ------
+        ValueError
+            Weights or buffers of other shapes. Nothing was written.
         """
         live, averages, sources, targets = self._tensors(model)
-        for x, s in zip(live + sources, averages + targets, strict=True):
-            x.copy_(s)
+        _want_shapes(live + sources, averages + targets)
+        _write(live + sources, averages + targets)
 
     @contextlib.contextmanager
     def average_parameters(self, model: torch.nn.Module | None = None) -> Iterator[torch.nn.Module]:
@@ -355,6 +367,14 @@ class EMA(torch.nn.Module):
         """The decay, for `repr`."""
         decay = self._schedule.decays[0]
         return f"decay={'equal' if decay is None else f'{decay:g}'}, warmup={self._schedule.warmup!r}"
+
+
+def _want_shapes(tensors: list[Any], averages: list[Any]) -> None:
+    """Raises where one cannot be copied to the other, before any is."""
+    for x, s in zip(tensors, averages, strict=True):
+        if x.shape != s.shape:
+            got = Text(f"{_validate.clip(str(tuple(x.shape)), 40)} beside {_validate.clip(str(tuple(s.shape)), 40)}")
+            raise _validate.wrong_value("model", "a module whose tensors have the shapes of their averages", got)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
@@ -58,7 +59,20 @@ _ENTRIES = ("step", "exp_avg", "exp_avg_sq", "ema")
 
 def _counters() -> dict[str, Tensor]:
     """What counts the versions of all states of a name."""
-    return {name: torch.empty(0) for name in _ENTRIES[1:]}
+    return {name: torch.empty(0, device="cpu") for name in _ENTRIES[1:]}
+
+
+def _count(steps: Any) -> Tensor:
+    """A number of steps as torch's optimizers have it, whatever the default dtype and device are."""
+    return torch.tensor(float(steps), dtype=torch.float32, device="cpu")
+
+
+def _with_own_steps(states: dict[Any, Any]) -> dict[Any, Any]:
+    """States with a count for each: here the parameters of a group share one, torch counts each parameter's own."""
+    return {
+        key: {**own, "step": _count(own["step"])} if isinstance(own, dict) and "step" in own else own
+        for key, own in states.items()
+    }
 
 
 def _kept(tensors: list[Any]) -> Any:
@@ -99,6 +113,8 @@ class AdamW(torch.optim.Optimizer):
     each group and device, of parameters that have taken as many steps; on a GPU that is one launch, on torch's current stream.
     The state dict is that of ``torch.optim.AdamW``, which can be exchanged; averages are an entry ``ema`` beside the moments.
     ``amsgrad``, ``maximize`` and ``differentiable`` are refused.
+    The parameters that step together share one tensor ``step``. Autograd counts the changes of all first moments together, and so those
+    of the second ones and of the averages: a backward pass that saved one of them raises after a step of any.
 
     Examples
     --------
@@ -174,26 +190,24 @@ class AdamW(torch.optim.Optimizer):
             _validate.number("ema_decay", group["ema_decay"], 0.0, 1.0)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        groups = vars(self).get("param_groups", [])
+        defaults = state.get("defaults", vars(self).get("defaults", {}))
+        for i, group in enumerate(state["param_groups"]):
+            # What torch's state does not say stays as it is.
+            own = groups[i] if i < len(groups) else defaults
+            for name, value in {**_FIXED, "decoupled_weight_decay": True, "ema_decay": None}.items():
+                group.setdefault(name, own.get(name, value))
+            self._check(group)
         super().__setstate__(state)
         self._buckets = {}
         self._gradients = {}
         self._counters = _counters()
         self._seen = None
         self._swapped = False
-        for group in self.param_groups:
-            for name, value in {**_FIXED, "decoupled_weight_decay": True}.items():
-                group.setdefault(name, value)
-            group.setdefault("ema_decay", self.defaults.get("ema_decay"))
-            self._check(group)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        # Steps are shared here by the parameters of a group; torch counts each parameter's own.
-        for own in state["state"].values():
-            if "step" in own:
-                own["step"] = own["step"].clone()
-        self._buckets = {}
-        self._seen = None
+        state["state"] = defaultdict(dict, _with_own_steps(state["state"]))
         return state
 
     def state_dict(self) -> dict[str, Any]:
@@ -205,10 +219,7 @@ class AdamW(torch.optim.Optimizer):
             "state" and "param_groups".
         """
         state: dict[str, Any] = super().state_dict()
-        state["state"] = {
-            key: {**own, "step": own["step"].clone()} if isinstance(own, dict) and "step" in own else own
-            for key, own in state["state"].items()
-        }
+        state["state"] = _with_own_steps(state["state"])
         return state
 
     @torch.no_grad()
@@ -328,6 +339,8 @@ class AdamW(torch.optim.Optimizer):
                     return False
         return True
 
+    # What is made in inference mode could not be written outside it.
+    @torch.inference_mode(False)
     def _sort(self, params: list[Tensor], averages: bool) -> list[_Bucket]:
         """One list for each number of steps taken, and each device."""
         self._seen = None
@@ -335,7 +348,7 @@ class AdamW(torch.optim.Optimizer):
         for p in params:
             state = self.state[p]
             if not state:
-                state["step"] = torch.tensor(0.0)
+                state["step"] = _count(0)
                 for name in ("exp_avg", "exp_avg_sq"):
                     zeros = torch.zeros_like(p, memory_format=torch.preserve_format)
                     state[name] = counted_with(self._counters[name], zeros)
@@ -346,7 +359,7 @@ class AdamW(torch.optim.Optimizer):
         buckets = []
         for (step, _), members in found.items():
             # One counter for all, but not for those that have taken part in it and do not now.
-            shared = torch.tensor(float(step))
+            shared = _count(step)
             states = [self.state[p] for p in members]
             for state in states:
                 state["step"] = shared

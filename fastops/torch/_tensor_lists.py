@@ -69,6 +69,11 @@ class Places(NamedTuple):
     dicts: list[dict[str, Any]]
     names: list[str]
 
+    def add(self, entries: dict[str, Any], name: str) -> None:
+        """Another one."""
+        self.dicts.append(entries)
+        self.names.append(name)
+
     def read(self) -> list[Any]:
         """What the entries are."""
         return list(map(operator.getitem, self.dicts, self.names))
@@ -80,24 +85,35 @@ class Slots:
     def __init__(self, module: torch.nn.Module) -> None:
         self.params, self.buffers = Places([], []), Places([], [])
         self._vacant = Places([], [])
+        # Where tensors are that were met before, and where those were.
+        self._repeated, self._first = Places([], []), Places([], [])
         self._dicts: list[dict[str, Any]] = []
         self._children: list[tuple[dict[str, Any], list[Any]]] = []
-        seen: set[int] = set()
+        seen: dict[int, tuple[dict[str, Any], str]] = {}
         for part in module.modules():
             if part._modules:
                 self._children.append((part._modules, list(part._modules.values())))
+            else:
+                self._dicts.append(part._modules)
             for places, tensors in ((self.params, part._parameters), (self.buffers, part._buffers)):
                 self._dicts.append(tensors)
                 for name, x in tensors.items():
-                    if x is None or id(x) not in seen:
-                        seen.add(id(x))
-                        place = self._vacant if x is None else places
-                        place.dicts.append(tensors)
-                        place.names.append(name)
+                    if x is None:
+                        self._vacant.add(tensors, name)
+                    elif id(x) in seen:
+                        self._repeated.add(tensors, name)
+                        self._first.add(*seen[id(x)])
+                    else:
+                        seen[id(x)] = tensors, name
+                        places.add(tensors, name)
         self._sizes = list(map(len, self._dicts))
 
+    def counts(self) -> tuple[int, int]:
+        """How many parameters and buffers there are."""
+        return len(self.params.names), len(self.buffers.names)
+
     def current(self) -> bool:
-        """Whether the module still has the parts it had, with tensors under the same names."""
+        """Whether the module still has the parts it had, with tensors under the same names, the same ones shared."""
         if not all(len(parts) == len(had) and same(parts.values(), had) for parts, had in self._children):
             return False
         nothing = repeat(None)
@@ -105,6 +121,7 @@ class Slots:
             return (
                 list(map(len, self._dicts)) == self._sizes
                 and same(self._vacant.read(), nothing)
+                and same(self._repeated.read(), self._first.read())
                 and all(map(operator.is_not, self.params.read(), nothing))
                 and all(map(operator.is_not, self.buffers.read(), nothing))
             )
@@ -180,7 +197,7 @@ def counted_with(counter: Tensor, x: Tensor) -> Tensor:
 
     Tensors that are always written in one call need not be told of one by one then.
     """
-    if type(x) is not Tensor or not x.is_cpu or x.layout is not torch.strided or torch.is_inference_mode_enabled():
+    if type(x) is not Tensor or not x.is_cpu or x.layout is not torch.strided:
         return x
     made = counter.detach()
     made.data = x
