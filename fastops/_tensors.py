@@ -260,7 +260,7 @@ def as_ndarray(name: str, value: Any) -> AnyArray:
         return value.view(np.ndarray)
     if hasattr(value, "data_ptr") and hasattr(value, "detach"):
         return _from_torch(name, value)
-    if hasattr(value, "__cuda_array_interface__"):
+    if _validate.has_cuda_interface(value):
         raise _validate.wrong_type(name, _HOST_ARRAY, _validate.ON_CUDA)
     if isinstance(value, (bool, int, float, complex, str, bytes, list, tuple, dict, np.generic)) or value is None:
         raise _validate.wrong_type(name, _HOST_ARRAY, value)

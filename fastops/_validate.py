@@ -185,13 +185,18 @@ def integer_pair(name: str, value: object, low: int) -> tuple[int, int]:
     return number, number
 
 
+def has_cuda_interface(value: object) -> bool:
+    """Whether an array says where it is on a GPU. Its type is asked first: to say it may order streams."""
+    return hasattr(type(value), "__cuda_array_interface__") or hasattr(value, "__cuda_array_interface__")
+
+
 def array(name: str, value: object) -> AnyArray:
     """`value` as a plain ndarray."""
     if type(value) is np.ndarray:
         return value
     if hasattr(value, "mask") and isinstance(value, np.ndarray):
         raise wrong_type(name, "an array without a mask (fill it first)", Text("a masked array"))
-    if hasattr(value, "__cuda_array_interface__"):
+    if has_cuda_interface(value):
         raise wrong_type(name, "an array in host memory", ON_CUDA)
     if hasattr(value, "__dlpack__"):
         from . import _dlpack

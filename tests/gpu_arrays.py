@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fastops.cuda
-from fastops.cuda import _arrays, _runtime
+from fastops.cuda import _arrays, _calls, _runtime
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -131,7 +131,7 @@ def made_by(gpu: Any, name: str, monkeypatch: pytest.MonkeyPatch, *operands: Arr
     """The results of a function of fastops.cuda that makes arrays of its own, which for a FakeTensor no library does."""
     if isinstance(gpu, Shim):
         monkeypatch.setattr(
-            _arrays, "empty_like", lambda like, shape, code, device, stream: _arrays.Array(shape, code, device, stream)
+            _calls, "empty_like", lambda like, shape, code, device, stream: _arrays.Array(shape, code, device, stream)
         )
     found = getattr(fastops.cuda, name)(*map(gpu.put, operands), **(gpu.options | options))
     return [gpu.get(x) for x in (found if isinstance(found, tuple) else (found,))]
@@ -151,7 +151,7 @@ def open_platform(kind: str, monkeypatch: pytest.MonkeyPatch) -> Any:
         if module is None:
             pytest.skip("the shim is built with FASTOPS_CUDA_SHIM=ON, or FASTOPS_BUILD_TESTS=ON")
         monkeypatch.setattr(_runtime, "_loaded", module)
-        _arrays.kept.clear()  # of other tests, since events of the shim are not done by themselves
+        _calls.kept.clear()  # of other tests, since events of the shim are not done by themselves
         return Shim()
     if not fastops.cuda.is_available():
         pytest.skip("no GPU")

@@ -21,7 +21,7 @@ from samples import FLOATS, MULTIPLIERS, assert_same_bits, near_one, patterns, s
 import fastops
 from fastops import Multiplier, cuda, reference
 from fastops._multiplier import OPS
-from fastops.cuda import _arrays, _runtime
+from fastops.cuda import _arrays, _calls, _runtime
 from fastops.reference.mitchell import sum_to
 
 BINARY = ("mul", "div")
@@ -333,6 +333,10 @@ def test_torch_tensors_go_to_the_current_stream(recorded: Recording, monkeypatch
 # --- memory of results -------------------------------------------------------------------------------------------------------
 
 
+# Of the shim: where memory is freed.
+RELEASES = 1 << 20
+
+
 class Trace:
     """What the shim's runtime was asked for: waits of streams for events, waits of the host, and calls that it refused."""
 
@@ -340,7 +344,8 @@ class Trace:
         self.runtime = ctypes.CDLL(_runtime.module().__file__)
         self.waits()
         self.runtime.fastops_shim_idle_waits()
-        self.runtime.fastops_shim_faults()
+        self.faults()
+        self.releases()
 
     def waits(self) -> list[tuple[int, int]]:
         """(The stream that waits, the one for what it had got)."""
@@ -359,9 +364,16 @@ class Trace:
     def capture(self, stream: int | None) -> None:
         self.runtime.fastops_shim_capture(ctypes.c_void_p(stream))
 
+    def releases(self) -> int:
+        """Memory that was freed."""
+        return int(self.runtime.fastops_shim_releases())
+
+    def faults(self) -> int:
+        return int(self.runtime.fastops_shim_faults())
+
     def host_waits(self) -> int:
         """No call named a stream that was gone; the waits of the host."""
-        assert self.runtime.fastops_shim_faults() == 0
+        assert self.faults() == 0
         return int(self.runtime.fastops_shim_idle_waits())
 
 
@@ -376,7 +388,7 @@ def test_an_array_outlives_the_stream_that_it_was_made_on(trace: Trace) -> None:
     array = cuda.mitchell_square(ones(3), stream=64)
     trace.end_streams(64)
     del array
-    assert trace.waits() == [(0, 64)]
+    assert trace.waits() == [(RELEASES, 64)]
     assert trace.host_waits() == 0
 
 
@@ -406,19 +418,19 @@ def test_memory_is_free_after_every_call_that_used_it(trace: Trace) -> None:
     trace.end_streams(64, 65, 66, 67, 68)
     trace.waits()
     del array
-    assert trace.waits() == [(0, stream) for stream in (64, 65, 66, 67, 68)]
+    assert trace.waits() == [(RELEASES, stream) for stream in (64, 65, 66, 67, 68)]
     numbers = cuda.Array((3, 3), _arrays.DTYPES.index("uint8"), 0, 60)
     numbers._memory.end(60)
     cuda.lut_matmul(numbers, numbers, np.zeros((256, 256), np.int32), stream=69)
     trace.waits()
     del numbers
-    assert trace.waits() == [(0, 60), (0, 69)]
+    assert trace.waits() == [(RELEASES, 60), (RELEASES, 69)]
     images = cuda.mitchell_square(ones(1, 1, 3, 3), stream=70)
     cuda.mitchell_conv2d(images, images, stream=71)
     cuda.mitchell_conv2d_grad(images, images, ones(1, 1, 1, 1), stream=72)
     trace.waits()
     del images
-    assert trace.waits() == [(0, stream) for stream in (70, 71, 72)]
+    assert trace.waits() == [(RELEASES, stream) for stream in (70, 71, 72)]
     assert trace.host_waits() == 0
 
 
@@ -435,7 +447,7 @@ def test_a_table_waits_for_both_streams_of_one_handle(trace: Trace) -> None:
     cuda.ema_update_(shadows, params, 0.5, stream=64)
     assert trace.waits() == [(64, 64)]  # for the table
     trace.end_streams(64)
-    trace.runtime.fastops_shim_faults()  # another stream has the handle from here on
+    trace.faults()  # another stream has the handle from here on
     cuda.ema_update_(shadows, params, 0.5, stream=64)
     assert trace.waits() == [(64, 64)] * 2
     _runtime.module().forget_plans()
@@ -459,7 +471,7 @@ def test_a_call_that_cannot_wait_for_an_array_does_not_use_it(trace: Trace) -> N
     trace.end_streams(65)
     with pytest.raises(RuntimeError, match="CUDA: an error of the shim"):
         cuda.mitchell_square(array, out=ones(3), stream=65)
-    assert trace.runtime.fastops_shim_faults() > 0
+    assert trace.faults() > 0
     del array
     assert trace.host_waits() == 0
 
@@ -470,7 +482,82 @@ def test_a_call_that_is_refused_does_not_use_its_arrays(trace: Trace) -> None:
         cuda.mitchell_mul(array, host, stream=65)
     with pytest.raises(TypeError, match="an array on a GPU"):
         cuda.ema_update_([ones(3), host], [array] * 2, 0.5, stream=65)
+    with pytest.raises(ValueError, match="b must be of a shape that broadcasts"):
+        cuda.mitchell_mul(array, ones(2), stream=65)
+    far = cuda.Array((3,), 2, 1, 66)
+    far._memory.end(66)
+    trace.capture(65)
+    try:
+        with pytest.raises(ValueError, match="b must be on device 0"):
+            cuda.mitchell_mul(array, far, stream=65)
+    finally:
+        trace.capture(None)
+    del array, far
+    q = cuda.mitchell_square(ones(1, 4, 4), stream=64)
+    with pytest.raises(ValueError, match="decay must"):
+        cuda.linear_attention(q, q, q, cu_seqlens=[0, 4], decay=ones(7), stream=65)
+    del q
+    gc.collect()
+    assert trace.host_waits() == 0
+
+
+def test_a_call_that_fails_has_ended(trace: Trace, recorded: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it had launched before may run: its operands stay until that is done, and nobody waits for the device."""
+
+    def fails(*given: Any) -> None:
+        recorded.module.apply(*given)
+        raise MemoryError("a second launch")
+
+    monkeypatch.setattr(recorded, "apply", fails, raising=False)
+    array, other = cuda.mitchell_matmul(ones(3, 3), ones(3, 3), stream=64), ones(3)
+    alive = weakref.ref(other)
+    with pytest.raises(MemoryError):
+        cuda.mitchell_mul(array, other, out=ones(3, 3), stream=65)
+    del array, other
+    gc.collect()
+    assert alive() is not None
+    trace.finish(65)
+    _calls.kept.drop_done()
+    assert alive() is None
+    assert trace.host_waits() == 0
+
+
+def test_memory_whose_release_cannot_be_ordered_is_free_when_the_device_is_idle(trace: Trace) -> None:
+    array = cuda.mitchell_square(ones(3), stream=64)
+    trace.releases()
+    trace.end_streams(RELEASES)
     del array
+    trace.faults()
+    assert trace.releases() == 1
+    assert trace.host_waits() == 1
+
+
+def test_a_graph_delays_the_release_of_what_others_have(trace: Trace) -> None:
+    """No device is waited for within a capture; the next release frees that memory too."""
+    arrays = [cuda.mitchell_square(ones(3), stream=64) for _ in range(3)]
+    for array in arrays:
+        array.__dlpack__(stream=65)
+    trace.releases()
+    trace.capture(70)
+    try:
+        del array, arrays[1:]
+        assert trace.releases() == 0
+    finally:
+        trace.capture(None)
+    arrays.clear()
+    assert trace.releases() == 3
+    assert trace.host_waits() == 1
+
+
+def test_looking_at_an_array_lends_it_to_nobody(trace: Trace) -> None:
+    array = cuda.mitchell_square(ones(3, 3), stream=64)
+    with pytest.raises(TypeError, match="host memory"):
+        fastops.mitchell_matmul(array, array)
+    with pytest.raises(TypeError, match="host"):
+        fastops.ema_update_([array], [array], 0.5)
+    assert trace.waits() == []
+    del array
+    gc.collect()
     assert trace.host_waits() == 0
 
 
@@ -569,17 +656,58 @@ def test_operands_stay_until_the_stream_is_done(trace: Trace, name: str) -> None
     assert trace.host_waits() == 1  # for the exporter's own memory
 
 
+class Movable(FakeTensor):
+    """A tensor whose memory may be exchanged; what is detached from it keeps that which it had."""
+
+    def detach(self) -> FakeTensor:
+        return FakeTensor(self.array)
+
+    def move(self) -> Any:
+        """A reference to the memory that it had."""
+        had = weakref.ref(self.array)
+        self.array = self.array.copy()
+        return had
+
+
+def test_memory_stays_when_a_tensor_gets_other_memory(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    Libraries(monkeypatch)
+
+    def made() -> Movable:
+        return Movable(np.ones(3, np.float32))
+
+    x, lists = made(), [[made(), made()], [made(), made()]]
+    fixed = [cuda.TensorList(items, verify=False) for items in lists]
+    calls: tuple[tuple[Movable, Callable[[], object]], ...] = (
+        (x, lambda: cuda.mitchell_square(x, stream=64)),
+        (lists[1][1], lambda: cuda.ema_update_(*lists, 0.5, stream=64)),
+        (lists[0][1], lambda: cuda.ema_update_(*fixed, 0.5, stream=64)),
+    )
+    for tensor, call in calls:
+        _calls.kept.clear()
+        call()
+        had = tensor.move()
+        for each in fixed:
+            each.refresh()
+        _runtime.module().forget_plans()
+        gc.collect()
+        assert had() is not None
+        trace.finish(64)
+        _calls.kept.drop_done()
+        assert had() is None
+        trace.faults()
+
+
 def test_operands_of_the_calls_own_stream_or_of_a_graph_do_not_stay(trace: Trace) -> None:
     x = ones(3, stream=64)
     cuda.mitchell_square(x)
-    assert not _arrays.kept
+    assert not _calls.kept
     trace.capture(64)
     try:
         cuda.mitchell_square(ones(3), stream=64)
         cuda.mitchell_square(ones(3, stream=65), stream=64)
     finally:
         trace.capture(None)
-    assert not _arrays.kept
+    assert not _calls.kept
     assert trace.host_waits() == 0
 
 
@@ -604,13 +732,13 @@ def test_nothing_stays_at_exit() -> None:
         import atexit
         gone = []
         atexit.register(lambda: gone or os._exit(1))
-        from fastops.cuda import _arrays
+        from fastops.cuda import _calls
 
         class Thing:
             def __del__(self):
                 gone.append(1)
 
-        _arrays.kept.add(0, 1, None, Thing())
+        _calls.kept.add(0, 1, None, Thing())
         """
     )
 
@@ -619,11 +747,13 @@ class Libraries:
     """torch and cupy, with current streams 8 and 9."""
 
     class Cupy(Fake):
-        pass
+        device = SimpleNamespace(id=0)
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.Cupy.__module__ = "cupy"
-        cupy = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=9)))
+        # The stream of another device would be another one.
+        current_stream = {0: SimpleNamespace(ptr=9)}.__getitem__
+        cupy = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=current_stream))
         current = SimpleNamespace(current_stream=lambda _: SimpleNamespace(cuda_stream=8))
         torch = SimpleNamespace(
             cuda=current,
@@ -637,7 +767,7 @@ class Libraries:
         monkeypatch.setitem(sys.modules, "torch", torch)
 
     def cupy(self) -> Any:
-        return self.Cupy(np.ones(3, np.float32), stream=9)
+        return self.Cupy(np.ones(3, np.float32), stream=7)  # that of the current device, which need not be the array's
 
     def torch(self) -> Any:
         return FakeTensor(np.ones(3, np.float32))
@@ -695,12 +825,67 @@ def test_a_list_that_is_not_read_again_waits_for_its_libraries(
     assert recorded.waits == [(9, 10), (9, 11), (11, 9)]
 
 
+def test_a_list_that_is_not_read_again_tells_its_libraries_of_the_stream(trace: Trace) -> None:
+    exporters = [Exporter(3), Exporter(3)]
+    lists = [cuda.TensorList(x, verify=False) for x in ([ones(3), ones(3)], exporters)]
+    for stream in (64, 65):
+        cuda.ema_update_(*lists, 0.5, stream=stream)
+    assert [x.streams for x in exporters] == [[64, 65]] * 2
+    _calls.kept.clear()
+
+
+def test_lists_that_are_gone_are_forgotten(shim: Shim) -> None:
+    """All but the latest with which a list was used."""
+    params = cuda.TensorList([ones(3)], verify=False)
+    gone = []
+    for _ in range(12):
+        gradient = ones(3)
+        gone.append(weakref.ref(gradient))
+        cuda.sgd_step_(params, cuda.TensorList([gradient], verify=False), None, lr=0.5)
+    del gradient
+    _calls.kept.clear()
+    gc.collect()
+    assert [x() is None for x in gone] == [True] * 4 + [False] * 8
+
+
+def test_a_launch_of_which_nothing_is_known_ends_with_the_device(trace: Trace) -> None:
+    _runtime.module().forget_plans()
+    shadows, params = [Fake(np.zeros(3, np.float32))], [ones(3)]
+    cuda.ema_update_(shadows, params, 0.5, stream=64)
+    trace.finish(64)
+    trace.end_streams(65)
+    with pytest.raises(RuntimeError, match="CUDA: an error of the shim"):
+        cuda.ema_update_(shadows, params, 0.5, stream=65)
+    trace.faults()
+    _runtime.module().forget_plans()
+    assert trace.host_waits() == 1
+
+
+def test_lists_choose_the_stream_of_any_library(recorded: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    libraries = Libraries(monkeypatch)
+    array = exported(np.ones(3, np.float32))
+    array._memory.end(1)
+    monkeypatch.setattr(recorded, "plan", recorded.plan_unseen, raising=False)
+    cuda.ema_update_([libraries.torch()], [array], 0.5)
+    assert recorded.waits == []
+    cuda.ema_update_([array], [libraries.torch()], 0.5)
+    assert recorded.waits == []
+
+
+def test_empty_arrays_are_on_their_device(shim: Shim) -> None:
+    class Empty(Fake):
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 2, 1
+
+    assert cuda.mitchell_square(Empty(np.ones((0, 3), np.float32))).device == 1
+
+
 def test_a_list_that_is_not_read_again_stays_until_the_stream_is_done(trace: Trace) -> None:
     x = ones(3)
     alive = weakref.ref(x)
     lists = [cuda.TensorList([ones(3), y], verify=False) for y in (ones(3), x)]
     for _ in range(2):
-        _arrays.kept.clear()
+        _calls.kept.clear()
         cuda.ema_update_(*lists, 0.5, stream=64)
     del x, lists
     gc.collect()
@@ -740,6 +925,23 @@ def test_autograd_knows_what_was_written_by_a_call_that_cannot_end(
     assert written == [shadow] * 2
 
 
+def test_a_call_ends_where_autograd_refuses_what_was_written(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for tensors of inference mode outside of it: the launch is under way by then."""
+    libraries = Libraries(monkeypatch)
+
+    def refused(*_: object) -> None:
+        raise RuntimeError("inference tensors")
+
+    monkeypatch.setattr(sys.modules["torch"].autograd.graph, "increment_version", refused)
+    array = cuda.mitchell_square(ones(3), stream=64)
+    with pytest.raises(RuntimeError, match="inference tensors"):
+        cuda.ema_update_(cuda.TensorList([libraries.torch()]), [array], 0.5, stream=5)
+    assert _calls.kept
+    del array
+    gc.collect()
+    assert trace.host_waits() == 0
+
+
 def test_tensors_behind_arrays_of_our_own_are_waited_for(recorded: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     libraries = Libraries(monkeypatch)
     monkeypatch.setattr(recorded, "plan", recorded.plan_unseen, raising=False)
@@ -758,7 +960,7 @@ def test_tensors_stay_on_another_stream_than_that_of_their_library(
         lambda x, **options: cuda.mitchell_square(x, **options),
         lambda x, **options: cuda.ema_update_([x], [libraries.torch()], 0.5, **options),
     ):
-        _arrays.kept.clear()
+        _calls.kept.clear()
         for stream, stays in ((None, False), (8, False), (64, True)):
             x = libraries.torch()
             alive = weakref.ref(x)
@@ -783,6 +985,51 @@ def test_a_graph_waits_for_no_stream_outside(trace: Trace, monkeypatch: pytest.M
     finally:
         trace.capture(None)
     assert trace.host_waits() == 0
+
+
+def test_a_stream_that_a_graph_drew_in_ends_there(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the graph could not be ended."""
+    libraries = Libraries(monkeypatch)
+    x, y = libraries.torch(), libraries.cupy()
+    lists = [[libraries.torch()], [libraries.torch()]]
+    cuda.ema_update_(*lists, 0.5, stream=5)  # whose table is there from here on
+    calls: dict[str, Callable[[], object]] = {
+        "written": lambda: cuda.mitchell_square(x, out=libraries.torch(), stream=5),
+        "read": lambda: cuda.mitchell_mul(y, x, out=libraries.cupy()),
+        "lists": lambda: cuda.ema_update_(*lists, 0.5, stream=5),
+    }
+    for name, call in calls.items():
+        trace.capture(8)
+        call()
+        trace.capture(None)
+        assert trace.faults() == 0, name
+    trace.capture(8)
+    with pytest.raises(ValueError, match="memory apart"):
+        cuda.mitchell_square(x, out=FakeTensor(x.array[::-1]), stream=5)
+    trace.capture(None)
+    assert trace.host_waits() == 0
+
+
+def test_a_graph_takes_nothing_by_dlpack(trace: Trace) -> None:
+    """Its library would let the stream wait for what is outside of the graph."""
+    array = exported(np.ones(3, np.float32))
+
+    class Only:
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 2, 0
+
+        def __dlpack__(self, **_: Any) -> object:
+            raise AssertionError("asked")
+
+    trace.capture(64)
+    try:
+        with pytest.raises(RuntimeError, match=r"^CUDA graphs cannot capture a, an array that is read by DLPack"):
+            cuda.mitchell_square(Only(), stream=64)
+        cuda.mitchell_square(array, out=ones(3), stream=64)
+    finally:
+        trace.capture(None)
+    with pytest.raises(TypeError, match="can be read by DLPack"):
+        cuda.mitchell_square(Only(), stream=64)
 
 
 def test_arrays_are_free_after_attention_and_lists(trace: Trace) -> None:
@@ -836,6 +1083,19 @@ def test_more_blocks_than_a_grid_has_are_refused(shim: Shim) -> None:
 
 def ones(*shape: int, dtype: Any = np.float32, **changes: Any) -> Fake:
     return Fake(np.ones(shape, dtype), **changes)
+
+
+def off_by_one(array: Any) -> Fake:
+    """A copy that is not aligned to its elements."""
+    bytes_of = np.zeros(array.nbytes + 1, np.uint8)
+    return Fake(bytes_of[1:].view(array.dtype).reshape(array.shape))
+
+
+def test_out_of_lut_matmul_is_aligned(shim: Shim) -> None:
+    a, table = ones(2, 2, dtype=np.uint8), np.ones((256, 256), np.int32)
+    for dtype in (np.int32, np.int64):
+        with pytest.raises(ValueError, match=r"^out must be aligned to its elements"):
+            cuda.lut_matmul(a, a, table, out=off_by_one(np.zeros((2, 2), dtype)))
 
 
 REFUSED = {
@@ -1354,8 +1614,9 @@ def test_a_graph_refuses_what_comes_from_host_memory(shim: Shim) -> None:
             cuda.ema_update_(first, params, [0.5], stream=64)
         with pytest.raises(RuntimeError, match=r"^CUDA graphs cannot capture offsets in host memory"):
             cuda.linear_attention(row, row, row, cu_seqlens=[0, 5], stream=64)
-        with pytest.raises(RuntimeError, match=r"^CUDA graphs cannot capture tables in host memory"):
-            cuda.lut_matmul(numbers, numbers, table, out=out, stream=64)
+        for given in (out, None):
+            with pytest.raises(RuntimeError, match=r"^CUDA graphs cannot capture tables in host memory"):
+                cuda.lut_matmul(numbers, numbers, table, out=given, stream=64)
     finally:
         runtime.fastops_shim_capture(None)
     assert runtime.fastops_shim_allocations() == 0

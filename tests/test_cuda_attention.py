@@ -17,7 +17,7 @@ from samples import FLOATS, assert_same_bits
 import fastops
 from fastops import attention as cpu
 from fastops import cuda, reference
-from fastops.cuda import _arrays, _attention
+from fastops.cuda import _attention, _calls
 
 F32 = FLOATS["f32"]
 NAMES = tuple(name for name in FLOATS if name != "f64")
@@ -50,7 +50,7 @@ def shim(monkeypatch: pytest.MonkeyPatch) -> Any:
 def full_of_nan(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = {0: FLOATS["f16"], 1: FLOATS.get("bf16"), 2: F32}
     monkeypatch.setattr(
-        _arrays, "empty_like", lambda _like, shape, code, *_: shim.put(np.full(shape, np.nan, kinds[code]))
+        _calls, "empty_like", lambda _like, shape, code, *_: shim.put(np.full(shape, np.nan, kinds[code]))
     )
 
 

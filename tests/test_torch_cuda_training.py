@@ -98,7 +98,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.Tensor, "clone", like(torch.Tensor.clone))
     monkeypatch.setattr(torch, "zeros_like", like(torch.zeros_like))
     monkeypatch.setattr("fastops.cuda._optim._Step._describe", lambda _, name, x: describe(name, x))
-    monkeypatch.setattr("fastops.cuda._arrays.current_stream", lambda values: 1)
+    monkeypatch.setattr("fastops.cuda._calls.current_stream", lambda values: 1)
     return found
 
 

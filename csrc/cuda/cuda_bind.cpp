@@ -2,9 +2,11 @@
 // The module behind fastops.cuda: addresses, shapes and strides to calls of the kernels, and what protects memory.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "cuda/cuda_bind.h"
 
@@ -27,6 +29,13 @@ void refuse_capture(Stream stream, const char* what) {
   if (is_captured(stream)) throw std::runtime_error(std::string("CUDA graphs cannot capture ") + what);
 }
 
+Launching::Launching(int device) : on_(device) { raise_unless_ok(on_.status); }
+
+OnReleased::OnReleased(int device) {
+  if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) unlocked_.emplace();
+  on_.emplace(device);
+}
+
 Memory::Memory(std::size_t bytes, int device, std::uintptr_t stream) : device_(device), stream_(stream_of(stream)) {
   const OnDevice on(device);
   raise_unless_ok(on.status);
@@ -34,7 +43,38 @@ Memory::Memory(std::size_t bytes, int device, std::uintptr_t stream) : device_(d
 }
 Memory::~Memory() {
   const OnDevice on(device_);
-  release(data_, stream_);
+  (void)release(data_, stream_);
+}
+
+namespace {
+
+// By device: memory for which its device could not be waited for, as while a stream of it is captured.
+struct Waiting {
+  std::mutex mutex;
+  std::vector<std::pair<int, void*>> memory;
+};
+Waiting& waiting() {
+  static auto* const kept = new Waiting;  // outlives the driver's shutdown
+  return *kept;
+}
+
+}  // namespace
+
+void release_when_idle(void* p, int device) {
+  std::vector<void*> all{p};
+  {
+    const std::lock_guard<std::mutex> lock(waiting().mutex);
+    auto& memory = waiting().memory;
+    const auto others = std::stable_partition(memory.begin(), memory.end(), [&](auto& x) { return x.first != device; });
+    for (auto it = others; it != memory.end(); ++it) all.push_back(it->second);
+    memory.erase(others, memory.end());
+  }
+  if (synchronize() == 0) {
+    for (void* const each : all) release_unused(each);
+    return;
+  }
+  const std::lock_guard<std::mutex> lock(waiting().mutex);
+  for (void* const each : all) waiting().memory.emplace_back(device, each);
 }
 
 Status Uses::record(std::uintptr_t handle) {
@@ -58,11 +98,12 @@ Status Uses::precede(std::uintptr_t handle) {
     if (const Status status = use.event.precede(stream_of(handle))) return status;
   return 0;
 }
-void Uses::release(void* p, Event* first) {
-  std::vector<Event*> events;
-  if (first != nullptr) events.push_back(first);
-  for (Use& use : uses_) events.push_back(&use.event);
-  release_after(p, events.data(), events.size());
+void Uses::release(void* p, int device, Event* first) {
+  const Stream stream = release_stream();
+  const auto after = [&](Event& event) { return event.is_done() || event.precede(stream) == 0; };
+  bool ordered = stream != nullptr && (first == nullptr || after(*first));
+  for (Use& use : uses_) ordered = ordered && after(use.event);
+  if (!ordered || gpu::release(p, stream) != 0) release_when_idle(p, device);
 }
 
 ArrayMemory::ArrayMemory(std::size_t bytes, int device, std::uintptr_t stream) : device_(device) {
@@ -73,16 +114,12 @@ ArrayMemory::ArrayMemory(std::size_t bytes, int device, std::uintptr_t stream) :
 }
 ArrayMemory::~ArrayMemory() {
   if (captured_) return;
-  const OnDevice on(device_);
+  const OnReleased on(device_);
   if (calls_ == 0) {
-    uses_.release(data_);
-    return;
+    uses_.release(data_, device_);
+  } else {
+    release_when_idle(data_, device_);
   }
-  // The device may have called back for what needs the interpreter. Consumers of DLPack end it without the interpreter,
-  // too.
-  std::optional<py::gil_scoped_release> unlocked;
-  if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) unlocked.emplace();
-  release_when_idle(data_);
 }
 void ArrayMemory::begin(std::optional<std::uintptr_t> stream) {
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -104,14 +141,23 @@ void ArrayMemory::end(std::uintptr_t stream) {
   --calls_;
 }
 
-Mark::Mark(int device, std::uintptr_t stream) {
+Mark::Mark(int device, std::uintptr_t stream) : device_(device) {
   const OnDevice on(device);
   raise_unless_ok(on.status);
   raise_unless_ok(event_.record(stream_of(stream)));
 }
+bool Mark::is_done() {
+  const OnDevice on(device_);
+  return on.status == 0 && event_.is_done();
+}
 
 namespace {
 
+void refuse_capture_on(int device, std::uintptr_t stream, const char* what) {
+  const OnDevice on(device);
+  raise_unless_ok(on.status);
+  refuse_capture(stream_of(stream), what);
+}
 bool is_captured_on(int device, std::uintptr_t stream) {
   const OnDevice on(device);
   raise_unless_ok(on.status);
@@ -209,7 +255,7 @@ PYBIND11_MODULE(FASTOPS_CUDA_MODULE, m) {
   m.def("problem", [] { return problem(); }, "Why there is no device, or None.");
   m.def(
       "device_of", [](std::uintptr_t p) { return device_of(reinterpret_cast<const void*>(p)); }, py::arg("address"),
-      "The device whose memory this is, -1 for the host's.");
+      Unlocked(), "The device whose memory this is, -1 for the host's.");
   m.def(
       "wait",
       [](std::uintptr_t later, std::uintptr_t earlier, int device) {
@@ -219,21 +265,26 @@ PYBIND11_MODULE(FASTOPS_CUDA_MODULE, m) {
         if (is_captured(stream_of(later)) && !is_captured(stream_of(earlier))) return;
         raise_unless_ok(wait(stream_of(later), stream_of(earlier)));
       },
-      py::arg("later"), py::arg("earlier"), py::arg("device"), "Lets one stream wait for what another has got so far.");
-  m.def("is_captured", &is_captured_on, py::arg("device"), py::arg("stream"),
+      py::arg("later"), py::arg("earlier"), py::arg("device"), Unlocked(),
+      "Lets one stream wait for what another has got so far.");
+  m.def("is_captured", &is_captured_on, py::arg("device"), py::arg("stream"), Unlocked(),
         "Whether what a stream gets goes into a graph.");
+  m.def("refuse_capture", &refuse_capture_on, py::arg("device"), py::arg("stream"), py::arg("what"), Unlocked(),
+        "Raises where what a stream gets goes into a graph, which cannot have `what`.");
   py::class_<Mark>(m, "Mark", "All that a stream has got so far.", py::module_local())
-      .def(py::init<int, std::uintptr_t>(), py::arg("device"), py::arg("stream"))
-      .def("is_done", &Mark::is_done);
+      .def(py::init<int, std::uintptr_t>(), py::arg("device"), py::arg("stream"), Unlocked())
+      .def("is_done", &Mark::is_done, Unlocked());
   // Local: the module of the tests has the same classes, over the shim.
   py::class_<ArrayMemory, std::shared_ptr<ArrayMemory>>(m, "ArrayMemory", "Memory of a device that outlives streams.",
                                                         py::module_local())
-      .def(py::init<std::size_t, int, std::uintptr_t>(), py::arg("nbytes"), py::arg("device"), py::arg("stream"))
+      .def(py::init<std::size_t, int, std::uintptr_t>(), py::arg("nbytes"), py::arg("device"), py::arg("stream"),
+           Unlocked())
       .def_property_readonly("address",
                              [](const ArrayMemory& memory) { return reinterpret_cast<std::uintptr_t>(memory.data()); })
       .def_property_readonly("is_captured", &ArrayMemory::is_captured, "Whether it is the memory of a graph.")
-      .def("begin", &ArrayMemory::begin, py::arg("stream"), "A call uses it, on a stream that waits for those before.")
-      .def("end", &ArrayMemory::end, py::arg("stream"), "The stream has got all of a call that uses it.");
+      .def("begin", &ArrayMemory::begin, py::arg("stream"), Unlocked(),
+           "A call uses it, on a stream that waits for those before.")
+      .def("end", &ArrayMemory::end, py::arg("stream"), Unlocked(), "The stream has got all of a call that uses it.");
   m.def("to_dlpack", &to_dlpack, py::arg("memory"), py::arg("shape"), py::arg("code"), py::arg("bits"),
         py::arg("versioned"));
   m.def("from_dlpack", &from_dlpack, py::arg("capsule"));

@@ -26,6 +26,31 @@ Stream stream_of(std::uintptr_t handle);
 // Of the current device: raises where what the stream gets goes into a graph, which cannot have `what`.
 void refuse_capture(Stream stream, const char* what);
 
+// A launch has no time for the interpreter: where a queue is full it waits, maybe for what a host function in that
+// queue does in Python. No mutex is held when the interpreter is taken again.
+using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
+// The device is current meanwhile.
+class Launching {
+ public:
+  explicit Launching(int device);
+
+ private:
+  pybind11::gil_scoped_release unlocked_;
+  OnDevice on_;
+};
+// Likewise where memory ends, by whatever thread: consumers of DLPack do that without the interpreter, too.
+class OnReleased {
+ public:
+  explicit OnReleased(int device);
+
+ private:
+  std::optional<pybind11::gil_scoped_release> unlocked_;
+  std::optional<OnDevice> on_;
+};
+
+// Frees memory of the current device when that is idle. What cannot be waited for stays until a later release can.
+void release_when_idle(void* p, int device);
+
 // Memory of a device for the time of a call, whose stream lives as long.
 class Memory {
  public:
@@ -41,6 +66,18 @@ class Memory {
   Stream stream_;
 };
 
+// The same, where a call needs any.
+class Workspace {
+ public:
+  Workspace(std::size_t bytes, int device, std::uintptr_t stream) {
+    if (bytes != 0) memory_.emplace(bytes, device, stream);
+  }
+  void* data() const { return memory_ ? memory_->data() : nullptr; }
+
+ private:
+  std::optional<Memory> memory_;
+};
+
 // The latest use of something on each stream. It outlives streams, so it names none but that of a call under way.
 class Uses {
  public:
@@ -48,8 +85,9 @@ class Uses {
   Status record(std::uintptr_t handle);
   // What the stream gets from here on runs after all uses.
   Status precede(std::uintptr_t handle);
-  // Frees memory on the current device after all uses, and after `first`.
-  void release(void* p, Event* first = nullptr);
+  // Frees memory of the current device after all uses, and after `first`; the host does not wait where that can be
+  // avoided.
+  void release(void* p, int device, Event* first = nullptr);
 
  private:
   struct Use {
@@ -88,9 +126,10 @@ class ArrayMemory {
 class Mark {
  public:
   Mark(int device, std::uintptr_t stream);
-  bool is_done() { return event_.is_done(); }
+  bool is_done();
 
  private:
+  int device_;
   Event event_;
 };
 

@@ -40,9 +40,13 @@ class OnDevice {
 
 // Memory in the order of a stream, of which the release names the same or a later one.
 Status allocate(void** p, std::size_t bytes, Stream stream) noexcept;
-void release(void* p, Stream stream) noexcept;
-// Waits for all that the current device has got, on whatever streams.
-void release_when_idle(void* p) noexcept;
+Status release(void* p, Stream stream) noexcept;
+// Memory that no stream uses any more.
+void release_unused(void* p) noexcept;
+// A stream of the current device for which nobody waits, as long as the process lives; null on failure.
+Stream release_stream() noexcept;
+// The host waits for all that the current device has got, on whatever streams.
+Status synchronize() noexcept;
 // Copies host memory, which may change when the call has returned, without waiting for the stream.
 Status upload(void* to, const void* from, std::size_t bytes, Stream stream) noexcept;
 // What `later` gets from here on runs after all that `earlier` has got.
@@ -65,8 +69,6 @@ class Event {
 };
 // Whether what the stream gets goes into a graph, where events outside of it can neither be asked nor waited for.
 bool is_captured(Stream stream) noexcept;
-// Frees memory on the current device after `count` events, without waiting for them where that can be avoided.
-void release_after(void* p, Event* const* events, std::size_t count) noexcept;
 
 // Mitchell arithmetic.
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The runtime's functions that the Python module needs. Nothing here waits for a device.
+// The runtime's functions that the Python module needs.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -40,17 +40,16 @@ class WithinCaptures {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
+// A function of the driver, which is asked where the runtime would make a context; null where the driver lacks it.
+template <class Function> Function driver_function(const char* name, unsigned since) noexcept {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+  const Status status = status_of(cudaGetDriverEntryPointByVersion(name, &found, since, cudaEnableDefault, &result));
+  return status == 0 && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Function>(found) : nullptr;
+}
 // Whether the device has the context that all libraries of the process share; true where the driver does not tell.
 bool has_context(int device) noexcept {
-  using State = decltype(&cuDevicePrimaryCtxGetState);
-  static const State state = [] {
-    constexpr unsigned kSince = 7000;
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-    const Status status = status_of(
-        cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &found, kSince, cudaEnableDefault, &result));
-    return status == 0 && result == cudaDriverEntryPointSuccess ? reinterpret_cast<State>(found) : nullptr;
-  }();
+  static const auto state = driver_function<decltype(&cuDevicePrimaryCtxGetState)>("cuDevicePrimaryCtxGetState", 7000);
   unsigned flags = 0;
   int active = 0;
   return state == nullptr || state(device, &flags, &active) != CUDA_SUCCESS || active != 0;
@@ -69,6 +68,12 @@ std::vector<Staging>& stagings() {
   return *kept;
 }
 
+// By device, under g_mutex.
+std::vector<cudaStream_t>& release_streams() {
+  static auto* const kept = new std::vector<cudaStream_t>();
+  return *kept;
+}
+
 }  // namespace
 
 int device_count() noexcept {
@@ -84,6 +89,16 @@ const char* problem() noexcept {
 }
 const char* error_text(Status status) noexcept { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
 int device_of(const void* p) noexcept {
+  static const auto ask = driver_function<decltype(&cuPointerGetAttributes)>("cuPointerGetAttributes", 7000);
+  if (ask != nullptr) {
+    CUpointer_attribute wanted[] = {CU_POINTER_ATTRIBUTE_MEMORY_TYPE, CU_POINTER_ATTRIBUTE_IS_MANAGED,
+                                    CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL};
+    unsigned type = 0, managed = 0;
+    int device = -1;
+    void* found[] = {&type, &managed, &device};
+    if (ask(3, wanted, found, reinterpret_cast<CUdeviceptr>(p)) == CUDA_SUCCESS)
+      return type == CU_MEMORYTYPE_DEVICE || managed != 0 ? device : -1;
+  }
   cudaPointerAttributes attributes{};
   if (status_of(cudaPointerGetAttributes(&attributes, p)) != 0) return -1;
   return attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged ? attributes.device : -1;
@@ -106,12 +121,25 @@ OnDevice::~OnDevice() {
 Status allocate(void** p, std::size_t bytes, Stream stream) noexcept {
   return status_of(cudaMallocAsync(p, bytes == 0 ? 1 : bytes, stream_of(stream)));
 }
-void release(void* p, Stream stream) noexcept { (void)status_of(cudaFreeAsync(p, stream_of(stream))); }
-void release_when_idle(void* p) noexcept {
+Status release(void* p, Stream stream) noexcept { return status_of(cudaFreeAsync(p, stream_of(stream))); }
+void release_unused(void* p) noexcept {
   const WithinCaptures within;
-  // cudaFree waits for nobody where the memory came from cudaMallocAsync. No device is waited for while a stream of it
-  // is captured: the memory stays then.
-  if (status_of(cudaDeviceSynchronize()) == 0) (void)status_of(cudaFree(p));
+  (void)status_of(cudaFree(p));
+}
+Stream release_stream() noexcept {
+  const WithinCaptures within;
+  int device = 0;
+  if (status_of(cudaGetDevice(&device)) != 0) return nullptr;
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  std::vector<cudaStream_t>& streams = release_streams();
+  if (streams.size() <= static_cast<std::size_t>(device)) streams.resize(static_cast<std::size_t>(device) + 1);
+  cudaStream_t& stream = streams[static_cast<std::size_t>(device)];
+  if (stream == nullptr && status_of(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)) != 0) stream = nullptr;
+  return stream;
+}
+Status synchronize() noexcept {
+  const WithinCaptures within;
+  return status_of(cudaDeviceSynchronize());
 }
 Status upload(void* to, const void* from, std::size_t bytes, Stream stream) noexcept {
   const std::lock_guard<std::mutex> lock(g_mutex);
@@ -130,7 +158,7 @@ Status upload(void* to, const void* from, std::size_t bytes, Stream stream) noex
     while (made.size < bytes) made.size *= 2;
     if (const Status status = status_of(cudaHostAlloc(&made.memory, made.size, cudaHostAllocPortable))) return status;
     if (const Status status = status_of(cudaEventCreateWithFlags(&made.copied, cudaEventDisableTiming))) {
-      (void)cudaFreeHost(made.memory);
+      (void)status_of(cudaFreeHost(made.memory));
       return status;
     }
     stagings().push_back(made);
@@ -148,7 +176,7 @@ Status wait(Stream later, Stream earlier) noexcept {
   if (const Status status = status_of(cudaEventCreateWithFlags(&event, cudaEventDisableTiming))) return status;
   Status status = status_of(cudaEventRecord(event, stream_of(earlier)));
   if (status == 0) status = status_of(cudaStreamWaitEvent(stream_of(later), event, 0));
-  (void)cudaEventDestroy(event);  // when it has happened
+  (void)status_of(cudaEventDestroy(event));  // when it has happened
   return status;
 }
 
@@ -174,15 +202,10 @@ Status Event::precede(Stream later) noexcept {
 }
 bool is_captured(Stream stream) noexcept {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  return status_of(cudaStreamIsCapturing(stream_of(stream), &capture)) == 0 && capture != cudaStreamCaptureStatusNone;
-}
-void release_after(void* p, Event* const* events, std::size_t count) noexcept {
-  // The default stream is there as long as the device.
-  bool ordered = true;
-  for (std::size_t i = 0; i < count; ++i)
-    ordered = ordered && (events[i]->is_done() || events[i]->precede(nullptr) == 0);
-  if (!ordered) (void)status_of(cudaDeviceSynchronize());
-  (void)status_of(cudaFreeAsync(p, nullptr));
+  const Status status = status_of(cudaStreamIsCapturing(stream_of(stream), &capture));
+  // The default stream while one that waits for it is captured: to use it would end the capture.
+  if (status == cudaErrorStreamCaptureImplicit) return true;
+  return status == 0 && capture != cudaStreamCaptureStatusNone;
 }
 
 }  // namespace fastops::gpu

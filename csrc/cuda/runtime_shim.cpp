@@ -9,21 +9,32 @@
 
 #include "cuda/gpu.h"
 
+// The interpreter's, where there is one.
+extern "C" __attribute__((weak)) int PyGILState_Check(void);
+
 namespace fastops::gpu {
 namespace {
 
 constexpr int kDevices = 2;
-constexpr Status kGone = 400;  // cudaErrorInvalidResourceHandle
+constexpr Status kGone = 400;                  // cudaErrorInvalidResourceHandle
+constexpr Status kCaptured = 900;              // cudaErrorStreamCaptureUnsupported
+constexpr std::uintptr_t kReleases = 1 << 20;  // the stream on which memory is freed
 thread_local int g_device = 0;
 std::vector<Stream> g_gone;
 std::vector<Stream> g_finished;  // whose events are done
 Stream g_captured = nullptr;     // whose work goes into a graph
+std::vector<Stream> g_joined;  // that have waited for the captured one, which must wait for them before the graph ends
 int g_faults = 0;
 int g_idle_waits = 0;
 int g_allocations = 0;
+int g_releases = 0;
 std::vector<Stream> g_waits;  // of events: the stream that waits, and the one that had been recorded, by turns
 
+// What a GPU may let wait has no time for the interpreter.
+void want_unlocked() noexcept { g_faults += PyGILState_Check != nullptr && PyGILState_Check() != 0; }
+
 Status use(Stream stream) noexcept {
+  want_unlocked();
   if (std::find(g_gone.begin(), g_gone.end(), stream) == g_gone.end()) return 0;
   ++g_faults;
   return kGone;
@@ -50,13 +61,21 @@ Status allocate(void** p, std::size_t bytes, Stream stream) noexcept {
   std::memset(*p, 0xa5, size);  // what nobody writes shall show
   return 0;
 }
-void release(void* p, Stream stream) noexcept {
-  (void)use(stream);
+Status release(void* p, Stream stream) noexcept {
+  if (const Status status = use(stream)) return status;
+  release_unused(p);
+  return 0;
+}
+void release_unused(void* p) noexcept {
+  ++g_releases;
   std::free(p);
 }
-void release_when_idle(void* p) noexcept {
+Stream release_stream() noexcept { return reinterpret_cast<Stream>(kReleases); }
+Status synchronize() noexcept {
+  want_unlocked();
+  if (g_captured != nullptr) return kCaptured;
   ++g_idle_waits;
-  std::free(p);
+  return 0;
 }
 Status upload(void* to, const void* from, std::size_t bytes, Stream stream) noexcept {
   if (const Status status = use(stream)) return status;
@@ -64,34 +83,35 @@ Status upload(void* to, const void* from, std::size_t bytes, Stream stream) noex
   return 0;
 }
 Status wait(Stream later, Stream earlier) noexcept {
-  const Status status = use(later);
+  if (const Status status = use(later)) return status;
+  if (const Status status = use(earlier)) return status;
   g_faults += is_captured(later) && !is_captured(earlier);
-  return status != 0 ? status : use(earlier);
+  if (is_captured(earlier) && !is_captured(later)) g_joined.push_back(later);
+  if (later == g_captured) g_joined.erase(std::remove(g_joined.begin(), g_joined.end(), earlier), g_joined.end());
+  return 0;
 }
 
 Event::~Event() = default;
 Status Event::record(Stream stream) noexcept {
-  g_faults += g_captured != nullptr;
+  g_faults += is_captured(stream);
   // Of the default stream, too, something that is not null.
   event_ = static_cast<char*>(stream) + 1;
   return use(stream);
 }
 bool Event::is_done() noexcept {
-  g_faults += g_captured != nullptr;
   const Stream stream = static_cast<char*>(event_) - 1;
   return std::find(g_finished.begin(), g_finished.end(), stream) != g_finished.end();
 }
 Status Event::precede(Stream later) noexcept {
-  g_faults += g_captured != nullptr;
+  g_faults += is_captured(later);
   if (event_ == nullptr) return 0;
   g_waits.push_back(later);
   g_waits.push_back(static_cast<char*>(event_) - 1);
   return use(later);
 }
-bool is_captured(Stream stream) noexcept { return stream != nullptr && stream == g_captured; }
-void release_after(void* p, Event* const* events, std::size_t count) noexcept {
-  for (std::size_t i = 0; i < count; ++i) (void)events[i]->precede(nullptr);
-  std::free(p);
+bool is_captured(Stream stream) noexcept {
+  return stream != nullptr &&
+         (stream == g_captured || std::find(g_joined.begin(), g_joined.end(), stream) != g_joined.end());
 }
 
 }  // namespace fastops::gpu
@@ -105,7 +125,11 @@ __attribute__((visibility("default"))) void fastops_shim_finish_stream(void* str
   fastops::gpu::g_finished.push_back(stream);
 }
 // Null: nothing is captured any more.
-__attribute__((visibility("default"))) void fastops_shim_capture(void* stream) { fastops::gpu::g_captured = stream; }
+__attribute__((visibility("default"))) void fastops_shim_capture(void* stream) {
+  fastops::gpu::g_faults += static_cast<int>(fastops::gpu::g_joined.size());
+  fastops::gpu::g_joined.clear();
+  fastops::gpu::g_captured = stream;
+}
 // Copies the waits for events since the last call, at most so many handles; how many there were.
 __attribute__((visibility("default"))) int fastops_shim_waits(void** to, int most) {
   std::vector<void*> waits;
@@ -121,7 +145,12 @@ __attribute__((visibility("default"))) int fastops_shim_idle_waits() {
 __attribute__((visibility("default"))) int fastops_shim_allocations() {
   return std::exchange(fastops::gpu::g_allocations, 0);
 }
-// Calls that named an ended stream, or events within a capture; counts anew.
+// Memory freed; counts anew.
+__attribute__((visibility("default"))) int fastops_shim_releases() {
+  return std::exchange(fastops::gpu::g_releases, 0);
+}
+// Calls that named an ended stream or held the interpreter, events within a capture, and streams that a graph was left
+// with; counts anew.
 __attribute__((visibility("default"))) int fastops_shim_faults() {
   const int faults = fastops::gpu::g_faults;
   fastops::gpu::g_faults = 0;

@@ -141,18 +141,6 @@ int merge(std::vector<std::ptrdiff_t> shape, std::vector<std::ptrdiff_t> (&strid
   return static_cast<int>(merged->size());
 }
 
-// Memory for the time of a call, where it needs any.
-class Workspace {
- public:
-  Workspace(std::size_t bytes, int device, std::uintptr_t stream) {
-    if (bytes != 0) memory_.emplace(bytes, device, stream);
-  }
-  void* data() const { return memory_ ? memory_->data() : nullptr; }
-
- private:
-  std::optional<Memory> memory_;
-};
-
 void apply(const Multiplier& multiplier, int op, int dtype, const py::object& a, const py::object& b,
            const py::object& out, int device, std::uintptr_t stream) {
   const Array x = array_of(a), y = array_of(b), r = array_of(out);
@@ -181,12 +169,8 @@ void apply(const Multiplier& multiplier, int op, int dtype, const py::object& a,
     call.b.stride[d] = strides[2][i];
   }
   if (is_empty(r)) return;
-  const py::gil_scoped_release unlocked;
-  const OnDevice on(device);
-  Status status = on.status;
-  if (status == 0) status = mitchell_apply(*multiplier, call, stream_of(stream));
-  const py::gil_scoped_acquire locked;
-  raise_unless_ok(status);
+  const Launching on(device);
+  raise_unless_ok(mitchell_apply(*multiplier, call, stream_of(stream)));
 }
 
 // da and db have the shapes of a and b, dy that of the result.
@@ -224,9 +208,8 @@ void grad(const Multiplier& multiplier, const Multiplier& product, int op, int m
   }
   for (std::size_t k = 0; k < kArrays; ++k) operands[k]->data = reinterpret_cast<const void*>(arrays[k].data);
   if (is_empty(arrays[3]) && is_empty(arrays[4])) return;
+  const Launching on(device);
   const Workspace workspace(mitchell_gradient_workspace(*multiplier, call), device, stream);
-  const OnDevice on(device);
-  raise_unless_ok(on.status);
   raise_unless_ok(mitchell_gradient(*multiplier, *product, call, workspace.data(), stream_of(stream)));
 }
 
@@ -276,8 +259,7 @@ void matmul(const Multiplier& multiplier, int dtype, const py::object& a, const 
   refuse_overlap(r, kItemSize[dtype], x, kItemSize[dtype], "a", false);
   refuse_overlap(r, kItemSize[dtype], y, kItemSize[dtype], "b", false);
   if (is_empty(r)) return;
-  const OnDevice on(device);
-  raise_unless_ok(on.status);
+  const Launching on(device);
   raise_unless_ok(mitchell_matmul(&*multiplier, call, stream_of(stream)));
 }
 
@@ -326,9 +308,8 @@ void run(const Multiplier& multiplier, const GatheredMatmul* calls, std::size_t 
          std::uintptr_t stream) {
   std::size_t bytes = 0;
   for (std::size_t i = 0; i < count; ++i) bytes = std::max(bytes, mitchell_gathered_workspace(calls[i]));
+  const Launching on(device);
   const Workspace workspace(bytes, device, stream);
-  const OnDevice on(device);
-  raise_unless_ok(on.status);
   for (std::size_t i = 0; i < count; ++i)
     raise_unless_ok(mitchell_gathered(&*multiplier, calls[i], workspace.data(), stream_of(stream)));
 }
@@ -632,8 +613,7 @@ void conv2d_grad(const Multiplier& multiplier, int mode, int dtype, const py::ob
         reached += y.pixels * z.pixels;
       }
     if (reached != c.x.shape[2] * c.x.shape[3]) {
-      const OnDevice on(device);
-      raise_unless_ok(on.status);
+      const Launching on(device);
       const Span span = span_of(image, kItemSize[dtype]);
       raise_unless_ok(clear(reinterpret_cast<void*>(span.low), static_cast<std::size_t>(size), stream_of(stream)));
     }
@@ -654,13 +634,12 @@ void lut(const py::object& a, const py::object& b, const py::buffer& table, bool
   // Without a term the table is not read.
   if (entries.size != 65536 || (entries.itemsize != 4 && !wide_table) || (wide_table && !wide_out && call.depth != 0))
     throw py::value_error("table must be 256 x 256 of int32, or of int64 beside an int64 result");
+  want_aligned(r, wide_out ? 8 : 4, "out");
   refuse_overlap(r, wide_out ? 8 : 4, x, 1, "a", false);
   refuse_overlap(r, wide_out ? 8 : 4, y, 1, "b", false);
   if (is_empty(r)) return;
   const auto bytes = static_cast<std::size_t>(entries.size * entries.itemsize);
-  const OnDevice on(device);
-  raise_unless_ok(on.status);
-  refuse_capture(stream_of(stream), "tables in host memory");
+  const Launching on(device);
   const Memory memory(bytes, device, stream);
   raise_unless_ok(upload(memory.data(), entries.ptr, bytes, stream_of(stream)));
   raise_unless_ok(lut_matmul(call, memory.data(), wide_table && wide_out, wide_out, stream_of(stream)));

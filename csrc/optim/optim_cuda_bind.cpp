@@ -72,7 +72,8 @@ void read(const py::handle& object, const Name& name, const py::function& descri
       v->device = t.device_id;
       v->read_only = false;
       set_layout(v, t.shape, t.strides, static_cast<std::size_t>(t.ndim));
-      if (v->size == 0 || !is_low(v->data)) return;
+      // One element may be a lazy negative, whose strides do not tell.
+      if (v->size == 0 || (v->size != 1 && !is_low(v->data))) return;
     }
   }
   const auto answer = describe(std::string(name), object).cast<py::tuple>();
@@ -225,8 +226,7 @@ class Plan {
     if (chunks.empty()) return;
     const std::size_t head = contents_.tensors.size() * sizeof(Tensor), tail = chunks.size() * sizeof(Chunk);
     const Stream first = stream_of(stream);
-    const OnDevice on(contents_.device);
-    raise_unless_ok(on.status);
+    const Launching on(contents_.device);
     refuse_capture(first,
                    "a call whose list is not on the GPU yet: call once before, with the same memory, and wait for it");
     raise_unless_ok(allocate(&memory_, head + tail, first));
@@ -235,7 +235,7 @@ class Plan {
     if (status == 0) status = upload(at + head, chunks.data(), tail, first);
     if (status == 0) status = uploaded_.record(first);
     if (status != 0) {
-      release(memory_, first);
+      (void)release(memory_, first);
       raise_unless_ok(status);
     }
     table_.tensors = reinterpret_cast<const Tensor*>(at);
@@ -244,8 +244,12 @@ class Plan {
   ~Plan() {
     // A graph may be launched at any time.
     if (memory_ == nullptr || captured_) return;
-    const OnDevice on(contents_.device);
-    uses_.release(memory_, &uploaded_);
+    const OnReleased on(contents_.device);
+    if (untold_) {
+      release_when_idle(memory_, contents_.device);
+    } else {
+      uses_.release(memory_, contents_.device, &uploaded_);
+    }
   }
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
@@ -254,18 +258,19 @@ class Plan {
   // Launches on a stream: f(table) on the plan's device. The plan outlives streams, so it names none but this one.
   template <class F> void launch(std::uintptr_t handle, const F& f) {
     if (memory_ == nullptr) return;
+    const Launching on(contents_.device);
     const std::lock_guard<std::mutex> lock(mutex_);
     const Stream stream = stream_of(handle);
-    const OnDevice on(contents_.device);
-    raise_unless_ok(on.status);
     if (is_captured(stream)) {
       captured_ = true;
       return raise_unless_ok(f(table_));
     }
     ready_ = ready_ || uploaded_.is_done();
     if (!ready_) raise_unless_ok(uploaded_.precede(stream));
+    untold_ = true;
     raise_unless_ok(f(table_));
     raise_unless_ok(uses_.record(handle));
+    untold_ = false;
   }
 
  private:
@@ -274,7 +279,8 @@ class Plan {
   void* memory_ = nullptr;
   Event uploaded_;
   bool ready_ = false, captured_ = false;
-  Uses uses_;  // launches
+  bool untold_ = false;  // of a launch it is not known when it ends
+  Uses uses_;            // launches
   std::mutex mutex_;
 };
 using PlanPtr = std::shared_ptr<Plan>;
@@ -301,8 +307,9 @@ class Plans {
     }
   }
   void clear() {
+    std::list<PlanPtr> all;
     const std::lock_guard<std::mutex> lock(mutex_);
-    kept_.clear();
+    all.swap(kept_);
   }
 
  private:
@@ -359,11 +366,11 @@ void ema(Plan& plan, const py::object& weight, const py::object& seed, std::uint
   if (weights.size() != tensors.size()) throw py::value_error("weights must be as many as tensors");
   if (weights.empty()) return;
   {
-    const OnDevice on(plan.contents().device);
+    const Launching on(plan.contents().device);
     refuse_capture(stream_of(stream), "decays of every tensor, which come from host memory: give one for all");
   }
-  const Memory memory(weights.size() * sizeof(double), plan.contents().device, stream);
   plan.launch(stream, [&](const TensorTable& table) {
+    const Memory memory(weights.size() * sizeof(double), plan.contents().device, stream);
     const Status status = upload(memory.data(), weights.data(), weights.size() * sizeof(double), stream_of(stream));
     if (status != 0) return status;
     return ema_update(table, 0.0, static_cast<const double*>(memory.data()), random ? &number : nullptr,

@@ -12,7 +12,8 @@ import numpy as np
 from .. import _attention, _validate
 from .._attention import LinearOptions, Problem
 from .._validate import Text, clip
-from ._arrays import DTYPES, FLOATS, Call, View, is_torch, returned, same_memory
+from ._arrays import DTYPES, FLOATS, View, is_torch, same_memory
+from ._calls import Call, returned
 
 __all__ = ["linear_attention", "linear_attention_backward", "linear_attention_step_"]
 
@@ -120,9 +121,10 @@ class _Linear(OfHeads):
     ) -> None:
         self._states = {name: _parts(name, x) for name, x in conditions.items() if name.endswith("state")}
         offsets = conditions.get("cu_seqlens")
-        self._host_offsets = offsets is not None and _is_host(offsets)
+        on_host = offsets is not None and _is_host(offsets)
+        self._host_offsets = b""
         flat = {f"{name}[{i}]": x for name, pair in self._states.items() for i, x in enumerate(pair or ())}
-        more = {"cu_seqlens": None if self._host_offsets else offsets, "out": out, **flat}
+        more = {"cu_seqlens": None if on_host else offsets, "out": out, **flat}
         more |= {name: conditions.get(name) for name in ("key_mask", "decay")}
         more["projection"] = options[-1]
         self.call = call = Call(stream, **arrays, **more)
@@ -144,7 +146,6 @@ class _Linear(OfHeads):
         self.tf32 = _validate.boolean("tf32", tf32)
         self.rows = {name: self._operand(call.views[name]) for name in arrays}
         self.numbers: dict[str, Any] = {}
-        self._keep: list[Any] = []
         self._take_mask()
         self._take_offsets(offsets)
         self._take_decay()
@@ -185,9 +186,11 @@ class _Linear(OfHeads):
         if x is None:
             checked = p.offsets(np.asarray(value.numpy() if is_torch(value) else value))
             assert checked is not None
-            memory = call.native.uploaded(checked.tobytes(), call.device, call.stream)
-            self._keep.append(memory)
-            data, wide, count = memory.address, True, len(checked)
+            call.native.refuse_capture(
+                call.device, call.stream, "offsets in host memory: put cu_seqlens on the GPU before"
+            )
+            self._host_offsets = checked.tobytes()
+            data, wide, count = 0, True, len(checked)
         else:
             if x.dtype_name not in ("int32", "int64") or len(x.shape) != 1:
                 got = Text(f"an array of shape {clip(str(x.shape))} and dtype {x.dtype_name}")
@@ -259,11 +262,16 @@ class _Linear(OfHeads):
 
     def run(self, kind: str = "") -> None:
         """The launches."""
-        if self.p.b * self.p.hq:
-            self._launch(kind)
-        for memory in self._keep:
-            memory.end(self.call.stream)
-        self.call.end()
+        call = self.call
+        with call:
+            memory = None
+            if self._host_offsets:
+                memory = call.native.uploaded(self._host_offsets, call.device, call.stream)
+                self.numbers["cu_seqlens"] = memory.address
+            if self.p.b * self.p.hq:
+                self._launch(kind)
+            if memory is not None:
+                memory.end(call.stream)
 
     def _launch(self, kind: str) -> None:
         p, o, native = self.p, self.options, self.call.native

@@ -8,7 +8,8 @@ from typing import Any
 from .. import _validate, mitchell
 from .._multiplier import Multiplier
 from .._validate import Text, clip
-from ._arrays import FLOATS, Call, returned
+from ._arrays import FLOATS
+from ._calls import Call, returned
 from ._mitchell import _constants, arrays_of, gradient_mode
 
 __all__ = ["mitchell_conv2d", "mitchell_conv2d_grad"]
@@ -95,17 +96,17 @@ def mitchell_conv2d(
     call = arrays_of(stream, out, x=x, w=w)
     dtype = call.dtype(FLOATS, "x", "w")
     result, memory = call.output(out, _shape(call, settings), (dtype,))
-    call.native.conv2d(
-        _constants(call.native, "mul", chosen),
-        dtype,
-        call.views["x"].triple,
-        call.views["w"].triple,
-        *settings.values(),
-        memory.triple,
-        call.device,
-        call.stream,
-    )
-    call.end()
+    with call:
+        call.native.conv2d(
+            _constants(call.native, "mul", chosen),
+            dtype,
+            call.views["x"].triple,
+            call.views["w"].triple,
+            *settings.values(),
+            memory.triple,
+            call.device,
+            call.stream,
+        )
     return result if out is not None else returned(call.like, result)
 
 
@@ -179,16 +180,16 @@ def mitchell_conv2d_grad(
     dtype = call.dtype(FLOATS, "x", "w", "dy")
     _validate.same_shape("dy", call.views["dy"], _shape(call, settings))
     results = [call.output(None, call.views[name].shape, (dtype,)) for name in ("x", "w")]
-    call.native.conv2d_grad(
-        _constants(call.native, "mul", chosen),
-        code,
-        dtype,
-        *(call.views[name].triple for name in ("x", "w", "dy")),
-        *settings.values(),
-        *(memory.triple for _, memory in results),
-        call.device,
-        call.stream,
-    )
-    call.end()
+    with call:
+        call.native.conv2d_grad(
+            _constants(call.native, "mul", chosen),
+            code,
+            dtype,
+            *(call.views[name].triple for name in ("x", "w", "dy")),
+            *settings.values(),
+            *(memory.triple for _, memory in results),
+            call.device,
+            call.stream,
+        )
     dx, dw = (returned(call.like, result) for result, _ in results)
     return dx, dw

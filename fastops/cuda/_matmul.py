@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike
 from .. import _validate, mitchell
 from .._multiplier import Multiplier
 from .._validate import Text, clip
-from ._arrays import DTYPES, FLOATS, View, returned
+from ._arrays import DTYPES, FLOATS, View
+from ._calls import returned
 from ._mitchell import _constants, arrays_of, gradient_mode
 
 __all__ = ["lut_matmul", "mitchell_matmul", "mitchell_matmul_grad"]
@@ -105,8 +106,8 @@ def mitchell_matmul(
     left, right, shape, drop = _as_matrices(call.views["a"], call.views["b"])
     result, memory = call.output(out, _kept(shape, drop), (dtype,))
     constants = _constants(call.native, "mul", chosen)
-    call.native.matmul(constants, dtype, left, right, _expanded(memory, drop), call.device, call.stream)
-    call.end()
+    with call:
+        call.native.matmul(constants, dtype, left, right, _expanded(memory, drop), call.device, call.stream)
     return result if out is not None else returned(call.like, result)
 
 
@@ -169,18 +170,18 @@ def mitchell_matmul_grad(
     _validate.same_shape("dy", call.views["dy"], _kept(shape, drop))
     da, to_a = call.output(None, first.shape, (dtype,))
     db, to_b = call.output(None, second.shape, (dtype,))
-    call.native.matmul_grad(
-        _constants(call.native, "mul", chosen),
-        code,
-        dtype,
-        left,
-        right,
-        _expanded(call.views["dy"], drop),
-        *_as_matrices(to_a, to_b)[:2],
-        call.device,
-        call.stream,
-    )
-    call.end()
+    with call:
+        call.native.matmul_grad(
+            _constants(call.native, "mul", chosen),
+            code,
+            dtype,
+            left,
+            right,
+            _expanded(call.views["dy"], drop),
+            *_as_matrices(to_a, to_b)[:2],
+            call.device,
+            call.stream,
+        )
     return returned(call.like, da), returned(call.like, db)
 
 
@@ -237,9 +238,10 @@ def lut_matmul(a: Any, b: Any, table: ArrayLike, *, out: Any = None, stream: Any
         raise _validate.wrong_value("a", "of fewer columns than overflow int64 sums", got)
     wide, narrow = DTYPES.index("int64"), DTYPES.index("int32")
     dtypes = (wide,) if bound > np.iinfo(np.int32).max else (narrow, wide)
+    call.native.refuse_capture(call.device, call.stream, "tables in host memory")
     result, memory = call.output(out, _kept(shape, drop), dtypes)
     is_wide = memory.dtype == wide
     # A table of int64 has entries that only an int64 sum holds.
-    call.native.lut_matmul(left, right, entries, is_wide, _expanded(memory, drop), call.device, call.stream)
-    call.end()
+    with call:
+        call.native.lut_matmul(left, right, entries, is_wide, _expanded(memory, drop), call.device, call.stream)
     return result if out is not None else returned(call.like, result)

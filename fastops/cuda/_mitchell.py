@@ -9,7 +9,8 @@ from typing import Any
 from .. import _validate, mitchell
 from .._multiplier import OPS, Multiplier
 from .._validate import Text, clip
-from ._arrays import FLOATS, Call, returned
+from ._arrays import FLOATS
+from ._calls import Call, returned
 
 __all__ = [
     "lmul",
@@ -55,16 +56,16 @@ def _apply(op: str, a: Any, b: Any, multiplier: Multiplier | None, out: Any, str
     operands = [
         call.views[name].triple if name in call.views else float(value or 0.0) for name, value in (("a", a), ("b", b))
     ]
-    call.native.apply(
-        _constants(call.native, op, chosen),
-        OPS.index(op),
-        dtype,
-        *operands,
-        memory.triple,
-        call.device,
-        call.stream,
-    )
-    call.end()
+    with call:
+        call.native.apply(
+            _constants(call.native, op, chosen),
+            OPS.index(op),
+            dtype,
+            *operands,
+            memory.triple,
+            call.device,
+            call.stream,
+        )
     return result if out is not None else returned(call.like, result)
 
 
@@ -92,18 +93,18 @@ def _gradients(
     shape = _broadcast({name: call.views[name].shape for name in ("a", "b")})
     _validate.same_shape("dy", call.views["dy"], shape)
     results = [call.output(None, call.views[name].shape, (dtype,)) for name in ("a", "b")]
-    call.native.grad(
-        _constants(call.native, op, chosen),
-        _constants(call.native, "mul", chosen),
-        OPS.index(op),
-        code,
-        dtype,
-        *(call.views[name].triple for name in ("a", "b", "dy")),
-        *(memory.triple for _, memory in results),
-        call.device,
-        call.stream,
-    )
-    call.end()
+    with call:
+        call.native.grad(
+            _constants(call.native, op, chosen),
+            _constants(call.native, "mul", chosen),
+            OPS.index(op),
+            code,
+            dtype,
+            *(call.views[name].triple for name in ("a", "b", "dy")),
+            *(memory.triple for _, memory in results),
+            call.device,
+            call.stream,
+        )
     da, db = (returned(call.like, result) for result, _ in results)
     return da, db
 

@@ -12,8 +12,9 @@ from .. import _nystrom, _validate
 from .._attention import Problem
 from .._validate import Text
 from ..attention import NystromInfo
-from ._arrays import DTYPES, FLOATS, Call
+from ._arrays import DTYPES, FLOATS
 from ._attention import OfHeads, Rows, is_contiguous, shape_of, walked
+from ._calls import Call
 
 __all__ = ["nystrom_attention", "nystrom_attention_backward"]
 
@@ -95,9 +96,9 @@ class _Nystrom(OfHeads):
 
     def run(self, *, gradient: bool = False) -> None:
         """The launches."""
-        if self.p.b * self.p.hq or gradient:
-            self._launch(gradient)
-        self.call.end()
+        with self.call:
+            if self.p.b * self.p.hq or gradient:
+                self._launch(gradient)
 
     def _launch(self, gradient: bool) -> None:
         p, o = self.p, self.options

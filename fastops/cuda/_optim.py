@@ -5,17 +5,32 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import _tensors, _validate, optim
 from .._tensors import FixedList, Role
-from ._arrays import Array, Described, Operands, View, described, interface_of, is_torch, view
+from ._arrays import Array, Described, View, described, interface_of, is_torch, view
+from ._calls import Operands
 
 __all__ = ["TensorList", "adamw_step_", "ema_update_", "sgd_step_"]
 
 Tensors = Iterable[Any]
 # Arrays of other libraries than torch, by kind, the stream that they named and whether they are written.
 Guests = dict[tuple[type, int | None, bool], list[tuple[Any, View]]]
+
+
+class _Plan(NamedTuple):
+    """Lists that are not read again."""
+
+    versions: list[int]
+    table: Any
+    own: list[Array]
+    guests: Guests
+    held: list[tuple[Any, ...]]  # the memory of each list, also where its tensors got other memory
+    lists: list[Any]  # whose addresses are part of the key
+
+
+_MOST_PLANS = 8
 
 
 class TensorList(FixedList):
@@ -47,16 +62,13 @@ class TensorList(FixedList):
     ...     shadows = fastops.cuda.TensorList([torch.zeros(3, device="cuda")], verify=False)
     """
 
-    __slots__ = ("_held", "_plans", "_tensors", "_verify", "_version")
+    __slots__ = ("_plans", "_tensors", "_verify", "_version")
 
     def __init__(self, arrays: Iterable[Any], *, verify: bool = True) -> None:
         self._arrays = tuple(_as_list("arrays", arrays))
         self._verify = _validate.boolean("verify", verify)
-        # By roles and lists: the versions that these had, their plan, and the other lists, so that their addresses stay theirs.
-        # With the plan, arrays of our own and of others.
-        self._plans: dict[tuple[Any, ...], tuple[list[int], Any, tuple[list[Array], Guests, list[Any]]]] = {}
+        self._plans: dict[tuple[Any, ...], _Plan] = {}  # by roles and lists, the latest last
         self._version = 0
-        self._held: tuple[Any, ...] = ()
         self._tensors: tuple[Any, ...] | None = None
 
     def refresh(self) -> None:
@@ -68,7 +80,6 @@ class TensorList(FixedList):
         >>> fastops.cuda.TensorList([], verify=False).refresh()
         """
         self._plans.clear()
-        self._held = ()
         self._version += 1
 
     def _known_tensors(self) -> tuple[Any, ...]:
@@ -78,11 +89,6 @@ class TensorList(FixedList):
             self._tensors = tuple(x for x in self._arrays if isinstance(x, kind))
         return self._tensors
 
-    def _hold(self) -> None:
-        """Keeps the memory that the tensors have now: theirs may be exchanged under them."""
-        if not self._held:
-            self._held = tuple(x.detach() if hasattr(x, "detach") else x for x in self._arrays)
-
 
 def _as_list(name: str, value: object) -> list[Any]:
     if isinstance(value, Array) or (not is_torch(value) and interface_of(value) is not None):
@@ -90,87 +96,85 @@ def _as_list(name: str, value: object) -> list[Any]:
     return _tensors.as_list(name, value)
 
 
-class _Step:
-    """The tensors of a call as a plan, and the stream that it goes to."""
+class _Step(Operands):
+    """The tensors of a call as a plan."""
 
     def __init__(self, roles: list[Role], values: list[Any], stream: object) -> None:
         self._roles, self._values = roles, values
         lists = [
             v._arrays if isinstance(v, TensorList) else _as_list(r.name, v) for r, v in zip(roles, values, strict=True)
         ]
-        self._operands = operands = Operands(stream, lists[0][:1] if lists else [])
-        self.native, self.stream = operands.native, operands.stream
+        super().__init__(stream, [x for items in lists for x in items[:1]])
         self._lists = lists
         self._written = {role.name for role in roles if role.written}
         self._own: list[Array] = []
-        self._guests: Guests = {}
-        try:
-            self._take_tensors()
-            self.plan = self._known()
-        except BaseException:
-            operands.give_up()
-            raise
+        self._foreign: Guests = {}
+        self._held: list[tuple[Any, ...]] | None = None
+        self.plan = self._read()
+        self.device = self.plan.device
+        self._take_tensors()
 
     def _take_tensors(self) -> None:
         """The compiled module reads torch's tensors itself, and knows nothing of streams."""
-        if self._operands.of_torch:
+        if self.of_torch:
             return
-        for role, value, items in zip(self._roles, self._values, self._lists, strict=True):
+        for i, (role, value, items) in enumerate(zip(self._roles, self._values, self._lists, strict=True)):
             tensors = value._known_tensors() if isinstance(value, TensorList) else items
             first = next((x for x in tensors if is_torch(x)), None)
             if first is not None and first.device.type == "cuda":
-                at = next(i for i, x in enumerate(items) if x is first)
-                found = view(f"{role.name}[{at}]", first, self.stream, in_place=True)
-                if self._operands.take(first, found, written=role.written):
-                    self._operands.keep(tuple(items))
+                found = view(role.name, first, self.stream, in_place=True)
+                if self.take(first, found, written=role.written):
+                    self.keep(*items) if self._held is None else self.keep(self._held[i])
 
     def _describe(self, name: str, value: Any) -> Described:
         found = view(name, value, self.stream, in_place=True)
         if not is_torch(value):
             written = name.partition("[")[0] in self._written
-            self._operands.take(value, found, written=written)
+            self.take(value, found, written=written)
             if isinstance(value, Array):
                 self._own.append(value)
             else:
-                self._guests.setdefault((type(value), found.stream, written), []).append((value, found))
+                self._foreign.setdefault((type(value), found.stream, written), []).append((value, found))
         return described(name, found)
 
-    def _take_again(self, own: list[Array], guests: Guests) -> None:
-        for array in own:
-            self._operands.use(array)
-        for (_, stream, written), items in guests.items():
+    def _take_again(self, plan: _Plan) -> None:
+        self._arrays += plan.own
+        for (_, stream, written), items in plan.guests.items():
             value, found = items[0]
-            if stream is not None:
-                # The one of the first call may be gone.
-                found = found._replace(stream=(interface_of(value) or {}).get("stream"))
-            if self._operands.take(value, found, written=written):
-                self._operands.keep(items)
+            if stream is None:
+                # What its library knows of streams it learns by DLPack alone, array by array.
+                for each, _ in items:
+                    self.take(each, view("an array", each, self.stream), written=written)
+                continue
+            # The one of the first call may be gone.
+            found = found._replace(stream=(interface_of(value) or {}).get("stream"))
+            if self.take(value, found, written=written):
+                self.keep(items)
 
-    def _known(self) -> Any:
+    def _read(self) -> Any:
+        """The table of the lists."""
         values = self._values
-        kept = values[0]
         if not all(isinstance(v, TensorList) and not v._verify for v in values):
             return self.native.plan(self._roles, self._lists, self._describe, self.stream)
+        plans = values[0]._plans
         key = (*self._roles, *map(id, values))
         versions = [value._version for value in values]
-        found = kept._plans.get(key)
-        if found is None or found[0] != versions:
-            for value in values:
-                value._hold()
-            plan = self.native.plan(self._roles, self._lists, self._describe, self.stream)
-            others = [x for x in values if x is not kept]
-            found = kept._plans[key] = versions, plan, (self._own, self._guests, others)
+        found = plans.pop(key, None)
+        if found is None or found.versions != versions:
+            held = [tuple(x.detach() if is_torch(x) else x for x in items) for items in self._lists]
+            table = self.native.plan(self._roles, self._lists, self._describe, self.stream)
+            # Not the first list, which has this entry.
+            found = _Plan(versions, table, self._own, self._foreign, held, [x for x in values if x is not values[0]])
+            if len(plans) >= _MOST_PLANS:
+                del plans[next(iter(plans))]
         else:
-            own, guests, _ = found[2]
-            self._take_again(own, guests)
-        return found[1]
+            self._take_again(found)
+        plans[key] = found
+        self._held = found.held
+        return found.table
 
-    def end(self) -> None:
-        """Says that the stream has got all of the call."""
-        self._operands.end(self.plan.device)
-
-    def done(self) -> None:
-        """Tells torch's autograd what was written, and says that the stream has got all of the call."""
+    def tell_autograd(self) -> None:
+        """That torch's tensors were written."""
         for role, value, items in zip(self._roles, self._values, self._lists, strict=True):
             if not role.written:
                 continue
@@ -178,12 +182,11 @@ class _Step:
                 _tensors.bump_versions((items,))
             elif known := value._known_tensors():
                 sys.modules["torch"].autograd.graph.increment_version(known)
-        self.end()
 
 
 def want(roles: list[Role], lists: list[list[Any]]) -> None:
     """Raises what a call with these lists would."""
-    _Step(roles, lists, None).end()
+    _Step(roles, lists, None)
 
 
 def ema_update_(
@@ -237,8 +240,9 @@ def ema_update_(
     shadows, weights = optim._ema_weights(shadows, decay)
     chosen = optim._seed(rounding, seed)
     step = _Step(_tensors.ema_roles(1), [params, shadows], stream)
-    step.native.ema_update(step.plan, weights, chosen, step.stream)
-    step.done()
+    with step:
+        step.native.ema_update(step.plan, weights, chosen, step.stream)
+        step.tell_autograd()
 
 
 def sgd_step_(
@@ -296,8 +300,11 @@ def sgd_step_(
         numbers = numbers._replace(ema_weight=weight)
         values = [x for x in (params, grads, momentum_buffers, shadows) if x is not None]
         step = _Step(_tensors.sgd_roles(momentum_buffers, shadows, numbers), values, stream)
-        step.native.sgd_step(step.plan, tuple(numbers), momentum_buffers is not None, shadows is not None, step.stream)
-        step.done()
+        with step:
+            step.native.sgd_step(
+                step.plan, tuple(numbers), momentum_buffers is not None, shadows is not None, step.stream
+            )
+            step.tell_autograd()
 
 
 def _shadows(ema: Any) -> Any:
@@ -360,5 +367,6 @@ def adamw_step_(
         numbers = numbers._replace(ema_weight=weight)
         values = [x for x in (params, grads, exp_avg, exp_avg_sq, shadows) if x is not None]
         call = _Step(_tensors.adamw_roles(shadows, numbers), values, stream)
-        call.native.adamw_step(call.plan, tuple(numbers), shadows is not None, call.stream)
-        call.done()
+        with call:
+            call.native.adamw_step(call.plan, tuple(numbers), shadows is not None, call.stream)
+            call.tell_autograd()
