@@ -9,9 +9,11 @@ import os
 import signal
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import hypothesis
 import pytest
+from gpu_arrays import PLATFORMS, Shim, open_platform
 
 import fastops
 from fastops import _backend
@@ -103,6 +105,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         )
     elif "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", BACKENDS, indirect=True)
+
+
+@pytest.fixture(params=PLATFORMS)
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Where kernels of fastops.cuda run."""
+    return open_platform(request.param, monkeypatch)
+
+
+@pytest.fixture
+def shim(monkeypatch: pytest.MonkeyPatch) -> Shim:
+    """Those kernels on the CPU, for what needs no GPU to be seen."""
+    found = open_platform("shim", monkeypatch)
+    assert isinstance(found, Shim)
+    return found
 
 
 @pytest.fixture

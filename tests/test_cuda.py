@@ -15,7 +15,7 @@ import child
 import numpy as np
 import pytest
 import tolerance
-from gpu_arrays import PLATFORMS, Fake, FakeTensor, Shim, made_by, open_platform
+from gpu_arrays import Fake, FakeTensor, Shim, made_by
 from samples import FLOATS, MULTIPLIERS, assert_same_bits, near_one, patterns, specials
 
 import fastops
@@ -26,18 +26,6 @@ from fastops.reference.mitchell import sum_to
 
 BINARY = ("mul", "div")
 needs_bfloat16 = pytest.mark.skipif("bf16" not in FLOATS, reason="ml_dtypes is not installed")
-
-
-@pytest.fixture(params=PLATFORMS)
-def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Where kernels run."""
-    return open_platform(request.param, monkeypatch)
-
-
-@pytest.fixture
-def shim(monkeypatch: pytest.MonkeyPatch) -> Shim:
-    """Kernels on the CPU, for what needs no GPU to be seen."""
-    return open_platform("shim", monkeypatch)
 
 
 def apply(gpu: Any, op: str, *operands: Any, **options: Any) -> Any:

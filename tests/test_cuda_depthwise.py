@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tolerance
-from gpu_arrays import PLATFORMS, Fake, Shim, made_by, open_platform
+from gpu_arrays import Fake, Shim, made_by
 from samples import FLOATS, MULTIPLIERS, assert_same_bits
 from test_cuda_gradients import F32, check_conv2d, check_conv2d_grad, turned
 from test_matmul import MODES, PLAIN, close, normal, oracle, pairs
@@ -57,18 +57,6 @@ EDGES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "65 pairs": ((1, 10, 9, 9), (26, 5, 3, 2), {"groups": 2, "padding": 1}),
     "many": ((2, 20, 9, 7), (20, 20, 3, 3), {"padding": 1, "stride": 2}),
 }
-
-
-@pytest.fixture(params=PLATFORMS)
-def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Where kernels run."""
-    return open_platform(request.param, monkeypatch)
-
-
-@pytest.fixture
-def shim(monkeypatch: pytest.MonkeyPatch) -> Shim:
-    """Kernels on the CPU, for what needs no GPU to be seen."""
-    return open_platform("shim", monkeypatch)
 
 
 def images(case: str, dtype: Any) -> tuple[Any, Any, Any, dict[str, Any]]:

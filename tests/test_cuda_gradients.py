@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tolerance
-from gpu_arrays import PLATFORMS, Fake, Shim, made_by, open_platform
+from gpu_arrays import Fake, Shim, made_by
 from samples import FLOATS, MULTIPLIERS
 from test_matmul import CONVOLUTIONS, MODES, PLAIN, close, magnitude, normal, oracle, pairs
 
@@ -18,18 +18,6 @@ from fastops import Multiplier, cuda
 F32 = FLOATS["f32"]
 # One of each way of multiplying.
 KINDS = ("plain", "min-mse", "negative", "segments-4", "equation", "k1", "flush")
-
-
-@pytest.fixture(params=PLATFORMS)
-def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Where kernels run."""
-    return open_platform(request.param, monkeypatch)
-
-
-@pytest.fixture
-def shim(monkeypatch: pytest.MonkeyPatch) -> Shim:
-    """Kernels on the CPU, for what needs no GPU to be seen."""
-    return open_platform("shim", monkeypatch)
 
 
 # --- matrix products ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tolerance
-from gpu_arrays import PLATFORMS, Fake, Shim, open_platform
+from gpu_arrays import Fake, Shim
 from quadratic import wide
 from samples import FLOATS, assert_same_bits
 from test_cuda_attention import full_of_nan, misaligned, through_torch
@@ -22,22 +22,20 @@ every_dtype = pytest.mark.parametrize("name", NAMES)
 solvers = pytest.mark.parametrize("pinv", ["newton", "ridge"])
 
 
-@pytest.fixture(params=PLATFORMS)
-def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+@pytest.fixture
+def gpu(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Where kernels run; new arrays are full of nan, so that what is not written shows."""
-    found = open_platform(request.param, monkeypatch)
-    if isinstance(found, Shim):
-        full_of_nan(found, monkeypatch)
+    if isinstance(gpu, Shim):
+        full_of_nan(gpu, monkeypatch)
     monkeypatch.setattr(cpu, "_backend", reference)
-    return found
+    return gpu
 
 
 @pytest.fixture
-def shim(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Kernels on the CPU, for what needs no GPU to be seen."""
-    found = open_platform("shim", monkeypatch)
-    full_of_nan(found, monkeypatch)
-    return found
+def shim(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> Shim:
+    """Likewise."""
+    full_of_nan(shim, monkeypatch)
+    return shim
 
 
 @pytest.fixture
