@@ -186,8 +186,8 @@ def integer_pair(name: str, value: object, low: int) -> tuple[int, int]:
 
 
 def has_cuda_interface(value: object) -> bool:
-    """Whether an array says where it is on a GPU. Its type is asked first: to say it may order streams."""
-    return hasattr(type(value), "__cuda_array_interface__") or hasattr(value, "__cuda_array_interface__")
+    """Whether an array says where it is on a GPU. Ours is not asked: its answer lends it to the asker."""
+    return getattr(type(value), "_is_on_gpu", False) or hasattr(value, "__cuda_array_interface__")
 
 
 def array(name: str, value: object) -> AnyArray:

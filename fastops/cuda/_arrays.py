@@ -87,6 +87,7 @@ class Array:
     """
 
     __slots__ = ("_code", "_memory", "_stream", "device", "shape")
+    _is_on_gpu = True
 
     def __init__(self, shape: tuple[int, ...], code: int, device: int, stream: int) -> None:
         self.shape = shape
