@@ -845,6 +845,7 @@ def test_a_launch_of_which_nothing_is_known_ends_with_the_device(trace: Trace) -
     with pytest.raises(RuntimeError, match="CUDA: an error of the shim"):
         cuda.ema_update_(shadows, params, 0.5, stream=65)
     trace.faults()
+    cuda.ema_update_(shadows, params, 0.5, stream=66)
     _runtime.module().forget_plans()
     assert trace.host_waits() == 1
 
@@ -991,6 +992,20 @@ def test_a_stream_that_a_graph_drew_in_ends_there(trace: Trace, monkeypatch: pyt
         call()
         trace.capture(None)
         assert trace.faults() == 0, name
+    numbers, row = FakeTensor(np.ones((2, 2), np.uint8)), FakeTensor(np.ones((1, 5, 4), np.float32))
+    refused: tuple[Callable[[], object], ...] = (
+        lambda: cuda.lut_matmul(numbers, numbers, np.ones((256, 256), np.int32), stream=5),
+        lambda: cuda.linear_attention(row, row, row, cu_seqlens=[0, 5], stream=5),
+    )
+    monkeypatch.setattr(
+        _calls, "empty_like", lambda _, shape, code, *__: FakeTensor(np.ones(shape, _arrays.DTYPES[code]))
+    )
+    for call in refused:
+        trace.capture(8)
+        with pytest.raises(RuntimeError, match=r"^CUDA graphs cannot capture"):
+            call()
+        trace.capture(None)
+        assert trace.faults() == 0
     trace.capture(8)
     with pytest.raises(ValueError, match="memory apart"):
         cuda.mitchell_square(x, out=FakeTensor(x.array[::-1]), stream=5)

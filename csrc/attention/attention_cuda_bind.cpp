@@ -202,6 +202,7 @@ void attend_through_landmarks(const py::tuple& options, const py::tuple& sizes, 
 std::shared_ptr<ArrayMemory> copied_up(const py::bytes& from, int device, std::uintptr_t stream) {
   const std::string contents = from;
   const Launching on(device);
+  refuse_capture(stream_of(stream), "offsets in host memory: put cu_seqlens on the GPU before");
   const auto made = std::make_shared<ArrayMemory>(contents.size(), device, stream);
   raise_unless_ok(upload(made->data(), contents.data(), contents.size(), stream_of(stream)));
   return made;

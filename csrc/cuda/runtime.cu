@@ -202,10 +202,7 @@ Status Event::precede(Stream later) noexcept {
 }
 bool is_captured(Stream stream) noexcept {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  const Status status = status_of(cudaStreamIsCapturing(stream_of(stream), &capture));
-  // The default stream while one that waits for it is captured: to use it would end the capture.
-  if (status == cudaErrorStreamCaptureImplicit) return true;
-  return status == 0 && capture != cudaStreamCaptureStatusNone;
+  return status_of(cudaStreamIsCapturing(stream_of(stream), &capture)) == 0 && capture != cudaStreamCaptureStatusNone;
 }
 
 }  // namespace fastops::gpu

@@ -78,6 +78,7 @@ Status synchronize() noexcept {
   return 0;
 }
 Status upload(void* to, const void* from, std::size_t bytes, Stream stream) noexcept {
+  g_faults += is_captured(stream);
   if (const Status status = use(stream)) return status;
   std::memcpy(to, from, bytes);
   return 0;

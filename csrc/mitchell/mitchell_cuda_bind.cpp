@@ -640,6 +640,8 @@ void lut(const py::object& a, const py::object& b, const py::buffer& table, bool
   if (is_empty(r)) return;
   const auto bytes = static_cast<std::size_t>(entries.size * entries.itemsize);
   const Launching on(device);
+  refuse_capture(stream_of(stream),
+                 "tables in host memory");  // which may have drawn the stream in since the call began
   const Memory memory(bytes, device, stream);
   raise_unless_ok(upload(memory.data(), entries.ptr, bytes, stream_of(stream)));
   raise_unless_ok(lut_matmul(call, memory.data(), wide_table && wide_out, wide_out, stream_of(stream)));

@@ -5,6 +5,7 @@
 #include <list>
 #include <mutex>
 #include <tuple>
+#include <utility>
 
 #include "cuda/cuda_bind.h"
 
@@ -267,10 +268,10 @@ class Plan {
     }
     ready_ = ready_ || uploaded_.is_done();
     if (!ready_) raise_unless_ok(uploaded_.precede(stream));
-    untold_ = true;
+    const bool before = std::exchange(untold_, true);
     raise_unless_ok(f(table_));
     raise_unless_ok(uses_.record(handle));
-    untold_ = false;
+    untold_ = before;
   }
 
  private:

@@ -144,7 +144,7 @@ class _Step(Operands):
             if stream is None:
                 # What its library knows of streams it learns by DLPack alone, array by array.
                 for each, _ in items:
-                    self.take(each, view("an array", each, self.stream), written=written)
+                    self.take(each, view("arrays", each, self.stream), written=written)
                 continue
             # The one of the first call may be gone.
             found = found._replace(stream=(interface_of(value) or {}).get("stream"))
@@ -159,16 +159,17 @@ class _Step(Operands):
         plans = values[0]._plans
         key = (*self._roles, *map(id, values))
         versions = [value._version for value in values]
-        found = plans.pop(key, None)
+        found = plans.get(key)
         if found is None or found.versions != versions:
             held = [tuple(x.detach() if is_torch(x) else x for x in items) for items in self._lists]
             table = self.native.plan(self._roles, self._lists, self._describe, self.stream)
             # Not the first list, which has this entry.
             found = _Plan(versions, table, self._own, self._foreign, held, [x for x in values if x is not values[0]])
-            if len(plans) >= _MOST_PLANS:
-                del plans[next(iter(plans))]
+            if key not in plans and len(plans) >= _MOST_PLANS:
+                plans.pop(next(iter(plans), None), None)
         else:
             self._take_again(found)
+        plans.pop(key, None)
         plans[key] = found
         self._held = found.held
         return found.table
