@@ -628,6 +628,16 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def assert_stays_until_done(trace: Trace, alive: Callable[[], object]) -> None:
+    """Until the first call that looks after stream 64 is done."""
+    gc.collect()
+    assert alive() is not None
+    trace.finish(64)
+    cuda.mitchell_square(ones(3), stream=65)
+    gc.collect()
+    assert alive() is None
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_operands_stay_until_the_stream_is_done(trace: Trace, name: str) -> None:
     x = Exporter(1, 1, 4, 4)
@@ -635,12 +645,7 @@ def test_operands_stay_until_the_stream_is_done(trace: Trace, name: str) -> None
     CALLS[name](x)
     del x
     cuda.mitchell_square(ones(3), stream=65)
-    gc.collect()
-    assert alive() is not None
-    trace.finish(64)
-    cuda.mitchell_square(ones(3), stream=65)
-    gc.collect()
-    assert alive() is None
+    assert_stays_until_done(trace, alive)
     assert trace.host_waits() == 1  # for the exporter's own memory
 
 
@@ -877,12 +882,7 @@ def test_a_list_that_is_not_read_again_stays_until_the_stream_is_done(trace: Tra
         _calls.kept.clear()
         cuda.ema_update_(*lists, 0.5, stream=64)
     del x, lists
-    gc.collect()
-    assert alive() is not None
-    trace.finish(64)
-    cuda.mitchell_square(ones(3), stream=65)
-    gc.collect()
-    assert alive() is None
+    assert_stays_until_done(trace, alive)
     assert trace.host_waits() == 0
 
 
