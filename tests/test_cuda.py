@@ -248,8 +248,9 @@ class Recording:
         """As for torch's own tensors, which the module reads itself."""
         return self.module.plan(roles, lists, described, stream)
 
-    def wait(self, later: int, earlier: int, device: int) -> None:
+    def wait(self, later: int, earlier: int, device: int) -> bool:
         self.waits.append((later, earlier))
+        return False
 
 
 @pytest.fixture
@@ -274,9 +275,12 @@ def test_a_stream_waits_for_those_of_the_operands(recorded: Recording) -> None:
     assert recorded.waits[1:] == [(5, 9), (5, 8)]
 
 
-def test_the_two_names_of_the_default_stream_are_one(recorded: Recording) -> None:
+def test_the_two_names_of_the_default_stream_are_one(recorded: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda.mitchell_sqrt(Fake(np.ones(3, np.float32), stream=1), stream=0)
     assert recorded.waits == []
+    libraries = Libraries(monkeypatch, torch_stream=0)
+    cuda.mitchell_mul(libraries.torch(), ones(3, stream=1), out=ones(3, stream=5), stream=5)
+    assert recorded.waits == [(5, 1)]
 
 
 def test_streams_come_as_objects_of_their_libraries(recorded: Recording) -> None:
@@ -349,8 +353,8 @@ class Trace:
         for stream in streams:
             self.runtime.fastops_shim_finish_stream(ctypes.c_void_p(stream))
 
-    def capture(self, stream: int | None) -> None:
-        self.runtime.fastops_shim_capture(ctypes.c_void_p(stream))
+    def capture(self, stream: int | None, *, blocking: bool = False) -> None:
+        self.runtime.fastops_shim_capture(ctypes.c_void_p(stream), int(blocking))
 
     def releases(self) -> int:
         """Memory that was freed."""
@@ -485,6 +489,105 @@ def test_a_call_that_is_refused_does_not_use_its_arrays(trace: Trace) -> None:
     with pytest.raises(ValueError, match="decay must"):
         cuda.linear_attention(q, q, q, cu_seqlens=[0, 4], decay=ones(7), stream=65)
     del q
+    gc.collect()
+    assert trace.host_waits() == 0
+
+
+def test_a_call_that_the_module_refuses_has_ended(trace: Trace) -> None:
+    """Also for the results that it had made."""
+    raw = np.zeros(64, np.uint8)
+    bent = Fake(raw[1:37].view(np.float32).reshape(3, 3))
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: cuda.mitchell_mul(bent, 2.0, stream=65),
+        lambda: cuda.mitchell_mul_grad(bent, bent, bent, stream=65),
+        lambda: cuda.mitchell_matmul(bent, bent, stream=65),
+        lambda: cuda.mitchell_matmul_grad(bent, bent, bent, stream=65),
+        lambda: cuda.linear_attention(bent, bent, bent, return_state=True, stream=65),
+        lambda: cuda.linear_attention(
+            *[Fake(raw[1:37].view(np.float32).reshape(1, 3, 3))] * 3, cu_seqlens=[0, 3], stream=65
+        ),
+        lambda: cuda.nystrom_attention(bent, bent, bent, num_landmarks=2, stream=65),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="must be aligned to its elements"):
+            call()
+        gc.collect()
+        assert trace.host_waits() == 0
+
+
+def test_a_call_ends_also_where_a_part_of_it_cannot(trace: Trace, recorded: Recording) -> None:
+    """The first of what was raised is, when all else has ended; operands of which nobody can tell when they are done with stay."""
+
+    class Endless:
+        """Memory of an Array, which does not end."""
+
+        def __init__(self, memory: Any) -> None:
+            self.address, self.begin = memory.address, memory.begin
+
+        def end(self, stream: int) -> None:
+            raise RuntimeError("no end")
+
+    first, second, other = (cuda.mitchell_square(ones(3), stream=64) for _ in range(3))
+    kept = ones(3, stream=66)
+    alive = weakref.ref(kept)
+    own = first._memory
+    first._memory = Endless(own)
+    with pytest.raises(RuntimeError, match="no end"):
+        cuda.mitchell_mul(first, second, out=kept, stream=65)
+    del second, kept
+    gc.collect()
+    assert trace.host_waits() == 0
+    assert alive() is not None
+    trace.finish(65)
+    _calls.kept.drop_done()
+    assert alive() is None
+
+    def no_mark(*_: int) -> None:
+        raise RuntimeError("no mark")
+
+    recorded.Mark = no_mark
+    kept = ones(3, stream=66)
+    alive = weakref.ref(kept)
+    with pytest.raises(RuntimeError, match="no mark"):
+        cuda.mitchell_mul(other, kept, stream=65)
+    del kept
+    _calls.kept.drop_done()
+    gc.collect()
+    assert alive() is not None
+    own.end(65)
+
+
+def test_the_default_stream_leaves_the_capture_of_a_blocking_one_alone(trace: Trace) -> None:
+    """All that it gets would end that capture."""
+    array, other = (cuda.mitchell_square(ones(3), stream=64) for _ in range(2))
+    shadows, params = [ones(3)], [ones(3)]
+    cuda.ema_update_(shadows, params, 0.5, stream=64)
+    trace.finish(64)
+    trace.capture(70, blocking=True)
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: array.__cuda_array_interface__,
+        lambda: array.__dlpack__(),
+        lambda: cuda.mitchell_square(array),
+        lambda: cuda.mitchell_square(ones(3), stream=0),
+        lambda: cuda.mitchell_square(ones(3), out=ones(3), stream=1),
+        lambda: cuda.mitchell_square(ones(3, stream=1), out=ones(3), stream=64),
+        lambda: cuda.ema_update_(shadows, params, 0.5, stream=1),
+        lambda: cuda.ema_update_([ones(3)], params, 0.5, stream=1),
+        lambda: _runtime.module().Mark(0, 1),
+    )
+    try:
+        for i, call in enumerate(calls):
+            with pytest.raises(RuntimeError, match="default stream cannot be used while a blocking stream is captured"):
+                call()
+            assert trace.faults() == 0, i
+        assert not _runtime.module().is_captured(0, 1)
+        trace.finish(64)
+        cuda.mitchell_mul(ones(3, stream=1), array, out=ones(3), stream=70)
+        cuda.ema_update_(shadows, params, 0.5, stream=70)
+        cuda.mitchell_square(other, stream=64)
+    finally:
+        trace.capture(None)
+    del other
     gc.collect()
     assert trace.host_waits() == 0
 
@@ -737,17 +840,17 @@ def test_nothing_stays_at_exit() -> None:
 
 
 class Libraries:
-    """torch and cupy, with current streams 8 and 9."""
+    """torch and cupy, with current streams 8 (unless another is given) and 9."""
 
     class Cupy(Fake):
         device = SimpleNamespace(id=0)
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, torch_stream: int = 8) -> None:
         self.Cupy.__module__ = "cupy"
         # The stream of another device would be another one.
         current_stream = {0: SimpleNamespace(ptr=9)}.__getitem__
         cupy = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=current_stream))
-        current = SimpleNamespace(current_stream=lambda _: SimpleNamespace(cuda_stream=8))
+        current = SimpleNamespace(current_stream=lambda _: SimpleNamespace(cuda_stream=torch_stream))
         torch = SimpleNamespace(
             cuda=current,
             Tensor=FakeTensor,
@@ -981,13 +1084,20 @@ def test_a_stream_that_a_graph_drew_in_ends_there(trace: Trace, monkeypatch: pyt
     libraries = Libraries(monkeypatch)
     x, y = libraries.torch(), libraries.cupy()
     lists = [[libraries.torch()], [libraries.torch()]]
-    cuda.ema_update_(*lists, 0.5, stream=5)  # whose table is there from here on
+    cuda.ema_update_(*lists, 0.5, stream=5)
+    trace.capture(8)
+    with pytest.raises(RuntimeError, match=r"^CUDA graphs cannot capture a call whose list is not on the GPU yet"):
+        cuda.ema_update_(*lists, 0.5, stream=5)
+    trace.capture(None)
+    assert trace.faults() == 0
+    cuda.ema_update_(*lists, 0.5, stream=5)
     calls: dict[str, Callable[[], object]] = {
         "written": lambda: cuda.mitchell_square(x, out=libraries.torch(), stream=5),
         "read": lambda: cuda.mitchell_mul(y, x, out=libraries.cupy()),
         "lists": lambda: cuda.ema_update_(*lists, 0.5, stream=5),
     }
     for name, call in calls.items():
+        trace.finish(5)  # the table of the lists is there
         trace.capture(8)
         call()
         trace.capture(None)
@@ -1591,11 +1701,17 @@ def test_a_graph_takes_a_call_whose_table_is_there(shim: Shim) -> None:
     runtime = ctypes.CDLL(_runtime.module().__file__)
     shadows, params = [Fake(np.zeros(3, np.float32))], [ones(3)]
     cuda.ema_update_(shadows, params, 0.5, stream=64)
-    runtime.fastops_shim_capture(ctypes.c_void_p(64))
-    try:
-        cuda.ema_update_(shadows, params, 0.5, stream=64)
-    finally:
-        runtime.fastops_shim_capture(None)
+    for there in (False, True):
+        runtime.fastops_shim_capture(ctypes.c_void_p(64), 0)
+        try:
+            if there:
+                cuda.ema_update_(shadows, params, 0.5, stream=64)
+            else:
+                with pytest.raises(RuntimeError, match="a call whose list is not on the GPU yet"):
+                    cuda.ema_update_(shadows, params, 0.5, stream=64)
+        finally:
+            runtime.fastops_shim_capture(None, 0)
+        runtime.fastops_shim_finish_stream(ctypes.c_void_p(64))
     assert runtime.fastops_shim_faults() == 0
     assert shadows[0].array.tolist() == [0.75] * 3
 
@@ -1608,7 +1724,7 @@ def test_a_graph_refuses_what_comes_from_host_memory(shim: Shim) -> None:
     row = Fake(np.ones((1, 5, 4), np.float32))
     numbers, out = Fake(np.ones((2, 2), np.uint8)), Fake(np.zeros((2, 2), np.int32))
     table = np.ones((256, 256), np.int32)
-    runtime.fastops_shim_capture(ctypes.c_void_p(64))
+    runtime.fastops_shim_capture(ctypes.c_void_p(64), 0)
     runtime.fastops_shim_allocations()
     try:
         with pytest.raises(RuntimeError, match=r"^CUDA graphs cannot capture a call whose list is not on the GPU yet"):
@@ -1620,8 +1736,10 @@ def test_a_graph_refuses_what_comes_from_host_memory(shim: Shim) -> None:
         for given in (out, None):
             with pytest.raises(RuntimeError, match=r"^CUDA graphs cannot capture tables in host memory"):
                 cuda.lut_matmul(numbers, numbers, table, out=given, stream=64)
+        none = Fake(np.ones((2, 0), np.uint8))
+        cuda.lut_matmul(numbers, none, table, out=Fake(np.zeros((2, 0), np.int32)), stream=64)
     finally:
-        runtime.fastops_shim_capture(None)
+        runtime.fastops_shim_capture(None, 0)
     assert runtime.fastops_shim_allocations() == 0
     assert runtime.fastops_shim_faults() == 0
     assert (first[0].array.tolist(), second[0].array.tolist()) == ([0.5] * 3, [0.0] * 3)

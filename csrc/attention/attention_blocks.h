@@ -109,7 +109,7 @@ class Launcher {
   // launch(blocks), where there are any.
   template <class F> void run(std::int64_t blocks, const F& launch) noexcept {
     if (status_ != 0 || blocks <= 0) return;
-    if (blocks > 0x7fffffff) {
+    if (static_cast<std::size_t>(blocks) > gpu::kMostBlocks) {
       status_ = gpu::kTooLarge;
       return;
     }

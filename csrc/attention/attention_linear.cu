@@ -1700,7 +1700,7 @@ Status linear_attention_step(const LinearAttention& of, Stream stream) noexcept 
   call.group = static_cast<int>(of.heads_kv == 0 ? 1 : of.heads_q / of.heads_kv);
   const std::int64_t blocks = level::batches_of(of) * static_cast<std::int64_t>(of.heads_kv);
   if (blocks == 0) return 0;
-  if (blocks > 0x7fffffff || of.features > kMostStepFeatures) return kTooLarge;
+  if (static_cast<std::size_t>(blocks) > kMostBlocks || of.features > kMostStepFeatures) return kTooLarge;
   FASTOPS_LAUNCH(level::step_kernel, static_cast<unsigned>(blocks), level::kStepThreads,
                  3 * of.features * sizeof(float), stream, call);
   return level::launched();

@@ -25,11 +25,21 @@ void raise_unless_ok(Status status) {
 
 Stream stream_of(std::uintptr_t handle) { return reinterpret_cast<Stream>(handle); }
 
+bool goes_into_graph(Stream stream) {
+  const Capture capture = capture_of(stream);
+  if (capture == Capture::kBroken)
+    throw std::runtime_error("CUDA: the default stream cannot be used while a blocking stream is captured");
+  return capture == Capture::kGraph;
+}
 void refuse_capture(Stream stream, const char* what) {
-  if (is_captured(stream)) throw std::runtime_error(std::string("CUDA graphs cannot capture ") + what);
+  if (goes_into_graph(stream)) throw std::runtime_error(std::string("CUDA graphs cannot capture ") + what);
 }
 
-Launching::Launching(int device) : on_(device) { raise_unless_ok(on_.status); }
+Launching::Launching(int device, std::uintptr_t stream) : on_(device) {
+  constexpr std::uintptr_t kLegacy = 1;  // as 0
+  raise_unless_ok(on_.status);
+  if (stream <= kLegacy) goes_into_graph(stream_of(stream));
+}
 
 OnReleased::OnReleased(int device) {
   if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) unlocked_.emplace();
@@ -109,7 +119,7 @@ void Uses::release(void* p, int device, Event* first) {
 ArrayMemory::ArrayMemory(std::size_t bytes, int device, std::uintptr_t stream) : device_(device) {
   const OnDevice on(device);
   raise_unless_ok(on.status);
-  captured_ = gpu::is_captured(stream_of(stream));
+  captured_ = goes_into_graph(stream_of(stream));
   raise_unless_ok(allocate(&data_, bytes, stream_of(stream)));
 }
 ArrayMemory::~ArrayMemory() {
@@ -126,7 +136,7 @@ void ArrayMemory::begin(std::optional<std::uintptr_t> stream) {
   if (stream && !captured_) {
     const OnDevice on(device_);
     raise_unless_ok(on.status);
-    if (!gpu::is_captured(stream_of(*stream))) raise_unless_ok(uses_.precede(*stream));
+    if (!goes_into_graph(stream_of(*stream))) raise_unless_ok(uses_.precede(*stream));
   }
   ++calls_;
 }
@@ -136,7 +146,7 @@ void ArrayMemory::end(std::uintptr_t stream) {
   const OnDevice on(device_);
   raise_unless_ok(on.status);
   // A graph may be launched at any time.
-  if (gpu::is_captured(stream_of(stream))) return;
+  if (goes_into_graph(stream_of(stream))) return;
   raise_unless_ok(uses_.record(stream));
   --calls_;
 }
@@ -144,6 +154,7 @@ void ArrayMemory::end(std::uintptr_t stream) {
 Mark::Mark(int device, std::uintptr_t stream) : device_(device) {
   const OnDevice on(device);
   raise_unless_ok(on.status);
+  refuse_capture(stream_of(stream), "the question when it is done");
   raise_unless_ok(event_.record(stream_of(stream)));
 }
 bool Mark::is_done() {
@@ -161,7 +172,19 @@ void refuse_capture_on(int device, std::uintptr_t stream, const char* what) {
 bool is_captured_on(int device, std::uintptr_t stream) {
   const OnDevice on(device);
   raise_unless_ok(on.status);
-  return gpu::is_captured(stream_of(stream));
+  return is_captured(stream_of(stream));
+}
+// Whether that made `later` part of a graph, which must end on the stream that it began on.
+bool wait_on(std::uintptr_t later, std::uintptr_t earlier, int device) {
+  const OnDevice on(device);
+  raise_unless_ok(on.status);
+  const bool graph = is_captured(stream_of(later));
+  // What a graph reads is there when it is launched; it cannot wait for what is outside of it.
+  if (graph && !is_captured(stream_of(earlier))) return false;
+  const bool joins = goes_into_graph(stream_of(earlier)) && !graph;
+  if (!graph) goes_into_graph(stream_of(later));
+  raise_unless_ok(wait(stream_of(later), stream_of(earlier)));
+  return joins;
 }
 
 // DLPack, in and out.
@@ -251,22 +274,13 @@ py::tuple from_dlpack(const py::object& capsule) {
 using namespace fastops::gpu;
 
 PYBIND11_MODULE(FASTOPS_CUDA_MODULE, m) {
-  m.def("device_count", &device_count);
-  m.def("problem", [] { return problem(); }, "Why there is no device, or None.");
+  m.def("device_count", &device_count, Unlocked());
+  m.def("problem", &problem, Unlocked(), "Why there is no device, or None.");
   m.def(
       "device_of", [](std::uintptr_t p) { return device_of(reinterpret_cast<const void*>(p)); }, py::arg("address"),
       Unlocked(), "The device whose memory this is, -1 for the host's.");
-  m.def(
-      "wait",
-      [](std::uintptr_t later, std::uintptr_t earlier, int device) {
-        const OnDevice on(device);
-        raise_unless_ok(on.status);
-        // What a graph reads is there when it is launched; it cannot wait for what is outside of it.
-        if (is_captured(stream_of(later)) && !is_captured(stream_of(earlier))) return;
-        raise_unless_ok(wait(stream_of(later), stream_of(earlier)));
-      },
-      py::arg("later"), py::arg("earlier"), py::arg("device"), Unlocked(),
-      "Lets one stream wait for what another has got so far.");
+  m.def("wait", &wait_on, py::arg("later"), py::arg("earlier"), py::arg("device"), Unlocked(),
+        "Lets one stream wait for what another has got so far; whether it became part of a graph by that.");
   m.def("is_captured", &is_captured_on, py::arg("device"), py::arg("stream"), Unlocked(),
         "Whether what a stream gets goes into a graph.");
   m.def("refuse_capture", &refuse_capture_on, py::arg("device"), py::arg("stream"), py::arg("what"), Unlocked(),

@@ -23,16 +23,25 @@ constexpr std::int32_t kDlCuda = 2, kDlCudaManaged = 13;
 
 void raise_unless_ok(Status status);
 Stream stream_of(std::uintptr_t handle);
-// Of the current device: raises where what the stream gets goes into a graph, which cannot have `what`.
+// Of the current device: whether what the stream gets goes into a graph. Raises where it would end another's capture.
+bool goes_into_graph(Stream stream);
+// Raises where it does, which cannot have `what`.
 void refuse_capture(Stream stream, const char* what);
+// Elsewhere a load would end all that the process does on the device. The name becomes a text where it is wanted.
+template <class Name> void want_aligned(std::uintptr_t address, std::size_t item, const Name& name) {
+  if (address % item != 0) throw pybind11::value_error(std::string(name) + " must be aligned to its elements");
+}
+template <class Name> void want_aligned(const void* p, std::size_t item, const Name& name) {
+  want_aligned(reinterpret_cast<std::uintptr_t>(p), item, name);
+}
 
 // A launch has no time for the interpreter: where a queue is full it waits, maybe for what a host function in that
 // queue does in Python. No mutex is held when the interpreter is taken again.
 using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
-// The device is current meanwhile.
+// The device is current meanwhile. Raises where the stream cannot be launched on.
 class Launching {
  public:
-  explicit Launching(int device);
+  Launching(int device, std::uintptr_t stream);
 
  private:
   pybind11::gil_scoped_release unlocked_;

@@ -12,9 +12,10 @@
 
 namespace fastops::gpu {
 
-using Stream = void*;                   // cudaStream_t
-using Status = int;                     // cudaError_t; 0: no error
-inline constexpr Status kTooLarge = 9;  // cudaErrorInvalidConfiguration
+using Stream = void*;                                   // cudaStream_t
+using Status = int;                                     // cudaError_t; 0: no error
+inline constexpr Status kTooLarge = 9;                  // cudaErrorInvalidConfiguration
+inline constexpr std::size_t kMostBlocks = 0x7fffffff;  // of a grid's first axis
 
 // The runtime.
 
@@ -67,8 +68,14 @@ class Event {
  private:
   void* event_ = nullptr;
 };
-// Whether what the stream gets goes into a graph, where events outside of it can neither be asked nor waited for.
-bool is_captured(Stream stream) noexcept;
+// Where what a stream gets goes.
+enum class Capture {
+  kNone,
+  kGraph,   // events outside of it cannot be waited for
+  kBroken,  // nowhere: it would end the capture of a blocking stream, for which the default stream waits
+};
+Capture capture_of(Stream stream) noexcept;
+inline bool is_captured(Stream stream) noexcept { return capture_of(stream) == Capture::kGraph; }
 
 // Mitchell arithmetic.
 

@@ -200,9 +200,11 @@ Status Event::precede(Stream later) noexcept {
   if (event_ == nullptr) return 0;
   return status_of(cudaStreamWaitEvent(stream_of(later), static_cast<cudaEvent_t>(event_), 0));
 }
-bool is_captured(Stream stream) noexcept {
+Capture capture_of(Stream stream) noexcept {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  return status_of(cudaStreamIsCapturing(stream_of(stream), &capture)) == 0 && capture != cudaStreamCaptureStatusNone;
+  const Status status = status_of(cudaStreamIsCapturing(stream_of(stream), &capture));
+  if (status == cudaErrorStreamCaptureImplicit) return Capture::kBroken;
+  return status == 0 && capture != cudaStreamCaptureStatusNone ? Capture::kGraph : Capture::kNone;
 }
 
 }  // namespace fastops::gpu

@@ -18,11 +18,13 @@ namespace {
 constexpr int kDevices = 2;
 constexpr Status kGone = 400;                  // cudaErrorInvalidResourceHandle
 constexpr Status kCaptured = 900;              // cudaErrorStreamCaptureUnsupported
+constexpr Status kImplicit = 906;              // cudaErrorStreamCaptureImplicit
 constexpr std::uintptr_t kReleases = 1 << 20;  // the stream on which memory is freed
 thread_local int g_device = 0;
 std::vector<Stream> g_gone;
 std::vector<Stream> g_finished;  // whose events are done
 Stream g_captured = nullptr;     // whose work goes into a graph
+bool g_blocking = false;         // for which the default stream waits
 std::vector<Stream> g_joined;  // that have waited for the captured one, which must wait for them before the graph ends
 int g_faults = 0;
 int g_idle_waits = 0;
@@ -35,6 +37,10 @@ void want_unlocked() noexcept { g_faults += PyGILState_Check != nullptr && PyGIL
 
 Status use(Stream stream) noexcept {
   want_unlocked();
+  if (capture_of(stream) == Capture::kBroken) {
+    ++g_faults;
+    return kImplicit;
+  }
   if (std::find(g_gone.begin(), g_gone.end(), stream) == g_gone.end()) return 0;
   ++g_faults;
   return kGone;
@@ -110,9 +116,12 @@ Status Event::precede(Stream later) noexcept {
   g_waits.push_back(static_cast<char*>(event_) - 1);
   return use(later);
 }
-bool is_captured(Stream stream) noexcept {
-  return stream != nullptr &&
-         (stream == g_captured || std::find(g_joined.begin(), g_joined.end(), stream) != g_joined.end());
+Capture capture_of(Stream stream) noexcept {
+  if (g_captured == nullptr) return Capture::kNone;
+  const auto handle = reinterpret_cast<std::uintptr_t>(stream);
+  if (handle <= 1 && g_captured != stream && g_blocking) return Capture::kBroken;
+  const bool joined = std::find(g_joined.begin(), g_joined.end(), stream) != g_joined.end();
+  return stream == g_captured || joined ? Capture::kGraph : Capture::kNone;
 }
 
 }  // namespace fastops::gpu
@@ -126,10 +135,11 @@ __attribute__((visibility("default"))) void fastops_shim_finish_stream(void* str
   fastops::gpu::g_finished.push_back(stream);
 }
 // Null: nothing is captured any more.
-__attribute__((visibility("default"))) void fastops_shim_capture(void* stream) {
+__attribute__((visibility("default"))) void fastops_shim_capture(void* stream, int blocking) {
   fastops::gpu::g_faults += static_cast<int>(fastops::gpu::g_joined.size());
   fastops::gpu::g_joined.clear();
   fastops::gpu::g_captured = stream;
+  fastops::gpu::g_blocking = blocking != 0;
 }
 // Copies the waits for events since the last call, at most so many handles; how many there were.
 __attribute__((visibility("default"))) int fastops_shim_waits(void** to, int most) {
@@ -150,8 +160,8 @@ __attribute__((visibility("default"))) int fastops_shim_allocations() {
 __attribute__((visibility("default"))) int fastops_shim_releases() {
   return std::exchange(fastops::gpu::g_releases, 0);
 }
-// Calls that named an ended stream or held the interpreter, events within a capture, and streams that a graph was left
-// with; counts anew.
+// Calls that named an ended stream, held the interpreter or would have ended a capture, events within one, and streams
+// that a graph was left with; counts anew.
 __attribute__((visibility("default"))) int fastops_shim_faults() {
   const int faults = fastops::gpu::g_faults;
   fastops::gpu::g_faults = 0;

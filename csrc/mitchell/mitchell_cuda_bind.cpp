@@ -73,10 +73,6 @@ Array array_of(const py::handle& x) {
 
 bool is_empty(const Array& x) { return std::find(x.shape.begin(), x.shape.end(), 0) != x.shape.end(); }
 
-void want_aligned(const Array& x, std::size_t item, const char* name) {
-  if (x.data % item != 0) throw py::value_error(std::string(name) + " must be aligned to its elements");
-}
-
 struct Span {
   std::uintptr_t low, high;
 };
@@ -147,9 +143,9 @@ void apply(const Multiplier& multiplier, int op, int dtype, const py::object& a,
   if (op < 0 || op > FASTOPS_EXP2 || dtype < 0 || dtype > FASTOPS_F64 || r.is_number)
     throw py::value_error("op or dtype is out of range");
   const std::size_t item = kItemSize[dtype];
-  want_aligned(x, item, "a");
-  want_aligned(y, item, "b");
-  want_aligned(r, item, "out");
+  want_aligned(x.data, item, "a");
+  want_aligned(y.data, item, "b");
+  want_aligned(r.data, item, "out");
   std::vector<std::ptrdiff_t> strides[3] = {r.strides, broadcast(x, r.shape, "a"), broadcast(y, r.shape, "b")};
   refuse_overlap(r, item, x, item, "a", true);
   refuse_overlap(r, item, y, item, "b", true);
@@ -169,7 +165,7 @@ void apply(const Multiplier& multiplier, int op, int dtype, const py::object& a,
     call.b.stride[d] = strides[2][i];
   }
   if (is_empty(r)) return;
-  const Launching on(device);
+  const Launching on(device, stream);
   raise_unless_ok(mitchell_apply(*multiplier, call, stream_of(stream)));
 }
 
@@ -187,7 +183,7 @@ void grad(const Multiplier& multiplier, const Multiplier& product, int op, int m
   std::vector<std::ptrdiff_t> strides[kArrays], shape;
   for (std::size_t k = 0; k < kArrays; ++k) {
     if (arrays[k].is_number) throw py::value_error(std::string(names[k]) + " must be an array");
-    want_aligned(arrays[k], item, names[k]);
+    want_aligned(arrays[k].data, item, names[k]);
     strides[k] = broadcast(arrays[k], arrays[0].shape, names[k]);
     // Of the axes that an operand has not, a gradient has none either.
     if (k >= 3 && arrays[k].shape != arrays[k - 2].shape)
@@ -208,7 +204,7 @@ void grad(const Multiplier& multiplier, const Multiplier& product, int op, int m
   }
   for (std::size_t k = 0; k < kArrays; ++k) operands[k]->data = reinterpret_cast<const void*>(arrays[k].data);
   if (is_empty(arrays[3]) && is_empty(arrays[4])) return;
-  const Launching on(device);
+  const Launching on(device, stream);
   const Workspace workspace(mitchell_gradient_workspace(*multiplier, call), device, stream);
   raise_unless_ok(mitchell_gradient(*multiplier, *product, call, workspace.data(), stream_of(stream)));
 }
@@ -253,13 +249,13 @@ void matmul(const Multiplier& multiplier, int dtype, const py::object& a, const 
   if (dtype < 0 || dtype > FASTOPS_F64) throw py::value_error("dtype is out of range");
   Matmul call = matmul_of(x, y, r);
   call.dtype = static_cast<fastops_dtype>(dtype);
-  want_aligned(x, kItemSize[dtype], "a");
-  want_aligned(y, kItemSize[dtype], "b");
-  want_aligned(r, kItemSize[dtype], "out");
+  want_aligned(x.data, kItemSize[dtype], "a");
+  want_aligned(y.data, kItemSize[dtype], "b");
+  want_aligned(r.data, kItemSize[dtype], "out");
   refuse_overlap(r, kItemSize[dtype], x, kItemSize[dtype], "a", false);
   refuse_overlap(r, kItemSize[dtype], y, kItemSize[dtype], "b", false);
   if (is_empty(r)) return;
-  const Launching on(device);
+  const Launching on(device, stream);
   raise_unless_ok(mitchell_matmul(&*multiplier, call, stream_of(stream)));
 }
 
@@ -308,7 +304,7 @@ void run(const Multiplier& multiplier, const GatheredMatmul* calls, std::size_t 
          std::uintptr_t stream) {
   std::size_t bytes = 0;
   for (std::size_t i = 0; i < count; ++i) bytes = std::max(bytes, mitchell_gathered_workspace(calls[i]));
-  const Launching on(device);
+  const Launching on(device, stream);
   const Workspace workspace(bytes, device, stream);
   for (std::size_t i = 0; i < count; ++i)
     raise_unless_ok(mitchell_gathered(&*multiplier, calls[i], workspace.data(), stream_of(stream)));
@@ -378,7 +374,7 @@ void check_gradients(int mode, int dtype, std::initializer_list<std::pair<const 
   for (std::size_t i = 0; i < arrays.size(); ++i) {
     const auto& [name, x] = first[i];
     if (x->is_number || x->shape.size() < 2) throw py::value_error(std::string(name) + " must have two axes or more");
-    want_aligned(*x, kItemSize[dtype], name);
+    want_aligned(x->data, kItemSize[dtype], name);
     for (std::size_t k = 0; i >= inputs && k < i; ++k)
       refuse_overlap(*x, kItemSize[dtype], *first[k].second, kItemSize[dtype], first[k].first, false);
   }
@@ -613,7 +609,7 @@ void conv2d_grad(const Multiplier& multiplier, int mode, int dtype, const py::ob
         reached += y.pixels * z.pixels;
       }
     if (reached != c.x.shape[2] * c.x.shape[3]) {
-      const Launching on(device);
+      const Launching on(device, stream);
       const Span span = span_of(image, kItemSize[dtype]);
       raise_unless_ok(clear(reinterpret_cast<void*>(span.low), static_cast<std::size_t>(size), stream_of(stream)));
     }
@@ -634,12 +630,12 @@ void lut(const py::object& a, const py::object& b, const py::buffer& table, bool
   // Without a term the table is not read.
   if (entries.size != 65536 || (entries.itemsize != 4 && !wide_table) || (wide_table && !wide_out && call.depth != 0))
     throw py::value_error("table must be 256 x 256 of int32, or of int64 beside an int64 result");
-  want_aligned(r, wide_out ? 8 : 4, "out");
+  want_aligned(r.data, wide_out ? 8 : 4, "out");
   refuse_overlap(r, wide_out ? 8 : 4, x, 1, "a", false);
   refuse_overlap(r, wide_out ? 8 : 4, y, 1, "b", false);
   if (is_empty(r)) return;
   const auto bytes = static_cast<std::size_t>(entries.size * entries.itemsize);
-  const Launching on(device);
+  const Launching on(device, stream);
   refuse_capture(stream_of(stream),
                  "tables in host memory");  // which may have drawn the stream in since the call began
   const Memory memory(bytes, device, stream);

@@ -777,8 +777,7 @@ Plan plan_of(const gpu::GatheredMatmul& shape) noexcept {
     parts.splits = std::max<std::size_t>(1, parts_of(parts.tiles, parts.part));
     plan.blocks = blocks * parts.splits;
   }
-  constexpr std::size_t kMostBlocks = 0x7fffffff;
-  plan.fits = plan.blocks <= kMostBlocks && parts.tiles <= kMostBlocks && group_blocks <= kMostBlocks;
+  plan.fits = plan.blocks <= gpu::kMostBlocks && parts.tiles <= gpu::kMostBlocks && group_blocks <= gpu::kMostBlocks;
   cover.down = static_cast<unsigned>(down);
   cover.across = static_cast<unsigned>(across);
   cover.filter_blocks = static_cast<unsigned>(filter_blocks);

@@ -311,7 +311,7 @@ gpu::Status launch(GatheredCall<T>& call, const Cut& cut, gpu::Stream stream) no
   call.splits = cut.splits;
   call.part = cut.part;
   const std::size_t batch = batch_of(call.shape), blocks = batch * call.tiles_down * call.tiles_across * call.splits;
-  if (blocks > 0x7fffffff) return gpu::kTooLarge;
+  if (blocks > gpu::kMostBlocks) return gpu::kTooLarge;
   const auto kernel = gathered_kernel<T, kBody, kTile>;
   FASTOPS_LAUNCH(kernel, static_cast<unsigned>(blocks), kThreads, S::kAll, stream, call);
   const gpu::Status status = launched();

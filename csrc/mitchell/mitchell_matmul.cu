@@ -191,8 +191,7 @@ __global__ void __launch_bounds__(kThreads) lut_kernel(const __grid_constant__ L
 // Launches.
 
 bool fits_grid(std::size_t batch, std::size_t down, std::size_t across) noexcept {
-  constexpr std::size_t kMostBlocks = 0x7fffffff;
-  return down <= kMostBlocks && across <= kMostBlocks / down && batch <= kMostBlocks / (down * across);
+  return down <= gpu::kMostBlocks && across <= gpu::kMostBlocks / down && batch <= gpu::kMostBlocks / (down * across);
 }
 
 template <class T, Body kBody, int kTile>

@@ -207,13 +207,16 @@ Contents read_lists(const std::vector<Role>& roles, const std::vector<py::list>&
       t.size = v.size;
       t.dtype[r] = static_cast<std::uint8_t>(v.dtype);
       const auto address = reinterpret_cast<std::uintptr_t>(v.data);
-      if (address % kItemSize[v.dtype] != 0) throw py::value_error(name + " must be aligned to its elements");
+      want_aligned(address, kItemSize[v.dtype], name);
       packs = packs && address % std::min<std::size_t>(4 * kItemSize[v.dtype], 16) == 0;
     }
     t.packs = packs;
   }
   return c;
 }
+
+constexpr const char* kNotThere =
+    "a call whose list is not on the GPU yet: call once before, with the same memory, and wait for it";
 
 // A table in the device's memory. It holds no tensor: who launches with it knows that they live.
 class Plan {
@@ -227,9 +230,8 @@ class Plan {
     if (chunks.empty()) return;
     const std::size_t head = contents_.tensors.size() * sizeof(Tensor), tail = chunks.size() * sizeof(Chunk);
     const Stream first = stream_of(stream);
-    const Launching on(contents_.device);
-    refuse_capture(first,
-                   "a call whose list is not on the GPU yet: call once before, with the same memory, and wait for it");
+    const Launching on(contents_.device, stream);
+    refuse_capture(first, kNotThere);
     raise_unless_ok(allocate(&memory_, head + tail, first));
     auto* const at = static_cast<char*>(memory_);
     Status status = upload(at, contents_.tensors.data(), head, first);
@@ -259,14 +261,16 @@ class Plan {
   // Launches on a stream: f(table) on the plan's device. The plan outlives streams, so it names none but this one.
   template <class F> void launch(std::uintptr_t handle, const F& f) {
     if (memory_ == nullptr) return;
-    const Launching on(contents_.device);
+    const Launching on(contents_.device, handle);
     const std::lock_guard<std::mutex> lock(mutex_);
     const Stream stream = stream_of(handle);
-    if (is_captured(stream)) {
+    ready_ = ready_ || uploaded_.is_done();
+    if (goes_into_graph(stream)) {
+      // Which may have drawn the stream in since the table was sent.
+      if (!ready_) refuse_capture(stream, kNotThere);
       captured_ = true;
       return raise_unless_ok(f(table_));
     }
-    ready_ = ready_ || uploaded_.is_done();
     if (!ready_) raise_unless_ok(uploaded_.precede(stream));
     const bool before = std::exchange(untold_, true);
     raise_unless_ok(f(table_));
@@ -367,7 +371,7 @@ void ema(Plan& plan, const py::object& weight, const py::object& seed, std::uint
   if (weights.size() != tensors.size()) throw py::value_error("weights must be as many as tensors");
   if (weights.empty()) return;
   {
-    const Launching on(plan.contents().device);
+    const Launching on(plan.contents().device, stream);
     refuse_capture(stream_of(stream), "decays of every tensor, which come from host memory: give one for all");
   }
   plan.launch(stream, [&](const TensorTable& table) {

@@ -264,14 +264,12 @@ class _Linear(OfHeads):
         """The launches."""
         call = self.call
         with call:
-            memory = None
             if self._host_offsets:
                 memory = call.native.uploaded(self._host_offsets, call.device, call.stream)
+                call.end_with_it(memory)
                 self.numbers["cu_seqlens"] = memory.address
             if self.p.b * self.p.hq:
                 self._launch(kind)
-            if memory is not None:
-                memory.end(call.stream)
 
     def _launch(self, kind: str) -> None:
         p, o, native = self.p, self.options, self.call.native

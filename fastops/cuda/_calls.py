@@ -8,7 +8,8 @@ import contextlib
 import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,7 @@ class Kept:
     """
 
     def __init__(self) -> None:
+        self._for_good: list[object] = []
         self._new: deque[tuple[tuple[int, int], Any, object]] = deque()
         self._queues: dict[tuple[int, int], deque[tuple[Any, object]]] = {}
         # Who finds it taken leaves the look to the other, or is what a look has called.
@@ -92,6 +94,10 @@ class Kept:
     def add(self, device: int, stream: int, mark: Any, things: object) -> None:
         """Keeps things until what the mark stands for is done."""
         self._new.append(((device, stream), mark, things))
+
+    def add_for_good(self, things: object) -> None:
+        """Keeps things of which nobody can tell when they are done with."""
+        self._for_good.append(things)
 
     def drop_done(self) -> None:
         """Lets go of what is done. A stream's calls end in their order."""
@@ -113,6 +119,7 @@ class Kept:
 
     def clear(self) -> None:
         """Lets go of all, as long as the libraries are there that own it."""
+        self._for_good.clear()
         self._new.clear()
         self._queues.clear()
 
@@ -136,10 +143,12 @@ class Operands:
         self._theirs: dict[int, bool] = {}
         self._later: list[int] = []
         self._arrays: list[Array] = []
+        # Memory of our own that the call has made: it ends with it, too.
+        self._made: list[Any] = []
         self._guests: list[object] = []
 
     def take(self, value: Any, found: View, *, written: bool = False) -> bool:
-        """One of them; whether its library may reuse its memory on another stream than that of the call."""
+        """One of them; whether its library may reuse its memory on another stream than that of the call, so that it must stay."""
         if isinstance(value, Array):
             self._arrays.append(value)
             return False
@@ -151,13 +160,17 @@ class Operands:
         if theirs is not None:
             if _same_stream(theirs, self.stream):
                 return False
+            theirs = theirs or 1
             self._theirs[theirs] = self._theirs.get(theirs, False) or written
-        self.keep(found.keep)
         return True
 
     def keep(self, *things: Any) -> None:
         """What must stay: of tensors, which may get other memory, the memory that they have now."""
         self._guests += (x.detach() if is_torch(x) else x for x in things)
+
+    def end_with_it(self, memory: Any) -> None:
+        """Memory of our own that this call makes and uses."""
+        self._made.append(memory)
 
     def __enter__(self) -> None:
         begun = []
@@ -173,10 +186,8 @@ class Operands:
             raise
 
     def _wait_for(self, theirs: int, written: bool) -> None:
-        native, device = self.native, self.device
-        # Who waits for a stream of a graph becomes part of that, which must end on the stream that it began on.
-        joins = native.is_captured(device, theirs) and not native.is_captured(device, self.stream)
-        native.wait(self.stream, theirs, device)
+        joins = self.native.wait(self.stream, theirs, self.device)
+        # What became part of a graph must end on the stream that this began on.
         if joins or (written and self._chosen):
             self._later.append(theirs)
 
@@ -186,22 +197,46 @@ class Operands:
             self._end()
 
     def _end(self) -> None:
-        native, device = self.native, self.device
-        while self._arrays:
-            self._arrays.pop()._memory.end(self.stream)
-        if not (self._later or self._guests or kept):
+        if not (self._arrays or self._made or self._later or self._guests or kept):
             return
-        captured = native.is_captured(device, self.stream)
+        failed: list[BaseException] = []
+        for step in self._steps_to_end():
+            try:
+                step()
+            except BaseException as error:  # noqa: BLE001 - raised when all has ended that can
+                failed.append(error)
+        if failed:
+            try:
+                raise failed[0]
+            finally:
+                failed.clear()  # which would keep this frame, and all that the call uses
+
+    def _steps_to_end(self) -> Iterator[Callable[[], object]]:
+        native, device, stream = self.native, self.device, self.stream
+        for memory in (*(array._memory for array in self._arrays), *self._made):
+            yield partial(memory.end, stream)
+        self._arrays.clear()
+        self._made.clear()
+        captured = bool(self._later or self._guests or kept) and native.is_captured(device, stream)
         for theirs in self._later:
             if not captured or native.is_captured(device, theirs):
-                native.wait(theirs, self.stream, device)
+                yield partial(native.wait, theirs, stream, device)
         # What a graph reads must live as long as it, which its owner knows; in a capture no event is asked for.
-        if captured:
+        if not captured:
+            yield self._keep_guests
+            yield kept.drop_done
+
+    def _keep_guests(self) -> None:
+        guests = tuple(self._guests)
+        self._guests.clear()
+        if not guests:
             return
-        if self._guests:
-            kept.add(device, self.stream, native.Mark(device, self.stream), tuple(self._guests))
-            self._guests.clear()
-        kept.drop_done()
+        try:
+            mark = self.native.Mark(self.device, self.stream)
+        except RuntimeError:
+            kept.add_for_good(guests)
+            raise
+        kept.add(self.device, self.stream, mark, guests)
 
 
 class Call(Operands):
@@ -224,9 +259,11 @@ class Call(Operands):
                 raise _validate.wrong_value(name, wanted, Text(f"an array on device {found.device}"))
             self.device = found.device
             self.views[name] = found
-            moves = self.take(value, found, written=name == "out" or name.startswith("state["))
+            stays = self.take(value, found, written=name == "out" or name.startswith("state["))
+            if stays:
+                self.keep(found.keep)
             if name == first:
-                self._results_stay = moves
+                self._results_stay = stays
 
     def dtype(self, allowed: Sequence[str], *names: str) -> int:
         """The one dtype of the arrays of these names, as a code."""
@@ -243,6 +280,7 @@ class Call(Operands):
         """An array of the caller's kind, and its memory."""
         made = empty_like(self.like, shape, code, self.device, self.stream)
         if isinstance(made, Array):
+            self.end_with_it(made._memory)
             return made, made._view()
         if self._results_stay:
             self.keep(made)
@@ -286,11 +324,9 @@ def empty_like(like: Any, shape: tuple[int, ...], code: int, device: int, stream
 
 
 def returned(like: Any, result: Any) -> Any:
-    """What the caller gets of a new array, of which its stream has got all: jax's own kind where its arrays came, which only a
-    finished one can become."""
+    """What the caller gets of a new array, when the call has ended: jax's own kind where its arrays came."""
     if not isinstance(result, Array):
         return result
-    result._memory.end(result._stream)
     if type(like).__module__.partition(".")[0] in ("jax", "jaxlib"):
         return sys.modules["jax"].dlpack.from_dlpack(result)
     return result

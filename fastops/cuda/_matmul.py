@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -238,7 +239,8 @@ def lut_matmul(a: Any, b: Any, table: ArrayLike, *, out: Any = None, stream: Any
         raise _validate.wrong_value("a", "of fewer columns than overflow int64 sums", got)
     wide, narrow = DTYPES.index("int64"), DTYPES.index("int32")
     dtypes = (wide,) if bound > np.iinfo(np.int32).max else (narrow, wide)
-    call.native.refuse_capture(call.device, call.stream, "tables in host memory")
+    if math.prod(shape):
+        call.native.refuse_capture(call.device, call.stream, "tables in host memory")
     result, memory = call.output(out, _kept(shape, drop), dtypes)
     is_wide = memory.dtype == wide
     # A table of int64 has entries that only an int64 sum holds.

@@ -124,13 +124,14 @@ class _Step(Operands):
             if first is not None and first.device.type == "cuda":
                 found = view(role.name, first, self.stream, in_place=True)
                 if self.take(first, found, written=role.written):
-                    self.keep(*items) if self._held is None else self.keep(self._held[i])
+                    self.keep(*(items if self._held is None else self._held[i]))
 
     def _describe(self, name: str, value: Any) -> Described:
         found = view(name, value, self.stream, in_place=True)
         if not is_torch(value):
             written = name.partition("[")[0] in self._written
-            self.take(value, found, written=written)
+            if self.take(value, found, written=written):
+                self.keep(found.keep)
             if isinstance(value, Array):
                 self._own.append(value)
             else:
@@ -144,7 +145,9 @@ class _Step(Operands):
             if stream is None:
                 # What its library knows of streams it learns by DLPack alone, array by array.
                 for each, _ in items:
-                    self.take(each, view("arrays", each, self.stream), written=written)
+                    found = view("arrays", each, self.stream)
+                    if self.take(each, found, written=written):
+                        self.keep(found.keep)
                 continue
             # The one of the first call may be gone.
             found = found._replace(stream=(interface_of(value) or {}).get("stream"))
