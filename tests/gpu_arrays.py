@@ -155,7 +155,10 @@ def open_platform(kind: str, monkeypatch: pytest.MonkeyPatch) -> Any:
         return Shim()
     if not fastops.cuda.is_available():
         pytest.skip("no GPU")
-    return Device(pytest.importorskip("torch"))
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("torch is built without CUDA")
+    return Device(torch)
 
 
 PLATFORMS = [pytest.param("shim", id="shim"), pytest.param("device", id="device", marks=pytest.mark.gpu)]

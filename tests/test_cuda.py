@@ -570,6 +570,9 @@ def test_the_default_stream_leaves_the_capture_of_a_blocking_one_alone(trace: Tr
         lambda: cuda.mitchell_square(array),
         lambda: cuda.mitchell_square(ones(3), stream=0),
         lambda: cuda.mitchell_square(ones(3), out=ones(3), stream=1),
+        lambda: cuda.mitchell_square(ones(3, stream=1), out=ones(3, stream=1)),
+        lambda: cuda.mitchell_square(ones(3, stream=64), out=ones(3), stream=1),
+        lambda: array._memory.end(1),
         lambda: cuda.mitchell_square(ones(3, stream=1), out=ones(3), stream=64),
         lambda: cuda.ema_update_(shadows, params, 0.5, stream=1),
         lambda: cuda.ema_update_([ones(3)], params, 0.5, stream=1),
@@ -581,6 +584,7 @@ def test_the_default_stream_leaves_the_capture_of_a_blocking_one_alone(trace: Tr
                 call()
             assert trace.faults() == 0, i
         assert not _runtime.module().is_captured(0, 1)
+        assert not _calls.kept._for_good  # what was not launched needs nothing
         trace.finish(64)
         cuda.mitchell_mul(ones(3, stream=1), array, out=ones(3), stream=70)
         cuda.ema_update_(shadows, params, 0.5, stream=70)
@@ -1100,6 +1104,7 @@ def test_a_stream_that_a_graph_drew_in_ends_there(trace: Trace, monkeypatch: pyt
         trace.finish(5)  # the table of the lists is there
         trace.capture(8)
         call()
+        call()  # on a stream that is captured by then
         trace.capture(None)
         assert trace.faults() == 0, name
     numbers, row = FakeTensor(np.ones((2, 2), np.uint8)), FakeTensor(np.ones((1, 5, 4), np.float32))
@@ -1119,6 +1124,10 @@ def test_a_stream_that_a_graph_drew_in_ends_there(trace: Trace, monkeypatch: pyt
     trace.capture(8)
     with pytest.raises(ValueError, match="memory apart"):
         cuda.mitchell_square(x, out=FakeTensor(x.array[::-1]), stream=5)
+    for default in (0, 1):
+        with pytest.raises(RuntimeError, match=r"^CUDA graphs cannot capture the default stream"):
+            cuda.mitchell_square(x, out=libraries.torch(), stream=default)
+        assert not _runtime.module().is_captured(0, default)
     trace.capture(None)
     assert trace.host_waits() == 0
 

@@ -11,6 +11,7 @@ import pytest
 
 import fastops
 from fastops import cuda
+from fastops.cuda import _runtime
 
 pytestmark = pytest.mark.gpu
 # Cycles: long enough that what waits for nothing comes first.
@@ -19,10 +20,17 @@ LONG = 200_000_000
 
 @pytest.fixture
 def torch() -> ModuleType:
-    """torch, with a GPU whose earlier work is done."""
+    """torch, with a GPU that has loaded the kernels and pinned memory: the first call of each may wait for the device."""
     if not cuda.is_available():
         pytest.skip("no GPU")
     module: ModuleType = pytest.importorskip("torch")
+    if not module.cuda.is_available():
+        pytest.skip("torch is built without CUDA")
+    a, y = filled(module, 1.0), filled(module, 0.0)
+    cuda.mitchell_square(a, out=y)
+    cuda.mitchell_sqrt(cuda.mitchell_square(Bare(a)))
+    cuda.ema_update_([y], [a], 0.5)
+    _runtime.module().forget_plans()
     module.cuda.synchronize()
     return module
 
@@ -49,6 +57,7 @@ def test_a_call_waits_for_the_stream_of_its_operands(torch: ModuleType) -> None:
     torch.cuda._sleep(LONG)
     a.fill_(3.0)
     cuda.mitchell_square(a, out=y, stream=stream)
+    assert not torch.cuda.current_stream().query(), "the host has waited, so that nothing was shown"
     stream.synchronize()
     assert torch.all(y == square(3.0))
 
@@ -60,45 +69,51 @@ def test_a_call_goes_to_the_current_stream(torch: ModuleType) -> None:
         torch.cuda._sleep(LONG)
         a.fill_(3.0)
         y = cuda.mitchell_square(a)
+    assert not stream.query(), "the host has waited, so that nothing was shown"
     stream.synchronize()
     assert torch.all(y == square(3.0))
 
 
-def test_operands_stay_until_the_stream_is_done(torch: ModuleType) -> None:
-    """torch would give their memory to the next tensor of its own stream."""
+def test_operands_and_results_stay_until_the_stream_is_done(torch: ModuleType) -> None:
+    """torch would give their memory to the next tensors of its own stream, which would be written."""
     stream, y = torch.cuda.Stream(), filled(torch, 0.0)
-    a, lists = filled(torch, 3.0), [[filled(torch, 0.0)], [filled(torch, 4.0)]]
-    shadow = lists[0][0]
+    a, gone, shadow, param = filled(torch, 3.0), filled(torch, 0.0), filled(torch, 0.0), filled(torch, 4.0)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(LONG)
     cuda.mitchell_square(a, out=y, stream=stream)
-    cuda.ema_update_(*lists, 0.5, stream=stream)
-    del a, lists
+    cuda.mitchell_square(a, out=gone, stream=stream)
+    cuda.mitchell_square(a, stream=stream)
+    cuda.ema_update_([shadow], [param], 0.5, stream=stream)
+    del a, gone, param
     others = [filled(torch, 9.0) for _ in range(8)]
+    assert not stream.query(), "the host has waited, so that nothing was shown"
     stream.synchronize()
     assert torch.all(y == square(3.0))
     assert torch.all(shadow == 2.0)
-    assert torch.all(others[0] == 9.0)
+    torch.cuda.synchronize()
+    assert all(bool(torch.all(x == 9.0)) for x in others)
 
 
 def test_memory_of_arrays_is_used_again(torch: ModuleType) -> None:
-    """Ten times what the GPU has, on two streams by turns, with no wait of the host between."""
-    n = 1 << 26
-    a, streams = Bare(filled(torch, 3.0, n)), [torch.cuda.Stream(), torch.cuda.Stream()]
+    """Ten times what the GPU has, on two streams that share its pool, with no wait of the host between."""
+    n, values = 1 << 26, (3.0, 5.0)
+    rounds = 5 * torch.cuda.get_device_properties(0).total_memory // (4 * n)
+    streams = [torch.cuda.Stream() for _ in values]
+    starts = [Bare(filled(torch, value, n)) for value in values]
     torch.cuda.synchronize()
-    total = torch.cuda.get_device_properties(0).total_memory
-    made = cuda.mitchell_square(a, stream=streams[0])
-    for i in range(10 * total // (4 * n)):
-        made = cuda.mitchell_sqrt(cuda.mitchell_square(made, stream=streams[i % 2]), stream=streams[i % 2])
-    assert isinstance(made, cuda.Array)
+    made = [cuda.mitchell_square(x, stream=s) for x, s in zip(starts, streams, strict=True)]
+    for _ in range(rounds):
+        made = [
+            cuda.mitchell_sqrt(cuda.mitchell_square(x, stream=s), stream=s) for x, s in zip(made, streams, strict=True)
+        ]
+    assert all(isinstance(x, cuda.Array) for x in made)
     torch.cuda.synchronize()
-    y = torch.from_dlpack(made)
-    assert bool(torch.all(y == y[0]))
-    expected = fastops.mitchell_square(np.float32(3.0))
-    for _ in range(10 * total // (4 * n)):
-        expected = fastops.mitchell_sqrt(fastops.mitchell_square(expected))
-    assert float(y[0]) == float(expected)
+    for x, value in zip(made, values, strict=True):
+        expected = fastops.mitchell_square(np.float32(value))
+        for _ in range(rounds):
+            expected = fastops.mitchell_sqrt(fastops.mitchell_square(expected))
+        assert bool(torch.all(torch.from_dlpack(x) == float(expected)))
 
 
 def test_a_graph_replays_its_calls(torch: ModuleType) -> None:
@@ -107,11 +122,13 @@ def test_a_graph_replays_its_calls(torch: ModuleType) -> None:
     shadows, params = [torch.zeros(64, device="cuda")], [torch.ones(64, device="cuda")]
     held = cuda.mitchell_square(Bare(b))
     stream = torch.cuda.Stream()
-    drawn_in = torch.empty_like(a)
+    drawn_in = [torch.empty_like(a) for _ in range(2)]
 
     def calls() -> list[Any]:
         cuda.ema_update_(shadows, params, 0.5)
-        cuda.mitchell_square(a, out=drawn_in, stream=stream)
+        # The second is on a stream that is captured by then.
+        for out in drawn_in:
+            cuda.mitchell_square(a, out=out, stream=stream)
         return [
             cuda.mitchell_mul(a, b),
             cuda.mitchell_matmul(a, b),
@@ -127,24 +144,26 @@ def test_a_graph_replays_its_calls(torch: ModuleType) -> None:
         a.copy_(torch.randn(64, 64, device="cuda", generator=generator.manual_seed(seed)))
         shadows[0].zero_()
         graph.replay()
-        found = [x.clone() for x in (*results, drawn_in, shadows[0])]
+        found = [x.clone() for x in (*results, *drawn_in, shadows[0])]
         shadows[0].zero_()
-        expected = [*calls(), drawn_in, shadows[0]]
+        expected = [*calls(), *drawn_in, shadows[0]]
         torch.cuda.synchronize()
         for x, y in zip(found, expected, strict=True):
             assert torch.equal(x, y)
 
 
-def test_a_graph_refuses_what_comes_from_host_memory(torch: ModuleType) -> None:
+def test_a_graph_refuses_what_it_cannot_have(torch: ModuleType) -> None:
     """Before anything that would end its capture."""
     a, y = filled(torch, 3.0, 64), filled(torch, 0.0, 64)
     numbers = torch.ones(2, 2, device="cuda", dtype=torch.uint8)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        with pytest.raises(RuntimeError, match=r"^CUDA graphs cannot capture"):
+        with pytest.raises(RuntimeError, match=r"^CUDA graphs cannot capture tables"):
             cuda.lut_matmul(numbers, numbers, np.ones((256, 256), np.int32))
-        with pytest.raises(RuntimeError, match=r"^CUDA graphs cannot capture"):
+        with pytest.raises(RuntimeError, match=r"^CUDA graphs cannot capture a call whose list"):
             cuda.ema_update_([y], [a], 0.5)
+        with pytest.raises(RuntimeError, match=r"^CUDA graphs cannot capture the default stream"):
+            cuda.mitchell_square(a, out=y, stream=0)
         cuda.mitchell_square(a, out=y)
     graph.replay()
     torch.cuda.synchronize()

@@ -85,7 +85,7 @@ void want_arrays(const py::dict& arrays, std::initializer_list<const char*> name
 template <class Call>
 void launch(const Call& call, Status (*run)(const Call&, void*, Stream) noexcept, std::size_t bytes, int device,
             std::uintptr_t stream) {
-  const Launching on(device, stream);
+  const Launching on(device);
   const Workspace workspace(bytes, device, stream);
   raise_unless_ok(run(call, workspace.data(), stream_of(stream)));
 }
@@ -136,7 +136,7 @@ void step(const py::tuple& options, const py::tuple& sizes, const py::dict& arra
   const LinearAttention call = linear_of(options, sizes, arrays);
   if (call.final.s == nullptr || call.queries != 1 || call.keys != 1)
     throw py::value_error("a step needs one token and its state");
-  const Launching on(device, stream);
+  const Launching on(device);
   raise_unless_ok(linear_attention_step(call, stream_of(stream)));
 }
 NystromAttention nystrom_of(const py::tuple& options, const py::tuple& sizes, const py::dict& arrays) {
@@ -197,8 +197,7 @@ void attend_through_landmarks(const py::tuple& options, const py::tuple& sizes, 
 }
 std::shared_ptr<ArrayMemory> copied_up(const py::bytes& from, int device, std::uintptr_t stream) {
   const std::string contents = from;
-  const Launching on(device, stream);
-  refuse_capture(stream_of(stream), "offsets in host memory: put cu_seqlens on the GPU before");
+  const Launching on(device);
   const auto made = std::make_shared<ArrayMemory>(contents.size(), device, stream);
   raise_unless_ok(upload(made->data(), contents.data(), contents.size(), stream_of(stream)));
   return made;

@@ -31,15 +31,12 @@ bool goes_into_graph(Stream stream) {
     throw std::runtime_error("CUDA: the default stream cannot be used while a blocking stream is captured");
   return capture == Capture::kGraph;
 }
+void want_usable(Stream stream) { (void)goes_into_graph(stream); }
 void refuse_capture(Stream stream, const char* what) {
   if (goes_into_graph(stream)) throw std::runtime_error(std::string("CUDA graphs cannot capture ") + what);
 }
 
-Launching::Launching(int device, std::uintptr_t stream) : on_(device) {
-  constexpr std::uintptr_t kLegacy = 1;  // as 0
-  raise_unless_ok(on_.status);
-  if (stream <= kLegacy) goes_into_graph(stream_of(stream));
-}
+Launching::Launching(int device) : on_(device) { raise_unless_ok(on_.status); }
 
 OnReleased::OnReleased(int device) {
   if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) unlocked_.emplace();
@@ -130,6 +127,7 @@ ArrayMemory::~ArrayMemory() {
   } else {
     release_when_idle(data_, device_);
   }
+  uses_.clear();
 }
 void ArrayMemory::begin(std::optional<std::uintptr_t> stream) {
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -157,6 +155,10 @@ Mark::Mark(int device, std::uintptr_t stream) : device_(device) {
   refuse_capture(stream_of(stream), "the question when it is done");
   raise_unless_ok(event_.record(stream_of(stream)));
 }
+Mark::~Mark() {
+  const OnReleased on(device_);
+  event_.reset();
+}
 bool Mark::is_done() {
   const OnDevice on(device_);
   return on.status == 0 && event_.is_done();
@@ -174,15 +176,24 @@ bool is_captured_on(int device, std::uintptr_t stream) {
   raise_unless_ok(on.status);
   return is_captured(stream_of(stream));
 }
-// Whether that made `later` part of a graph, which must end on the stream that it began on.
+void want_usable_on(int device, std::uintptr_t stream) {
+  const OnDevice on(device);
+  raise_unless_ok(on.status);
+  want_usable(stream_of(stream));
+}
+// Whether `later` takes part in a graph of `earlier`, on which all that it gets must end: it does so until the capture
+// ends, also where that has waited for it.
 bool wait_on(std::uintptr_t later, std::uintptr_t earlier, int device) {
+  constexpr std::uintptr_t kLegacy = 1;  // as 0
   const OnDevice on(device);
   raise_unless_ok(on.status);
   const bool graph = is_captured(stream_of(later));
   // What a graph reads is there when it is launched; it cannot wait for what is outside of it.
   if (graph && !is_captured(stream_of(earlier))) return false;
-  const bool joins = goes_into_graph(stream_of(earlier)) && !graph;
-  if (!graph) goes_into_graph(stream_of(later));
+  const bool joins = goes_into_graph(stream_of(earlier));
+  if (joins && later <= kLegacy)
+    throw std::runtime_error("CUDA graphs cannot capture the default stream: name another by stream=");
+  if (!graph) want_usable(stream_of(later));
   raise_unless_ok(wait(stream_of(later), stream_of(earlier)));
   return joins;
 }
@@ -280,7 +291,9 @@ PYBIND11_MODULE(FASTOPS_CUDA_MODULE, m) {
       "device_of", [](std::uintptr_t p) { return device_of(reinterpret_cast<const void*>(p)); }, py::arg("address"),
       Unlocked(), "The device whose memory this is, -1 for the host's.");
   m.def("wait", &wait_on, py::arg("later"), py::arg("earlier"), py::arg("device"), Unlocked(),
-        "Lets one stream wait for what another has got so far; whether it became part of a graph by that.");
+        "Lets one stream wait for what another has got so far; whether it takes part in a graph of that.");
+  m.def("want_usable", &want_usable_on, py::arg("device"), py::arg("stream"), Unlocked(),
+        "Raises where what a stream gets would end the capture of another.");
   m.def("is_captured", &is_captured_on, py::arg("device"), py::arg("stream"), Unlocked(),
         "Whether what a stream gets goes into a graph.");
   m.def("refuse_capture", &refuse_capture_on, py::arg("device"), py::arg("stream"), py::arg("what"), Unlocked(),

@@ -23,9 +23,11 @@ constexpr std::int32_t kDlCuda = 2, kDlCudaManaged = 13;
 
 void raise_unless_ok(Status status);
 Stream stream_of(std::uintptr_t handle);
-// Of the current device: whether what the stream gets goes into a graph. Raises where it would end another's capture.
+// Of the current device. Raises where what the stream gets would end the capture of another.
+void want_usable(Stream stream);
+// Whether what it gets goes into a graph; raises likewise.
 bool goes_into_graph(Stream stream);
-// Raises where it does, which cannot have `what`.
+// Raises where it does, too: the graph cannot have `what`.
 void refuse_capture(Stream stream, const char* what);
 // Elsewhere a load would end all that the process does on the device. The name becomes a text where it is wanted.
 template <class Name> void want_aligned(std::uintptr_t address, std::size_t item, const Name& name) {
@@ -38,10 +40,10 @@ template <class Name> void want_aligned(const void* p, std::size_t item, const N
 // A launch has no time for the interpreter: where a queue is full it waits, maybe for what a host function in that
 // queue does in Python. No mutex is held when the interpreter is taken again.
 using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
-// The device is current meanwhile. Raises where the stream cannot be launched on.
+// The device is current meanwhile.
 class Launching {
  public:
-  Launching(int device, std::uintptr_t stream);
+  explicit Launching(int device);
 
  private:
   pybind11::gil_scoped_release unlocked_;
@@ -97,6 +99,7 @@ class Uses {
   // Frees memory of the current device after all uses, and after `first`; the host does not wait where that can be
   // avoided.
   void release(void* p, int device, Event* first = nullptr);
+  void clear() { uses_.clear(); }  // on the device, without the interpreter
 
  private:
   struct Use {
@@ -135,6 +138,9 @@ class ArrayMemory {
 class Mark {
  public:
   Mark(int device, std::uintptr_t stream);
+  ~Mark();
+  Mark(const Mark&) = delete;
+  Mark& operator=(const Mark&) = delete;
   bool is_done();
 
  private:

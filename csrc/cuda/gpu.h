@@ -61,6 +61,7 @@ class Event {
   Event(const Event&) = delete;
   Event& operator=(const Event&) = delete;
   Status record(Stream stream) noexcept;  // a stream of the device on which it is recorded first
+  void reset() noexcept;                  // likewise
   bool is_done() noexcept;
   // What `later` gets from here on runs after it.
   Status precede(Stream later) noexcept;

@@ -68,7 +68,8 @@ std::vector<Staging>& stagings() {
   return *kept;
 }
 
-// By device, under g_mutex.
+// By device. Not under g_mutex, with which an upload may wait.
+std::mutex g_release_mutex;
 std::vector<cudaStream_t>& release_streams() {
   static auto* const kept = new std::vector<cudaStream_t>();
   return *kept;
@@ -130,7 +131,7 @@ Stream release_stream() noexcept {
   const WithinCaptures within;
   int device = 0;
   if (status_of(cudaGetDevice(&device)) != 0) return nullptr;
-  const std::lock_guard<std::mutex> lock(g_mutex);
+  const std::lock_guard<std::mutex> lock(g_release_mutex);
   std::vector<cudaStream_t>& streams = release_streams();
   if (streams.size() <= static_cast<std::size_t>(device)) streams.resize(static_cast<std::size_t>(device) + 1);
   cudaStream_t& stream = streams[static_cast<std::size_t>(device)];
@@ -180,8 +181,10 @@ Status wait(Stream later, Stream earlier) noexcept {
   return status;
 }
 
-Event::~Event() {
+Event::~Event() { reset(); }
+void Event::reset() noexcept {
   if (event_ != nullptr) (void)status_of(cudaEventDestroy(static_cast<cudaEvent_t>(event_)));
+  event_ = nullptr;
 }
 Status Event::record(Stream stream) noexcept {
   if (event_ == nullptr) {

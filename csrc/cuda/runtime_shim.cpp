@@ -25,12 +25,15 @@ std::vector<Stream> g_gone;
 std::vector<Stream> g_finished;  // whose events are done
 Stream g_captured = nullptr;     // whose work goes into a graph
 bool g_blocking = false;         // for which the default stream waits
-std::vector<Stream> g_joined;  // that have waited for the captured one, which must wait for them before the graph ends
+std::vector<Stream> g_drawn_in;  // that have waited for the captured one: in the graph until its capture ends
+std::vector<Stream> g_open;      // of these: what they got since, the captured one has not waited for
 int g_faults = 0;
 int g_idle_waits = 0;
 int g_allocations = 0;
 int g_releases = 0;
 std::vector<Stream> g_waits;  // of events: the stream that waits, and the one that had been recorded, by turns
+
+bool is_default(Stream stream) noexcept { return reinterpret_cast<std::uintptr_t>(stream) <= 1; }
 
 // What a GPU may let wait has no time for the interpreter.
 void want_unlocked() noexcept { g_faults += PyGILState_Check != nullptr && PyGILState_Check() != 0; }
@@ -93,12 +96,20 @@ Status wait(Stream later, Stream earlier) noexcept {
   if (const Status status = use(later)) return status;
   if (const Status status = use(earlier)) return status;
   g_faults += is_captured(later) && !is_captured(earlier);
-  if (is_captured(earlier) && !is_captured(later)) g_joined.push_back(later);
-  if (later == g_captured) g_joined.erase(std::remove(g_joined.begin(), g_joined.end(), earlier), g_joined.end());
+  if (!is_captured(earlier)) return 0;
+  g_faults += is_default(later);
+  g_open.erase(std::remove(g_open.begin(), g_open.end(), earlier), g_open.end());
+  if (later == g_captured) return 0;
+  g_drawn_in.push_back(later);
+  g_open.push_back(later);
   return 0;
 }
 
-Event::~Event() = default;
+Event::~Event() { reset(); }
+void Event::reset() noexcept {
+  if (event_ != nullptr) want_unlocked();
+  event_ = nullptr;
+}
 Status Event::record(Stream stream) noexcept {
   g_faults += is_captured(stream);
   // Of the default stream, too, something that is not null.
@@ -106,6 +117,7 @@ Status Event::record(Stream stream) noexcept {
   return use(stream);
 }
 bool Event::is_done() noexcept {
+  want_unlocked();
   const Stream stream = static_cast<char*>(event_) - 1;
   return std::find(g_finished.begin(), g_finished.end(), stream) != g_finished.end();
 }
@@ -118,10 +130,9 @@ Status Event::precede(Stream later) noexcept {
 }
 Capture capture_of(Stream stream) noexcept {
   if (g_captured == nullptr) return Capture::kNone;
-  const auto handle = reinterpret_cast<std::uintptr_t>(stream);
-  if (handle <= 1 && g_captured != stream && g_blocking) return Capture::kBroken;
-  const bool joined = std::find(g_joined.begin(), g_joined.end(), stream) != g_joined.end();
-  return stream == g_captured || joined ? Capture::kGraph : Capture::kNone;
+  if (is_default(stream) && g_blocking) return Capture::kBroken;
+  const bool drawn_in = std::find(g_drawn_in.begin(), g_drawn_in.end(), stream) != g_drawn_in.end();
+  return stream == g_captured || drawn_in ? Capture::kGraph : Capture::kNone;
 }
 
 }  // namespace fastops::gpu
@@ -136,8 +147,9 @@ __attribute__((visibility("default"))) void fastops_shim_finish_stream(void* str
 }
 // Null: nothing is captured any more.
 __attribute__((visibility("default"))) void fastops_shim_capture(void* stream, int blocking) {
-  fastops::gpu::g_faults += static_cast<int>(fastops::gpu::g_joined.size());
-  fastops::gpu::g_joined.clear();
+  fastops::gpu::g_faults += static_cast<int>(fastops::gpu::g_open.size());
+  fastops::gpu::g_open.clear();
+  fastops::gpu::g_drawn_in.clear();
   fastops::gpu::g_captured = stream;
   fastops::gpu::g_blocking = blocking != 0;
 }

@@ -165,7 +165,7 @@ void apply(const Multiplier& multiplier, int op, int dtype, const py::object& a,
     call.b.stride[d] = strides[2][i];
   }
   if (is_empty(r)) return;
-  const Launching on(device, stream);
+  const Launching on(device);
   raise_unless_ok(mitchell_apply(*multiplier, call, stream_of(stream)));
 }
 
@@ -204,7 +204,7 @@ void grad(const Multiplier& multiplier, const Multiplier& product, int op, int m
   }
   for (std::size_t k = 0; k < kArrays; ++k) operands[k]->data = reinterpret_cast<const void*>(arrays[k].data);
   if (is_empty(arrays[3]) && is_empty(arrays[4])) return;
-  const Launching on(device, stream);
+  const Launching on(device);
   const Workspace workspace(mitchell_gradient_workspace(*multiplier, call), device, stream);
   raise_unless_ok(mitchell_gradient(*multiplier, *product, call, workspace.data(), stream_of(stream)));
 }
@@ -255,7 +255,7 @@ void matmul(const Multiplier& multiplier, int dtype, const py::object& a, const 
   refuse_overlap(r, kItemSize[dtype], x, kItemSize[dtype], "a", false);
   refuse_overlap(r, kItemSize[dtype], y, kItemSize[dtype], "b", false);
   if (is_empty(r)) return;
-  const Launching on(device, stream);
+  const Launching on(device);
   raise_unless_ok(mitchell_matmul(&*multiplier, call, stream_of(stream)));
 }
 
@@ -304,7 +304,7 @@ void run(const Multiplier& multiplier, const GatheredMatmul* calls, std::size_t 
          std::uintptr_t stream) {
   std::size_t bytes = 0;
   for (std::size_t i = 0; i < count; ++i) bytes = std::max(bytes, mitchell_gathered_workspace(calls[i]));
-  const Launching on(device, stream);
+  const Launching on(device);
   const Workspace workspace(bytes, device, stream);
   for (std::size_t i = 0; i < count; ++i)
     raise_unless_ok(mitchell_gathered(&*multiplier, calls[i], workspace.data(), stream_of(stream)));
@@ -609,7 +609,7 @@ void conv2d_grad(const Multiplier& multiplier, int mode, int dtype, const py::ob
         reached += y.pixels * z.pixels;
       }
     if (reached != c.x.shape[2] * c.x.shape[3]) {
-      const Launching on(device, stream);
+      const Launching on(device);
       const Span span = span_of(image, kItemSize[dtype]);
       raise_unless_ok(clear(reinterpret_cast<void*>(span.low), static_cast<std::size_t>(size), stream_of(stream)));
     }
@@ -635,9 +635,7 @@ void lut(const py::object& a, const py::object& b, const py::buffer& table, bool
   refuse_overlap(r, wide_out ? 8 : 4, y, 1, "b", false);
   if (is_empty(r)) return;
   const auto bytes = static_cast<std::size_t>(entries.size * entries.itemsize);
-  const Launching on(device, stream);
-  refuse_capture(stream_of(stream),
-                 "tables in host memory");  // which may have drawn the stream in since the call began
+  const Launching on(device);
   const Memory memory(bytes, device, stream);
   raise_unless_ok(upload(memory.data(), entries.ptr, bytes, stream_of(stream)));
   raise_unless_ok(lut_matmul(call, memory.data(), wide_table && wide_out, wide_out, stream_of(stream)));

@@ -230,7 +230,7 @@ class Plan {
     if (chunks.empty()) return;
     const std::size_t head = contents_.tensors.size() * sizeof(Tensor), tail = chunks.size() * sizeof(Chunk);
     const Stream first = stream_of(stream);
-    const Launching on(contents_.device, stream);
+    const Launching on(contents_.device);
     refuse_capture(first, kNotThere);
     raise_unless_ok(allocate(&memory_, head + tail, first));
     auto* const at = static_cast<char*>(memory_);
@@ -238,6 +238,7 @@ class Plan {
     if (status == 0) status = upload(at + head, chunks.data(), tail, first);
     if (status == 0) status = uploaded_.record(first);
     if (status != 0) {
+      uploaded_.reset();
       (void)release(memory_, first);
       raise_unless_ok(status);
     }
@@ -245,14 +246,15 @@ class Plan {
     table_.chunks = reinterpret_cast<const Chunk*>(at + head);
   }
   ~Plan() {
-    // A graph may be launched at any time.
-    if (memory_ == nullptr || captured_) return;
+    if (memory_ == nullptr) return;
     const OnReleased on(contents_.device);
-    if (untold_) {
+    if (untold_ && !captured_) {
       release_when_idle(memory_, contents_.device);
-    } else {
+    } else if (!captured_) {  // a graph may be launched at any time
       uses_.release(memory_, contents_.device, &uploaded_);
     }
+    uses_.clear();
+    uploaded_.reset();
   }
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
@@ -261,7 +263,7 @@ class Plan {
   // Launches on a stream: f(table) on the plan's device. The plan outlives streams, so it names none but this one.
   template <class F> void launch(std::uintptr_t handle, const F& f) {
     if (memory_ == nullptr) return;
-    const Launching on(contents_.device, handle);
+    const Launching on(contents_.device);
     const std::lock_guard<std::mutex> lock(mutex_);
     const Stream stream = stream_of(handle);
     ready_ = ready_ || uploaded_.is_done();
@@ -371,7 +373,7 @@ void ema(Plan& plan, const py::object& weight, const py::object& seed, std::uint
   if (weights.size() != tensors.size()) throw py::value_error("weights must be as many as tensors");
   if (weights.empty()) return;
   {
-    const Launching on(plan.contents().device, stream);
+    const Launching on(plan.contents().device);
     refuse_capture(stream_of(stream), "decays of every tensor, which come from host memory: give one for all");
   }
   plan.launch(stream, [&](const TensorTable& table) {

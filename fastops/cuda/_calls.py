@@ -8,7 +8,7 @@ import contextlib
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,13 +33,13 @@ def handle(stream: Any) -> int:
     return _validate.integer("stream", stream, 0, 2**64 - 1)
 
 
-def current_stream(values: Sequence[Any], device: int | None = None) -> int:
+def current_stream(values: Sequence[Any]) -> int:
     """The caller's stream: the current one of torch or cupy, whose arrays come first, else the one that an array names, else 1,
     the default stream."""
     for value in values:
         if is_torch(value) and value.device.type == "cuda":
             torch = sys.modules["torch"]
-            return int(torch.cuda.current_stream(value.device if device is None else device).cuda_stream)
+            return int(torch.cuda.current_stream(value.device).cuda_stream)
         if is_cupy(value):
             return _cupy_stream(value)
     for value in values:
@@ -175,6 +175,8 @@ class Operands:
     def __enter__(self) -> None:
         begun = []
         try:
+            if self.stream in (0, 1):
+                self.native.want_usable(self.device, self.stream)
             for theirs, written in self._theirs.items():
                 self._wait_for(theirs, written)
             for array in self._arrays:
@@ -182,12 +184,12 @@ class Operands:
                 begun.append(array)
         except BaseException:
             self._arrays = begun
+            self._guests.clear()  # nothing was launched
             self.__exit__(RuntimeError)
             raise
 
     def _wait_for(self, theirs: int, written: bool) -> None:
         joins = self.native.wait(self.stream, theirs, self.device)
-        # What became part of a graph must end on the stream that this began on.
         if joins or (written and self._chosen):
             self._later.append(theirs)
 
@@ -197,10 +199,15 @@ class Operands:
             self._end()
 
     def _end(self) -> None:
-        if not (self._arrays or self._made or self._later or self._guests or kept):
-            return
+        memory = (*(array._memory for array in self._arrays), *self._made)
+        steps: list[Callable[[], object]] = [partial(x.end, self.stream) for x in memory]
+        steps += [partial(self._end_on, theirs) for theirs in self._later]
+        if self._guests or kept:
+            steps.append(self._keep_guests)
+        self._arrays.clear()
+        self._made.clear()
         failed: list[BaseException] = []
-        for step in self._steps_to_end():
+        for step in steps:
             try:
                 step()
             except BaseException as error:  # noqa: BLE001 - raised when all has ended that can
@@ -211,32 +218,25 @@ class Operands:
             finally:
                 failed.clear()  # which would keep this frame, and all that the call uses
 
-    def _steps_to_end(self) -> Iterator[Callable[[], object]]:
-        native, device, stream = self.native, self.device, self.stream
-        for memory in (*(array._memory for array in self._arrays), *self._made):
-            yield partial(memory.end, stream)
-        self._arrays.clear()
-        self._made.clear()
-        captured = bool(self._later or self._guests or kept) and native.is_captured(device, stream)
-        for theirs in self._later:
-            if not captured or native.is_captured(device, theirs):
-                yield partial(native.wait, theirs, stream, device)
-        # What a graph reads must live as long as it, which its owner knows; in a capture no event is asked for.
-        if not captured:
-            yield self._keep_guests
-            yield kept.drop_done
+    def _end_on(self, theirs: int) -> None:
+        """Lets another stream wait for this call, where that does not draw it into a graph."""
+        native, device = self.native, self.device
+        if native.is_captured(device, theirs) or not native.is_captured(device, self.stream):
+            native.wait(theirs, self.stream, device)
 
     def _keep_guests(self) -> None:
         guests = tuple(self._guests)
         self._guests.clear()
-        if not guests:
-            return
         try:
-            mark = self.native.Mark(self.device, self.stream)
-        except RuntimeError:
+            # What a graph reads must live as long as it, which its owner knows.
+            if self.native.is_captured(self.device, self.stream):
+                return
+            if guests:
+                kept.add(self.device, self.stream, self.native.Mark(self.device, self.stream), guests)
+        except BaseException:
             kept.add_for_good(guests)
             raise
-        kept.add(self.device, self.stream, mark, guests)
+        kept.drop_done()
 
 
 class Call(Operands):
@@ -264,6 +264,10 @@ class Call(Operands):
                 self.keep(found.keep)
             if name == first:
                 self._results_stay = stays
+
+    def refuse_capture(self, what: str) -> None:
+        """Raises where the call goes into a graph, which cannot have this; a stream that is waited for may draw it in."""
+        self.native.refuse_capture(self.device, self.stream, what)
 
     def dtype(self, allowed: Sequence[str], *names: str) -> int:
         """The one dtype of the arrays of these names, as a code."""

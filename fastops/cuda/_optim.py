@@ -124,7 +124,10 @@ class _Step(Operands):
             if first is not None and first.device.type == "cuda":
                 found = view(role.name, first, self.stream, in_place=True)
                 if self.take(first, found, written=role.written):
-                    self.keep(*(items if self._held is None else self._held[i]))
+                    if self._held is None:
+                        self.keep(*items)
+                    else:
+                        self.keep(self._held[i])  # detached when the list was read
 
     def _describe(self, name: str, value: Any) -> Described:
         found = view(name, value, self.stream, in_place=True)

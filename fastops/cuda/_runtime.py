@@ -9,6 +9,7 @@ from typing import Any
 from .. import _backend
 
 _loaded: Any = None
+_usable: Any = None  # the module that has found a device
 
 
 def _load() -> Any:
@@ -20,12 +21,16 @@ def _load() -> Any:
 
 def module() -> Any:
     """The compiled module; RuntimeError where it or a device is missing."""
+    global _usable
     native = _load()
+    if native is not None and native is _usable:
+        return native
     if native is None:
         raise RuntimeError("no CUDA: fastops was built without it (needs nvcc at build: FASTOPS_CUDA=on pip install .)")
     why = native.problem()
     if why is not None:
         raise RuntimeError(f"no CUDA device: {why}")
+    _usable = native
     return native
 
 
