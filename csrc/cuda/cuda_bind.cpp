@@ -153,7 +153,10 @@ Mark::Mark(int device, std::uintptr_t stream) : device_(device) {
   const OnDevice on(device);
   raise_unless_ok(on.status);
   refuse_capture(stream_of(stream), "the question when it is done");
-  raise_unless_ok(event_.record(stream_of(stream)));
+  if (const Status status = event_.record(stream_of(stream))) {
+    event_.reset();  // on its device
+    raise_unless_ok(status);
+  }
 }
 Mark::~Mark() {
   const OnReleased on(device_);
@@ -181,21 +184,19 @@ void want_usable_on(int device, std::uintptr_t stream) {
   raise_unless_ok(on.status);
   want_usable(stream_of(stream));
 }
-// Whether `later` takes part in a graph of `earlier`, on which all that it gets must end: it does so until the capture
-// ends, also where that has waited for it.
-bool wait_on(std::uintptr_t later, std::uintptr_t earlier, int device) {
-  constexpr std::uintptr_t kLegacy = 1;  // as 0
+void wait_on(std::uintptr_t later, std::uintptr_t earlier, int device) {
   const OnDevice on(device);
   raise_unless_ok(on.status);
   const bool graph = is_captured(stream_of(later));
   // What a graph reads is there when it is launched; it cannot wait for what is outside of it.
-  if (graph && !is_captured(stream_of(earlier))) return false;
-  const bool joins = goes_into_graph(stream_of(earlier));
-  if (joins && later <= kLegacy)
-    throw std::runtime_error("CUDA graphs cannot capture the default stream: name another by stream=");
+  if (graph && !is_captured(stream_of(earlier))) return;
+  // It would take `later` in until the capture ends, and with it what others launch there, which nobody joins.
+  if (!graph)
+    refuse_capture(
+        stream_of(earlier),
+        "a call on a stream outside of them: give stream= one that is captured, or let this one wait for it");
   if (!graph) want_usable(stream_of(later));
   raise_unless_ok(wait(stream_of(later), stream_of(earlier)));
-  return joins;
 }
 
 // DLPack, in and out.
@@ -291,7 +292,7 @@ PYBIND11_MODULE(FASTOPS_CUDA_MODULE, m) {
       "device_of", [](std::uintptr_t p) { return device_of(reinterpret_cast<const void*>(p)); }, py::arg("address"),
       Unlocked(), "The device whose memory this is, -1 for the host's.");
   m.def("wait", &wait_on, py::arg("later"), py::arg("earlier"), py::arg("device"), Unlocked(),
-        "Lets one stream wait for what another has got so far; whether it takes part in a graph of that.");
+        "Lets one stream wait for what another has got so far.");
   m.def("want_usable", &want_usable_on, py::arg("device"), py::arg("stream"), Unlocked(),
         "Raises where what a stream gets would end the capture of another.");
   m.def("is_captured", &is_captured_on, py::arg("device"), py::arg("stream"), Unlocked(),

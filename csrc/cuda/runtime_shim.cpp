@@ -25,8 +25,6 @@ std::vector<Stream> g_gone;
 std::vector<Stream> g_finished;  // whose events are done
 Stream g_captured = nullptr;     // whose work goes into a graph
 bool g_blocking = false;         // for which the default stream waits
-std::vector<Stream> g_drawn_in;  // that have waited for the captured one: in the graph until its capture ends
-std::vector<Stream> g_open;      // of these: what they got since, the captured one has not waited for
 int g_faults = 0;
 int g_idle_waits = 0;
 int g_allocations = 0;
@@ -95,13 +93,7 @@ Status upload(void* to, const void* from, std::size_t bytes, Stream stream) noex
 Status wait(Stream later, Stream earlier) noexcept {
   if (const Status status = use(later)) return status;
   if (const Status status = use(earlier)) return status;
-  g_faults += is_captured(later) && !is_captured(earlier);
-  if (!is_captured(earlier)) return 0;
-  g_faults += is_default(later);
-  g_open.erase(std::remove(g_open.begin(), g_open.end(), earlier), g_open.end());
-  if (later == g_captured) return 0;
-  g_drawn_in.push_back(later);
-  g_open.push_back(later);
+  g_faults += is_captured(later) != is_captured(earlier);
   return 0;
 }
 
@@ -131,8 +123,7 @@ Status Event::precede(Stream later) noexcept {
 Capture capture_of(Stream stream) noexcept {
   if (g_captured == nullptr) return Capture::kNone;
   if (is_default(stream) && g_blocking) return Capture::kBroken;
-  const bool drawn_in = std::find(g_drawn_in.begin(), g_drawn_in.end(), stream) != g_drawn_in.end();
-  return stream == g_captured || drawn_in ? Capture::kGraph : Capture::kNone;
+  return stream == g_captured ? Capture::kGraph : Capture::kNone;
 }
 
 }  // namespace fastops::gpu
@@ -147,9 +138,6 @@ __attribute__((visibility("default"))) void fastops_shim_finish_stream(void* str
 }
 // Null: nothing is captured any more.
 __attribute__((visibility("default"))) void fastops_shim_capture(void* stream, int blocking) {
-  fastops::gpu::g_faults += static_cast<int>(fastops::gpu::g_open.size());
-  fastops::gpu::g_open.clear();
-  fastops::gpu::g_drawn_in.clear();
   fastops::gpu::g_captured = stream;
   fastops::gpu::g_blocking = blocking != 0;
 }
@@ -172,8 +160,8 @@ __attribute__((visibility("default"))) int fastops_shim_allocations() {
 __attribute__((visibility("default"))) int fastops_shim_releases() {
   return std::exchange(fastops::gpu::g_releases, 0);
 }
-// Calls that named an ended stream, held the interpreter or would have ended a capture, events within one, and streams
-// that a graph was left with; counts anew.
+// Calls that named an ended stream, held the interpreter or would have ended a capture, and waits and events across the
+// bounds of one; counts anew.
 __attribute__((visibility("default"))) int fastops_shim_faults() {
   const int faults = fastops::gpu::g_faults;
   fastops::gpu::g_faults = 0;

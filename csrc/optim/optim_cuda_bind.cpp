@@ -268,7 +268,7 @@ class Plan {
     const Stream stream = stream_of(handle);
     ready_ = ready_ || uploaded_.is_done();
     if (goes_into_graph(stream)) {
-      // Which may have drawn the stream in since the table was sent.
+      // The capture may have begun since the table was sent.
       if (!ready_) refuse_capture(stream, kNotThere);
       captured_ = true;
       return raise_unless_ok(f(table_));
@@ -372,10 +372,6 @@ void ema(Plan& plan, const py::object& weight, const py::object& seed, std::uint
   const auto weights = weight.cast<std::vector<double>>();
   if (weights.size() != tensors.size()) throw py::value_error("weights must be as many as tensors");
   if (weights.empty()) return;
-  {
-    const Launching on(plan.contents().device);
-    refuse_capture(stream_of(stream), "decays of every tensor, which come from host memory: give one for all");
-  }
   plan.launch(stream, [&](const TensorTable& table) {
     const Memory memory(weights.size() * sizeof(double), plan.contents().device, stream);
     const Status status = upload(memory.data(), weights.data(), weights.size() * sizeof(double), stream_of(stream));

@@ -22,7 +22,6 @@ _F32 = DTYPES.index("float32")
 # As the compiled module numbers them.
 _MAPS = ("elu", "relu", "relu2", "identity", "cosine", "exp", "favor", "softmax")
 _BATCH = 4
-_ON_HOST = "offsets in host memory: put cu_seqlens on the GPU before"
 _WIDE = np.dtype(np.float32)
 State = Sequence[Any]
 
@@ -187,7 +186,7 @@ class _Linear(OfHeads):
         if x is None:
             checked = p.offsets(np.asarray(value.numpy() if is_torch(value) else value))
             assert checked is not None
-            call.refuse_capture(_ON_HOST)
+            call.refuse_capture("offsets in host memory: put cu_seqlens on the GPU before")
             self._host_offsets = checked.tobytes()
             data, wide, count = 0, True, len(checked)
         else:
@@ -264,7 +263,6 @@ class _Linear(OfHeads):
         call = self.call
         with call:
             if self._host_offsets:
-                call.refuse_capture(_ON_HOST)
                 memory = call.native.uploaded(self._host_offsets, call.device, call.stream)
                 call.end_with_it(memory)
                 self.numbers["cu_seqlens"] = memory.address

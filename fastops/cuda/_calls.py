@@ -168,6 +168,10 @@ class Operands:
         """What must stay: of tensors, which may get other memory, the memory that they have now."""
         self._guests += (x.detach() if is_torch(x) else x for x in things)
 
+    def refuse_capture(self, what: str) -> None:
+        """Raises where the call goes into a graph, which cannot have this."""
+        self.native.refuse_capture(self.device, self.stream, what)
+
     def end_with_it(self, memory: Any) -> None:
         """Memory of our own that this call makes and uses."""
         self._made.append(memory)
@@ -178,7 +182,9 @@ class Operands:
             if self.stream in (0, 1):
                 self.native.want_usable(self.device, self.stream)
             for theirs, written in self._theirs.items():
-                self._wait_for(theirs, written)
+                self.native.wait(self.stream, theirs, self.device)
+                if written and self._chosen:
+                    self._later.append(theirs)
             for array in self._arrays:
                 array._memory.begin(self.stream)
                 begun.append(array)
@@ -187,11 +193,6 @@ class Operands:
             self._guests.clear()  # nothing was launched
             self.__exit__(RuntimeError)
             raise
-
-    def _wait_for(self, theirs: int, written: bool) -> None:
-        joins = self.native.wait(self.stream, theirs, self.device)
-        if joins or (written and self._chosen):
-            self._later.append(theirs)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # What a call that failed had launched before ends too, as far as it can be told.
@@ -219,7 +220,7 @@ class Operands:
                 failed.clear()  # which would keep this frame, and all that the call uses
 
     def _end_on(self, theirs: int) -> None:
-        """Lets another stream wait for this call, where that does not draw it into a graph."""
+        """Lets another stream wait for this call, unless that is of a graph and the other one not."""
         native, device = self.native, self.device
         if native.is_captured(device, theirs) or not native.is_captured(device, self.stream):
             native.wait(theirs, self.stream, device)
@@ -264,10 +265,6 @@ class Call(Operands):
                 self.keep(found.keep)
             if name == first:
                 self._results_stay = stays
-
-    def refuse_capture(self, what: str) -> None:
-        """Raises where the call goes into a graph, which cannot have this; a stream that is waited for may draw it in."""
-        self.native.refuse_capture(self.device, self.stream, what)
 
     def dtype(self, allowed: Sequence[str], *names: str) -> int:
         """The one dtype of the arrays of these names, as a code."""

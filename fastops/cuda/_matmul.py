@@ -20,7 +20,6 @@ __all__ = ["lut_matmul", "mitchell_matmul", "mitchell_matmul_grad"]
 
 Triple = tuple[int, tuple[int, ...], tuple[int, ...]]
 _BYTES = ("uint8", "int8")
-_ON_HOST = "tables in host memory"
 
 
 def _as_matrices(a: View, b: View) -> tuple[Triple, Triple, tuple[int, ...], tuple[int, ...]]:
@@ -241,12 +240,10 @@ def lut_matmul(a: Any, b: Any, table: ArrayLike, *, out: Any = None, stream: Any
     wide, narrow = DTYPES.index("int64"), DTYPES.index("int32")
     dtypes = (wide,) if bound > np.iinfo(np.int32).max else (narrow, wide)
     if math.prod(shape):
-        call.refuse_capture(_ON_HOST)
+        call.refuse_capture("tables in host memory")
     result, memory = call.output(out, _kept(shape, drop), dtypes)
     is_wide = memory.dtype == wide
     # A table of int64 has entries that only an int64 sum holds.
     with call:
-        if math.prod(shape):
-            call.refuse_capture(_ON_HOST)
         call.native.lut_matmul(left, right, entries, is_wide, _expanded(memory, drop), call.device, call.stream)
     return result if out is not None else returned(call.like, result)

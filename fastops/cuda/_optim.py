@@ -247,6 +247,8 @@ def ema_update_(
     shadows, weights = optim._ema_weights(shadows, decay)
     chosen = optim._seed(rounding, seed)
     step = _Step(_tensors.ema_roles(1), [params, shadows], stream)
+    if not isinstance(weights, float) and len(weights):
+        step.refuse_capture("decays of every tensor, which come from host memory: give one for all")
     with step:
         step.native.ema_update(step.plan, weights, chosen, step.stream)
         step.tell_autograd()
