@@ -187,15 +187,15 @@ void want_usable_on(int device, std::uintptr_t stream) {
 void wait_on(std::uintptr_t later, std::uintptr_t earlier, int device) {
   const OnDevice on(device);
   raise_unless_ok(on.status);
-  const bool graph = is_captured(stream_of(later));
-  // What a graph reads is there when it is launched; it cannot wait for what is outside of it.
-  if (graph && !is_captured(stream_of(earlier))) return;
-  // It would take `later` in until the capture ends, and with it what others launch there, which nobody joins.
-  if (!graph)
+  if (!is_captured(stream_of(later))) {
+    // It would take `later` in until the capture ends, and with it what others launch there, which nobody joins.
     refuse_capture(
         stream_of(earlier),
         "a call on a stream outside of them: give stream= one that is captured, or let this one wait for it");
-  if (!graph) want_usable(stream_of(later));
+    want_usable(stream_of(later));
+  } else if (!is_captured(stream_of(earlier))) {
+    return;  // what a graph reads is there when it is launched
+  }
   raise_unless_ok(wait(stream_of(later), stream_of(earlier)));
 }
 
