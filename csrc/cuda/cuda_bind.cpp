@@ -192,7 +192,6 @@ void wait_on(std::uintptr_t later, std::uintptr_t earlier, int device) {
     refuse_capture(
         stream_of(earlier),
         "a call on a stream outside of them: give stream= one that is captured, or let this one wait for it");
-    want_usable(stream_of(later));
   } else if (!is_captured(stream_of(earlier))) {
     return;  // what a graph reads is there when it is launched
   }
