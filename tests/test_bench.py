@@ -664,6 +664,11 @@ def test_markdown_has_a_column_for_each_level() -> None:
     assert heads == "| operation | yardstick | v3 | v2 | v3, 4 threads | reference | Numba | others |"
     assert row == f"| {FIRST.group} | NumPy exact | ~2 |  | ~2 | ~40 |  | peer, 4 threads: ~1 |"
 
+    # A call through a framework is one of the others.
+    framework = dataclasses.replace(ours.row, name=f"{ours.row.name}, fastops.jax by ffi")
+    group.measurements[:] = [*group.measurements[:-2], dataclasses.replace(ours, row=framework)]
+    assert report.markdown(outcome).splitlines()[2].endswith("| fastops.jax by ffi: ~1 |")
+
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(1.234e-9, "1.23 ns"), (4.5e-5, "45 us"), (0.0123, "12.3 ms"), (61.0, "61 s")]

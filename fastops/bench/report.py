@@ -521,10 +521,11 @@ def markdown(run: Run) -> str:
 
         shown = [named.get(f"native {target}") for target in targets] + [many] * (threads > 1)
         base = group.yardstick.row.name if group.yardstick else ""
+        # The same call by the way of a framework has no column.
         others = [
-            f"{name}: {over(many if many and m.row.threads > 1 else best, m)}"
+            f"{name.removeprefix(best.row.name + ', ')}: {over(many if many and m.row.threads > 1 else best, m)}"
             for name, m in named.items()
-            if name not in ("reference", "numba", base) and not name.startswith("native")
+            if name not in ("reference", "numba", base) and (not name.startswith("native") or ", fastops." in name)
         ]
         cells = [group.case.group, base, *(over(m, group.yardstick) for m in shown)]
         cells += [over(best, named.get("reference")), over(best, named.get("numba")), "; ".join(others)]
