@@ -323,7 +323,8 @@ def attention(report: Report, bandwidth: float, rounds: int) -> None:
             }
             if dtype is torch.float32:
                 fast = cuda.linear_attention(q, k, v, causal=True, tf32=True)
-                assert (fast - y).abs().max() <= 5e-2 * v.abs().max(), "wrong result in TF32"
+                # Three bits of fraction more than bfloat16's.
+                assert (fast - y).abs().max() <= 5e-2 / 8 * v.abs().max(), "wrong result in TF32"
                 functions["fastops in TF32"] = lambda: cuda.linear_attention(q, k, v, causal=True, tf32=True)
             if shape[2] <= 8192:
                 functions["torch SDPA (softmax)"] = lambda: torch.nn.functional.scaled_dot_product_attention(
@@ -399,7 +400,7 @@ def nystrom(report: Report, rounds: int) -> None:
             }
             if dtype is torch.float32:
                 fast = cuda.nystrom_attention(q, k, v, num_landmarks=m, tf32=True)
-                assert torch.linalg.norm(fast - y) <= 6e-3 * torch.linalg.norm(y), "wrong result in TF32"
+                assert torch.linalg.norm(fast - y) <= 2e-3 * torch.linalg.norm(y), "wrong result in TF32"
                 functions["fastops in TF32"] = lambda: cuda.nystrom_attention(q, k, v, num_landmarks=m, tf32=True)
             report.add(f"nystrom_attention m{m} {dtype} {shape}", milliseconds(functions, rounds))
             leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]

@@ -31,7 +31,6 @@ bool goes_into_graph(Stream stream) {
     throw std::runtime_error("CUDA: the default stream cannot be used while a blocking stream is captured");
   return capture == Capture::kGraph;
 }
-void want_usable(Stream stream) { (void)goes_into_graph(stream); }
 void refuse_capture(Stream stream, const char* what) {
   if (goes_into_graph(stream)) throw std::runtime_error(std::string("CUDA graphs cannot capture ") + what);
 }
@@ -182,7 +181,7 @@ bool is_captured_on(int device, std::uintptr_t stream) {
 void want_usable_on(int device, std::uintptr_t stream) {
   const OnDevice on(device);
   raise_unless_ok(on.status);
-  want_usable(stream_of(stream));
+  (void)goes_into_graph(stream_of(stream));
 }
 void wait_on(std::uintptr_t later, std::uintptr_t earlier, int device) {
   const OnDevice on(device);

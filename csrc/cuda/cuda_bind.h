@@ -23,9 +23,7 @@ constexpr std::int32_t kDlCuda = 2, kDlCudaManaged = 13;
 
 void raise_unless_ok(Status status);
 Stream stream_of(std::uintptr_t handle);
-// Of the current device. Raises where what the stream gets would end the capture of another.
-void want_usable(Stream stream);
-// Whether what it gets goes into a graph; raises likewise.
+// Of the current device: whether what the stream gets goes into a graph. Raises where it would end another's capture.
 bool goes_into_graph(Stream stream);
 // Raises where it does, too: the graph cannot have `what`.
 void refuse_capture(Stream stream, const char* what);
