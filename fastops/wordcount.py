@@ -186,8 +186,8 @@ def count_words(
         How many threads (with a callable: processes) count; as many as there are CPUs by default. The result is the same.
     memory_limit : int, optional
         About how many bytes of memory the table may take, at least 2**20: more words go to temporary files, and counts stay exact.
-        What ``on_error="skip"`` and `min_count` keep is held in memory all the same, and so is all by the backends without native
-        code.
+        The result comes beside it, some 50 bytes for each short word. What ``on_error="skip"`` and `min_count` keep is held in
+        memory all the same, and so is all by the backends without native code.
     approx : int, optional
         Keep this many words only: each count is too low by `WordCounts.error_bound` at most, which is at most the number of
         words counted over ``approx + 1``. One thread counts them, so that the result is the same for any number of workers; which
@@ -320,8 +320,8 @@ def count_files(
         How many threads (with a callable: processes) count; as many as there are CPUs by default. The result is the same.
     memory_limit : int, optional
         About how many bytes of memory the table may take, at least 2**20: more words go to temporary files, and counts stay exact.
-        What ``on_error="skip"`` and `min_count` keep is held in memory all the same, and so is all by the backends without native
-        code.
+        The result comes beside it, some 50 bytes for each short word. What ``on_error="skip"`` and `min_count` keep is held in
+        memory all the same, and so is all by the backends without native code.
     approx : int, optional
         Keep this many words only; see `count_words`.
     doc_freq : bool, optional
